@@ -1,0 +1,48 @@
+"""fastclap: contrastive language-audio pretraining at the speed of the hardware.
+
+Every public name is loaded on first use, so ``import fastclap`` costs next to nothing beyond ``import torch`` and works
+without a GPU, without Triton and without a compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastclap.features import LogMel as LogMel
+    from fastclap.grad_cache import GradCache as GradCache
+    from fastclap.losses import ClipLoss as ClipLoss
+    from fastclap.losses import SigLipLoss as SigLipLoss
+    from fastclap.losses import info_nce as info_nce
+    from fastclap.losses import sigmoid_loss as sigmoid_loss
+    from fastclap.model import CLAP as CLAP
+
+_PUBLIC = {
+    "info_nce": "fastclap.losses",
+    "sigmoid_loss": "fastclap.losses",
+    "ClipLoss": "fastclap.losses",
+    "SigLipLoss": "fastclap.losses",
+    "LogMel": "fastclap.features",
+    "GradCache": "fastclap.grad_cache",
+    "CLAP": "fastclap.model",
+}
+
+__all__ = ["CLAP", "ClipLoss", "GradCache", "LogMel", "SigLipLoss", "info_nce", "sigmoid_loss"]
+
+try:
+    __version__ = _version("fastclap")
+except PackageNotFoundError:  # a bare source tree on PYTHONPATH
+    __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'fastclap' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
