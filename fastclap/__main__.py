@@ -1,0 +1,7 @@
+"""``python -m fastclap`` is the ``fastclap`` command."""
+
+from __future__ import annotations
+
+from fastclap.cli import main
+
+raise SystemExit(main())

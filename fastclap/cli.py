@@ -1,0 +1,323 @@
+"""The ``fastclap`` command: what can be done with a trained model.
+
+Each command is a dataclass whose fields are its flags. torch is imported after the arguments have been understood, so
+that ``--help`` and mistyped flags answer at once. Figures go to stdout, as a table or with ``--json`` as JSON and
+nothing else; progress, notes and errors go to stderr. Exit status: 0 done, 1 ``doctor`` found a problem, 2 a mistake in
+the arguments, the data or the model, told in one line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from fastclap.errors import ConfigError, DataError, FastclapError
+from fastclap.prompts import DEFAULT_TEMPLATE, load_prompts
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fastclap.data import Manifest
+    from fastclap.model import CLAP
+
+
+@dataclass(kw_only=True)
+class _OnData:
+    model: str
+    """Exported model folder, run folder (its newest checkpoint) or Hugging Face hub id."""
+    data: list[str]
+    """Manifests: .jsonl, .json, .csv, .tsv or .parquet files, saved `datasets` folders, or hf:NAME[:SPLIT]."""
+    audio_root: str | None = None
+    """Folder that relative audio paths start from (default: the folder of each manifest)."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Column names of the manifests that differ, as pairs: OURS THEIRS (for example text_description caption)."""
+    out: str | None = None
+    """Folder that receives report.html, its pictures and report.json."""
+    json: bool = False
+    """Print the whole result as JSON, and nothing else, on stdout."""
+    device: str = "auto"
+    """cuda, cuda:N, cpu, or auto (a GPU if there is one)."""
+    batch_size: int = 32
+    """Clips embedded at a time."""
+
+
+@dataclass(kw_only=True)
+class Eval(_OnData):
+    captions: Literal["global", "fine", "both"] = "global"
+    """Captions to retrieve with: text_description, fine_description, or each in turn."""
+    captions_per_clip: Literal["first", "all"] = "first"
+    """Of a clip with several captions, use the first, or all (its rank is then that of its best-ranked one)."""
+
+
+@dataclass(kw_only=True)
+class Classify(_OnData):
+    column: str = "classification_tag"
+    """Manifest column that holds the true class."""
+    template: str = DEFAULT_TEMPLATE
+    """Prompt: {} is the class name, {a} or {A} its article (a or an)."""
+    prompts: str | None = None
+    """JSON file of prompts instead of the template: {"class": ["prompt", ...]}, or one such mapping for each column."""
+    classes: list[str] | None = None
+    """Candidate classes (default: those of the prompts file, else all values of the column)."""
+
+
+@dataclass(kw_only=True)
+class Report:
+    run: Annotated[str, tyro.conf.Positional]
+    """Run folder of fastclap-train."""
+    out: str | None = None
+    """Folder for report.html, its pictures and report.json (default: RUN/report)."""
+
+
+@dataclass(kw_only=True)
+class Doctor:
+    json: bool = False
+    """Print JSON, and nothing else, on stdout."""
+
+
+_EVAL = """Retrieval in both directions: R@1, R@5, R@10, mAP@10, median and mean rank, each beside its chance level.
+
+Equal texts are one candidate; ties count against the model.
+
+Examples:
+  fastclap eval --model runs/demo --data valid.jsonl
+  fastclap eval --model runs/demo --data valid.jsonl --captions both --out report
+  fastclap eval --model runs/demo --data a.jsonl b.csv --audio-root /audio --json > figures.json
+"""
+_CLASSIFY = """Zero-shot classification: accuracy (WA), UAR (UA), macro-F1 and each class's recall.
+
+A clip gets the class whose prompt is nearest to it.
+
+Examples:
+  fastclap classify --model runs/demo --data test.jsonl
+  fastclap classify --model runs/demo --data test.jsonl --column sex --template "{A} {} speaker."
+  fastclap classify --model runs/demo --data test.jsonl --prompts emotions.json --out report
+  fastclap classify --model runs/demo --data test.jsonl --column intrinsic_tags --classes shrill nasal deep
+"""
+_REPORT = """Write the one-page report of a training run: curves, last validation, configuration.
+
+Examples:
+  fastclap report runs/demo
+  fastclap report runs/demo --out /tmp/report
+"""
+_DOCTOR = """Say what this machine and this installation can do; exit status 1 if something needed is missing.
+
+Examples:
+  fastclap doctor
+  fastclap doctor --json
+"""
+_FLAGS = (tyro.conf.FlagCreatePairsOff,)  # no --no-json
+_USAGE = """usage: fastclap COMMAND [--flag value ...]
+
+Measure contrastive language-audio models (fastclap-train trains them). Commands:
+{commands}
+
+  fastclap COMMAND --help   every flag of a command, with its default and examples
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (default: this process's) and return the exit status; help and mistyped flags exit at once."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, tuple[Any, str, Callable[[Any], int]]] = {
+        "eval": (Eval, _EVAL, _eval),
+        "classify": (Classify, _CLASSIFY, _classify),
+        "report": (Report, _REPORT, _report),
+        "doctor": (Doctor, _DOCTOR, _doctor),
+    }
+    usage = _USAGE.format(
+        commands="\n".join(f"  {name:<10}{text.splitlines()[0]}" for name, (_, text, _) in commands.items())
+    )
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    name, *flags = arguments
+    try:
+        if name not in commands:
+            raise ConfigError(f"there is no command {name!r}; choose one of: {', '.join(commands)} (fastclap --help)")
+        kind, text, run = commands[name]
+        return run(tyro.cli(kind, prog=f"fastclap {name}", description=text, args=flags, config=_FLAGS))
+    except FastclapError as error:
+        message = str(error)
+    except OSError as error:  # a full disk, a folder that may not be written
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except KeyboardInterrupt:
+        return 130
+    print(f"fastclap: {message}", file=sys.stderr)
+    return 2
+
+
+def _eval(arguments: Eval) -> int:
+    from fastclap.evaluation import evaluate
+
+    names: Any = ["global", "fine"] if arguments.captions == "both" else [arguments.captions]
+    model, manifest = _load(arguments, require_captions=arguments.captions == "global")
+    result = evaluate(
+        model,
+        manifest,
+        captions=names,
+        tasks=[],
+        captions_per_clip=arguments.captions_per_clip,
+        batch_size=arguments.batch_size,
+        progress=True,
+    )
+    return _present(arguments, result, [_retrieval_table(result["retrieval"])])
+
+
+def _classify(arguments: Classify) -> int:
+    prompts = load_prompts(arguments.prompts, arguments.column) if arguments.prompts else None
+    if arguments.prompts and not prompts:
+        raise DataError(f"{arguments.prompts}: no prompts for the column {arguments.column!r}")
+
+    from fastclap.evaluation import ClassificationTask, evaluate
+
+    task = ClassificationTask(arguments.column, arguments.template, prompts, arguments.classes)
+    model, manifest = _load(arguments, require_captions=False)
+    result = evaluate(model, manifest, captions=[], tasks=[task], batch_size=arguments.batch_size, progress=True)
+    figures = result["classification"][arguments.column]
+    notes = {
+        "clips_without_class": "clips have none of the classes and were left out",
+        "clips_with_several": "clips have several of the classes and were left out",
+    }
+    for key, text in notes.items():
+        if figures[key]:
+            print(f"fastclap: {figures[key]} {text}", file=sys.stderr)
+    return _present(arguments, result, _classification_tables(arguments.column, figures))
+
+
+def _report(arguments: Report) -> int:
+    from fastclap.evaluation import write_report
+
+    print(write_report(arguments.out or Path(arguments.run) / "report", run=arguments.run))
+    return 0
+
+
+def _load(arguments: _OnData, *, require_captions: bool) -> tuple[CLAP, Manifest]:
+    import torch
+
+    from fastclap.data import load_manifest
+    from fastclap.model import CLAP
+
+    if arguments.batch_size < 1:
+        raise ConfigError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
+    if not arguments.data:
+        raise ConfigError("--data is empty: name at least one manifest")
+    if arguments.out is not None:
+        Path(arguments.out).mkdir(parents=True, exist_ok=True)  # an unusable folder is better found now than at the end
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    manifest = load_manifest(
+        arguments.data,
+        audio_root=arguments.audio_root,
+        columns=arguments.columns,
+        require_captions=require_captions,
+    )
+    return CLAP.from_pretrained(arguments.model, device=device), manifest
+
+
+def _present(arguments: _OnData, result: Mapping[str, Any], tables: Sequence[Table]) -> int:
+    result = {"model": arguments.model, "data": arguments.data, **result}
+    skipped = result["skipped"]
+    for clip in skipped[:5]:
+        print(f"fastclap: skipped {clip['path']}: {clip['reason']}", file=sys.stderr)
+    if len(skipped) > 5:
+        print(f"fastclap: skipped {len(skipped) - 5} more clips (--json and --out list them)", file=sys.stderr)
+    page = None
+    if arguments.out is not None:
+        from fastclap.evaluation import write_report
+
+        page = write_report(arguments.out, results=result)
+    if arguments.json:
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+        return 0
+    from rich.console import Console
+
+    console = Console()
+    for table in tables:
+        console.print(table)
+    seconds = result["time"]["seconds"]
+    console.print(f"{result['clips']} clips, {len(skipped)} skipped, {seconds:.1f} s", highlight=False)
+    if page is not None:
+        console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _retrieval_table(retrieval: Mapping[str, Any]) -> Table:
+    table = _table("Retrieval (chance in brackets)", "figure")
+    columns = []
+    for captions, both in retrieval.items():
+        for direction, title in (("audio_to_text", "audio → text"), ("text_to_audio", "text → audio")):
+            table.add_column(f"{captions}\n{title}", justify="right")
+            columns.append(both[direction])
+    for key in ("R@1", "R@5", "R@10", "mAP@10", "median_rank", "mean_rank"):
+        show = "{:.1f}".format if key.endswith("rank") else _percent
+        name = key.replace("_", " ") if key.endswith("rank") else f"{key} %"
+        table.add_row(name, *(f"{show(figures[key])} ({show(figures['chance'][key])})" for figures in columns))
+    for key in ("queries", "candidates"):
+        table.add_row(key, *(str(figures[key]) for figures in columns))
+    return table
+
+
+def _classification_tables(column: str, figures: Mapping[str, Any]) -> list[Table]:
+    per_class = _table(f"{column}, class by class", "class")
+    for head in ("clips", "given", "recall %", "precision %", "F1 %"):
+        per_class.add_column(head, justify="right")
+    for row in figures["per_class"]:
+        recall = "–" if row["recall"] is None else _percent(row["recall"])
+        cells = (str(row["clips"]), str(row["given"]), recall, _percent(row["precision"]), _percent(row["f1"]))
+        per_class.add_row(row["class"], *cells)
+    table = _table(f"Zero-shot {column}: {figures['clips']} clips, {len(figures['classes'])} classes", "figure")
+    table.add_column("%", justify="right")
+    table.add_column("to compare")
+    majority = f"always the most frequent class: {_percent(figures['majority_accuracy'])}"
+    table.add_row("accuracy (WA)", _percent(figures["accuracy"]), majority)
+    table.add_row("UAR (UA)", _percent(figures["uar"]), f"chance: {_percent(figures['chance'])}")
+    table.add_row("macro-F1", _percent(figures["macro_f1"]), "")
+    return [per_class, table]
+
+
+def _table(title: str, first: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column(first)
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _doctor(arguments: Doctor) -> int:
+    from fastclap.doctor import diagnose
+
+    findings, problems = diagnose()
+    if arguments.json:
+        print(json.dumps({**findings, "problems": problems}, indent=1, ensure_ascii=False))
+        return 1 if problems else 0
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False, soft_wrap=True)
+    for group, facts in findings.items():
+        console.print(f"[bold]{group}[/bold]")
+        for name, value in facts.items():
+            text = (", ".join(value) or "none") if isinstance(value, list) else str(value)
+            console.print(f"  {name:<16} {escape(text)}")
+    for problem in problems:
+        console.print(f"[red]problem:[/red] {escape(problem)}")
+    if not problems:
+        console.print("[green]everything needed is there[/green]")
+    return 1 if problems else 0

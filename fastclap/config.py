@@ -1,0 +1,190 @@
+"""What a dual encoder is made of, as plain dataclasses.
+
+This file imports no torch: the command lines read it to build their flags and answer ``--help`` at once, and
+``config.json`` of every exported model is exactly ``CLAPConfig.to_dict()`` plus a format version. Reading is strict: a
+key that is not a field is an error that names it, because a silently ignored option gives a model nobody asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastclap.errors import ConfigError
+
+FORMAT_VERSION = 1
+"""Version of ``config.json``; a higher one in a file means that a newer fastclap wrote it."""
+
+
+@dataclass
+class AudioTowerConfig:
+    """Audio tower. Options marked with a kind have no meaning for the other kinds."""
+
+    kind: Literal["log-mel", "wav2vec2", "whisper", "ast", "clap-htsat"] = "log-mel"
+    """log-mel: compact transformer trained from scratch. wav2vec2: WavLM, wav2vec 2.0 or HuBERT of transformers on the
+    waveform. whisper, ast, clap-htsat: the encoders of transformers on log-mel features."""
+    pretrained: str | None = None
+    """Folder or hub id of the transformers weights to start from (every kind but log-mel)."""
+    hf_config: dict[str, Any] | None = None
+    """transformers configuration: with `pretrained` the entries to change (such as {"layerdrop": 0.0}), without it the
+    whole description of a randomly initialised model. An exported model holds the complete configuration here."""
+    freeze: bool = False
+    """Keep the tower fixed: no gradient, evaluation mode (LiT)."""
+    normalize_waveform: bool = True
+    """wav2vec2: subtract the mean and divide by the standard deviation of the whole file."""
+
+    features: Literal["whisper", "kaldi", "clap", "clap-fusion", "ast", "beats", "clsp", "torchaudio"] = "kaldi"
+    """log-mel: preset of fastclap.LogMel."""
+    feature_options: dict[str, Any] = field(default_factory=dict)
+    """log-mel: changes to the preset, such as {"n_mels": 64}."""
+    feature_normalization: Literal["global", "per-mel", "clip"] = "global"
+    """log-mel: statistics that `fit_feature_statistics` measures once and the model keeps: one mean and standard
+    deviation, or one pair a band; clip subtracts each clip's own mean level instead of the global mean, which makes the
+    embedding independent of the recording level."""
+    width: int = 192
+    """log-mel: width of the transformer."""
+    layers: int = 4
+    """log-mel: number of transformer blocks; 0 leaves the convolutions only."""
+    heads: int = 4
+    """log-mel: attention heads a block."""
+    feedforward: int = 4
+    """log-mel: width of the feed-forward layer as a multiple of `width`."""
+    subsampling: int = 4
+    """log-mel: frames per transformer position, a power of two; each halving is one convolution of stride 2."""
+    convolution: Literal["time", "time-frequency"] = "time-frequency"
+    """log-mel: time convolves over frames with the bands as channels; time-frequency convolves over both and halves
+    both."""
+    convolution_channels: int = 16
+    """log-mel: channels of the first time-frequency convolution; each further one has twice as many."""
+    dropout: float = 0.1
+    """log-mel: dropout of every residual branch and of the convolutions' output."""
+    pooling: Literal["mean", "statistics", "attention"] = "mean"
+    """log-mel: mean over the valid positions; statistics adds their standard deviation; attention learns weights."""
+    random_gain: float = 0.0
+    """log-mel: in training each clip is made louder or softer by up to this many dB."""
+    time_masks: int = 2
+    """log-mel: SpecAugment time masks a clip in training."""
+    time_mask_width: int = 20
+    """log-mel: largest width of a time mask, in frames (drawn uniformly from 0 to this)."""
+    frequency_masks: int = 2
+    """log-mel: SpecAugment frequency masks a clip in training."""
+    frequency_mask_width: int = 16
+    """log-mel: largest width of a frequency mask, in mel bands (drawn uniformly from 0 to this)."""
+
+
+@dataclass
+class TextTowerConfig:
+    """Text tower. Options marked with a kind have no meaning for the other kind."""
+
+    kind: Literal["small", "hf"] = "small"
+    """small: from scratch, with a vocabulary trained on the captions. hf: any encoder of transformers."""
+    pretrained: str | None = None
+    """hf: folder or hub id of the transformers weights and tokenizer to start from."""
+    hf_config: dict[str, Any] | None = None
+    """hf: as for the audio tower."""
+    freeze: bool = False
+    """Keep the tower fixed: no gradient, evaluation mode."""
+    pooling: Literal["cls", "mean", "pooler"] = "mean"
+    """First token, mean over the tokens, or (hf) the encoder's own pooler output."""
+    max_tokens: int = 64
+    """Longer captions are cut to this many tokens."""
+    vocab_size: int = 2000
+    """small: largest size of the trained vocabulary, and number of rows of the embedding."""
+    width: int = 192
+    """small: width of the transformer."""
+    layers: int = 2
+    """small: number of transformer blocks; 0 with mean pooling is a bag of words."""
+    heads: int = 4
+    """small: attention heads a block."""
+    feedforward: int = 4
+    """small: width of the feed-forward layer as a multiple of `width`."""
+    dropout: float = 0.1
+    """small: dropout of every residual branch."""
+    embedding_dropout: float = 0.1
+    """small: dropout of the token embeddings."""
+
+
+@dataclass
+class HeadConfig:
+    """Projection of a tower's output into the shared space; both towers have one of this kind."""
+
+    kind: Literal["paraspeechclap", "clsp", "linear"] = "paraspeechclap"
+    """paraspeechclap: LN(W1·x + dropout(W2·gelu(W1·x))). clsp: Linear-ReLU-Linear-Linear-ReLU-Dropout-Linear.
+    linear: one matrix."""
+    dim: int = 256
+    """Dimension of the shared embedding space."""
+    dropout: float | None = None
+    """Dropout of the head; unset means the published value (paraspeechclap 0.5, clsp 0.1)."""
+
+
+@dataclass
+class CLAPConfig:
+    """A dual encoder: two towers, two projection heads and the logit scale."""
+
+    audio: AudioTowerConfig = field(default_factory=AudioTowerConfig)
+    """Audio tower."""
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    """Text tower."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+    """Projection heads."""
+    init_logit_scale: float = 1 / 0.07
+    """Initial multiplier of the cosines."""
+    max_logit_scale: float = 100.0
+    """The multiplier is clamped to between 1 and this."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dictionary, JSON-able when `hf_config` and `feature_options` are."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CLAPConfig:
+        """Inverse of :meth:`to_dict`; fields that are left out keep their defaults.
+
+        Raises:
+            ConfigError: a key that is not a field, or a value of the wrong type; the message names its path.
+        """
+        return read_dataclass(cls, data)
+
+
+_T = typing.TypeVar("_T")
+
+
+def read_dataclass(cls: type[_T], data: Any, path: str = "") -> _T:
+    """A configuration dataclass from nested plain data, strictly.
+
+    Raises:
+        ConfigError: a key that is not a field, or a value of the wrong type; the message names its path.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path or 'the configuration'} must be a mapping, not {data!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = [f"{path}{'.' if path else ''}{key}" for key in data if key not in hints]
+    if unknown:
+        raise ConfigError(f"unknown configuration keys {', '.join(unknown)}; {cls.__name__} has {', '.join(hints)}")
+    return cls(**{key: _value(hints[key], value, f"{path}.{key}" if path else key) for key, value in data.items()})
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return read_dataclass(typing.cast(type, hint), value, path)
+    if not _fits(hint, value):
+        wanted = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+        raise ConfigError(f"{path} must be {wanted.removeprefix('typing.')}, not {value!r}")
+    return value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(member, value) for member in typing.get_args(hint))
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)

@@ -1,0 +1,20 @@
+"""From manifests to batches: rows, their order, decoding, and the embedded demo voices."""
+
+from __future__ import annotations
+
+from fastclap.data.dataset import BadClip, Batch, ClipDataset, Quarantine, eval_batches, make_loader
+from fastclap.data.manifest import Manifest, Row, load_manifest
+from fastclap.data.sampler import BatchSampler
+
+__all__ = [
+    "BadClip",
+    "Batch",
+    "BatchSampler",
+    "ClipDataset",
+    "Manifest",
+    "Quarantine",
+    "Row",
+    "eval_batches",
+    "load_manifest",
+    "make_loader",
+]

@@ -1,0 +1,464 @@
+"""Batches: decode the clips of one step, crop them, draw a caption for each, and replace what cannot be used.
+
+One item of the data set is one whole batch, so a loader process hands over one padded int16 tensor and nothing is
+collated twice. Every choice (crop, caption, replacement) is a hash of (seed, epoch, row), so a batch depends on its
+step alone: not on the number of loader processes, nor on where a run was resumed. A clip that cannot be used is
+replaced, so that the batch size holds, and reported with the batch; the training process keeps the list and stops the
+run when it grows too long.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastclap.audio import INT16_SCALE, AudioError, AudioFile
+from fastclap.data.manifest import Manifest, Row
+from fastclap.data.sampler import BatchSampler, clip_durations, draw
+from fastclap.errors import DataError
+
+MIN_SECONDS = 0.1
+_MAX_REPLACEMENTS = 64
+
+# What a hash is drawn for, so that the crop of a row tells nothing about its caption.
+_CROP, _CAPTION, _REPLACEMENT = 1, 2, 3
+
+
+class BadClip(NamedTuple):
+    """A clip that could not be used."""
+
+    row: int  # index in the manifest
+    path: str
+    reason: str
+    origin: str  # file and line of the manifest
+
+
+@dataclass
+class Batch:
+    """The clips and captions of one step, on one rank."""
+
+    step: int
+    epoch: int
+    audio: Tensor  # int16 [B, T], zero-padded
+    lengths: Tensor  # int64 [B], samples
+    mean: Tensor | None  # float32 [B], of the whole file before the crop, full scale = ±1; None unless asked for
+    std: Tensor | None  # float32 [B], population standard deviation, likewise
+    captions: list[str]
+    caption_ids: Tensor  # int64 [B], equal for equal captions on every rank
+    rows: list[int]  # the rows that were used, replacements included
+    bad: list[BadClip]  # the rows that could not be used
+
+    def pin_memory(self) -> Batch:
+        return self._map(Tensor.pin_memory)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with its tensors on ``device``; asynchronous from pinned memory with ``non_blocking``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _map(self, function: Any) -> Batch:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+
+
+class _Clip(NamedTuple):
+    wave: np.ndarray  # int16 [n]
+    mean: float
+    std: float
+
+
+class ClipDataset(Dataset[Batch]):
+    """Maps (step, epoch, rows), as :class:`~fastclap.data.BatchSampler` yields them, to a :class:`Batch`.
+
+    A clip is unusable, and replaced by another row of its source, if its file is missing, damaged, truncated or of an
+    unsupported type, is shorter than 0.1 s, has a NaN or infinite sample, or is all zeros.
+
+    Args:
+        manifest: the rows; its tensors are shared, not copied, with loader processes.
+        sampling_rate: rate in Hz to resample to.
+        crop_seconds: longer clips are cropped to this length at a random place. Only the crop is decoded, unless
+            ``file_statistics`` or ``cache_mb`` ask for the whole file.
+        seed: fixes crops, captions and replacements, together with epoch and row.
+        caption: which descriptions one is drawn from: "global", "fine", or "both", which first draws the kind (half and
+            half) and then the description. A row without one kind uses the other under "both".
+        file_statistics: fill ``Batch.mean`` and ``Batch.std``, for towers that normalise a file before it is cropped.
+        cache_mb: each process keeps up to this many MB of decoded clips, so that a small set is decoded only once.
+
+    Raises:
+        DataError: a row has no caption of the wanted kind; on indexing: no usable replacement was found.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        sampling_rate: int = 16000,
+        *,
+        crop_seconds: float = math.inf,
+        seed: int,
+        caption: Literal["global", "fine", "both"] = "global",
+        file_statistics: bool = False,
+        cache_mb: float = 0,
+    ) -> None:
+        self.manifest = manifest
+        self.sampling_rate = sampling_rate
+        self.crop = None if math.isinf(crop_seconds) else round(crop_seconds * sampling_rate)
+        self.seed = seed
+        self.caption = caption
+        self.file_statistics = file_statistics
+        self._cache = _ClipCache(round(cache_mb * 1e6))
+        if caption not in ("global", "fine", "both"):
+            raise DataError(f"caption={caption!r}: it is 'global', 'fine' or 'both'")
+        for row in manifest if caption == "fine" else ():
+            if not row.fine_captions:
+                raise DataError(f"{row.origin}: no fine_description; add one, or train with caption='global' or 'both'")
+
+    def __getitem__(self, item: tuple[int, int, list[int]]) -> Batch:
+        step, epoch, wanted = item
+        used = set(wanted)
+        rows: list[int] = []
+        clips: list[_Clip] = []
+        bad: list[BadClip] = []
+        for row in wanted:
+            used_row, clip = self._usable(epoch, row, used, bad)
+            rows.append(used_row)
+            clips.append(clip)
+        captions = [self._draw_caption(epoch, row) for row in rows]
+        audio, lengths = pad([clip.wave for clip in clips])
+        return Batch(
+            step=step,
+            epoch=epoch,
+            audio=audio,
+            lengths=lengths,
+            mean=torch.tensor([clip.mean for clip in clips]) if self.file_statistics else None,
+            std=torch.tensor([clip.std for clip in clips]) if self.file_statistics else None,
+            captions=captions,
+            caption_ids=torch.tensor([text_id(caption) for caption in captions], dtype=torch.int64),
+            rows=rows,
+            bad=bad,
+        )
+
+    def _usable(self, epoch: int, row: int, used: set[int], bad: list[BadClip]) -> tuple[int, _Clip]:
+        """The clip of ``row``, or of the first row that is drawn in its place and can be used."""
+        first, last = self._source_range(self.manifest[row].source)
+        candidate, reason = row, None
+        for attempt in range(_MAX_REPLACEMENTS):
+            if attempt:
+                candidate = first + draw(last - first, self.seed, epoch, row, _REPLACEMENT, attempt)
+                # A row must not be its own replacement; near the end, better twice in the batch than none.
+                if candidate == row or (candidate in used and attempt < _MAX_REPLACEMENTS // 2):
+                    continue
+            try:
+                clip = self._load(epoch, candidate)
+            except AudioError as error:
+                reason = str(error)
+                bad.append(BadClip(candidate, error.path, error.reason, self.manifest[candidate].origin))
+                continue
+            used.add(candidate)
+            return candidate, clip
+        raise DataError(
+            f"{self.manifest[row].origin}: neither this clip nor any of {_MAX_REPLACEMENTS} replacements can be used; "
+            f"the last one tried: {reason}; correct the manifest or the audio root"
+        )
+
+    def _source_range(self, source: int) -> tuple[int, int]:
+        first = sum(self.manifest.source_sizes[:source])
+        return first, first + self.manifest.source_sizes[source]
+
+    def _load(self, epoch: int, row: int) -> _Clip:
+        path = self.manifest[row].audio
+        clip = self._cache.get(path)
+        if clip is None:
+            with AudioFile(path, self.sampling_rate) as file:
+                length = file.num_samples
+                if self.crop and length > self.crop and not (self.file_statistics or self._cache.budget):
+                    wave = file.read(self._crop_start(epoch, row, length), self.crop)
+                    if wave.any():
+                        return _Clip(wave, math.nan, math.nan)
+                clip = _whole_clip(file)
+            self._cache.put(path, clip)
+        wave = clip.wave
+        if self.crop and len(wave) > self.crop:
+            start = self._crop_start(epoch, row, len(wave))
+            if not wave[start : start + self.crop].any():  # digital silence: move the crop to where there is sound
+                start = min(int(np.flatnonzero(wave)[0]), len(wave) - self.crop)
+            wave = wave[start : start + self.crop]
+        return clip._replace(wave=wave)
+
+    def _crop_start(self, epoch: int, row: int, length: int) -> int:
+        assert self.crop is not None
+        return draw(length - self.crop + 1, self.seed, epoch, row, _CROP)
+
+    def _draw_caption(self, epoch: int, row: int) -> str:
+        clip: Row = self.manifest[row]
+        kinds = {"global": (clip.captions,), "fine": (clip.fine_captions,), "both": (clip.captions, clip.fine_captions)}
+        choices = [captions for captions in kinds[self.caption] if captions]
+        if not choices:
+            raise DataError(f"{clip.origin}: no caption to draw from; load the manifest with captions required")
+        captions = choices[draw(len(choices), self.seed, epoch, row, _CAPTION)]
+        return captions[draw(len(captions), self.seed, epoch, row, _CAPTION, 1)]
+
+
+class _ClipCache:
+    """Whole decoded clips by path, up to a budget in bytes; what came first stays. Loader processes start it empty."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._left = budget
+        self._clips: dict[str, _Clip] = {}
+
+    def get(self, path: str) -> _Clip | None:
+        return self._clips.get(path)
+
+    def put(self, path: str, clip: _Clip) -> None:
+        if clip.wave.nbytes <= self._left:
+            self._left -= clip.wave.nbytes
+            self._clips[path] = clip
+
+    def __reduce__(self) -> tuple[type[_ClipCache], tuple[int]]:
+        return _ClipCache, (self.budget,)
+
+
+def _whole_clip(file: AudioFile) -> _Clip:
+    """A whole file with its statistics, or an AudioError if it is of no use for training."""
+    wave = file.read()
+    if len(wave) < MIN_SECONDS * file.sampling_rate:
+        seconds = len(wave) / file.sampling_rate
+        raise AudioError(file.path, f"too short: {seconds:.3f} s, at least {MIN_SECONDS} s are needed; remove its row")
+    # Sums of integers are exact, so the statistics do not depend on the order of summation.
+    wide = wave.astype(np.int64)
+    total, squares = int(wide.sum()), int(wide @ wide)
+    if not squares:
+        raise AudioError(file.path, "all samples are zero: the recording is silent; replace it or remove its row")
+    mean = total / len(wave)
+    variance = (squares - total * mean) / len(wave)
+    return _Clip(wave, mean / INT16_SCALE, math.sqrt(max(variance, 0.0)) / INT16_SCALE)
+
+
+def pad(waves: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """int16 waves of any length → (int16 [B, T] zero-padded, lengths int64 [B])."""
+    lengths = torch.tensor([len(wave) for wave in waves], dtype=torch.int64)
+    audio = torch.zeros(len(waves), int(lengths.max()), dtype=torch.int16)
+    view = audio.numpy()
+    for index, wave in enumerate(waves):
+        view[index, : len(wave)] = wave
+    return audio, lengths
+
+
+def text_id(text: str) -> int:
+    """A 63-bit BLAKE2b hash of the exact text, so that equal texts have equal ids in every process."""
+    return int.from_bytes(blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little") >> 1
+
+
+class Quarantine:
+    """The list of unusable clips of a run, kept in a JSON-lines file, and the limit on its length.
+
+    The file is read before it is added to, so several ranks may share it and a resumed run goes on counting.
+
+    Args:
+        path: the file, created with the first bad clip.
+        total_rows: rows of the training manifest.
+        max_bad_share: largest tolerable share of bad rows, 0 … 1.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], total_rows: int, max_bad_share: float) -> None:
+        self.path = os.fspath(path)
+        self.total_rows = total_rows
+        self.max_bad_share = max_bad_share
+        self._known: set[tuple[int, str]] = set()
+        self._position = 0
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, clips: Iterable[BadClip]) -> list[BadClip]:
+        """Record clips; returns those that are new.
+
+        Raises:
+            DataError: the share of bad rows exceeds ``max_bad_share``.
+        """
+        clips = list(clips)
+        if not clips:
+            return []
+        self._read()
+        new = list({(clip.row, clip.path): clip for clip in clips if (clip.row, clip.path) not in self._known}.values())
+        if new:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(clip._asdict()) + "\n" for clip in new))
+            self._known.update((clip.row, clip.path) for clip in new)
+        if len(self._known) > self.max_bad_share * self.total_rows:
+            last = clips[-1]
+            raise DataError(
+                f"{len(self._known)} of {self.total_rows} clips are unusable, more than the tolerated share "
+                f"{self.max_bad_share:g}; the last one is {last.origin}: {last.path}: {last.reason}. All are listed in "
+                f"{self.path}; repair or remove them, or raise the share (--data.max-bad-share)"
+            )
+        return new
+
+    def _read(self) -> None:
+        """Take in the lines that were written since the last call, by this process or another."""
+        if not os.path.exists(self.path):
+            return
+        with open(self.path, "rb+") as file:
+            file.seek(self._position)
+            lines = file.read()
+            if lines and not lines.endswith(b"\n"):  # a killed run left half a line
+                lines = lines[: lines.rfind(b"\n") + 1]
+                file.truncate(self._position + len(lines))
+        self._position += len(lines)
+        for line in lines.splitlines():
+            clip = json.loads(line)
+            self._known.add((clip["row"], clip["path"]))
+
+
+class _Relay(Dataset[Any]):
+    """Hands a DataError over as an item, because torch would bury its message in the traceback of the worker."""
+
+    def __init__(self, dataset: ClipDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, item: tuple[int, int, list[int]]) -> Batch | DataError:
+        try:
+            return self.dataset[item]
+        except DataError as error:
+            return error
+
+
+class Loader:
+    """Iterates over batches, decoded ahead in loader processes; see :func:`make_loader`."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        for item in self._loader:
+            if isinstance(item, DataError):
+                raise item
+            yield item
+
+
+def make_loader(
+    dataset: ClipDataset,
+    sampler: BatchSampler,
+    *,
+    num_workers: int = 0,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+) -> Loader:
+    """The batches of ``sampler`` in order, from its ``start_step`` to its ``stop_step``.
+
+    Args:
+        num_workers: loader processes; 0 decodes in the calling process. They come from a fork server, which has
+            imported torch once and holds no CUDA state, and end with the calling process even if that is killed.
+        prefetch: batches that each loader process keeps ready.
+        pin_memory: copy batches to pinned memory in a thread, for asynchronous transfer to a GPU.
+
+    Raises:
+        DataError: while iterating, what a loader process met; the message is the same as without processes.
+    """
+    context = None
+    if num_workers:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+    return Loader(
+        DataLoader(
+            _Relay(dataset),
+            batch_size=None,
+            sampler=sampler,
+            collate_fn=_identity,
+            num_workers=num_workers,
+            prefetch_factor=prefetch if num_workers else None,
+            pin_memory=pin_memory,
+            multiprocessing_context=context,
+            worker_init_fn=_end_with_parent,
+        )
+    )
+
+
+def _identity(item: Any) -> Any:
+    return item
+
+
+def _end_with_parent(worker: int) -> None:
+    """End this loader process with its parent. torch watches the fork server instead, which outlives a killed run."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def eval_batches(
+    manifest: Manifest,
+    sampling_rate: int,
+    batch_size: int,
+    *,
+    max_seconds: float | None = None,
+    bad: list[BadClip] | None = None,
+    threads: int = 4,
+) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor, Tensor]]:
+    """Every clip once, whole, longest first in batches of similar length, for evaluation and embedding.
+
+    Clips are decoded in threads one batch ahead of the caller.
+
+    Args:
+        max_seconds: use no more than the beginning of longer clips.
+        bad: unusable clips are appended to this list and left out; without a list they are an error.
+
+    Yields:
+        (rows, audio int16 [B, T] zero-padded, lengths int64 [B], mean float32 [B], std float32 [B]); mean and standard
+        deviation are those of the whole file in units of full scale = ±1.
+
+    Raises:
+        DataError: a clip is unusable and ``bad`` is None.
+    """
+
+    def load(row: int) -> tuple[int, _Clip | BadClip]:
+        path = manifest[row].audio
+        try:
+            with AudioFile(path, sampling_rate) as file:
+                return row, _whole_clip(file)
+        except AudioError as error:
+            return row, BadClip(row, path, error.reason, manifest[row].origin)
+
+    order = np.argsort(-clip_durations(manifest), kind="stable").tolist()
+    limit = None if max_seconds is None else round(max_seconds * sampling_rate)
+    starts = range(0, len(order), batch_size)
+    with ThreadPoolExecutor(threads) as pool:
+        ahead = [pool.submit(load, row) for row in order[:batch_size]]
+        for begin in starts:
+            current = ahead
+            ahead = [pool.submit(load, row) for row in order[begin + batch_size : begin + 2 * batch_size]]
+            rows, clips = [], []
+            for row, clip in (future.result() for future in current):
+                if isinstance(clip, _Clip):
+                    rows.append(row)
+                    clips.append(clip)
+                elif bad is None:
+                    pool.shutdown(cancel_futures=True)
+                    raise DataError(f"{clip.origin}: {clip.path}: {clip.reason}")
+                else:
+                    bad.append(clip)
+            if rows:
+                audio, lengths = pad([clip.wave[:limit] for clip in clips])
+                yield (
+                    rows,
+                    audio,
+                    lengths,
+                    torch.tensor([clip.mean for clip in clips]),
+                    torch.tensor([clip.std for clip in clips]),
+                )

@@ -1,0 +1,111 @@
+"""What this machine and this installation can do, found out without assuming that anything is installed.
+
+Every look is allowed to fail: a broken package is a finding with its reason, not a traceback, because a broken
+installation is what this is for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+from typing import Any
+
+NEEDED = (
+    *(
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "einops",
+        "numpy",
+        "scipy",
+        "soundfile",
+        "soxr",
+        "datasets",
+    ),
+    *("pyarrow", "scikit-learn", "rich", "tyro", "pydantic", "PyYAML", "matplotlib", "huggingface_hub"),
+)
+OPTIONAL = ("triton", "torchaudio", "nvidia-ml-py", "tensorboard", "wandb")
+NATIVE = ("torch", "triton", "torchaudio", "tokenizers", "soundfile", "soxr")  # installed is not yet loadable
+FORMATS = ("WAV", "FLAC", "OGG", "MP3")
+MINIMUM_TORCH = (2, 9)
+
+
+def diagnose() -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Findings by group (system, packages, gpu, engines, audio), all JSON-able, and the problems that need a remedy."""
+    problems: list[str] = []
+    packages: dict[str, str] = {}
+    modules: dict[str, Any] = {}
+    for name in (*NEEDED, *OPTIONAL):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = "missing" if name in NEEDED else "not installed (optional)"
+            if name in NEEDED:
+                problems.append(f"{name} is missing: pip install {name}")
+            continue
+        if name in NATIVE:
+            try:
+                modules[name] = importlib.import_module(name)
+            except Exception as error:  # a broken binary fails in many ways
+                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                packages[name] += f", does not load ({reason})"
+                if name in NEEDED:
+                    problems.append(f"{name} does not load ({reason}): install it again")
+    torch = modules.get("torch")
+    if torch is not None and tuple(int(part) for part in torch.__version__.split(".")[:2]) < MINIMUM_TORCH:
+        problems.append(f"torch {torch.__version__} is too old: fastclap needs {'.'.join(map(str, MINIMUM_TORCH))}")
+
+    gpu = _gpu(torch)
+    audio = _audio(modules.get("soundfile"))
+    missing = [name for name in FORMATS if "soundfile" in modules and name not in audio["formats"]]
+    if missing:
+        problems.append(f"libsndfile {audio['libsndfile']} reads no {', '.join(missing)}: pip install -U soundfile")
+    return {
+        "system": _system(torch),
+        "packages": packages,
+        "gpu": gpu,
+        "engines": _engines(torch, "triton" in modules, gpu["devices"]),
+        "audio": audio,
+    }, problems
+
+
+def _system(torch: Any) -> dict[str, Any]:
+    import fastclap
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "fastclap": fastclap.__version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        "CPU cores": cores,
+        "torch threads": torch.get_num_threads() if torch is not None else None,
+    }
+
+
+def _gpu(torch: Any) -> dict[str, Any]:
+    if torch is None:
+        return {"devices": [], "CUDA of torch": None}
+    devices = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            capability = f"compute capability {device.major}.{device.minor}"
+            devices.append(f"{device.name}, {device.total_memory / 2**30:.0f} GiB, {capability}")
+    return {"devices": devices, "CUDA of torch": torch.version.cuda or torch.version.hip}
+
+
+def _engines(torch: Any, triton: bool, devices: list[str]) -> dict[str, str]:
+    if torch is None:
+        return {"torch": "no: torch does not load", "triton": "no: torch does not load"}
+    usable = "yes" if devices else "no: there is no GPU"
+    return {"torch": "yes", "triton": usable if triton else "no: triton does not load"}
+
+
+def _audio(soundfile: Any) -> dict[str, Any]:
+    if soundfile is None:
+        return {"libsndfile": None, "formats": []}
+    return {"libsndfile": soundfile.__libsndfile_version__, "formats": sorted(soundfile.available_formats())}

@@ -1,0 +1,299 @@
+"""From a model and a manifest to figures. Audio is embedded once, whatever is then measured on it.
+
+The command line and the validation of a training run call the same function, so a figure in a log and one in a report
+mean the same. A validation must not change the training around it: modules get their training flags back and the random
+generators of Python, NumPy and torch their states. Clips that cannot be read are left out and listed: a figure never
+hides how many clips it stands on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastclap.data import BadClip, Manifest, eval_batches
+from fastclap.errors import DataError, ModelError
+from fastclap.evaluation.metrics import classification, prompt_ensemble, retrieval, unique_texts
+from fastclap.model import CLAP
+from fastclap.prompts import DEFAULT_TEMPLATE, fill_template
+
+Captions = Literal["global", "fine"]
+CaptionsPerClip = Literal["first", "all"]
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """A manifest column to classify zero-shot.
+
+    `prompts` gives each class its sentences, which are averaged as unit vectors; without it every class fills the
+    `template` (see :func:`fastclap.prompts.fill_template`). `classes` are the candidates, by default those of
+    `prompts`, else all values of the column, sorted.
+    """
+
+    column: str = "classification_tag"
+    template: str = DEFAULT_TEMPLATE
+    prompts: Mapping[str, Sequence[str]] | None = None
+    classes: Sequence[str] | None = None
+
+
+def evaluate(
+    model: CLAP,
+    manifest: Manifest,
+    *,
+    captions: Sequence[Captions] | None = None,
+    tasks: Sequence[ClassificationTask] | None = None,
+    captions_per_clip: CaptionsPerClip = "first",
+    batch_size: int = 32,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Retrieval and zero-shot classification on one manifest, whose audio is embedded once, on the model's device.
+
+    Args:
+        model: in any mode, which it keeps.
+        captions: the sets to retrieve with: "global" (text_description), "fine" (fine_description); default: those
+            that the manifest has.
+        tasks: the columns to classify; default: classification_tag if the manifest has it.
+        captions_per_clip: "first" pairs each clip with its first caption only; with "all" every caption of a clip is a
+            text of its own, and a clip's rank is that of its best-ranked caption. Equal texts are one text either way.
+        batch_size: clips embedded at a time.
+        progress: show a bar on a terminal, lines otherwise, on stderr.
+
+    Returns:
+        A JSON-able dict: `clips` (those that the figures stand on), `skipped` (row, path and reason of the others),
+        `retrieval` by caption set and `classification` by column, as :func:`fastclap.evaluation.retrieval` and
+        :func:`fastclap.evaluation.classification` describe them, and `time` in seconds (nothing else differs between
+        two evaluations of the same model). A clip without a caption of a set has no part in that retrieval
+        (`clips_without_caption`). A clip has no part in a classification if its column names none of the classes
+        (`clips_without_class`) or several (`clips_with_several`).
+
+    Raises:
+        DataError: the manifest is empty, lacks a column, captions or classes asked for, or has no readable clip.
+        ModelError: an embedding is not finite.
+    """
+    if len(manifest) == 0:
+        raise DataError("the manifest is empty: there is nothing to evaluate")
+    if captions is None:
+        sets: tuple[Captions, ...] = ("global", "fine")
+        captions = [name for name in sets if any(_captions(row, name) for row in manifest)]
+    if tasks is None:
+        tasks = [ClassificationTask()] if any(row.classification_tag for row in manifest) else []
+    for name in captions:
+        if not any(_captions(row, name) for row in manifest):
+            column = "text_description" if name == "global" else "fine_description"
+            raise DataError(f"the manifest has no {name} captions (column {column})")
+    candidates = [_candidates(manifest, task) for task in tasks]
+
+    start = time.perf_counter()
+    with _training_untouched(model):
+        audio, rows, skipped = _embed_audio(model, manifest, batch_size, progress)
+        audio_seconds = time.perf_counter() - start
+        result: dict[str, Any] = {
+            "clips": len(rows),
+            "skipped": [{"row": bad.row, "path": bad.path, "reason": bad.reason} for bad in skipped],
+            "retrieval": {
+                name: _retrieval(
+                    model, audio, [_captions(manifest[row], name) for row in rows], name, captions_per_clip
+                )
+                for name in captions
+            },
+            "classification": {
+                task.column: _classification(
+                    model, audio, [_tags(manifest[row], task.column) for row in rows], task, names
+                )
+                for task, names in zip(tasks, candidates, strict=True)
+            },
+        }
+    seconds = time.perf_counter() - start
+    return {**result, "time": {"seconds": round(seconds, 3), "audio_seconds": round(audio_seconds, 3)}}
+
+
+def evaluate_retrieval(
+    model: CLAP,
+    manifest: Manifest,
+    *,
+    captions: Captions = "global",
+    captions_per_clip: CaptionsPerClip = "first",
+    batch_size: int = 32,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """:func:`evaluate` with one caption set and no classification."""
+    return evaluate(
+        model,
+        manifest,
+        captions=[captions],
+        tasks=[],
+        captions_per_clip=captions_per_clip,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def evaluate_classification(
+    model: CLAP,
+    manifest: Manifest,
+    *,
+    column: str = "classification_tag",
+    template: str = DEFAULT_TEMPLATE,
+    prompts: Mapping[str, Sequence[str]] | None = None,
+    classes: Sequence[str] | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """:func:`evaluate` with one classification and no retrieval."""
+    task = ClassificationTask(column, template, prompts, classes)
+    return evaluate(model, manifest, captions=[], tasks=[task], batch_size=batch_size, progress=progress)
+
+
+def _embed_audio(
+    model: CLAP, manifest: Manifest, batch_size: int, progress: bool
+) -> tuple[Tensor, list[int], list[BadClip]]:
+    """Embeddings [clips, D] of the readable clips in the manifest's order, their rows, and the other clips."""
+    found: list[Tensor] = []
+    rows: list[int] = []
+    skipped: list[BadClip] = []
+    with _progress(len(manifest), progress) as advance:
+        for batch, waves, lengths, _, _ in eval_batches(manifest, model.sampling_rate, batch_size, bad=skipped):
+            rows += batch
+            found.append(model.embed_audio(waves, lengths, sampling_rate=model.sampling_rate, batch_size=batch_size))
+            advance(len(rows) + len(skipped))
+    if not rows:
+        raise DataError(
+            f"none of the {len(manifest)} clips can be used; the first: {skipped[0].path}: {skipped[0].reason}"
+        )
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    audio, rows = torch.cat(found)[order], [rows[i] for i in order]
+    finite = audio.isfinite().all(dim=1)
+    if not finite.all():
+        bad = (~finite).nonzero().flatten().tolist()
+        raise ModelError(
+            f"the model gives NaN or infinity for {len(bad)} of {len(rows)} clips, first for "
+            f"{manifest[rows[bad[0]]].audio}: its weights are damaged or overflow in this precision"
+        )
+    return audio, rows, sorted(skipped, key=lambda clip: clip.row)
+
+
+def _retrieval(
+    model: CLAP, audio: Tensor, captions: Sequence[Sequence[str]], name: str, captions_per_clip: CaptionsPerClip
+) -> dict[str, Any]:
+    kept = [i for i, texts in enumerate(captions) if texts]
+    if not kept:
+        raise DataError(f"no clip with a {name} caption can be read")
+    texts, ids = unique_texts([captions[i][:1] if captions_per_clip == "first" else captions[i] for i in kept])
+    figures = retrieval(audio[kept], model.embed_text(texts), ids, range(len(texts)))
+    return {
+        "captions_per_clip": captions_per_clip,
+        "clips": len(kept),
+        "texts": len(texts),
+        "clips_without_caption": len(captions) - len(kept),
+        **figures,
+    }
+
+
+def _classification(
+    model: CLAP, audio: Tensor, tags: Sequence[Sequence[str]], task: ClassificationTask, classes: Sequence[str]
+) -> dict[str, Any]:
+    candidates = [[tag for tag in dict.fromkeys(values) if tag in set(classes)] for values in tags]
+    kept = [i for i, found in enumerate(candidates) if len(found) == 1]
+    if not kept:
+        raise DataError(f"column {task.column!r}: no readable clip has exactly one of the classes {', '.join(classes)}")
+    prompts = [task.prompts[name] if task.prompts else [fill_template(task.template, name)] for name in classes]
+    owner = [i for i, texts in enumerate(prompts) for _ in texts]
+    class_emb = prompt_ensemble(model.embed_text([text for texts in prompts for text in texts]), owner, len(classes))
+    return {
+        "template": None if task.prompts else task.template,
+        "clips_without_class": sum(not found for found in candidates),
+        "clips_with_several": sum(len(found) > 1 for found in candidates),
+        **classification(audio[kept], class_emb, [candidates[i][0] for i in kept], classes),
+    }
+
+
+def _candidates(manifest: Manifest, task: ClassificationTask) -> list[str]:
+    """The candidate classes of a task, after the checks that need no model."""
+    found = sorted({tag for row in manifest for tag in _tags(row, task.column)})
+    if not found:
+        has_tag = any(row.classification_tag for row in manifest)
+        available = [*(["classification_tag"] if has_tag else []), *manifest.columns]
+        raise DataError(
+            f"the manifest has no column {task.column!r} to classify; it has: {', '.join(available) or 'no tag column'}"
+        )
+    classes = list(task.classes or task.prompts or found)
+    if len(set(classes)) < len(classes):
+        raise DataError(f"column {task.column!r}: a class is given twice in {', '.join(classes)}")
+    if not set(classes) & set(found):
+        raise DataError(
+            f"column {task.column!r} has none of the classes {', '.join(classes)}; it has: {_abridged(found)}"
+        )
+    if task.prompts:
+        missing = [name for name in classes if not task.prompts.get(name)]
+        if missing:
+            raise DataError(
+                f"no prompt for class {missing[0]!r}; there are prompts for: {_abridged(list(task.prompts))}"
+            )
+    else:
+        fill_template(task.template, classes[0])
+    return classes
+
+
+def _captions(row: Any, name: Captions) -> tuple[str, ...]:
+    return row.captions if name == "global" else row.fine_captions
+
+
+def _tags(row: Any, column: str) -> tuple[str, ...]:
+    if column == "classification_tag":
+        return (row.classification_tag,) if row.classification_tag else ()
+    return row.tags.get(column, ())
+
+
+def _abridged(names: Sequence[str]) -> str:
+    return ", ".join(names[:30]) + (f" and {len(names) - 30} more" if len(names) > 30 else "")
+
+
+@contextlib.contextmanager
+def _training_untouched(model: CLAP) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module's flag and every generator is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _progress(total: int, show: bool) -> Iterator[Any]:
+    """A callable that is told how many clips are done: a bar on a terminal, else a line now and then, on stderr."""
+    if not show:
+        yield lambda done: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("embedding clips"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda done: bar.update(task, completed=done)
+    else:
+        last = time.monotonic()
+
+        def advance(done: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= 10 or done == total:
+                last = time.monotonic()
+                print(f"embedded {done} of {total} clips", file=sys.stderr, flush=True)
+
+        yield advance

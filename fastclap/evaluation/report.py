@@ -1,0 +1,460 @@
+"""One page about a model: figures beside their chance levels, curves, confusion matrices, configuration.
+
+``report.html`` holds its pictures inside itself, so it can be mailed or archived as one file; the same pictures lie
+beside it as PNG and the numbers as JSON. Pictures are drawn without pyplot, so no window system and no global state is
+touched, in the Okabe-Ito colours, which colour-blind readers tell apart. Every file is written aside and renamed:
+whoever looks sees the old report or the new one.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastclap.errors import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#767676"
+DIRECTIONS = {"audio_to_text": "audio → text", "text_to_audio": "text → audio"}
+RETRIEVAL = ("R@1", "R@5", "R@10", "mAP@10", "median_rank", "mean_rank")
+MAX_SKIPPED = 20  # clips listed on the page; report.json has all
+MAX_ANNOTATED = 30  # classes up to which the cells of a confusion matrix hold their counts
+
+
+def write_report(
+    folder: str | Path, *, results: Mapping[str, Any] | None = None, run: str | Path | None = None
+) -> Path:
+    """Write ``report.html``, its PNGs and ``report.json`` into `folder` (made if needed); returns the path of the page.
+
+    `results` is what :func:`fastclap.evaluation.evaluate` returns. `run` is a run folder of fastclap-train: its
+    ``metrics.jsonl`` gives the training curves, and the last validation the figures if `results` is not given.
+
+    Raises DataError when `run` holds no readable ``metrics.jsonl``, and ValueError when neither is given.
+    """
+    if results is None and run is None:
+        raise ValueError("write_report needs results, a run folder, or both")
+    training: list[dict[str, Any]] = []
+    validation: list[dict[str, Any]] = []
+    details: dict[str, Any] = {}
+    if run is not None:
+        records = read_metrics(Path(run) / "metrics.jsonl")
+        training = [record for record in records if record["kind"] == "train"]
+        validation = [record for record in records if record["kind"] == "valid"]
+        details = _run_details(Path(run), training)
+    if results is None:
+        results = validation[-1] if validation else {}
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = _pictures(results, training, validation)
+    for name, png in pictures.items():
+        write_atomic(folder / f"{name}.png", png)
+    data = {**results, "run": details} if details else dict(results)
+    write_atomic(folder / "report.json", json.dumps(_finite(data), indent=1, ensure_ascii=False).encode())
+    write_atomic(folder / "report.html", _page(results, details, pictures).encode())
+    return folder / "report.html"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``, in order; a last line that was cut off while being written is left out.
+
+    Raises DataError when the file is missing or another line is not a record.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); a run folder of fastclap-train has it") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            record["kind"], record["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}:{number}: not a record with kind and step; remove the line") from error
+        records.append(record)
+    return records
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it is never seen half-written: aside, flushed to the disk, then renamed."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# ---- pictures ----
+
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.edgecolor": "#999999",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.handlelength": 2.8,
+    "lines.linewidth": 1.6,
+}
+
+
+def _pictures(
+    results: Mapping[str, Any], training: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]
+) -> dict[str, bytes]:
+    import matplotlib
+
+    pictures = {}
+    with matplotlib.rc_context(STYLE):
+        if training:
+            pictures["training"] = _png(training_curves(training, validation))
+        if results.get("retrieval"):
+            pictures["recall"] = _png(recall_curves(results["retrieval"]))
+        for column, figures in results.get("classification", {}).items():
+            name = re.sub(r"[^A-Za-z0-9_-]+", "_", column)
+            pictures[f"confusion-{name}"] = _png(confusion_matrix(column, figures))
+    return pictures
+
+
+def training_curves(training: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]) -> Figure:
+    """Loss, learning rate and logit scale over the steps; with two validations or more also their R@k and UAR."""
+    recalls, uars = _validation_series(validation)
+    bottom = [panel for panel in (recalls, uars) if panel] if len(validation) > 1 else []
+    figure = _figure(10, 3.0 if not bottom else 6.0)
+    rows = figure.subfigures(2 if bottom else 1, 1, squeeze=False)[:, 0]  # each row is divided by itself
+    loss, rate, scale = rows[0].subplots(1, 3, width_ratios=(1.6, 1, 1))
+
+    steps, values = _series(training, "loss")
+    if len(values) > 40:
+        loss.plot(steps, values, color=SKY, linewidth=0.7, alpha=0.7, label="each record")
+        loss.plot(steps, _smooth(values), color=BLUE, linewidth=1.8, label="running mean")
+        loss.legend()
+    else:
+        loss.plot(steps, values, color=BLUE, marker="o" if len(values) < 3 else None)
+    _decorate(loss, "training loss", zero=True)
+    rate.plot(*_series(training, "learning_rate"), color=GREEN)
+    rate.yaxis.set_major_formatter("{x:g}")
+    _decorate(rate, "learning rate", zero=True)
+    scale.plot(*_series(training, "logit_scale"), color=ORANGE)
+    _decorate(scale, "logit scale")
+
+    if bottom:
+        panels = rows[1].subplots(1, len(bottom), squeeze=False)[0]
+        for panel, lines in zip(panels, bottom, strict=True):
+            for label, (colour, style, steps, values, chance) in lines.items():
+                panel.plot(steps, values, color=colour, linestyle=style, marker="o", markersize=3, label=label)
+                panel.axhline(chance, color=colour, linestyle=":", linewidth=1)
+            title = "validation recall" if lines is recalls else "validation UAR"
+            _decorate(panel, f"{title} (dotted: chance)", share=True)
+            panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def recall_curves(retrieval: Mapping[str, Any]) -> Figure:
+    """Recall over the number of candidates looked at, a panel a direction, a line a caption set, chance dashed."""
+    figure = _figure(10, 3.6)
+    for axes, (direction, title) in zip(figure.subplots(1, 2, sharey=True), DIRECTIONS.items(), strict=True):
+        ticks: set[int] = set()
+        for (captions, figures), colour in zip(retrieval.items(), (BLUE, RED, GREEN, PINK), strict=False):
+            curve = figures[direction]["curve"]
+            axes.plot(curve["k"], curve["recall"], color=colour, marker="o", markersize=4, label=f"{captions} captions")
+            axes.plot(
+                curve["k"], curve["chance"], color=colour, linestyle=":", linewidth=1.2, label=f"{captions}: chance"
+            )
+            ticks.update(curve["k"])
+        shown = [k for k in sorted(ticks) if k not in (3, 30, 300)]
+        axes.set_xscale("log")
+        axes.set_xticks(shown, [str(k) for k in shown])
+        axes.minorticks_off()
+        _decorate(axes, title, share=True)
+        axes.set_xlabel("candidates looked at, k")
+    figure.axes[0].set_ylabel("recall@k")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def confusion_matrix(column: str, figures: Mapping[str, Any]) -> Figure:
+    """Counts on colours that show the share of the true class's clips, and that class's recall as a bar beside it."""
+    import matplotlib
+
+    classes, confusion, rows = figures["classes"], figures["confusion"], figures["per_class"]
+    size = len(classes)
+    side = max(2.4, min(0.46 * size, 11))
+    longest = max(len(name) for name in classes)
+    figure = _figure(side + 0.09 * longest + 4.2, side + 0.075 * longest + 1.3)
+    matrix, bars = figure.subplots(1, 2, sharey=True, width_ratios=(side, 2.6))
+
+    shares = [[count / sum(row) if sum(row) else math.nan for count in row] for row in confusion]
+    blues = matplotlib.colormaps["Blues"].with_extremes(bad="#eeeeee")  # bad: a class without clips has no shares
+    matrix.imshow(shares, cmap=blues, vmin=0, vmax=1, aspect="auto")
+    matrix.set_xticks(range(size), classes, rotation=90 if size > 4 or longest > 10 else 0)
+    matrix.set_yticks(range(size), [f"{row['class']} ({row['clips']})" for row in rows])
+    matrix.set_xlabel("given class")
+    matrix.set_ylabel("true class (clips)")
+    matrix.set_title(f"{column}: clips, coloured by share of the row", loc="left")
+    if size <= MAX_ANNOTATED:
+        for i, row in enumerate(confusion):
+            for j, count in enumerate(row):
+                if count:
+                    dark = shares[i][j] > 0.55
+                    weight = "bold" if i == j else "normal"
+                    matrix.text(
+                        j, i, count, ha="center", va="center", color="white" if dark else "#222222", weight=weight
+                    )
+    matrix.spines[:].set_visible(False)
+    matrix.tick_params(length=0)
+
+    recall = [row["recall"] if row["recall"] is not None else 0 for row in rows]
+    bars.barh(range(size), recall, color=BLUE, height=0.66)
+    for i, row in enumerate(rows):
+        text = "–" if row["recall"] is None else f"{100 * row['recall']:.0f}"
+        bars.text(1.17, i, text, va="center", ha="right", fontsize=8)
+    chance = bars.axvline(figures["chance"], color=GREY, linestyle="--", linewidth=1.1)
+    mean = bars.axvline(figures["uar"], color=RED, linewidth=1.1)
+    bars.set_xlim(0, 1.2)
+    bars.set_xticks((0, 0.5, 1), ("0", "50", "100"))
+    bars.set_xlabel("recall (%)")
+    bars.tick_params(axis="y", length=0, labelleft=False)
+    bars.spines[["top", "right", "left"]].set_visible(False)
+    labels = (f"chance {100 * figures['chance']:.0f}", f"UAR {100 * figures['uar']:.1f}")
+    bars.legend((chance, mean), labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _decorate(axes: Axes, title: str, *, zero: bool = False, share: bool = False) -> None:
+    axes.set_title(title, loc="left")
+    axes.grid(axis="y", color="#e3e3e3", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("step")
+    if zero:
+        axes.set_ylim(bottom=0)
+    if share:
+        axes.set_ylim(0, 1.02)
+        axes.set_yticks((0, 0.25, 0.5, 0.75, 1), ("0", "25 %", "50 %", "75 %", "100 %"))
+
+
+def _series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    pairs = [(r["step"], r[key]) for r in records if isinstance(r.get(key), (int, float)) and math.isfinite(r[key])]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+_Line = tuple[str, str, list[int], list[float], float]
+
+
+def _validation_series(validation: Sequence[dict[str, Any]]) -> tuple[dict[str, _Line], dict[str, _Line]]:
+    recalls: dict[str, _Line] = {}
+    uars: dict[str, _Line] = {}
+    for record in validation:
+        for captions, colours in (("global", (BLUE, SKY)), ("fine", (RED, ORANGE))):
+            for (direction, title), colour in zip(DIRECTIONS.items(), colours, strict=True):
+                figures = record.get("retrieval", {}).get(captions, {}).get(direction)
+                if figures:
+                    for key, style in (("R@1", "-"), ("R@10", "--")):
+                        new: _Line = (colour, style, [], [], figures["chance"][key])
+                        line = recalls.setdefault(f"{captions}, {title}, {key}", new)
+                        line[2].append(record["step"])
+                        line[3].append(figures[key])
+        for (column, figures), colour in zip(
+            record.get("classification", {}).items(), (BLUE, RED, GREEN, ORANGE, PINK, SKY), strict=False
+        ):
+            line = uars.setdefault(column, (colour, "-", [], [], figures["chance"]))
+            line[2].append(record["step"])
+            line[3].append(figures["uar"])
+    return recalls, uars
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Centred running mean over a twentieth of the series, shorter at its ends."""
+    reach = max(1, len(values) // 40)
+    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+    return stream.getvalue()
+
+
+# ---- page ----
+
+
+def _page(results: Mapping[str, Any], details: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    subject = details.get("folder") or results.get("model") or "evaluation"
+    parts = [f"<h1>fastclap report</h1><p class=subject>{_text(subject)}</p>", _summary(results, details)]
+    if results.get("classification"):
+        parts += ["<h2>Zero-shot classification</h2>", _classification_table(results["classification"])]
+        parts += [_picture(name, png) for name, png in pictures.items() if name.startswith("confusion-")]
+    if results.get("retrieval"):
+        parts += ["<h2>Retrieval</h2>", _retrieval_table(results["retrieval"])]
+    for name, title in (("recall", ""), ("training", "<h2>Training</h2>")):
+        if name in pictures:
+            parts += [title, _picture(name, pictures[name])]
+    skipped = results.get("skipped", [])
+    if skipped:
+        rows = [[clip["row"], clip["path"], clip["reason"]] for clip in skipped[:MAX_SKIPPED]]
+        more = f"<p>… and {len(skipped) - MAX_SKIPPED} more in report.json</p>" if len(skipped) > MAX_SKIPPED else ""
+        parts += [f"<h2>Skipped clips ({len(skipped)})</h2>", _table(["row", "file", "reason"], rows), more]
+    if details.get("environment"):
+        rows = [[key, value] for key, value in _flatten(details["environment"])]
+        parts.append(f"<details><summary>Environment</summary>{_table(['', ''], rows)}</details>")
+    if details.get("config"):
+        parts.append(f"<details><summary>Configuration</summary><pre>{_text(details['config'])}</pre></details>")
+    return _HTML.replace("{title}", _text(subject)).replace("{body}", "\n".join(part for part in parts if part))
+
+
+def _summary(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+    facts: list[tuple[str, Any]] = [("model", results.get("model")), ("data", ", ".join(results.get("data", [])))]
+    if details:
+        facts += [("training steps", details.get("steps")), ("last training loss", details.get("loss"))]
+        facts += [("clips per second", details.get("clips_per_second"))]
+        facts += [("figures from", f"validation at step {results['step']}" if "step" in results else None)]
+    facts += [("clips evaluated", results.get("clips")), ("clips skipped", len(results.get("skipped", [])) or None)]
+    rows = [[name, value] for name, value in facts if value not in (None, "")]
+    return _table(["", ""], rows) if rows else ""
+
+
+def _retrieval_table(retrieval: Mapping[str, Any]) -> str:
+    rows = []
+    for captions, both in retrieval.items():
+        for direction, title in DIRECTIONS.items():
+            figures = both[direction]
+            cells = [_with_chance(figures[key], figures["chance"][key], key) for key in RETRIEVAL]
+            rows.append([f"{captions}, {title}", figures["queries"], figures["candidates"], *cells])
+    heads = [
+        "captions, direction",
+        "queries",
+        "candidates",
+        "R@1 %",
+        "R@5 %",
+        "R@10 %",
+        "mAP@10 %",
+        "median rank",
+        "mean rank",
+    ]
+    note = (
+        "<p class=note>Grey: a random order of the candidates. Equal texts are one candidate; ties count as losses.</p>"
+    )
+    return _table(heads, rows) + note
+
+
+def _classification_table(classification: Mapping[str, Any]) -> str:
+    rows = []
+    for column, figures in classification.items():
+        accuracy = f"{_percent(figures['accuracy'])} <small>majority {_percent(figures['majority_accuracy'])}</small>"
+        uar = f"{_percent(figures['uar'])} <small>chance {_percent(figures['chance'])}</small>"
+        cells = [_Markup(accuracy), _Markup(uar), _percent(figures["macro_f1"])]
+        rows.append(
+            [column, figures["clips"], len(figures["classes"]), *cells, figures.get("template") or "prompt list"]
+        )
+    return _table(["column", "clips", "classes", "accuracy (WA) %", "UAR (UA) %", "macro-F1 %", "prompt"], rows)
+
+
+class _Markup(str):
+    """Text that is HTML already."""
+
+
+def _with_chance(value: float, chance: float, key: str) -> _Markup:
+    show = _rank if key.endswith("rank") else _percent
+    return _Markup(f"{show(value)} <small>{show(chance)}</small>")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _rank(rank: float) -> str:
+    return f"{rank:.1f}".removesuffix(".0")
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{_text(cell)}</th>" for cell in heads)
+    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>{f'<thead><tr>{head}</tr></thead>' if any(heads) else ''}<tbody>{body}</tbody></table>"
+
+
+def _picture(name: str, png: bytes) -> str:
+    return f'<img alt="{_text(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, _Markup) else html.escape(str(value))
+
+
+def _run_details(run: Path, training: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    details: dict[str, Any] = {"folder": str(run)}
+    if training:
+        details |= {"steps": training[-1]["step"], "loss": round(training[-1].get("loss", math.nan), 4)}
+        speeds = [
+            record["time"]["clips_per_second"] for record in training if "clips_per_second" in record.get("time", {})
+        ]
+        if speeds:
+            details["clips_per_second"] = round(sorted(speeds)[len(speeds) // 2], 1)
+    if (run / "environment.json").exists():
+        details["environment"] = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    if (run / "config.yaml").exists():
+        details["config"] = (run / "config.yaml").read_text(encoding="utf-8")
+    return details
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}{' · ' if prefix else ''}{key}")
+    else:
+        yield prefix, ", ".join(str(item) for item in value) if isinstance(value, list) else value
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_HTML = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>fastclap report: {title}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1080px; margin: 2em auto; }
+body { padding: 0 1em; overflow-wrap: anywhere; }
+h1 { font-size: 1.5em; margin: 0; }
+h2 { font-size: 1.15em; margin: 1.8em 0 .5em; border-bottom: 1px solid #ddd; }
+.subject { color: #555; margin: 0 0 1em; }
+.note { color: #767676; font-size: .85em; margin: .3em 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .4em 0; font-size: .93em; }
+th, td { text-align: left; padding: .25em .9em .25em 0; vertical-align: top; border-bottom: 1px solid #eee; }
+th { font-weight: 600; border-bottom: 1px solid #999; }
+small { color: #767676; white-space: nowrap; margin-left: .3em; }
+img { display: block; max-width: 100%; margin: 1em 0; }
+pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: .85em; }
+summary { cursor: pointer; margin-top: 1em; font-weight: 600; }
+</style></head><body>
+{body}
+</body></html>
+"""

@@ -1,0 +1,173 @@
+"""`LogMel`: the log-mel front-ends of the CLAP family by name, as a module that takes raw waveforms and their lengths.
+
+A preset is a set of numbers for `fastclap.kernels.logmel.log_mel`, taken from the code that its models were trained
+with; any of them can be overridden. The module has no parameters and no buffers: it runs wherever the waveform is, adds
+nothing to a checkpoint, and can stand inside a model, so that features are made on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import warnings
+from types import MappingProxyType
+
+from torch import Tensor, nn
+
+from fastclap.kernels.logmel import LogMelSpec, log_mel, mel_bank
+
+# The floor of torchaudio.compliance.kaldi: the spacing of float32 at 1.
+_EPSILON = 2.0**-23
+
+_KALDI = LogMelSpec(
+    sampling_rate=16000,
+    n_fft=512,
+    win_length=400,
+    hop_length=160,
+    n_mels=80,
+    window="povey",
+    framing="snip_edges",
+    remove_dc=True,
+    preemphasis=0.97,
+    mel_scale="kaldi",
+    f_min=20.0,
+    floor=_EPSILON,
+)
+_CLAP = LogMelSpec(
+    sampling_rate=48000,
+    n_fft=1024,
+    win_length=1024,
+    hop_length=480,
+    n_mels=64,
+    mel_scale="slaney",
+    mel_norm="slaney",
+    f_min=50.0,
+    f_max=14000.0,
+    log="db",
+)
+
+PRESETS = MappingProxyType(
+    {
+        "whisper": LogMelSpec(
+            sampling_rate=16000,
+            n_fft=400,
+            win_length=400,
+            hop_length=160,
+            n_mels=80,
+            mel_scale="slaney",
+            mel_norm="slaney",
+            f_max=8000.0,
+            log="log10",
+            dynamic_range=8.0,
+            mean=-4.0,
+            std=4.0,
+            drop_last_frame=True,
+        ),
+        "kaldi": _KALDI,
+        "clap": _CLAP,
+        "clap-fusion": dataclasses.replace(_CLAP, mel_scale="htk", mel_norm=None),
+        "ast": dataclasses.replace(
+            _KALDI,
+            n_mels=128,
+            window="hann_symmetric",
+            mean=-4.2677393,
+            std=2 * 4.5689974,
+            num_frames=1024,
+            padding_value=0.0,
+        ),
+        "beats": dataclasses.replace(_KALDI, n_mels=128, input_scale=32768.0, mean=15.41663, std=2 * 6.55582),
+        "clsp": dataclasses.replace(_KALDI, n_mels=128, framing="no_snip_edges", f_max=7600.0, floor=1e-10),
+        "torchaudio": LogMelSpec(sampling_rate=16000, n_fft=400, win_length=400, hop_length=200, n_mels=128),
+    }
+)
+
+
+class LogMel(nn.Module):
+    """Log-mel features of a padded batch: `features, frame_lengths = LogMel("whisper")(waveform, lengths)`.
+
+    Presets, each equal to its origin on a whole clip:
+
+      whisper      transformers.WhisperFeatureExtractor; n_mels=128 for large-v3. It pads every clip with zeros to 30 s
+                   first: to feed a Whisper encoder do the same (480,000 samples) and pass no lengths.
+      kaldi        torchaudio.compliance.kaldi.fbank(num_mel_bins=80) on a waveform in [-1, 1]; Kaldi itself reads
+                   16-bit values: input_scale=32768. framing="no_snip_edges" is snip_edges=False.
+      clap         LAION-CLAP and transformers.ClapFeatureExtractor, truncation="rand_trunc" (mel bank of librosa)
+      clap-fusion  the same, truncation="fusion" (mel bank of torchaudio); one channel, not its stack of four
+      ast          transformers.ASTFeatureExtractor: 1024 frames
+      beats        BEATs' preprocess: Kaldi on 16-bit values, normalised
+      clsp         CLSP and lhotse: Kaldi, snip_edges=False, 128 mels, 20-7600 Hz, floor 1e-10
+      torchaudio   MelSpectrogram() with its defaults, then log(max(mel, 1e-10))
+
+    Overrides are the fields of `fastclap.kernels.logmel.LogMelSpec`; window and hop stay in samples when sampling_rate
+    changes. Two that are often asked for:
+
+      speech from scratch  LogMel("kaldi", framing="no_snip_edges", mean=..., std=...)
+      MS-CLAP 2023         LogMel("clap", sampling_rate=44100, hop_length=320, mel_sampling_rate=32000): its bank was
+                           laid out for 32 kHz
+
+    Dither is noise, for training: it is left out in eval mode, so that embeddings are reproducible.
+
+    Raises ValueError for an unknown preset or override and for a value out of range, and warns when overrides leave
+    mel filters that no DFT bin falls into (their feature is constant).
+    """
+
+    def __init__(self, preset: str, **overrides: object) -> None:
+        super().__init__()
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+        fields = [field.name for field in dataclasses.fields(LogMelSpec)]
+        for name in overrides:
+            if name not in fields:
+                close = difflib.get_close_matches(name, fields, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else f": choose among {', '.join(fields)}"
+                raise ValueError(f"LogMel({preset!r}) has no option {name!r}{hint}")
+        self.preset = preset
+        self.overrides = dict(overrides)
+        self.spec = dataclasses.replace(PRESETS[preset], **overrides)  # type: ignore[arg-type]
+        if overrides:
+            empty = int((mel_bank(self.spec).max(axis=0) == 0).sum())
+            if empty > int((mel_bank(PRESETS[preset]).max(axis=0) == 0).sum()):
+                warnings.warn(
+                    f"{empty} of {self.n_mels} mel filters contain no DFT bin: use fewer n_mels or a longer n_fft",
+                    stacklevel=2,
+                )
+
+    @property
+    def sampling_rate(self) -> int:
+        """Hz."""
+        return self.spec.sampling_rate
+
+    @property
+    def hop_length(self) -> int:
+        """Samples from one frame to the next."""
+        return self.spec.hop_length
+
+    @property
+    def n_mels(self) -> int:
+        """Features a frame."""
+        return self.spec.n_mels
+
+    @property
+    def silence(self) -> float:
+        """The feature of every frame past a clip's end, except that a `dynamic_range` raises it to the clip's own
+        lower limit: (clip maximum - dynamic_range - mean) / std, if that is higher."""
+        return (self.spec.log_padding - self.spec.mean) / self.spec.std
+
+    def frame_lengths(self, lengths: Tensor) -> Tensor:
+        """Frames of clips of `lengths` samples (integer tensor of any shape), int64."""
+        return self.spec.frame_lengths(lengths)
+
+    def forward(
+        self,
+        waveform: Tensor,  # [B, T] int16, or floating point in [-1, 1]
+        lengths: Tensor | None = None,  # [B] samples of each clip; None: all T
+    ) -> tuple[Tensor, Tensor]:
+        """(features [B, frames, n_mels] float32, frame_lengths [B] int64), both on the waveform's device.
+
+        `fastclap.kernels.logmel.log_mel` states what holds for short clips, padding, NaN, gradients and errors.
+        """
+        spec = self.spec if self.training or not self.spec.dither else dataclasses.replace(self.spec, dither=0.0)
+        return log_mel(waveform, lengths, spec)
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.preset), *(f"{name}={value!r}" for name, value in self.overrides.items())])

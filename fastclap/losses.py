@@ -1,0 +1,463 @@
+"""Contrastive losses for dual encoders: InfoNCE, SigLIP, and their open_clip-compatible modules.
+
+The arguments are checked here, with messages meant for the caller; the arithmetic is `fastclap.kernels.contrastive`, which
+never holds the N×M matrix of logits. With a process group the ranks exchange their shapes first, so that a wrong argument
+on one rank is an error on all of them and not a hang.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastclap.kernels.contrastive import (
+    Ranks,
+    Teacher,
+    agree,
+    info_nce_chunked,
+    info_nce_reference,
+    needs_gradient,
+    opaque_to_compiler,
+    sigmoid_loss_chunked,
+    sigmoid_loss_reference,
+)
+
+DIRECTIONS = ("both", "a_to_b", "b_to_a")
+BACKENDS = ("auto", "torch", "reference")
+
+
+@opaque_to_compiler
+def info_nce(
+    a: Tensor,  # (N, D)
+    b: Tensor,  # (M, D)
+    logit_scale: float | Tensor,
+    *,
+    a_ids: Tensor | None = None,  # (N,)
+    b_ids: Tensor | None = None,  # (M,)
+    teacher: Teacher | None = None,
+    teacher_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    normalize: bool = True,
+    direction: str = "both",
+    process_group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """InfoNCE (van den Oord et al. 2018; symmetric as in CLIP, Radford et al. 2021) without the matrix of logits.
+
+    With S = logit_scale · â·b̂ᵀ, a→b is the cross-entropy of each row's softmax over all M columns with its target (1/k on
+    each of its k positives; with label smoothing ε, (1-ε)·target + ε/M), averaged over the rows that have a positive; b→a is
+    the same on Sᵀ; "both" is their mean. A row or column without a positive takes part only as a negative. With a teacher
+    each direction becomes (1-λ)·cross-entropy + λ·KL(P_teacher‖P).
+
+    Args:
+        a: [N, D] embeddings, float16, bfloat16, float32 or float64. All arithmetic is in float32 (float64 for float64).
+        b: [M, D] embeddings on the same device. N and M need not be equal.
+        logit_scale: the multiplier itself (already exponentiated); a number or a one-element tensor.
+        a_ids: integer [N]. Equal ids are positives. Without ids, row i's positive is column i and surplus rows or columns
+            are negatives only. Ids on the CPU save a GPU a synchronisation.
+        b_ids: integer [M], given with a_ids.
+        teacher: (a_t [N, Dt], b_t [M, Dt], scale_t), a second pair of embeddings taken as constants.
+        teacher_weight: λ in [0, 1].
+        label_smoothing: ε in [0, 1).
+        normalize: scale rows to unit length first (the teacher's too), as torch.nn.functional.normalize does.
+        direction: "both", "a_to_b" or "b_to_a".
+        process_group: a, b, ids and teacher are then this rank's rows, row counts may differ between ranks, and ids have
+            one meaning on all ranks (without ids each rank needs as many rows of a as of b). Every rank gets the loss of the
+            whole batch. The gradients of a and b are multiplied by the number of ranks, and that of the scale is complete
+            on every rank, so that averaging parameter gradients over ranks, as DistributedDataParallel does, gives the
+            gradient of the whole batch.
+        backend: "auto" or "torch" for the chunked engine, "reference" for the definition with the whole matrix in memory.
+
+    Returns:
+        0-d float32 (float64 for float64 embeddings), differentiable once in a, b and logit_scale. The chunked engine computes
+        the gradients along with the loss, those that are needed and no others.
+
+    Raises:
+        TypeError, ValueError: an argument is unusable, no row has a positive, or ranks disagree.
+    """
+    error = None
+    try:
+        _check_pair(a, b, a_ids, b_ids, process_group)
+        _check_scalar("logit_scale", logit_scale)
+        _check_choice("direction", direction, DIRECTIONS)
+        _check_backend(backend, process_group)
+        _check_share("label_smoothing", label_smoothing, below=1.0)
+        _check_share("teacher_weight", teacher_weight)
+        _check_teacher(teacher, teacher_weight, a, b)
+    except (TypeError, ValueError) as wrong:
+        error = wrong
+    ranks = _ranks(
+        "info_nce", process_group, error, a, b, logit_scale, None, a_ids, normalize,
+        direction, label_smoothing, teacher, teacher_weight,
+    )  # fmt: skip
+    if backend == "reference":
+        return info_nce_reference(
+            a, b, logit_scale, a_ids=a_ids, b_ids=b_ids, teacher=teacher, teacher_weight=teacher_weight,
+            label_smoothing=label_smoothing, normalize=normalize, direction=direction,
+        )  # fmt: skip
+    return info_nce_chunked(
+        a, b, logit_scale, a_ids=a_ids, b_ids=b_ids, teacher=teacher, teacher_weight=teacher_weight,
+        label_smoothing=label_smoothing, normalize=normalize, direction=direction, ranks=ranks,
+    )  # fmt: skip
+
+
+@opaque_to_compiler
+def sigmoid_loss(
+    a: Tensor,  # (N, D)
+    b: Tensor,  # (M, D)
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    *,
+    a_ids: Tensor | None = None,  # (N,)
+    b_ids: Tensor | None = None,  # (M,)
+    normalize: bool = True,
+    process_group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """SigLIP's pairwise sigmoid loss (Zhai et al. 2023, eq. 1) without the matrix of logits.
+
+    -1/N · Σ_ij log σ(z_ij · (logit_scale · â_i·b̂_j + logit_bias)), z = 1 for positives and -1 for all other pairs. N counts the
+    rows of a over all ranks. Each positive counts in full (no 1/k), and a batch without positives is allowed.
+
+    Args:
+        logit_bias: a number or a one-element tensor, added to every logit.
+        (the others): as in `info_nce`.
+
+    Returns:
+        0-d float32 (float64 for float64 embeddings), differentiable once in a, b, logit_scale and logit_bias.
+
+    Raises:
+        TypeError, ValueError: an argument is unusable, or ranks disagree.
+    """
+    error = None
+    try:
+        _check_pair(a, b, a_ids, b_ids, process_group)
+        _check_scalar("logit_scale", logit_scale)
+        _check_scalar("logit_bias", logit_bias)
+        _check_backend(backend, process_group)
+    except (TypeError, ValueError) as wrong:
+        error = wrong
+    ranks = _ranks("sigmoid_loss", process_group, error, a, b, logit_scale, logit_bias, a_ids, normalize)
+    if backend == "reference":
+        return sigmoid_loss_reference(a, b, logit_scale, logit_bias, a_ids=a_ids, b_ids=b_ids, normalize=normalize)
+    return sigmoid_loss_chunked(
+        a, b, logit_scale, logit_bias, a_ids=a_ids, b_ids=b_ids, normalize=normalize, ranks=ranks
+    )
+
+
+class ClipLoss(nn.Module):
+    """`info_nce` under open_clip's signature, its four distributed modes included.
+
+    Like open_clip's it expects features that are already normalised (pass ``normalize=True`` otherwise). With world_size > 1
+    it works on the default process group and keeps open_clip's conventions:
+
+    ==========  ================  ====================  ==================================================
+    local_loss  gather_with_grad  value                 gradient of the features
+    ==========  ================  ====================  ==================================================
+    False       False             global                that of the batch (1/W of it after averaging)
+    False       True              global                W times, exact after averaging
+    True        False             mean of local rows    gathered features are constants
+    True        True              mean of local rows    W times, exact after averaging
+    ==========  ================  ====================  ==================================================
+
+    Args:
+        local_loss, gather_with_grad: as above.
+        cache_labels: accepted for open_clip's callers; there are no label tensors to cache.
+        rank, world_size: of the default process group.
+        normalize, label_smoothing, direction, teacher_weight: as in `info_nce`. With world_size > 1 and local_loss only
+            ``normalize`` and ``label_smoothing`` apply.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        normalize: bool = False,
+        label_smoothing: float = 0.0,
+        direction: str = "both",
+        teacher_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.normalize = normalize
+        self.label_smoothing = label_smoothing
+        self.direction = direction
+        self.teacher_weight = teacher_weight
+        if local_loss and world_size > 1 and (direction != "both" or teacher_weight > 0):
+            raise ValueError("local_loss is two-sided and takes no teacher; use local_loss=False, gather_with_grad=True")
+
+    def forward(
+        self,
+        image_features: Tensor,  # (N, D)
+        text_features: Tensor,  # (M, D)
+        logit_scale: float | Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+        *,
+        a_ids: Tensor | None = None,  # (N,)
+        b_ids: Tensor | None = None,  # (M,)
+        teacher: Teacher | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or {"contrastive_loss": loss} with ``output_dict``. A bias cancels in the softmax."""
+        if self.world_size > 1 and self.local_loss:
+            loss = self._local_loss(image_features, text_features, logit_scale, a_ids, b_ids, teacher)
+        else:
+            if self.world_size > 1 and not self.gather_with_grad:
+                image_features = _divide_gradient(image_features, self.world_size)
+                text_features = _divide_gradient(text_features, self.world_size)
+            loss = info_nce(
+                image_features,
+                text_features,
+                logit_scale,
+                a_ids=a_ids,
+                b_ids=b_ids,
+                teacher=teacher,
+                teacher_weight=self.teacher_weight,
+                label_smoothing=self.label_smoothing,
+                normalize=self.normalize,
+                direction=self.direction,
+                process_group=dist.group.WORLD if self.world_size > 1 else None,
+            )
+        if logit_bias is not None:
+            loss = loss + 0.0 * logit_bias.sum()  # a parameter without a gradient would stall DistributedDataParallel
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _local_loss(
+        self,
+        a: Tensor,
+        b: Tensor,
+        scale: float | Tensor,
+        a_ids: Tensor | None,
+        b_ids: Tensor | None,
+        teacher: Teacher | None,
+    ) -> Tensor:
+        if teacher is not None or a_ids is not None or b_ids is not None:
+            raise ValueError("local_loss takes neither ids nor a teacher; use local_loss=False, gather_with_grad=True")
+        own = torch.arange(a.shape[0]) + self.rank * a.shape[0]
+        every = torch.arange(a.shape[0] * self.world_size)
+        losses = [
+            info_nce(
+                local,
+                self._gather(other),
+                scale,
+                a_ids=own,
+                b_ids=every,
+                normalize=self.normalize,
+                label_smoothing=self.label_smoothing,
+                direction="a_to_b",
+            )
+            for local, other in ((a, b), (b, a))
+        ]
+        return (losses[0] + losses[1]) / 2
+
+    def _gather(self, features: Tensor) -> Tensor:
+        if self.gather_with_grad:
+            from torch.distributed.nn.functional import all_gather
+
+            return torch.cat(all_gather(features))
+        gathered = features.new_empty(features.shape[0] * self.world_size, *features.shape[1:])
+        dist.all_gather_into_tensor(gathered, features.detach().contiguous())
+        return gathered
+
+
+class SigLipLoss(nn.Module):
+    """`sigmoid_loss` under open_clip's signature, on features that are already normalised.
+
+    With world_size > 1 it works on the default process group: the value is that of the whole batch, and after averaging the
+    gradients equal open_clip's, whichever of its exchange schemes is named.
+
+    Args:
+        cache_labels, dist_impl, chunk_size: accepted for open_clip's callers; one exact exchange serves all of them.
+        rank, world_size: of the default process group.
+        normalize: as in `sigmoid_loss`.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+        *,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__()
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl
+        self.chunk_size = chunk_size
+        self.normalize = normalize
+
+    def forward(
+        self,
+        image_features: Tensor,  # (N, D)
+        text_features: Tensor,  # (M, D)
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+        *,
+        a_ids: Tensor | None = None,  # (N,)
+        b_ids: Tensor | None = None,  # (M,)
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or {"contrastive_loss": loss} with ``output_dict``."""
+        loss = sigmoid_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            0.0 if logit_bias is None else logit_bias,
+            a_ids=a_ids,
+            b_ids=b_ids,
+            normalize=self.normalize,
+            process_group=dist.group.WORLD if self.world_size > 1 else None,
+        )
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _divide_gradient(features: Tensor, by: int) -> Tensor:
+    if not (torch.is_grad_enabled() and features.requires_grad):
+        return features
+    alias = features.view_as(features)
+    alias.register_hook(lambda gradient: gradient / by)
+    return alias
+
+
+def _ranks(
+    loss: str,
+    group: dist.ProcessGroup | None,
+    error: Exception | None,
+    a: Tensor,
+    b: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None,
+    a_ids: Tensor | None,
+    normalize: bool,
+    direction: str = "both",
+    label_smoothing: float = 0.0,
+    teacher: Teacher | None = None,
+    teacher_weight: float = 0.0,
+) -> Ranks:
+    """The row blocks of the ranks, after they have agreed on everything that must be equal."""
+    if group is None:
+        if error is not None:
+            raise error
+        return Ranks(None, 0, (a.shape[0],), (b.shape[0],))
+    fields: dict[str, Any] = dict.fromkeys(
+        ("loss", "embedding size", "dtype of a", "dtype of b", "use of ids", "normalize", "direction", "label_smoothing",
+         "teacher_weight", "teacher's embedding size", "teacher's dtypes",
+         "need for gradients of a, b, logit_scale, logit_bias"), 0
+    )  # fmt: skip
+    rows = (0, 0)
+    if error is None:
+        rows = (a.shape[0], b.shape[0])
+        used = teacher if teacher_weight > 0 else None
+        values = (
+            loss, a.shape[1], a.dtype, b.dtype, a_ids is not None, bool(normalize), direction, label_smoothing,
+            teacher_weight, 0 if used is None else used[0].shape[1],
+            None if used is None else f"{used[0].dtype} and {used[1].dtype}",
+            needs_gradient(a, b, logit_scale, 0.0 if logit_bias is None else logit_bias),
+        )  # fmt: skip
+        fields = dict(zip(fields, values, strict=True))
+    return agree(group, rows, fields, error)
+
+
+def _check_pair(
+    a: Tensor, b: Tensor, a_ids: Tensor | None, b_ids: Tensor | None, group: dist.ProcessGroup | None
+) -> None:
+    _check_embeddings("a", a)
+    _check_embeddings("b", b)
+    _check_same("a", a, "b", b)
+    if (a_ids is None) != (b_ids is None):
+        raise ValueError("give both a_ids and b_ids, or neither")
+    for name, ids, rows in (("a_ids", a_ids, a.shape[0]), ("b_ids", b_ids, b.shape[0])):
+        if ids is None:
+            continue
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"{name} must be a tensor of integers, got {type(ids).__name__}")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"{name} must hold integers, got {ids.dtype}")
+        if tuple(ids.shape) != (rows,):
+            raise ValueError(f"{name} must have shape [{rows}], one id per row, got {list(ids.shape)}")
+    if group is not None and a_ids is None and a.shape[0] != b.shape[0]:
+        raise ValueError(
+            f"with a process group and no ids each rank pairs its own rows, so a and b need the same number of rows "
+            f"(got {a.shape[0]} and {b.shape[0]}); give a_ids and b_ids to pair them otherwise"
+        )
+
+
+def _check_embeddings(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.dim() != 2:
+        raise ValueError(f"{name} must be 2-D [rows, features], got shape {list(x.shape)}")
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(f"{name} is empty: shape {list(x.shape)}")
+
+
+def _check_same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.shape[1] != other.shape[1]:
+        raise ValueError(f"{name} has {x.shape[1]} features and {other_name} has {other.shape[1]}; they must be equal")
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device} and {other_name} on {other.device}; move them to one device")
+
+
+def _check_scalar(name: str, value: float | Tensor) -> None:
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element, got shape {list(value.shape)}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a one-element tensor, got {type(value).__name__}")
+    elif not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_backend(backend: str, group: dist.ProcessGroup | None) -> None:
+    _check_choice("backend", backend, BACKENDS)
+    if backend == "reference" and group is not None:
+        raise ValueError("backend='reference' works in a single process; leave out process_group")
+
+
+def _check_share(name: str, value: float, below: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (0 <= value <= 1 and value < below):
+        raise ValueError(f"{name} must be in [0, 1{')' if below == 1 else ']'}, got {value}")
+
+
+def _check_teacher(teacher: Teacher | None, weight: float, a: Tensor, b: Tensor) -> None:
+    if teacher is None:
+        if weight > 0:
+            raise ValueError(f"teacher_weight={weight} needs teacher=(a_t, b_t, scale_t)")
+        return
+    if not isinstance(teacher, (tuple, list)) or len(teacher) != 3:
+        raise TypeError("teacher must be a tuple (a_t, b_t, scale_t)")
+    for name, x, of_name, of in (("teacher a_t", teacher[0], "a", a), ("teacher b_t", teacher[1], "b", b)):
+        _check_embeddings(name, x)
+        if x.shape[0] != of.shape[0]:
+            raise ValueError(f"{name} has {x.shape[0]} rows and {of_name} has {of.shape[0]}; they must be equal")
+        if x.device != of.device:
+            raise ValueError(f"{name} is on {x.device} and {of_name} on {of.device}; move them to one device")
+    _check_same("teacher a_t", teacher[0], "teacher b_t", teacher[1])
+    _check_scalar("teacher scale_t", teacher[2])

@@ -1,0 +1,61 @@
+"""Class names as sentences: a zero-shot classifier compares a clip with texts, so every class needs a prompt.
+
+A template serves all classes alike; a prompts file gives each class sentences of its own. Nothing here imports torch:
+the command lines name the default template in their help.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from fastclap.errors import DataError
+
+DEFAULT_TEMPLATE = "A person is speaking in a {} style."
+"""ParaSpeechCLAP's."""
+
+
+def fill_template(template: str, name: str) -> str:
+    """`template` with ``{}`` replaced by the class name, and ``{a}`` or ``{A}`` by its article.
+
+    The article is "an" before a vowel letter; where the letter misleads ("hour"), write the prompts of a prompts file.
+
+    Raises DataError when ``{}`` is missing or another placeholder is there.
+    """
+    placeholders = set(re.findall(r"\{[^{}]*\}", template))
+    if "{}" not in placeholders or not placeholders <= {"{}", "{a}", "{A}"}:
+        raise DataError(
+            f"template {template!r}: it must contain {{}} for the class name, and may contain {{a}} or {{A}} for its "
+            "article; nothing else in braces"
+        )
+    article = "an" if name[:1].lower() in "aeiou" and name else "a"
+    return template.replace("{a}", article).replace("{A}", article.capitalize()).replace("{}", name)
+
+
+def load_prompts(path: str | Path, column: str) -> dict[str, list[str]]:
+    """Prompts of each class from a JSON file: ``{class: [prompt, ...]}``, or ``{column: {class: [prompt, ...]}}``.
+
+    A single prompt may stand without its list. Returns {} when the file is by column and lacks `column`.
+
+    Raises DataError when the file cannot be read, holds something else, or a class has no prompt.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the prompts file ({error.strerror})") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from error
+    if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
+        content = content.get(column, {})
+        if not content:
+            return {}
+    if not isinstance(content, dict) or not content:
+        raise DataError(f'{path}: expected {{"class": ["prompt", ...], ...}}, found {type(content).__name__}')
+    prompts = {}
+    for name, value in content.items():
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise DataError(f"{path}: class {name!r} needs a prompt or a list of prompts, not {value!r}")
+        prompts[name] = texts
+    return prompts

@@ -1,0 +1,675 @@
+"""Audio and text towers: padded batches in, one vector a clip or caption out.
+
+Every tower takes the raw batch (int16 or float waveform with lengths; token ids with a mask) and does its own front-end
+on the device, so a training step copies nothing but samples and ids. Padding is invisible: samples, frames and tokens
+past an item's end are zeroed or masked wherever a layer could carry them into valid positions, hence the same clip
+gives the same vector alone, in a batch, or padded. Where a pretrained architecture makes that impossible (a GroupNorm
+over time), ``equal_lengths_only`` says so and ``CLAP.embed_audio`` batches equal lengths.
+
+SpecAugment masks are drawn by torch on the device: no host sync, and a gradient cache that restores torch's generators
+replays the same masks. The towers of transformers keep their module as ``.base``, the name in published checkpoints.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastclap.config import AudioTowerConfig, TextTowerConfig
+from fastclap.errors import ConfigError, ModelError
+from fastclap.features import LogMel
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shared pieces
+
+
+def length_mask(
+    lengths: Tensor,  # [B]
+    size: int,
+) -> Tensor:  # bool [B, size], True on valid positions
+    """Valid positions of items of the given lengths in a padded axis of ``size``."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def masked_mean(
+    x: Tensor,  # [B, T, C]
+    mask: Tensor | None,  # bool [B, T]
+) -> Tensor:  # float32 [B, C]
+    """Mean over the valid positions, accumulated in float32."""
+    if mask is None:
+        return x.float().mean(1)
+    return x.float().masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True)
+
+
+def as_float(audio: Tensor) -> Tensor:
+    """int16 or floating-point samples as float32 in ±1."""
+    return audio.float() / 32768 if audio.dtype == torch.int16 else audio.float()
+
+
+def prepare_waveform(
+    audio: Tensor,  # int16 or float [B, T]
+    lengths: Tensor | None,  # [B]
+    min_samples: int = 1,
+) -> tuple[Tensor, Tensor | None]:
+    """Float32 waveform in ±1 with zeros past each end, at least ``min_samples`` long.
+
+    A clip shorter than ``min_samples`` counts as zero-extended to it, so that every layer sees at least one frame.
+    """
+    waveform = as_float(audio)
+    if lengths is not None:
+        lengths = lengths.to(waveform.device)
+        waveform = waveform.masked_fill(~length_mask(lengths, waveform.shape[1]), 0.0)
+        lengths = lengths.clamp(min=min_samples)
+    if waveform.shape[1] < min_samples:
+        waveform = F.pad(waveform, (0, min_samples - waveform.shape[1]))
+    return waveform, lengths
+
+
+def uniform_spans(
+    lengths: Tensor,  # [B] valid size of the axis
+    size: int,
+    count: int,
+    max_width: int,
+) -> Tensor:  # bool [B, size], True where masked
+    """SpecAugment: union of ``count`` spans an item, width uniform in 0..max_width, at most half of the item each."""
+    draws = torch.rand(2, lengths.shape[0], count, 1, device=lengths.device)
+    lengths = lengths[:, None, None]
+    width = torch.minimum((draws[0] * (max_width + 1)).long(), lengths // 2)
+    start = (draws[1] * (lengths - width + 1)).long()
+    position = torch.arange(size, device=lengths.device)
+    return ((position >= start) & (position < start + width)).any(1)
+
+
+def proportional_spans(
+    lengths: Tensor,  # [B] valid size of the axis
+    size: int,
+    share: float,
+    width: int,
+    min_spans: int,
+) -> Tensor:  # bool [B, size], True where masked
+    """wav2vec 2.0's masking on the device: share·length/width spans (rounded at random) at distinct starts.
+
+    The definition is that of transformers' ``_compute_mask_indices``, which draws from NumPy on the host instead.
+    """
+    width = min(width, size)
+    spans = (share * lengths / width + torch.rand(lengths.shape[0], device=lengths.device)).long().clamp(min=min_spans)
+    spans = torch.minimum(spans, lengths // width)
+    most = min(size, max(int(share * size / width) + 1, min_spans))
+    order = torch.rand(lengths.shape[0], size, device=lengths.device)
+    order = order.masked_fill(~length_mask(lengths - width + 1, size), -1.0)
+    starts = order.topk(most, dim=1).indices
+    chosen = length_mask(spans, most).int()
+    marks = torch.zeros(lengths.shape[0], size, dtype=torch.int, device=lengths.device).scatter_(1, starts, chosen)
+    running = marks.cumsum(1)
+    return (running - F.pad(running, (width, 0))[:, :size]) > 0
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with rotary positions and scaled dot-product attention."""
+
+    def __init__(self, width: int, heads: int, feedforward: int, dropout: float) -> None:
+        super().__init__()
+        if width % (2 * heads):
+            raise ConfigError(f"width must be a multiple of twice the heads (rotary pairs); got {width} and {heads}")
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.feedforward_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, feedforward * width)
+        self.down = nn.Linear(feedforward * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, C]
+        rotary: tuple[Tensor, Tensor],  # cos, sin [T, C // heads]
+        mask: Tensor | None,  # bool [B, 1, 1, T]
+    ) -> Tensor:  # [B, T, C]
+        batch, frames, width = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(batch, frames, 3 * self.heads, width // self.heads).transpose(1, 2)
+        qk, v = qkv[:, : 2 * self.heads], qkv[:, 2 * self.heads :]
+        cos, sin = rotary
+        first, second = qk.chunk(2, -1)
+        qk = (qk * cos + torch.cat([-second, first], -1) * sin).to(v.dtype)
+        y = F.scaled_dot_product_attention(qk[:, : self.heads], qk[:, self.heads :], v, attn_mask=mask)
+        x = x + self.dropout(self.out(y.transpose(1, 2).reshape(batch, frames, width)))
+        return x + self.dropout(self.down(F.gelu(self.up(self.feedforward_norm(x)))))
+
+
+class Transformer(nn.Module):
+    """A stack of :class:`Block` and a final LayerNorm."""
+
+    def __init__(self, width: int, layers: int, heads: int, feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.head_width = width // heads
+        self.blocks = nn.ModuleList(Block(width, heads, feedforward, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, C]
+        mask: Tensor | None,  # bool [B, T]
+    ) -> Tensor:  # [B, T, C]
+        rate = 10000 ** (-torch.arange(0, self.head_width, 2, device=x.device) / self.head_width)
+        angle = torch.arange(x.shape[1], device=x.device)[:, None] * rate
+        angle = torch.cat([angle, angle], -1)
+        rotary = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        keys = None if mask is None else mask[:, None, None]
+        for block in self.blocks:
+            x = block(x, rotary, keys)
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# towers of transformers
+
+
+def _load_transformers(
+    loader: Any,
+    build: Any,
+    model_config: Any,
+    pretrained: str | None,
+    optional: tuple[str, ...] = (),
+) -> nn.Module:
+    """Pretrained float32 weights when a name is given, else a random initialisation.
+
+    transformers merely warns when a checkpoint leaves parameters at random values; here that is an error, except for
+    parameters whose name contains one of ``optional``.
+    """
+    if pretrained is None:
+        return build(model_config)
+    from safetensors import SafetensorError
+
+    try:
+        module, info = loader.from_pretrained(
+            pretrained, config=model_config, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ModelError(f"{pretrained}: the weights could not be loaded ({error})") from error
+    absent = [key for key in sorted(info["missing_keys"]) if not any(part in key for part in optional)]
+    if absent or info["mismatched_keys"]:
+        wrong = absent + [str(key) for key in info["mismatched_keys"]]
+        raise ModelError(f"{pretrained}: not a checkpoint of {type(module).__name__}; it lacks {', '.join(wrong[:5])}")
+    return module
+
+
+def _transformers_config(
+    config: AudioTowerConfig | TextTowerConfig, config_class: Any, load_pretrained: bool
+) -> tuple[Any, str | None]:
+    """The transformers configuration that a tower asks for, and the weights to start from."""
+    changes = dict(config.hf_config or {})
+    if config.pretrained is not None and load_pretrained:
+        try:
+            return config_class.from_pretrained(config.pretrained, **changes), config.pretrained
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{config.pretrained}: no transformers configuration could be read ({error})") from error
+    if config.hf_config is None:
+        raise ConfigError(f"a {config.kind} tower needs `pretrained` (folder or hub id) or `hf_config`")
+    if hasattr(config_class, "for_model"):
+        model_type = changes.pop("model_type", None)
+        if model_type is None:
+            raise ConfigError(f"hf_config of a {config.kind} tower needs a model_type, such as wavlm or xlm-roberta")
+        from transformers import CONFIG_MAPPING
+
+        if model_type not in CONFIG_MAPPING:
+            raise ConfigError(f"this transformers release knows no model_type {model_type!r}")
+        return config_class.for_model(model_type, **changes), None
+    return config_class(**changes), None
+
+
+def _complete(model_config: Any) -> dict[str, Any]:
+    """Everything that rebuilds the same architecture, JSON-able, whatever later releases choose as defaults."""
+    whole = json.loads(model_config.to_json_string(use_diff=False))
+    return {key: value for key, value in whole.items() if key not in ("id2label", "label2id", "_name_or_path")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# audio towers
+
+
+class AudioTower(nn.Module):
+    """What every audio tower has.
+
+    Attributes:
+        width: size of the output vector.
+        sampling_rate: of the waveform that ``forward`` takes, in Hz.
+        min_samples: shorter clips are extended with zeros to this, so that every layer has at least one frame.
+        equal_lengths_only: padding would change the result, so embed clips of equal length together.
+        hf_config: complete transformers configuration, None for a tower of our own.
+    """
+
+    width: int
+    sampling_rate: int = 16000
+    min_samples: int = 1
+    equal_lengths_only: bool = False
+    hf_config: dict[str, Any] | None = None
+
+    def forward(
+        self,
+        audio: Tensor,  # int16 or float [B, T], padding arbitrary
+        lengths: Tensor | None = None,  # [B] valid samples; None: all
+        mean: Tensor | None = None,  # [B] whole-file mean, full scale 1 (waveform towers)
+        std: Tensor | None = None,  # [B] whole-file standard deviation, full scale 1 (waveform towers)
+    ) -> Tensor:  # [B, width]
+        raise NotImplementedError
+
+
+class LogMelTower(AudioTower):
+    """Log-mel features, strided convolutions and a compact transformer, to be trained from scratch.
+
+    Attributes:
+        feature_mean, feature_std: float32 [n_mels] buffers, 0 and 1 until :meth:`fit_feature_statistics` sets them.
+    """
+
+    feature_mean: Tensor
+    feature_std: Tensor
+
+    def __init__(self, config: AudioTowerConfig) -> None:
+        super().__init__()
+        self.config = config
+        try:
+            self.log_mel = LogMel(config.features, **config.feature_options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"log-mel features: {error}") from error
+        self.sampling_rate = self.log_mel.sampling_rate
+        bands = self.log_mel.n_mels
+        self.register_buffer("feature_mean", torch.zeros(bands))
+        self.register_buffer("feature_std", torch.ones(bands))
+        halvings = config.subsampling.bit_length() - 1
+        if config.subsampling < 1 or 1 << halvings != config.subsampling:
+            raise ConfigError(f"subsampling must be a power of two, not {config.subsampling}")
+        if config.convolution == "time":
+            channels = [bands] + [config.width] * halvings
+            bands = 1
+        else:
+            channels = [1] + [config.convolution_channels << index for index in range(halvings)]
+        for _ in range(halvings):
+            bands = (bands + 1) // 2
+        # over (frames, bands): one band is left when the bands are channels
+        kernel, padding = ((3, 1), (1, 0)) if config.convolution == "time" else ((3, 3), (1, 1))
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(inner, outer, kernel, stride=2, padding=padding) for inner, outer in itertools.pairwise(channels)
+        )
+        self.input = nn.Linear(channels[-1] * bands, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.transformer = Transformer(config.width, config.layers, config.heads, config.feedforward, config.dropout)
+        if config.pooling == "attention":
+            self.attention = nn.Linear(config.width, 1)
+        self.width = config.width * (2 if config.pooling == "statistics" else 1)
+
+    @torch.no_grad()
+    def fit_feature_statistics(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+        """Measure the fixed feature normalisation on ``(audio, lengths)`` batches of training clips.
+
+        Raises:
+            ModelError: there was no batch.
+        """
+        device = self.feature_mean.device
+        count = torch.zeros((), dtype=torch.float64, device=device)
+        sums = torch.zeros(2, len(self.feature_mean), dtype=torch.float64, device=device)
+        for audio, lengths in batches:
+            features, frames = self._features(audio.to(device), lengths)
+            valid = length_mask(frames, features.shape[1])
+            if self.config.feature_normalization == "clip":
+                features = features - _clip_level(features, valid)
+            features = features.double().masked_fill(~valid[..., None], 0.0)
+            count += frames.sum()
+            sums += torch.stack([features.sum((0, 1)), features.square().sum((0, 1))])
+        if count == 0:
+            raise ModelError("there is no audio to measure the feature statistics on")
+        if self.config.feature_normalization != "per-mel":
+            sums = sums.mean(1, keepdim=True)
+        mean, square = sums / count
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_((square - mean.square()).clamp(min=1e-10).sqrt())
+
+    def _features(self, audio: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch.autocast(audio.device.type, enabled=False):
+            return self.log_mel(audio, lengths)
+
+    def forward(
+        self,
+        audio: Tensor,
+        lengths: Tensor | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> Tensor:
+        config = self.config
+        if self.training and config.random_gain:
+            decibels = config.random_gain * (2 * torch.rand(len(audio), 1, device=audio.device) - 1)
+            audio = as_float(audio) * 10 ** (decibels / 20)
+        features, frames = self._features(audio, lengths)
+        valid = length_mask(frames, features.shape[1])
+        if config.feature_normalization == "clip":
+            features = features - _clip_level(features, valid)
+        x = (features - self.feature_mean.float()) / self.feature_std.float()
+        hidden = ~valid
+        if self.training and config.time_masks:
+            hidden = hidden | uniform_spans(frames, x.shape[1], config.time_masks, config.time_mask_width)
+        x = x.masked_fill(hidden[..., None], 0.0)
+        if self.training and config.frequency_masks:
+            bands = torch.full_like(frames, x.shape[2])
+            spans = uniform_spans(bands, x.shape[2], config.frequency_masks, config.frequency_mask_width)
+            x = x.masked_fill(spans[:, None], 0.0)
+        x = x.to(self.input.weight.dtype)
+        x = x.transpose(1, 2)[..., None] if config.convolution == "time" else x[:, None]
+        for convolution in self.convolutions:  # [B, channels, frames, bands]
+            frames = (frames + 1) // 2
+            x = F.gelu(convolution(x))
+            valid = length_mask(frames, x.shape[2])
+            x = x.masked_fill(~valid[:, None, :, None], 0.0)
+        x = self.dropout(self.input(x.transpose(1, 2).flatten(2)))
+        return self._pool(self.transformer(x, None if lengths is None else valid), valid)
+
+    def _pool(self, x: Tensor, valid: Tensor) -> Tensor:
+        if self.config.pooling == "attention":
+            score = self.attention(x).float().squeeze(-1).masked_fill(~valid, -torch.inf)
+            return torch.einsum("bt,btc->bc", score.softmax(1), x.float()).to(x.dtype)
+        mean = masked_mean(x, valid)
+        if self.config.pooling == "statistics":
+            variance = masked_mean((x.float() - mean[:, None]).square(), valid)
+            mean = torch.cat([mean, (variance + 1e-5).sqrt()], 1)
+        return mean.to(x.dtype)
+
+
+def _clip_level(
+    features: Tensor,  # [B, T, bands]
+    valid: Tensor,  # bool [B, T]
+) -> Tensor:  # [B, 1, 1]
+    return masked_mean(features, valid).mean(1)[:, None, None]
+
+
+class Wav2Vec2Tower(AudioTower):
+    """Any wav2vec2-family encoder of transformers on the normalised waveform; masked mean of the last layer."""
+
+    base: Any
+
+    # convolutions without padding, then positions zeroed past the end before anything looks across time
+    _PADDING_SAFE = frozenset({"wavlm", "wav2vec2", "hubert", "unispeech", "unispeech-sat"})
+
+    def __init__(self, config: AudioTowerConfig, load_pretrained: bool) -> None:
+        super().__init__()
+        from transformers import AutoConfig, AutoModel
+
+        model_config, pretrained = _transformers_config(config, AutoConfig, load_pretrained)
+        if not hasattr(model_config, "conv_kernel"):
+            raise ConfigError(f"{model_config.model_type} is not a wav2vec2-family model")
+        if getattr(model_config, "add_adapter", False):
+            raise ConfigError("add_adapter changes the number of frames and is not supported; set it to false")
+        self.hf_config = _complete(model_config)
+        self.base = _load_transformers(
+            AutoModel, AutoModel.from_config, model_config, pretrained, optional=("masked_spec_embed",)
+        )
+        self.width = model_config.hidden_size
+        self.convolutions = list(zip(model_config.conv_kernel, model_config.conv_stride, strict=True))
+        for kernel, stride in reversed(self.convolutions):
+            self.min_samples = (self.min_samples - 1) * stride + kernel
+        self.normalize = config.normalize_waveform
+        self.equal_lengths_only = (
+            model_config.model_type not in self._PADDING_SAFE or model_config.feat_extract_norm == "group"
+        )
+        self._frames: Tensor | None = None
+        augment = getattr(model_config, "apply_spec_augment", True)
+        if augment and (model_config.mask_time_prob > 0 or model_config.mask_feature_prob > 0):
+            model_config.apply_spec_augment = False  # drawn by NumPy, with host syncs; ours replaces it
+            self.base.feature_projection.register_forward_hook(self._mask_spans)
+
+    def _mask_spans(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """Forward hook of the feature projection: SpecAugment as the model's configuration asks for."""
+        if not self.training:
+            return output
+        config = self.base.config
+        hidden = output[0] if isinstance(output, tuple) else output
+        batch, size, width = hidden.shape
+        frames = torch.full((batch,), size, device=hidden.device) if self._frames is None else self._frames
+        if config.mask_time_prob > 0:
+            spans = proportional_spans(
+                frames, size, config.mask_time_prob, config.mask_time_length, config.mask_time_min_masks
+            )
+            hidden = torch.where(spans[..., None], self.base.masked_spec_embed.to(hidden.dtype), hidden)
+        if config.mask_feature_prob > 0:
+            whole = torch.full((batch,), width, device=hidden.device)
+            spans = proportional_spans(
+                whole, width, config.mask_feature_prob, config.mask_feature_length, min_spans=0
+            )
+            hidden = hidden.masked_fill(spans[:, None], 0.0)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def forward(
+        self,
+        audio: Tensor,
+        lengths: Tensor | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> Tensor:
+        waveform, padded = prepare_waveform(audio, lengths, self.min_samples)
+        mask = None if padded is None else length_mask(padded, waveform.shape[1])
+        if self.normalize:
+            if mean is None or std is None:
+                # a clip that was extended to min_samples is measured with its zeros: padded is its length from here on
+                mean = masked_mean(waveform[..., None], mask).squeeze(1)
+                std = masked_mean((waveform - mean[:, None]).square()[..., None], mask).squeeze(1).sqrt()
+            # the feature extractors' formula, epsilon included
+            waveform = (waveform - mean.float()[:, None]) / (std.float()[:, None].square() + 1e-7).sqrt()
+            if mask is not None:
+                waveform = waveform.masked_fill(~mask, 0.0)
+        self._frames = padded
+        if self._frames is not None:
+            for kernel, stride in self.convolutions:
+                self._frames = (self._frames - kernel) // stride + 1
+        attention_mask = None if mask is None else mask.long()
+        hidden = self.base(waveform.to(self.base.dtype), attention_mask=attention_mask).last_hidden_state
+        valid = None if self._frames is None else length_mask(self._frames, hidden.shape[1])
+        self._frames = None
+        return masked_mean(hidden, valid).to(hidden.dtype)
+
+
+class WhisperTower(AudioTower):
+    """Whisper's encoder; its window is fixed (30 s), so a longer clip is cut, and valid frames alone are averaged."""
+
+    base: Any
+
+    def __init__(self, config: AudioTowerConfig, load_pretrained: bool) -> None:
+        super().__init__()
+        from transformers import WhisperConfig, WhisperModel
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        model_config, pretrained = _transformers_config(config, WhisperConfig, load_pretrained)
+        self.hf_config = _complete(model_config)
+        module: Any = _load_transformers(WhisperModel, WhisperEncoder, model_config, pretrained)
+        self.base = module.encoder if pretrained is not None else module
+        self.width = model_config.d_model
+        self.log_mel = LogMel("whisper", n_mels=model_config.num_mel_bins)
+        self.window = 2 * model_config.max_source_positions * self.log_mel.hop_length
+
+    def forward(
+        self,
+        audio: Tensor,
+        lengths: Tensor | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> Tensor:
+        waveform, lengths = prepare_waveform(audio[:, : self.window], lengths)
+        if lengths is None:
+            lengths = torch.full((waveform.shape[0],), waveform.shape[1], device=waveform.device)
+        waveform = F.pad(waveform, (0, self.window - waveform.shape[1]))
+        with torch.autocast(waveform.device.type, enabled=False):
+            features, _ = self.log_mel(waveform)  # of the padded window, as Whisper was trained
+        hidden = self.base(features.transpose(1, 2).to(self.base.dtype)).last_hidden_state
+        hop = 2 * self.log_mel.hop_length
+        frames = ((lengths.clamp(max=self.window) + hop - 1) // hop).clamp(min=1)
+        return masked_mean(hidden, length_mask(frames, hidden.shape[1])).to(hidden.dtype)
+
+
+class ASTTower(AudioTower):
+    """Audio Spectrogram Transformer on its fixed window (1,024 frames); its own pooling of the two class tokens."""
+
+    base: Any
+
+    def __init__(self, config: AudioTowerConfig, load_pretrained: bool) -> None:
+        super().__init__()
+        from transformers import ASTConfig, ASTModel
+
+        model_config, pretrained = _transformers_config(config, ASTConfig, load_pretrained)
+        self.hf_config = _complete(model_config)
+        self.base = _load_transformers(ASTModel, ASTModel, model_config, pretrained)
+        self.width = model_config.hidden_size
+        self.log_mel = LogMel("ast", n_mels=model_config.num_mel_bins, num_frames=model_config.max_length)
+
+    def forward(
+        self,
+        audio: Tensor,
+        lengths: Tensor | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> Tensor:
+        with torch.autocast(audio.device.type, enabled=False):
+            features, _ = self.log_mel(audio, lengths)
+        return self.base(features.to(self.base.dtype)).pooler_output
+
+
+class CLAPHTSATTower(AudioTower):
+    """LAION-CLAP's HTSAT on a fixed window of 10 s at 48 kHz: shorter clips are repeated, longer ones cut."""
+
+    base: Any
+
+    def __init__(self, config: AudioTowerConfig, load_pretrained: bool) -> None:
+        super().__init__()
+        from transformers import ClapAudioConfig, ClapAudioModel, ClapAudioModelWithProjection
+
+        model_config, pretrained = _transformers_config(config, ClapAudioConfig, load_pretrained)
+        if model_config.enable_fusion:
+            raise ConfigError("fusion checkpoints take four spectrograms a clip; use an unfused CLAP-HTSAT")
+        self.hf_config = _complete(model_config)
+        # the checkpoints hold the whole CLAP model, whose keys the projection class knows how to map
+        module: Any = _load_transformers(ClapAudioModelWithProjection, ClapAudioModel, model_config, pretrained)
+        self.base = module.audio_model if pretrained is not None else module
+        self.width = self.base.audio_encoder.num_features
+        self.log_mel = LogMel("clap", n_mels=model_config.num_mel_bins)
+        self.sampling_rate = self.log_mel.sampling_rate
+        self.window = 10 * self.sampling_rate
+
+    def forward(
+        self,
+        audio: Tensor,
+        lengths: Tensor | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> Tensor:
+        waveform, lengths = prepare_waveform(audio[:, : self.window], lengths)
+        if lengths is None:
+            lengths = torch.full((waveform.shape[0],), waveform.shape[1], device=waveform.device)
+        lengths = lengths.clamp(max=self.window)[:, None]
+        position = torch.arange(self.window, device=waveform.device)
+        repeated = waveform.gather(1, position % lengths)
+        repeated = repeated.masked_fill(position >= self.window // lengths * lengths, 0.0)  # whole repeats only
+        with torch.autocast(waveform.device.type, enabled=False):
+            features, _ = self.log_mel(repeated)
+        return self.base(features[:, None].to(self.base.dtype)).pooler_output
+
+
+def build_audio_tower(config: AudioTowerConfig, load_pretrained: bool = True) -> AudioTower:
+    """Audio tower of ``config.kind``.
+
+    Args:
+        config: the tower's configuration.
+        load_pretrained: start from ``config.pretrained``; False builds the architecture from ``config.hf_config`` with
+            random weights, for a checkpoint that is about to be read.
+
+    Raises:
+        ConfigError: the configuration is impossible.
+        ModelError: the pretrained weights cannot be read or belong to another architecture.
+    """
+    if config.kind == "log-mel":
+        return LogMelTower(config)
+    towers = {"wav2vec2": Wav2Vec2Tower, "whisper": WhisperTower, "ast": ASTTower, "clap-htsat": CLAPHTSATTower}
+    if config.kind not in towers:
+        raise ConfigError(f"unknown audio tower {config.kind!r}; known: log-mel, {', '.join(towers)}")
+    return towers[config.kind](config, load_pretrained)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text towers
+
+
+class TextTower(nn.Module):
+    """What every text tower has: ``width`` of the output, ``vocab_size`` and the transformers configuration, if any."""
+
+    width: int
+    vocab_size: int
+    hf_config: dict[str, Any] | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor,  # int64 [B, tokens]
+        attention_mask: Tensor,  # [B, tokens], 1 on tokens
+    ) -> Tensor:  # [B, width]
+        raise NotImplementedError
+
+
+class SmallTextTower(TextTower):
+    """Token embeddings and a pre-norm transformer, trained from scratch; without blocks, a bag of words."""
+
+    def __init__(self, config: TextTowerConfig) -> None:
+        super().__init__()
+        if config.pooling == "pooler" or (config.pooling == "cls" and config.layers == 0):
+            raise ConfigError(f"pooling {config.pooling!r} needs a pooler or a transformer block; use mean")
+        self.config = config
+        self.width = config.width
+        self.vocab_size = config.vocab_size
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.transformer = Transformer(config.width, config.layers, config.heads, config.feedforward, config.dropout)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        valid = attention_mask.bool()
+        x = self.transformer(self.embedding_dropout(self.embedding(input_ids)), valid)
+        return x[:, 0] if self.config.pooling == "cls" else masked_mean(x, valid).to(x.dtype)
+
+
+class TransformersTextTower(TextTower):
+    """Any encoder of transformers (of an encoder-decoder, the encoder), with first-token, mean or pooler output."""
+
+    base: Any
+
+    def __init__(self, config: TextTowerConfig, load_pretrained: bool) -> None:
+        super().__init__()
+        from transformers import AutoConfig, AutoModel
+
+        model_config, pretrained = _transformers_config(config, AutoConfig, load_pretrained)
+        self.hf_config = _complete(model_config)
+        optional = () if config.pooling == "pooler" else ("pooler",)
+        module: Any = _load_transformers(AutoModel, AutoModel.from_config, model_config, pretrained, optional)
+        self.base = module.get_encoder() if getattr(model_config, "is_encoder_decoder", False) else module
+        self.width = model_config.hidden_size
+        self.vocab_size = model_config.vocab_size
+        self.pooling = config.pooling
+        pooler = getattr(self.base, "pooler", None)
+        if config.pooling == "pooler" and pooler is None:
+            raise ConfigError(f"{model_config.model_type} has no pooler; use cls or mean pooling")
+        if config.pooling != "pooler" and pooler is not None:
+            pooler.requires_grad_(False)  # it takes no part, and DDP waits for the gradient of whatever could have one
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        output = self.base(input_ids=input_ids, attention_mask=attention_mask)
+        if self.pooling == "pooler":
+            return output.pooler_output
+        x = output.last_hidden_state
+        return x[:, 0] if self.pooling == "cls" else masked_mean(x, attention_mask.bool()).to(x.dtype)
+
+
+def build_text_tower(config: TextTowerConfig, load_pretrained: bool = True) -> TextTower:
+    """Text tower of ``config.kind``; arguments and errors as for :func:`build_audio_tower`."""
+    if config.kind == "small":
+        return SmallTextTower(config)
+    if config.kind == "hf":
+        return TransformersTextTower(config, load_pretrained)
+    raise ConfigError(f"unknown text tower {config.kind!r}; known: small, hf")

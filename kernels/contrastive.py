@@ -1,0 +1,749 @@
+"""Contrastive losses (InfoNCE and SigLIP) over row chunks of the logits, so that the N×M matrix never exists.
+
+Every loss is S = scale · â·b̂ᵀ followed by softmaxes over its rows and columns, or by a sigmoid. The engine walks over chunks
+of rows of A; a chunk of logits is the only thing of size M that it holds, so memory is O(chunk·M + N·D):
+
+* pass 1 forms a chunk of S and adds to the row and column sums of exponentials;
+* pass 2 forms it again (or takes it back, as far as a fixed budget lets chunks be kept), turns it into
+  G = dL/dS and multiplies: dA_chunk = G·B, dB += Gᵀ·A.
+
+Both passes run in the forward call, as soon as any input needs a gradient, and the backward call only multiplies by the
+upstream gradient: nothing but the gradients is kept between the two, and in a distributed run every collective sits in
+the forward call, where the ranks agree on the shapes first. A loss over one direction or with sigmoids needs no sums over
+columns and takes a single pass.
+
+Three things keep float32 accurate to 1e-5 at any scale and alignment. Where |logit| ≤ bound is known on the host and small
+enough, exp(S) itself serves both row and column sums; otherwise each row and column carries its maximum. Positives are
+summed apart, in float64: with p → 1 the gradient p - 1 is then a sum of small terms, not a difference of large ones. And
+logarithms are taken of float64 sums.
+
+Which pairs are positives is worked out on the host from sorted ids, never as an N×M comparison. Ids that live on a GPU
+cost one copy to the host per call; ids on the CPU cost none.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+NORM_EPS = 1e-12  # as torch.nn.functional.normalize
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # one chunk of logits: the last-level cache, one wave of large tiles
+KEEP_BYTES = 384 << 20  # logits kept from pass 1 to pass 2; the rest is formed twice
+MIN_CHUNK_ROWS = 64  # fewer rows make the products memory bound
+SAFE_EXPONENT = {torch.float32: 70.0, torch.float64: 600.0}  # exp(±x), its sums and their inverses stay normal numbers
+
+Teacher = tuple[Tensor, Tensor, "float | Tensor"]
+Pairs = tuple[Tensor, Tensor]
+Gradients = tuple["Tensor | None", ...]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# References: the definitions, written with the whole matrix
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def positive_mask(num_rows: int, num_columns: int, a_ids: Tensor | None, b_ids: Tensor | None) -> Tensor:
+    """Boolean [num_rows, num_columns]: equal ids, or without ids the main diagonal."""
+    if a_ids is None or b_ids is None:
+        return torch.eye(num_rows, num_columns, dtype=torch.bool)
+    return a_ids[:, None] == b_ids
+
+
+def info_nce_reference(
+    a: Tensor,  # (N, D)
+    b: Tensor,  # (M, D)
+    logit_scale: float | Tensor,
+    *,
+    a_ids: Tensor | None = None,  # (N,)
+    b_ids: Tensor | None = None,  # (M,)
+    teacher: Teacher | None = None,
+    teacher_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    normalize: bool = True,
+    direction: str = "both",
+) -> Tensor:
+    """InfoNCE with the whole matrix in memory, in the dtype of its inputs; the oracle in float64. See `info_nce`."""
+
+    def logits(left: Tensor, right: Tensor, scale: float | Tensor) -> Tensor:
+        if normalize:
+            left, right = F.normalize(left, dim=1, eps=NORM_EPS), F.normalize(right, dim=1, eps=NORM_EPS)
+        return scale * (left @ right.t())
+
+    def one_direction(log_p: Tensor, mask: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        count = mask.sum(1)
+        target = mask.to(log_p.dtype) / count.clamp_min(1)[:, None]
+        target = (1 - label_smoothing) * target + label_smoothing / mask.shape[1]
+        loss = -(target * log_p).sum(1)
+        if teacher_logits is not None:
+            log_teacher = teacher_logits.log_softmax(1)
+            divergence = (log_teacher.exp() * (log_teacher - log_p)).sum(1)
+            loss = (1 - teacher_weight) * loss + teacher_weight * divergence
+        return loss[count > 0].mean()
+
+    s = logits(a, b, logit_scale)
+    mask = positive_mask(a.shape[0], b.shape[0], a_ids, b_ids).to(s.device)
+    t = None
+    if teacher is not None and teacher_weight > 0:
+        t = logits(teacher[0].detach(), teacher[1].detach(), teacher[2]).to(s.dtype)
+    losses = []
+    if direction != "b_to_a":
+        losses.append(one_direction(s.log_softmax(1), mask, t))
+    if direction != "a_to_b":
+        losses.append(one_direction(s.t().log_softmax(1), mask.t(), None if t is None else t.t()))
+    return torch.stack(losses).mean()
+
+
+def sigmoid_loss_reference(
+    a: Tensor,  # (N, D)
+    b: Tensor,  # (M, D)
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    *,
+    a_ids: Tensor | None = None,  # (N,)
+    b_ids: Tensor | None = None,  # (M,)
+    normalize: bool = True,
+) -> Tensor:
+    """SigLIP's loss (Zhai et al. 2023, eq. 1) with the whole matrix in memory; the oracle in float64."""
+    if normalize:
+        a, b = F.normalize(a, dim=1, eps=NORM_EPS), F.normalize(b, dim=1, eps=NORM_EPS)
+    logits = logit_scale * (a @ b.t()) + logit_bias
+    mask = positive_mask(a.shape[0], b.shape[0], a_ids, b_ids).to(logits.device)
+    return -F.logsigmoid(torch.where(mask, logits, -logits)).sum() / a.shape[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks: which rows live where, and the collectives over them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The row blocks of a and b over the ranks of a process group (one rank and no group: a single process)."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    a_rows: tuple[int, ...]
+    b_rows: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.a_rows)
+
+    @property
+    def a_offset(self) -> int:
+        return sum(self.a_rows[: self.rank])
+
+    @property
+    def b_offset(self) -> int:
+        return sum(self.b_rows[: self.rank])
+
+    def swapped(self) -> Ranks:
+        return Ranks(self.group, self.rank, self.b_rows, self.a_rows)
+
+    def gather(self, block: Tensor, rows: tuple[int, ...]) -> Tensor:
+        """Concatenates the ranks' blocks, rank r holding rows[r] rows."""
+        if self.group is None:
+            return block
+        largest = max(rows)
+        padded = block.new_zeros(largest, *block.shape[1:])
+        padded[: block.shape[0]] = block
+        gathered = padded.new_empty(largest * self.size, *block.shape[1:])
+        dist.all_gather_into_tensor(gathered, padded, group=self.group)
+        if min(rows) == largest:
+            return gathered
+        return torch.cat([part[:n] for part, n in zip(gathered.split(largest), rows, strict=True)])
+
+    def scatter_sum(self, total: Tensor, rows: tuple[int, ...]) -> Tensor:
+        """Sums the ranks' tensors and returns this rank's block of rows: the transpose of `gather`."""
+        if self.group is None:
+            return total
+        largest = max(rows)
+        if min(rows) < largest:
+            padded = total.new_zeros(self.size, largest, *total.shape[1:])
+            for slot, part in zip(padded, total.split(rows), strict=True):
+                slot[: part.shape[0]] = part
+            total = padded.flatten(0, 1)
+        block = total.new_empty(largest, *total.shape[1:])
+        dist.reduce_scatter_tensor(block, total.contiguous(), group=self.group)
+        return block[: rows[self.rank]]
+
+    def reduce_(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(x, op=op, group=self.group)
+        return x
+
+
+def agree(
+    group: dist.ProcessGroup,
+    rows: tuple[int, int],  # of a and b on this rank; ignored when there is an error
+    fields: Mapping[str, Any],
+    error: Exception | None,
+) -> Ranks:
+    """Exchanges shapes and flags in one all_gather, so that a disagreement is an error on every rank, not a deadlock.
+
+    Args:
+        group: the process group.
+        rows: rows of a and of b on this rank; they may differ between ranks.
+        fields: what must be equal on all ranks. The names must be the same in every call, whatever the loss.
+        error: what this rank's own argument check found, if anything; then ``fields`` holds arbitrary values.
+
+    Raises:
+        Exception: ``error`` itself where there is one, else ValueError naming the rank and field at fault.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+    codes = [_code(value) for value in fields.values()]
+    header = torch.tensor([error is not None, *rows, *codes], dtype=torch.float64, device=device)
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    gathered = header.new_empty(size * header.numel())
+    dist.all_gather_into_tensor(gathered, header, group=group)
+    headers = gathered.view(size, -1).tolist()
+    if error is not None:
+        raise error
+    rejecting = [r for r, other in enumerate(headers) if other[0]]
+    if rejecting:
+        raise ValueError(f"rank(s) {rejecting} rejected their arguments; their own message says why")
+    for index, (name, value) in enumerate(fields.items()):
+        others = [r for r, other in enumerate(headers) if other[3 + index] != codes[index]]
+        if others:
+            raise ValueError(f"ranks disagree on {name}: rank {rank} has {value}, rank(s) {others} something else")
+    return Ranks(group, rank, tuple(int(h[1]) for h in headers), tuple(int(h[2]) for h in headers))
+
+
+def _code(value: Any) -> float:
+    if isinstance(value, (bool, int, float)):
+        return float(value)
+    return float(zlib.crc32(str(value).encode()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Positives
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Positives:
+    """The positive pairs of this rank's rows with the columns of all ranks, kept as sorted lists on the host.
+
+    Attributes:
+        row_count: int64 [N], positive columns of each local row.
+        column_count: int64 [M], positive rows (of all ranks) of each column.
+        sibling_count: int64 [N], rows (of all ranks) that share the row's id, i.e. column_count of its positives.
+        num_rows, num_columns: rows and columns, over all ranks, that have a positive.
+    """
+
+    def __init__(self, ranks: Ranks, a_ids: Tensor | None, b_ids: Tensor | None) -> None:
+        total_rows, total_columns = sum(ranks.a_rows), sum(ranks.b_rows)
+        local = slice(ranks.a_offset, ranks.a_offset + ranks.a_rows[ranks.rank])
+        if a_ids is None or b_ids is None:
+            # Ids that make row i and column i equal: one code path for both.
+            a_all, b_all = torch.arange(total_rows), torch.arange(total_columns)
+            first, row_count, column_count = a_all, (a_all < total_columns).long(), (b_all < total_rows).long()
+            sibling_count, self._order = torch.ones_like(a_all), b_all
+        else:
+            a_all = ranks.gather(a_ids.long(), ranks.a_rows).cpu()
+            b_all = ranks.gather(b_ids.long(), ranks.b_rows).cpu()
+            sorted_a, (sorted_b, self._order) = a_all.sort().values, b_all.sort(stable=True)
+            first = torch.searchsorted(sorted_b, a_all)
+            row_count = torch.searchsorted(sorted_b, a_all, right=True) - first
+            column_count = _occurrences(sorted_a, b_all)
+            sibling_count = _occurrences(sorted_a, a_all)
+        self.num_rows, self.num_columns = int((row_count > 0).sum()), int((column_count > 0).sum())
+        self._first, self.row_count, self.sibling_count = first[local], row_count[local], sibling_count[local]
+        self.column_count = column_count
+
+    def pairs(self, at: slice, device: torch.device) -> Pairs:
+        """Row (counted from at.start) and column of every positive in a chunk of rows."""
+        count, first = self.row_count[at], self._first[at]
+        rows = torch.arange(count.numel()).repeat_interleave(count)
+        before = count.cumsum(0) - count  # pairs of the chunk that precede the row's own
+        columns = self._order[(first - before)[rows] + torch.arange(rows.numel())]
+        return rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)
+
+
+def _occurrences(sorted_values: Tensor, queries: Tensor) -> Tensor:
+    return torch.searchsorted(sorted_values, queries, right=True) - torch.searchsorted(sorted_values, queries)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiles
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Logits:
+    """S = scale · â·b̂ᵀ of this rank's rows against the columns of all ranks, one chunk of rows at a time."""
+
+    def __init__(
+        self, a: Tensor, b: Tensor, scale: float | Tensor, normalize: bool, ranks: Ranks, dtype: torch.dtype
+    ) -> None:
+        self.ranks, self.normalize = ranks, normalize
+        scale_on_host = not isinstance(scale, Tensor) or scale.device.type == "cpu"
+        self.a = a.detach().to(dtype).contiguous()  # (N, D)
+        self.b = ranks.gather(b.detach(), ranks.b_rows).to(dtype).contiguous()  # (M, D)
+        self.scale = _scalar(scale, self.a)
+        self.a_norm = self.b_norm = self.a.new_ones(())
+        if normalize:
+            self.a_norm, self.b_norm = _row_norms(self.a), _row_norms(self.b)
+            self.a, self.b = self.a / self.a_norm, self.b / self.b_norm
+        self.bound = math.inf
+        if a.device.type == "cpu":
+            self.bound = float(self.scale.abs() * _largest_norm(self.a) * _largest_norm(self.b))
+        elif normalize and scale_on_host:
+            self.bound = abs(float(scale)) * 1.001  # rounding of the unit vectors
+        if ranks.group is not None:
+            finite = self.bound if self.bound < math.inf else math.inf  # all ranks must take the same path, NaN or not
+            self.bound = float(ranks.reduce_(torch.tensor(finite, device=a.device), dist.ReduceOp.MAX))
+
+    def chunks(self) -> Iterator[slice]:
+        rows, row_bytes = self.a.shape[0], self.b.shape[0] * self.b.element_size()
+        step = max(MIN_CHUNK_ROWS, CHUNK_BYTES.get(self.a.device.type, CHUNK_BYTES["cuda"]) // row_bytes)
+        for start in range(0, rows, step):
+            yield slice(start, min(start + step, rows))
+
+    def empty(self, at: slice) -> Tensor:
+        return self.a.new_empty(at.stop - at.start, self.b.shape[0])
+
+    def tile(self, at: slice, out: Tensor) -> Tensor:
+        return torch.mm(self.a[at] * self.scale, self.b.t(), out=out[: at.stop - at.start])
+
+
+class Softmaxes:
+    """Sums of exponentials over the rows and, if asked, the columns of a matrix that is seen in chunks of rows.
+
+    With ``bounded`` logits exp(x) is summed as it is; otherwise relative to the maximum of each row and column.
+    """
+
+    def __init__(self, logits: Logits, columns: bool) -> None:
+        num_rows, num_columns, device = logits.a.shape[0], logits.b.shape[0], logits.a.device
+        safe = SAFE_EXPONENT[logits.a.dtype] - math.log(max(sum(logits.ranks.a_rows), num_columns))
+        self.bounded, self.columns, self.ranks = logits.bound < safe, columns, logits.ranks
+        self.row_max = logits.a.new_zeros(num_rows)
+        self.column_max = logits.a.new_full((num_columns,), 0.0 if self.bounded else -math.inf)
+        self.row_sum = torch.zeros(num_rows, dtype=torch.float64, device=device)
+        self.column_sum = torch.zeros(num_columns, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, at: slice, pairs: Pairs, x_pos: Tensor, scratch: Tensor) -> None:
+        """Adds a chunk x [c, M]; the float64 logits x_pos of the pairs enter exactly. ``x`` is left as it is."""
+        rows, columns = pairs
+        if not self.bounded:
+            torch.amax(x, 1, out=self.row_max[at])
+        e = self._exp(x, self.row_max[at, None], scratch).index_put_(pairs, x.new_zeros(()))
+        at_pairs = (x_pos - self.row_max[at][rows]).exp_()
+        self.row_sum[at] = e.sum(1).double().index_add_(0, rows, at_pairs)
+        if not self.columns:
+            return
+        if not self.bounded:
+            column_max = torch.maximum(self.column_max, x.amax(0))
+            self.column_sum *= (self.column_max - column_max).double().exp_()
+            self.column_max = column_max
+            e = self._exp(x, column_max, scratch).index_put_(pairs, x.new_zeros(()))
+            at_pairs = (x_pos - column_max[columns]).exp_()
+        self.column_sum += e.sum(0)
+        self.column_sum.index_add_(0, columns, at_pairs)
+
+    def reduce(self) -> None:
+        """Completes the column sums over the ranks."""
+        if not self.columns or self.ranks.group is None:
+            return
+        if not self.bounded:
+            column_max = self.ranks.reduce_(self.column_max.clone(), dist.ReduceOp.MAX)
+            self.column_sum *= (self.column_max - column_max).double().exp_()
+            self.column_max = column_max
+        self.ranks.reduce_(self.column_sum)
+
+    def weighted_log_sum(self, row_weight: Tensor, column_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ weight · log Σ exp over the rows of this rank, and over the columns of all ranks."""
+        over_rows = (row_weight * (self.row_sum.log() + self.row_max)).sum()
+        if not self.columns:
+            return over_rows, torch.zeros_like(over_rows)
+        return over_rows, (column_weight * (self.column_sum.log() + self.column_max)).sum()
+
+    def probabilities(
+        self,
+        x: Tensor,
+        at: slice,
+        pairs: Pairs,
+        x_pos: Tensor,
+        row_weight: Tensor,
+        column_weight: Tensor,
+        scratch: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """row_weight · P + column_weight · Q of a chunk, and the same in float64 at the pairs. Overwrites ``x``."""
+        rows, columns = pairs
+        per_row, per_column = row_weight[at] / self.row_sum[at], column_weight / self.column_sum
+        p = self._exp(x, self.row_max[at, None], scratch)
+        p_pos = (x_pos - self.row_max[at][rows]).exp_()
+        if not self.columns:
+            return p.mul_(per_row.to(x.dtype)[:, None]), p_pos * per_row[rows]
+        if self.bounded:
+            weight = torch.add(per_row.to(x.dtype)[:, None], per_column.to(x.dtype), out=x)
+            return p.mul_(weight), p_pos * (per_row[rows] + per_column[columns])
+        q = self._exp(x, self.column_max, x).mul_(per_column.to(x.dtype))
+        q_pos = (x_pos - self.column_max[columns]).exp_()
+        return p.mul_(per_row.to(x.dtype)[:, None]).add_(q), p_pos * per_row[rows] + q_pos * per_column[columns]
+
+    def _exp(self, x: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+        out = out[: x.shape[0]]
+        return torch.exp(x, out=out) if self.bounded else torch.sub(x, shift, out=out).exp_()
+
+
+class GradientSums:
+    """dA = G·B, dB = Gᵀ·A and dscale = Σ G∘cos, gathered chunk by chunk, then taken back through the normalisation."""
+
+    def __init__(self, logits: Logits, need: Need) -> None:
+        self.logits, self.need = logits, need
+        self.by_rows = need.a or (need.scale and not need.b)  # one of the two products also gives dscale
+        self.a = torch.empty_like(logits.a) if need.a else None
+        self.b = torch.zeros_like(logits.b) if need.b else None
+        self.scale = torch.zeros((), dtype=torch.float64, device=logits.a.device)
+
+    def add(self, at: slice, g: Tensor, correction: Tensor | None = None) -> None:
+        """Adds a chunk of G [c, M]; ``correction`` [c, D] is added to its G·B."""
+        a = self.logits.a[at]
+        if self.b is not None:
+            self.b.addmm_(g.t(), a)
+        if self.by_rows:
+            da = torch.mm(g, self.logits.b)
+            if correction is not None:
+                da += correction
+            along = (da * a).sum(1, keepdim=True)
+            self.scale += along.sum(dtype=torch.float64)
+            if self.a is not None:
+                self.a[at] = da.sub_(along * a).div_(self.logits.a_norm[at]) if self.logits.normalize else da
+
+    def finish(self, factor: float) -> Gradients:
+        """(da, db, dscale) of the loss that is ``factor`` times the sum, for averaging over ranks."""
+        logits, ranks = self.logits, self.logits.ranks
+        if self.b is not None:
+            if not self.by_rows:
+                self.scale += (self.b * logits.b).sum(1).sum(dtype=torch.float64)
+            self.b = ranks.scatter_sum(self.b, ranks.b_rows)
+            if logits.normalize:
+                local = slice(ranks.b_offset, ranks.b_offset + ranks.b_rows[ranks.rank])
+                b = logits.b[local]
+                along = (self.b * b).sum(1, keepdim=True)
+                self.b.sub_(along * b).div_(logits.b_norm[local])
+        for gradient in (self.a, self.b):
+            if gradient is not None:
+                gradient.mul_(logits.scale * (factor * ranks.size))
+        dscale = ranks.reduce_(self.scale) * factor if self.need.scale else None
+        return self.a, self.b, dscale
+
+
+@dataclass(frozen=True)
+class Need:
+    """Which inputs want a gradient."""
+
+    a: bool = False
+    b: bool = False
+    scale: bool = False
+    bias: bool = False
+
+    @property
+    def any(self) -> bool:
+        return self.a or self.b or self.scale or self.bias
+
+
+def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(like.device, like.dtype)
+    return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+def _row_norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(NORM_EPS)
+
+
+def _largest_norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1).max()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _info_nce_chunks(
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    positives: Positives,
+    teacher: Teacher | None,
+    teacher_weight: float,
+    label_smoothing: float,
+    normalize: bool,
+    two_sided: bool,
+    ranks: Ranks,
+    need: Need,
+) -> tuple[Tensor, Gradients]:
+    """InfoNCE of the rows (and, two_sided, the columns) and its gradients. Weights are relative to that of one row."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    device, total_rows, total_columns = a.device, sum(ranks.a_rows), sum(ranks.b_rows)
+    logits = Logits(a, b, scale, normalize, ranks, dtype)
+    softmax = Softmaxes(logits, two_sided)
+    teacher_logits = teacher_softmax = None
+    if teacher is not None:
+        teacher_logits = Logits(*teacher, normalize, ranks, dtype)
+        teacher_softmax = Softmaxes(teacher_logits, two_sided)
+    gradients = GradientSums(logits, need) if need.any else None
+
+    unit = (0.5 if two_sided else 1.0) / positives.num_rows  # weight of one row in the loss
+    column_unit = positives.num_rows / positives.num_columns if two_sided else 0.0
+    row_weight = (positives.row_count > 0).double().to(device)
+    column_weight = (positives.column_count > 0).double().mul_(column_unit).to(device)
+    # Both directions give every positive of a row the same mass: 1/k depends on the id only.
+    target = 1.0 / positives.row_count.clamp_min(1).double() + column_unit / positives.sibling_count.double()
+    target = target.to(device)
+    hard, smooth = (1 - teacher_weight) * (1 - label_smoothing), (1 - teacher_weight) * label_smoothing
+
+    # Label smoothing subtracts smooth·(row_weight/M + column_weight/N) from G: two rank-one terms, so it needs no tile.
+    a_sum, b_sum = logits.a.sum(0), logits.b.sum(0)
+    a_weighted = row_weight.to(dtype) @ logits.a
+    b_weighted = column_weight.to(dtype) @ logits.b
+
+    none = torch.empty(0, dtype=torch.long, device=device)
+    no_pairs, no_logits = (none, none), none.double()
+    total = torch.zeros((), dtype=torch.float64, device=device)  # this rank's share of the loss
+    chunks = list(logits.chunks())
+    buffer, scratch = logits.empty(chunks[0]), logits.empty(chunks[0])
+
+    def finish(x: Tensor, at: slice, pairs: Pairs) -> None:
+        nonlocal total
+        x_pos = x[pairs].double()
+        teacher_p = None
+        if teacher_logits is not None and teacher_softmax is not None:
+            t = teacher_logits.tile(at, torch.empty_like(x))
+            difference = t - x
+            p, _ = teacher_softmax.probabilities(
+                t, at, no_pairs, no_logits, row_weight, column_weight, torch.empty_like(x)
+            )
+            teacher_p = p
+            total += teacher_weight * difference.mul_(p).sum(1).sum(dtype=torch.float64)
+        if gradients is None:
+            return
+        g, g_pos = softmax.probabilities(x, at, pairs, x_pos, row_weight, column_weight, scratch)
+        g.index_put_(pairs, (g_pos - hard * target[at][pairs[0]]).to(dtype))
+        if teacher_p is not None:
+            g.sub_(teacher_p, alpha=teacher_weight)
+        correction = None
+        if smooth:
+            correction = row_weight[at, None].to(dtype) * (b_sum / total_columns) + b_weighted / total_rows
+            correction *= -smooth
+        gradients.add(at, g, correction)
+
+    kept: dict[int, Tensor] = {}
+    budget = KEEP_BYTES if two_sided and need.any else 0
+    for at in chunks:
+        tile_bytes = (at.stop - at.start) * logits.b.shape[0] * buffer.element_size()
+        keep = tile_bytes <= budget
+        x = logits.tile(at, logits.empty(at) if keep else buffer)
+        pairs = positives.pairs(at, device)
+        x_pos = x[pairs].double()
+        total -= hard * (target[at][pairs[0]] * x_pos).sum()
+        softmax.add(x, at, pairs, x_pos, scratch)
+        if teacher_logits is not None and teacher_softmax is not None:
+            t = teacher_logits.tile(at, torch.empty_like(x))
+            teacher_softmax.add(t, at, no_pairs, no_logits, scratch)
+        if not two_sided:
+            finish(x, at, pairs)
+        elif keep:
+            kept[at.start] = x
+            budget -= tile_bytes
+    softmax.reduce()
+    if teacher_softmax is not None:
+        teacher_softmax.reduce()
+    if two_sided and (gradients is not None or teacher_logits is not None):
+        for at in chunks:
+            x = kept.pop(at.start) if at.start in kept else logits.tile(at, buffer)
+            finish(x, at, positives.pairs(at, device))
+
+    rows_part, columns_part = softmax.weighted_log_sum(row_weight, column_weight)
+    if teacher_softmax is not None:
+        teacher_rows, teacher_columns = teacher_softmax.weighted_log_sum(row_weight, column_weight)
+        rows_part, columns_part = (
+            rows_part - teacher_weight * teacher_rows,
+            columns_part - teacher_weight * teacher_columns,
+        )
+    total += rows_part
+    if smooth:
+        mean_logit = (a_weighted.double() @ b_sum.double()) / total_columns
+        mean_logit += (a_sum.double() @ b_weighted.double()) / total_rows
+        total -= smooth * logits.scale * mean_logit
+    loss = unit * (ranks.reduce_(total) + columns_part)
+    if gradients is None:
+        return loss, ()
+    if smooth and gradients.b is not None:
+        gradients.b -= smooth * (a_weighted / total_columns + column_weight[:, None].to(dtype) * (a_sum / total_rows))
+    return loss, gradients.finish(unit)
+
+
+def _sigmoid_chunks(
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    bias: float | Tensor,
+    positives: Positives,
+    normalize: bool,
+    ranks: Ranks,
+    need: Need,
+) -> tuple[Tensor, Gradients]:
+    """SigLIP's loss and its gradients, in one pass: no sums over rows or columns are needed first."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    logits = Logits(a, b, scale, normalize, ranks, dtype)
+    gradients = GradientSums(logits, need) if need.any else None
+    shift = _scalar(bias, logits.a)
+    sums = torch.zeros(2, dtype=torch.float64, device=a.device)  # the loss and dbias
+    chunks = list(logits.chunks())
+    buffer, scratch = logits.empty(chunks[0]), logits.empty(chunks[0])
+    zero = buffer.new_zeros(())
+    for at in chunks:
+        x = logits.tile(at, buffer).add_(shift)
+        pairs = positives.pairs(at, a.device)
+        x.index_put_(pairs, -x[pairs])  # -log σ(z) = log(1 + exp(-z)), so x is now the exponent of every term
+        sums[0] += torch.logaddexp(x, zero, out=scratch[: x.shape[0]]).sum(1).sum(dtype=torch.float64)
+        if gradients is None:
+            continue
+        g = x.sigmoid_()
+        g.index_put_(pairs, -g[pairs])
+        if need.bias:
+            sums[1] += g.sum(1).sum(dtype=torch.float64)
+        if gradients.by_rows or need.b:
+            gradients.add(at, g)
+    factor = 1.0 / sum(ranks.a_rows)
+    sums = ranks.reduce_(sums) * factor
+    if gradients is None:
+        return sums[0], ()
+    return sums[0], (*gradients.finish(factor), sums[1] if need.bias else None)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients are computed along with it; backward only multiplies them by the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[[], tuple[Tensor, Gradients]], *inputs: Tensor) -> Tensor:
+        loss, gradients = compute()
+        ctx.save_for_backward(*gradients)
+        ctx.like = [(x.shape, x.dtype, x.device) for x in inputs]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Gradients:
+        scaled: list[Tensor | None] = [None]
+        for gradient, (shape, dtype, device) in zip(ctx.saved_tensors, ctx.like, strict=True):
+            if gradient is not None:
+                gradient = (gradient * upstream.to(gradient.dtype)).to(device, dtype).reshape(shape)
+            scaled.append(gradient)
+        return tuple(scaled)
+
+
+def _differentiable(
+    compute: Callable[[Need], tuple[Tensor, Gradients]], inputs: Sequence[float | Tensor], device: torch.device
+) -> Tensor:
+    """Runs ``compute`` outside autocast, with the gradients that the inputs (a, b, scale[, bias]) need and no others."""
+    tensors = [torch.as_tensor(x) for x in inputs]
+    need = Need(*needs_gradient(*tensors))
+    double = torch.float64 in (tensors[0].dtype, tensors[1].dtype)
+
+    def run() -> tuple[Tensor, Gradients]:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            loss, gradients = compute(need)
+        return loss.to(torch.float64 if double else torch.float32), gradients
+
+    return _WithGradients.apply(run, *tensors) if need.any else run()[0]
+
+
+def needs_gradient(*inputs: float | Tensor) -> tuple[bool, ...]:
+    """For each input, whether a gradient will be asked for."""
+    enabled = torch.is_grad_enabled()
+    return tuple(enabled and isinstance(x, Tensor) and x.requires_grad for x in inputs)
+
+
+def opaque_to_compiler(function: Function) -> Function:
+    """Keeps torch.compile out of ``function``: its chunk loop would unroll and recompile with every batch shape.
+
+    torch.compiler.disable does this too, but imports the compiler (seconds) where nothing is ever compiled.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def info_nce_chunked(
+    a: Tensor,  # (N, D)
+    b: Tensor,  # (M, D)
+    logit_scale: float | Tensor,
+    *,
+    a_ids: Tensor | None,  # (N,)
+    b_ids: Tensor | None,  # (M,)
+    teacher: Teacher | None,
+    teacher_weight: float,
+    label_smoothing: float,
+    normalize: bool,
+    direction: str,
+    ranks: Ranks,
+) -> Tensor:
+    """`info_nce` by chunks, on arguments that have been checked.
+
+    Raises:
+        ValueError: no row has a positive column.
+    """
+    inputs: tuple[Tensor, Tensor] = (a, b)
+    if teacher_weight == 0:
+        teacher = None
+    if direction == "b_to_a":  # the rows of the transposed matrix
+        inputs, a_ids, b_ids, ranks = (b, a), b_ids, a_ids, ranks.swapped()
+        teacher = None if teacher is None else (teacher[1], teacher[0], teacher[2])
+    positives = Positives(ranks, a_ids, b_ids)
+    if positives.num_rows == 0:
+        raise ValueError("no row of a has a positive in b: a_ids and b_ids have no value in common")
+
+    def compute(need: Need) -> tuple[Tensor, Gradients]:
+        return _info_nce_chunks(
+            *inputs,
+            logit_scale,
+            positives,
+            teacher,
+            teacher_weight if teacher is not None else 0.0,
+            label_smoothing,
+            normalize,
+            direction == "both",
+            ranks,
+            need,
+        )
+
+    return _differentiable(compute, (*inputs, logit_scale), a.device)
+
+
+def sigmoid_loss_chunked(
+    a: Tensor,  # (N, D)
+    b: Tensor,  # (M, D)
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    *,
+    a_ids: Tensor | None,  # (N,)
+    b_ids: Tensor | None,  # (M,)
+    normalize: bool,
+    ranks: Ranks,
+) -> Tensor:
+    """`sigmoid_loss` by chunks, on arguments that have been checked."""
+    positives = Positives(ranks, a_ids, b_ids)
+
+    def compute(need: Need) -> tuple[Tensor, Gradients]:
+        return _sigmoid_chunks(a, b, logit_scale, logit_bias, positives, normalize, ranks, need)
+
+    return _differentiable(compute, (a, b, logit_scale, logit_bias), a.device)

@@ -1,0 +1,221 @@
+"""The order of the data is a pure function of (seed, step), whatever the world size and wherever a run resumes."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastclap.data import BatchSampler, Manifest, Row
+from fastclap.data.manifest import Mix
+from fastclap.data.sampler import clip_durations, draw, hash64, permutation
+from fastclap.errors import DataError
+
+
+def manifest_of(
+    *sizes: int, mix: Mix = "concat", probabilities: Sequence[float] | None = None, seed: int = 0
+) -> Manifest:
+    seconds = np.random.default_rng(seed).uniform(1, 20, sum(sizes))
+    rows = (
+        Row(f"{source}-{index}.wav", ("x",), (), {}, None, float(seconds[index]), None, f"m:{index}", source)
+        for source, size in enumerate(sizes)
+        for index in range(size)
+    )
+    return Manifest(rows, source_names=[f"m{i}" for i in range(len(sizes))], mix=mix, probabilities=probabilities)
+
+
+def epoch_of(sampler: BatchSampler, epoch: int) -> list[list[int]]:
+    first = epoch * sampler.batches_per_epoch
+    batches = [sampler.batch(first + index) for index in range(sampler.batches_per_epoch)]
+    assert all(number == epoch for number, _ in batches)
+    return [rows for _, rows in batches]
+
+
+@given(
+    rows=st.integers(1, 300),
+    batch=st.integers(1, 40),
+    seed=st.integers(0, 2**63),
+    epoch=st.integers(0, 1000),
+    bucket=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_has_every_row_once_but_for_the_remainder(
+    rows: int, batch: int, seed: int, epoch: int, bucket: bool
+) -> None:
+    if rows < batch:
+        return
+    sampler = BatchSampler(manifest_of(rows), batch, seed=seed, bucket_by_length=bucket)
+    seen = Counter(itertools.chain(*epoch_of(sampler, epoch)))
+    assert sampler.batches_per_epoch == rows // batch
+    assert set(seen.values()) == {1}
+    assert len(seen) == rows // batch * batch
+    assert set(seen) <= set(range(rows))
+
+
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    local=st.integers(1, 6),
+    world_size=st.integers(1, 4),
+    mix=st.sampled_from(["concat", "interleave"]),
+    step=st.integers(0, 10**6),
+)
+@settings(max_examples=60, deadline=None)
+def test_ranks_share_one_global_batch(sizes: list[int], local: int, world_size: int, mix: Mix, step: int) -> None:
+    manifest, batch = manifest_of(*sizes, mix=mix), local * world_size
+    if sum(sizes) < batch:
+        return
+    whole = BatchSampler(manifest, batch, seed=1).batch(step)
+    parts = [
+        BatchSampler(manifest, batch, seed=1, rank=r, world_size=world_size).batch(step) for r in range(world_size)
+    ]
+    assert all(epoch == whole[0] and len(rows) == local for epoch, rows in parts)
+    assert list(itertools.chain(*(rows for _, rows in parts))) == whole[1]
+
+
+@pytest.mark.parametrize("start", [0, 1, 6, 7, 8, 20])
+def test_resuming_at_any_step_gives_the_same_batches(start: int) -> None:
+    manifest = manifest_of(40, 25, mix="interleave")
+    uninterrupted = list(BatchSampler(manifest, 11, seed=3, stop_step=21))
+    assert [step for step, _, _ in uninterrupted] == list(range(21))
+    assert list(BatchSampler(manifest, 11, seed=3, start_step=start, stop_step=21)) == uninterrupted[start:]
+
+
+def test_iteration_has_no_end_of_its_own() -> None:
+    sampler = BatchSampler(manifest_of(10), 4, seed=0, start_step=5)
+    items = list(itertools.islice(sampler, 100))
+    assert items[-1][:2] == (104, 52)
+
+
+def test_seed_and_epoch_change_the_order() -> None:
+    manifest = manifest_of(200)
+    orders = {
+        tuple(itertools.chain(*epoch_of(BatchSampler(manifest, 10, seed=seed), epoch)))
+        for seed in range(4)
+        for epoch in range(4)
+    }
+    assert len(orders) == 16
+
+
+def test_other_rows_are_left_out_in_each_epoch() -> None:
+    sampler = BatchSampler(manifest_of(100), 30, seed=0)
+    seen = Counter(row for epoch in range(40) for batch in epoch_of(sampler, epoch) for row in batch)
+    assert len(seen) == 100
+    assert min(seen.values()) > 25  # 36 expected of 40
+
+
+def test_buckets_reduce_padding_and_still_mix() -> None:
+    manifest = manifest_of(2000)
+    durations = manifest.durations.numpy()
+
+    def padding(bucket: bool) -> float:
+        batches = epoch_of(BatchSampler(manifest, 20, seed=0, bucket_by_length=bucket), 0)
+        return 1 - durations.sum() / sum(20 * durations[batch].max() for batch in batches)
+
+    assert padding(True) < 0.1 * padding(False)
+    sampler = BatchSampler(manifest, 20, seed=0)
+    companions = [next(set(batch) for batch in epoch_of(sampler, epoch) if 7 in batch) for epoch in range(5)]
+    assert len(set.union(*companions)) > 48  # of at most 96, at least 20
+    lengths = [durations[batch].mean() for batch in epoch_of(sampler, 0)]
+    assert np.abs(np.corrcoef(lengths, np.arange(len(lengths)))[0, 1]) < 0.3
+
+
+def test_clips_beyond_the_crop_are_equally_long() -> None:
+    manifest = manifest_of(400)
+    cropped = BatchSampler(manifest, 20, seed=0, max_seconds=0.5)
+    unsorted = BatchSampler(manifest, 20, seed=0, bucket_by_length=False)
+    assert {frozenset(batch) for batch in epoch_of(cropped, 0)} == {frozenset(batch) for batch in epoch_of(unsorted, 0)}
+
+
+def test_interleave_alternates_until_all_are_exhausted() -> None:
+    manifest = manifest_of(30, 7, 12, mix="interleave")
+    sampler = BatchSampler(manifest, 9, seed=0, bucket_by_length=False)
+    assert sampler.batches_per_epoch == 10
+    rows = list(itertools.chain(*epoch_of(sampler, 2)))
+    sources = [manifest[row].source for row in rows]
+    assert sources == [0, 1, 2] * 30
+    counts = Counter(rows)
+    assert [counts[row] for row in range(30)] == [1] * 30
+    assert {counts[row] for row in range(30, 37)} == {4, 5}  # 30 draws from 7 rows
+    assert {counts[row] for row in range(37, 49)} == {2, 3}
+    second = rows[1::3]
+    assert sorted(second[:7]) == sorted(second[7:14]) == list(range(30, 37))
+    assert second[:7] != second[7:14]
+
+
+def test_interleave_with_probabilities() -> None:
+    manifest = manifest_of(300, 50, mix="interleave", probabilities=[0.75, 0.25])
+    sampler = BatchSampler(manifest, 10, seed=0, bucket_by_length=False)
+    assert sampler.batches_per_epoch == 40  # 300 / 0.75 draws
+    rows = list(itertools.chain(*epoch_of(sampler, 0)))
+    counts = Counter(rows)
+    assert all(counts[row] == 1 for row in range(300))
+    assert all(counts[row] == 2 for row in range(300, 350))
+    sources = np.array([manifest[row].source for row in rows])
+    assert 0.15 < sources[:200].mean() < 0.35
+    assert len(set(map(tuple, sources.reshape(40, 10)))) > 10  # drawn, not in turns
+
+
+def test_scarce_source_decides_the_length_of_an_epoch() -> None:
+    manifest = manifest_of(10, 100, mix="interleave", probabilities=[0.9, 0.1])
+    sampler = BatchSampler(manifest, 10, seed=0)
+    counts = Counter(itertools.chain(*epoch_of(sampler, 0)))
+    assert sampler.batches_per_epoch == 100
+    assert all(counts[row] == 90 for row in range(10))
+    assert all(counts[row] == 1 for row in range(10, 110))
+
+
+def test_fewer_clips_than_a_batch() -> None:
+    with pytest.raises(
+        DataError, match="m0: 5 clips do not fill one batch of 8; set batch_size to at most 5 or add data"
+    ):
+        BatchSampler(manifest_of(5), 8, seed=0)
+
+
+@pytest.mark.parametrize(("batch", "world_size"), [(10, 4), (0, 1), (-4, 2)])
+def test_batch_that_the_ranks_cannot_share(batch: int, world_size: int) -> None:
+    with pytest.raises(DataError, match=f"a batch of {batch} cannot be divided equally over {world_size} processes"):
+        BatchSampler(manifest_of(100), batch, seed=0, world_size=world_size)
+
+
+def test_unknown_durations_are_read_from_the_files(make_set: Callable[..., str], tmp_path: object) -> None:
+    from fastclap.data import load_manifest
+
+    given = load_manifest(make_set(12, name="given"))
+    probed = load_manifest(make_set(12, name="probed", duration=False))
+    assert np.isnan(probed.durations).all()
+    np.testing.assert_allclose(clip_durations(probed), given.durations)
+    assert [rows for _, _, rows in BatchSampler(probed, 4, seed=0, stop_step=9)] == [
+        rows for _, _, rows in BatchSampler(given, 4, seed=0, stop_step=9)
+    ]
+
+
+def test_unreadable_file_has_no_duration_but_is_no_error() -> None:
+    manifest = Manifest([Row("/nowhere.wav", ("x",), (), {}, None, None, None, "m:1", 0)])
+    assert clip_durations(manifest).tolist() == [0.0]
+
+
+def test_rows_out_of_source_order_are_refused() -> None:
+    rows = [Row("a", ("x",), (), {}, None, None, None, f"m:{i}", source) for i, source in enumerate((0, 1, 0))]
+    with pytest.raises(ValueError, match="m:2: rows must come in the order of their sources"):
+        Manifest(rows, source_names=["m", "n"])
+
+
+def test_scalar_and_vector_hash_agree() -> None:
+    hashes = [hash64(3, -1, index) for index in range(500)]
+    assert permutation(500, 3, -1).tolist() == sorted(range(500), key=hashes.__getitem__)
+
+
+def test_hash_is_the_published_one() -> None:
+    assert hash64(0) == 0xE220A8397B1DCDAF  # first output of SplitMix64 with seed 0
+    assert hash64(1) != hash64(0, 1) != hash64(1, 0)
+
+
+def test_draws_are_uniform() -> None:
+    counts = np.bincount([draw(7, 5, index) for index in range(14_000)], minlength=7)
+    assert len(counts) == 7
+    assert np.abs(counts - 2000).max() < 200  # 4.8 standard deviations

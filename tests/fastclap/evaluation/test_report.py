@@ -1,0 +1,137 @@
+"""The page is complete in itself, shows what it was given, and is never seen half-written."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastclap.errors import DataError
+from fastclap.evaluation import classification, retrieval, write_report
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def results(columns: tuple[str, ...] = ("sex",), classes: int = 2, clips: int = 30) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    audio, text = (torch.randn(clips, 8, generator=generator) for _ in range(2))
+    names = [f"class {i}" for i in range(classes)]
+    labels = [names[i % max(1, classes - 1)] for i in range(clips)]  # the last class has no clip
+    return {
+        "clips": clips,
+        "skipped": [],
+        "retrieval": {"global": retrieval(audio, text, range(clips), range(clips))},
+        "classification": {column: classification(audio, text[:classes], labels, names) for column in columns},
+    }
+
+
+def write_run(folder: Path, steps: int, validations: int) -> None:
+    folder.mkdir()
+    records = [
+        {"kind": "train", "step": step, "loss": math.log(step), "logit_scale": 14.3, "learning_rate": 1e-3 / step}
+        for step in range(1, steps + 1)
+    ]
+    records[-1]["time"] = {"clips_per_second": 123.4}
+    records += [{"kind": "valid", "step": step * 2, **results()} for step in range(1, validations + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "config.yaml").write_text("seed: 7 # <b>\n")
+    (folder / "environment.json").write_text(
+        json.dumps({"torch": "2.x", "gpus": ["one", "two"], "git": {"dirty": True}})
+    )
+
+
+def pictures(page: str) -> list[bytes]:
+    return [base64.b64decode(text) for text in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+
+
+@pytest.mark.parametrize(("steps", "validations"), [(60, 3), (1, 1), (3, 0)])
+def test_report_of_a_run(tmp_path: Path, steps: int, validations: int) -> None:
+    write_run(tmp_path / "run", steps, validations)
+    path = write_report(tmp_path / "out", run=tmp_path / "run")
+    page = path.read_text()
+    expected = ["confusion-sex", "recall", "training"] if validations else ["training"]
+    assert sorted(item.stem for item in path.parent.glob("*.png")) == expected
+    inlined = pictures(page)
+    assert all(picture.startswith(PNG) for picture in inlined)
+    assert sorted(inlined) == sorted(item.read_bytes() for item in path.parent.glob("*.png"))
+    assert "seed: 7 # &lt;b&gt;" in page
+    assert "git · dirty" in page and "one, two" in page
+    assert "123.4" in page
+    data = json.loads((path.parent / "report.json").read_text())
+    assert data["run"]["steps"] == steps
+    assert data.get("step") == (validations * 2 or None), "the figures are those of the last validation"
+    assert sorted(os.listdir(path.parent)) == sorted(
+        [*(f"{name}.png" for name in expected), "report.html", "report.json"]
+    )
+
+
+def test_page_refers_to_nothing_outside_and_escapes_what_it_shows(tmp_path: Path) -> None:
+    shown = results(columns=("a/b <i>",), classes=4)
+    shown["skipped"] = [{"row": 3, "path": "<script>x</script>.wav", "reason": "broken"}] * 25
+    shown["model"] = "model & <co>"
+    page = write_report(tmp_path, results=shown).read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in page
+    assert "<script" not in page and "<i>" not in page
+    assert "&lt;script&gt;x&lt;/script&gt;.wav" in page and "model &amp; &lt;co&gt;" in page
+    assert "and 5 more" in page
+    assert (tmp_path / "confusion-a_b_i_.png").exists()
+
+
+def test_figures_stand_beside_their_chance_level(tmp_path: Path) -> None:
+    shown = results(classes=5)
+    page = write_report(tmp_path, results=shown).read_text()
+    sex, to_text = shown["classification"]["sex"], shown["retrieval"]["global"]["audio_to_text"]
+    assert f"{100 * sex['uar']:.1f} <small>chance 20.0</small>" in page
+    assert f"{100 * sex['accuracy']:.1f} <small>majority {100 * sex['majority_accuracy']:.1f}</small>" in page
+    assert f"{100 * to_text['R@10']:.1f} <small>33.3</small>" in page
+
+
+def test_many_classes_and_one_class_can_be_drawn(tmp_path: Path) -> None:
+    for classes in (1, 45):
+        folder = tmp_path / str(classes)
+        write_report(folder, results=results(classes=classes, clips=46))
+        assert (folder / "confusion-sex.png").read_bytes().startswith(PNG)
+
+
+def test_a_torn_last_line_is_left_out_and_another_is_an_error(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 4, 0)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = metrics.read_text()
+    metrics.write_text(lines + '{"kind": "train", "st')
+    assert "training steps</td><td>4<" in write_report(tmp_path / "out", run=tmp_path / "run").read_text()
+    metrics.write_text("7\n" + lines)
+    with pytest.raises(DataError, match=r"metrics\.jsonl:1: not a record"):
+        write_report(tmp_path / "out", run=tmp_path / "run")
+    with pytest.raises(DataError, match=r"nowhere/metrics\.jsonl: cannot be read"):
+        write_report(tmp_path / "out", run=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="needs results, a run folder, or both"):
+        write_report(tmp_path / "out")
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 2, 0)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 3, "loss": NaN}\n')
+    write_report(tmp_path / "out", run=tmp_path / "run")
+    assert "NaN" not in (tmp_path / "out" / "report.json").read_text()
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["run"]["loss"] is None
+
+
+def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(tmp_path, results=results())
+    before = {item.name: item.read_bytes() for item in tmp_path.iterdir()}
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        write_report(tmp_path, results=results(classes=3))
+    assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == before

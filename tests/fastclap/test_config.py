@@ -1,0 +1,73 @@
+"""CLAPConfig: strict reading, exact round trips, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
+from fastclap.errors import ConfigError
+
+
+def test_round_trip_through_json() -> None:
+    config = CLAPConfig(
+        audio=AudioTowerConfig(kind="wav2vec2", hf_config={"model_type": "wavlm", "conv_dim": [8, 8]}, freeze=True),
+        text=TextTowerConfig(kind="hf", pretrained="some/encoder", pooling="cls"),
+        head=HeadConfig(kind="clsp", dim=512, dropout=0.2),
+        max_logit_scale=50,
+    )
+    assert CLAPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_left_out_fields_keep_their_defaults() -> None:
+    config = CLAPConfig.from_dict({"audio": {"layers": 7}})
+    assert config == CLAPConfig(audio=AudioTowerConfig(layers=7))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"colour": 1}, "unknown configuration keys colour"),
+        ({"audio": {"layers": 2, "depth": 3}}, r"unknown configuration keys audio\.depth"),
+        ({"text": {"kind": "large"}}, r"text\.kind must be Literal\['small', 'hf'\], not 'large'"),
+        ({"head": {"dim": "256"}}, r"head\.dim must be int, not '256'"),
+        ({"head": {"dim": True}}, r"head\.dim must be int"),
+        ({"audio": {"freeze": 1}}, r"audio\.freeze must be bool"),
+        ({"audio": {"pretrained": 3}}, r"audio\.pretrained must be str \| None"),
+        ({"audio": "wavlm"}, "audio must be a mapping"),
+        ([], "the configuration must be a mapping"),
+    ],
+)
+def test_reading_names_what_is_wrong(data: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CLAPConfig.from_dict(data)  # type: ignore[arg-type]
+
+
+def test_importing_the_configuration_does_not_import_torch() -> None:
+    code = "import sys, fastclap.config; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_every_field_is_a_flag_with_a_help_text() -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--model", type=CLAPConfig)
+    parsed = parser.parse_args(
+        [
+            *("--model.audio.feature_options", '{"n_mels": 64}', "--model.audio.hf_config", '{"model_type": "hubert"}'),
+            *("--model.text.freeze", "true", "--model.head.dropout", "0.3", "--model.max_logit_scale", "20"),
+        ]
+    )
+    config = parser.instantiate(parsed).model
+    assert config.audio.feature_options == {"n_mels": 64} and config.audio.hf_config == {"model_type": "hubert"}
+    assert config.text.freeze is True and config.head.dropout == 0.3 and config.max_logit_scale == 20
+    flags = parser.format_help()
+    for part, cls in (("audio", AudioTowerConfig), ("text", TextTowerConfig), ("head", HeadConfig)):
+        for field in dataclasses.fields(cls):
+            assert f"--model.{part}.{field.name}" in flags

@@ -1,0 +1,118 @@
+"""Configuration: flags, files, recipes, and what is said when they are wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastclap.errors import ConfigError, FastclapError
+from fastclap.train.cli import main, parse
+from fastclap.train.config import TrainConfig, load_config
+from fastclap.train.recipes import RECIPES
+
+
+def parsed(*arguments: str) -> TrainConfig:
+    config = parse(arguments)
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def test_flags_reach_every_level() -> None:
+    config = parsed(
+        "small", "--data.train", "a.jsonl", "b.csv", "--data.audio-root", "clips", "--batch-size", "64", "--resume",
+        "--model.audio.width", "96", "--data.columns", "text_description", "caption",
+    )  # fmt: skip
+    assert config.data.train == ["a.jsonl", "b.csv"] and config.data.audio_root == "clips"
+    assert config.batch_size == 64 and config.resume and config.model.audio.width == 96
+    assert config.data.columns == {"text_description": "caption"}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        (".yaml", "steps: 7\noptimizer: {learning_rate: 1e-4}\ndata:\n  train: [a.jsonl]\nmodel: {audio: {layers: 3}}\n"),
+        (".toml", 'steps = 7\n[optimizer]\nlearning_rate = 1e-4\n[data]\ntrain = ["a.jsonl"]\n[model.audio]\nlayers = 3\n'),
+    ],
+)
+def test_file_is_laid_over_the_recipe_and_flags_over_the_file(tmp_path: Path, suffix: str, text: str) -> None:
+    path = tmp_path / f"run{suffix}"
+    path.write_text(text)
+    config = parsed("small", "--config", str(path), "--steps", "9")
+    assert (config.steps, config.optimizer.learning_rate, config.data.train) == (9, 1e-4, ["a.jsonl"])
+    assert config.model.audio.layers == 3
+    assert config.batch_size == RECIPES["small"]().batch_size  # untouched by file and flags
+
+
+def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
+    for build in RECIPES.values():
+        config = build()
+        config.data.train = ["a.jsonl"]
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config.to_dict()))
+        assert load_config(path, TrainConfig()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3", "stepz"),
+        ("data: {trane: [a]}", "data.trane"),
+        ("steps: many", "steps must be int, not 'many'"),
+        ("data: {mix: shuffle}", "data.mix"),
+        ("- 1", "mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_files_name_the_key(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="bad.yaml") as caught:
+        load_config(path, TrainConfig())
+    assert message in str(caught.value)
+
+
+def test_missing_configuration_file() -> None:
+    with pytest.raises(ConfigError, match="nowhere.yaml: cannot read"):
+        load_config("nowhere.yaml", TrainConfig())
+
+
+def test_unknown_recipe_lists_the_known() -> None:
+    with pytest.raises(FastclapError, match="no recipe 'smal'.*demo, small"):
+        parse(["smal"])
+
+
+def test_unknown_flag_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(["small", "--data.trian", "a.jsonl"])
+    assert stop.value.code == 2
+    assert "--data.train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--data.train is empty"),
+        (["--data.train", "a", "--batch-size", "1"], "--batch-size is 1"),
+        (["--data.train", "a", "--data.max-bad-share", "3"], "--data.max-bad-share is 3"),
+        (["--data.train", "a", "--loss.kind", "sigmoid", "--loss.label-smoothing", "0.1"], "--loss.label-smoothing"),
+        (["--data.train", "a", "--device", "tpu"], "--device is 'tpu'"),
+    ],
+)
+def test_impossible_settings_exit_with_one_line(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["small", *flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and "Traceback" not in error
+
+
+def test_help_through_the_real_command_line() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "fastclap.train.cli", "small", "--help"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0 and "--optimizer.learning-rate" in result.stdout

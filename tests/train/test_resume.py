@@ -1,0 +1,179 @@
+"""Killed, stopped, out of disk, damaged: what a run promises, tried by doing it to a run.
+
+Training runs in forked children here, so that a kill costs no fresh import of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import fastclap
+from fastclap.errors import ConfigError, ModelError, TrainingError
+from fastclap.train import checkpoint
+from fastclap.train.config import TrainConfig
+from fastclap.train.loop import train
+
+Build = Callable[..., TrainConfig]
+FORK = multiprocessing.get_context("fork")
+
+
+def metrics(run_dir: str) -> list[dict]:
+    """All records without their wall-clock figures."""
+    records = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record.pop("time", None)
+    return records
+
+
+def assert_same_run(expected: str, actual: str) -> None:
+    assert metrics(actual) == metrics(expected)
+    for file in ("model.safetensors", "trainer.safetensors"):
+        before, after = (load_file(checkpoint.checkpoints(Path(run))[-1] / file) for run in (expected, actual))
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert tensor.equal(after[name]), name
+    exported, resumed = (load_file(Path(run) / "model" / "model.safetensors") for run in (expected, actual))
+    assert all(exported[name].equal(resumed[name]) for name in exported)
+
+
+def test_twenty_kills_at_random_moments_leave_no_trace(tiny: Build) -> None:
+    """SIGKILL anywhere, also inside a save (there is one after every step), then --resume: bit-identical in the end."""
+    whole, killed = tiny("whole", save_every=1, steps=24), tiny("killed", save_every=1, steps=24, resume=True)
+    train(whole)
+    moments, kills = random.Random(0), 0
+    while kills < 20:
+        before = len(checkpoint.checkpoints(Path(killed.run_dir)))
+        child = FORK.Process(target=train, args=(killed,))
+        child.start()
+        deadline = time.monotonic() + 60
+        # Let it show that it runs, then strike: after a new checkpoint most times, before one sometimes.
+        while moments.random() < 0.999 and not _advanced(killed.run_dir, before) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.05))
+        assert child.is_alive() or kills >= 5, f"the run ended after {kills} kills: too few steps for this machine"
+        if not child.is_alive():
+            break
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        kills += 1
+    train(killed)
+    assert_same_run(whole.run_dir, killed.run_dir)
+    assert not list((Path(killed.run_dir) / "checkpoints").glob(".writing-*"))
+
+
+def _advanced(run_dir: str, before: int) -> bool:
+    return len(checkpoint.checkpoints(Path(run_dir))) != before
+
+
+def test_sigterm_saves_and_exits_cleanly(tiny: Build) -> None:
+    whole, stopped = tiny("whole", steps=40), tiny("stopped", steps=40)
+    train(whole)
+    child = FORK.Process(target=train, args=(stopped,))
+    child.start()
+    while child.is_alive() and not (Path(stopped.run_dir) / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(60)
+    assert child.exitcode == 0
+    newest = checkpoint.newest_checkpoint(Path(stopped.run_dir))
+    assert newest is not None and 0 < newest[1]["step"] < 40
+    assert not (Path(stopped.run_dir) / "model").exists()
+    stopped.resume = True
+    train(stopped)
+    assert_same_run(whole.run_dir, stopped.run_dir)
+
+
+def test_a_full_disk_loses_nothing_older(tiny: Build, capfd: pytest.CaptureFixture[str]) -> None:
+    """From step 6 on no file may grow past 4 KiB, as on a full disk: the periodic save warns, the last one fails."""
+    config = tiny("full", steps=9)
+    child = FORK.Process(target=_train_on_a_full_disk, args=(config,))
+    child.start()
+    child.join(120)
+    assert child.exitcode == 3
+    assert "step-6: the checkpoint could not be written" in capfd.readouterr().out
+    assert [path.name for path in sorted((Path(config.run_dir) / "checkpoints").iterdir())] == ["step-3"]
+    path, state, complaints = checkpoint.newest_checkpoint(Path(config.run_dir)) or pytest.fail("no checkpoint")
+    assert state["step"] == 3 and not complaints
+    assert fastclap.CLAP.from_pretrained(path).embed_text(["a voice"]).shape == (1, 16)
+
+
+def _train_on_a_full_disk(config: TrainConfig) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    real = checkpoint.save_checkpoint
+
+    def save(run_dir: Path, step: int, *rest: object) -> Path:
+        if step >= 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        try:
+            return real(run_dir, step, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    checkpoint.save_checkpoint = save  # type: ignore[assignment]
+    try:
+        train(config)
+    except TrainingError:
+        os._exit(3)
+
+
+def test_a_run_folder_is_not_overwritten(tiny: Build) -> None:
+    config = tiny()
+    train(config)
+    with pytest.raises(ConfigError, match=r"already holds a run \(newest checkpoint step-12\).*--resume"):
+        train(tiny())
+
+
+def test_resuming_another_configuration_is_refused(tiny: Build) -> None:
+    train(tiny(steps=3))
+    with pytest.raises(ConfigError, match="batch_size was 8, now 16"):
+        train(tiny(steps=3, batch_size=16, resume=True))
+
+
+def test_a_finished_run_can_be_extended(tiny: Build) -> None:
+    train(tiny(steps=4))
+    train(tiny(steps=8, resume=True))
+    assert [record["step"] for record in metrics(tiny().run_dir) if record["kind"] == "train"] == [2, 4, 6, 8]
+
+
+def test_damaged_checkpoints(tiny: Build, capfd: pytest.CaptureFixture[str]) -> None:
+    """The newest one truncated: the one before is used and the damage reported. All damaged: an error, not a fresh start."""
+    config = tiny(steps=6)
+    train(config)
+    older, newer = checkpoint.checkpoints(Path(config.run_dir))
+    weights = newer / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    train(tiny(steps=6, resume=True))
+    error = capfd.readouterr().err
+    assert "skipped a damaged checkpoint" in error and str(weights) in error and "bytes were written" in error
+    for path in checkpoint.checkpoints(Path(config.run_dir)):
+        (path / "trainer.safetensors").unlink()
+    with pytest.raises(ModelError, match="no checkpoint of this run is complete.*trainer.safetensors: missing"):
+        train(tiny(steps=6, resume=True))
+    assert older.name == "step-3"
+
+
+def test_checkpoint_of_another_model(tiny: Build) -> None:
+    """Weights exchanged under the same names: the tensor that differs is named."""
+    first, other = tiny("first", steps=3), tiny("other", steps=3)
+    other.model.audio.width = 32
+    train(first)
+    train(other)
+    from fastclap.train.setup import build_optimizer
+
+    model = fastclap.CLAP.from_pretrained(Path(first.run_dir))
+    with pytest.raises(ModelError, match="checkpoint of another model: .* has shape"):
+        checkpoint.restore(
+            checkpoint.checkpoints(Path(other.run_dir))[-1], model, build_optimizer(model, first.optimizer), None
+        )

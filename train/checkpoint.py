@@ -1,0 +1,203 @@
+"""Checkpoints that survive kills, full disks and truncated files.
+
+A checkpoint is one folder, ``checkpoints/step-N``. It is written under a temporary name, every file is flushed to the
+disk, ``state.json`` (with the size of every other file) comes last, and one rename makes it visible; so a folder with
+the final name is complete or was damaged later, which the sizes show. Nothing in it is a pickle: tensors are
+safetensors, the rest is JSON. The folder is also a model folder: ``CLAP.from_pretrained`` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fastclap.errors import ModelError, TrainingError
+from fastclap.model import CLAP
+from fastclap.train.averaging import WeightAverage
+
+FORMAT = 1
+_STATE = "state.json"
+_TRAINER = "trainer.safetensors"
+_TEMPORARY = ".writing-"
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    model: CLAP,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write ``checkpoints/step-<step>`` and then remove all but the ``keep`` newest.
+
+    ``model.safetensors`` holds the weights to use (the moving average where there is one), ``trainer.safetensors`` the
+    optimizer's state and, with an average, the weights under training.
+
+    Raises:
+        TrainingError: the disk refused the write. What was there before is untouched and the partial folder removed.
+    """
+    root = run_dir / "checkpoints"
+    final = root / f"step-{step}"
+    partial = root / f"{_TEMPORARY}step-{step}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        with applied(average, model):
+            model.save_pretrained(partial)
+        tensors = optimizer_tensors(model, optimizer)
+        if average is not None:
+            tensors |= {f"weights/{name}": tensor for name, tensor in model.state_dict().items()}
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial / _TRAINER)
+        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        (partial / _STATE).write_text(json.dumps({"format": FORMAT, "step": step, "files": sizes, **state}, indent=1))
+        for file in partial.iterdir():
+            _fsync(file)
+        if final.exists():  # an older attempt at this step that was found damaged
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        _fsync(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(f"{final}: the checkpoint could not be written ({error}); older ones are untouched") from error
+    for old in checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+@contextmanager
+def applied(average: WeightAverage | None, model: CLAP) -> Iterator[None]:
+    """The model carries the averaged weights inside the block (if there is an average)."""
+    if average is None:
+        yield
+        return
+    average.swap(model)
+    try:
+        yield
+    finally:
+        average.swap(model)
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """All visible checkpoints of a run, oldest first."""
+    found = [path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def remove_partial(run_dir: Path) -> None:
+    """Clear away what a killed save left behind."""
+    for path in (run_dir / "checkpoints").glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint, after checking that each of its files is there in full.
+
+    Raises:
+        ModelError: a file is missing, truncated or of an unknown format.
+    """
+    try:
+        state = json.loads((path / _STATE).read_text())
+        sizes = state["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: not a complete checkpoint ({_STATE} cannot be read: {error})") from error
+    if state.get("format") != FORMAT:
+        raise ModelError(f"{path}: checkpoint format {state.get('format')!r}; this version reads format {FORMAT}")
+    for name, size in sizes.items():
+        actual = (path / name).stat().st_size if (path / name).exists() else None
+        if actual != size:
+            found = "missing" if actual is None else f"{actual} bytes long"
+            raise ModelError(f"{path / name}: {found}, but {size} bytes were written; the checkpoint is damaged")
+    return state
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """The newest complete checkpoint of a run, its state, and the complaints about newer ones that are damaged.
+
+    Raises:
+        ModelError: there are checkpoints but every one is damaged; starting over silently would lose the run.
+    """
+    complaints: list[str] = []
+    for path in reversed(checkpoints(run_dir)):
+        try:
+            return path, read_state(path), complaints
+        except ModelError as error:
+            complaints.append(str(error))
+    if complaints:
+        raise ModelError("no checkpoint of this run is complete: " + "; ".join(complaints))
+    return None
+
+
+def restore(
+    path: Path, model: CLAP, optimizer: torch.optim.Optimizer, average: WeightAverage | None
+) -> None:
+    """Load weights, optimizer state and moving average of a checkpoint in place, bit for bit.
+
+    Raises:
+        ModelError: the checkpoint belongs to another model (its tensors have other names or shapes).
+    """
+    weights = _read_tensors(path / "model.safetensors")
+    trainer = _read_tensors(path / _TRAINER)
+    under_training = {name[8:]: value for name, value in trainer.items() if name.startswith("weights/")}
+    if (average is not None) != bool(under_training):
+        raise ModelError(f"{path}: saved {'with' if under_training else 'without'} weight averaging; "
+                         "set --optimizer.ema-decay as it was")
+    _load_weights(path, model, under_training or weights)
+    if average is not None:
+        average.load(weights)
+    for name, parameter in model.named_parameters():
+        entries = {key: trainer.pop(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in trainer}
+        if entries:
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entries.items()}
+
+
+def optimizer_tensors(model: CLAP, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's state as tensors named ``step|exp_avg|exp_avg_sq/<parameter name>``."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = value
+    return tensors
+
+
+def _load_weights(path: Path, model: CLAP, weights: dict[str, torch.Tensor]) -> None:
+    expected = model.state_dict()
+    for name, tensor in expected.items():
+        if name not in weights:
+            raise ModelError(f"{path}: checkpoint of another model: it has no tensor {name!r}")
+        if weights[name].shape != tensor.shape:
+            raise ModelError(
+                f"{path}: checkpoint of another model: {name!r} has shape {tuple(weights[name].shape)}, "
+                f"the configured model {tuple(tensor.shape)}"
+            )
+    unknown = sorted(weights.keys() - expected.keys())
+    if unknown:
+        raise ModelError(f"{path}: checkpoint of another model: the configured model has no tensor {unknown[0]!r}")
+    model.load_state_dict(weights)
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}); the checkpoint is damaged") from error
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

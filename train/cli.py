@@ -1,0 +1,67 @@
+"""``fastclap-train RECIPE --flag value ...``: the only file of the training package that reads arguments.
+
+torch is imported after the arguments have been understood, so that ``--help`` and mistyped flags answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from fastclap.errors import FastclapError
+
+_USAGE = """usage: fastclap-train RECIPE [--config FILE] [--data.train MANIFEST ...] [--run-dir DIR] [...]
+
+Train a dual encoder. Recipes:
+{recipes}
+
+  fastclap-train RECIPE --help      every flag of a recipe, with its default
+  --config FILE                     YAML or TOML file laid over the recipe; flags override it
+
+Examples:
+  fastclap-train demo
+  fastclap-train small --data.train train.jsonl --data.valid valid.jsonl --run-dir runs/first
+  fastclap-train small --data.train train.jsonl --run-dir runs/first --resume
+  torchrun --nproc-per-node 4 -m fastclap.train.cli small --data.train train.jsonl --batch-size 512
+"""
+
+
+def parse(arguments: Sequence[str]) -> object:
+    """The configuration that the arguments ask for; exits with status 0 (help) or 2 (mistakes) like argparse."""
+    from fastclap.train.recipes import RECIPES
+
+    usage = _USAGE.format(recipes="\n".join(f"  {name:<10}{build.__doc__}" for name, build in RECIPES.items()))
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage, end="", file=sys.stdout if arguments else sys.stderr)
+        raise SystemExit(0 if arguments else 2)
+    recipe, *rest = arguments
+    if recipe not in RECIPES:
+        raise FastclapError(f"there is no recipe {recipe!r}; choose one of: {', '.join(RECIPES)} (fastclap-train --help)")
+
+    import tyro
+
+    from fastclap.train.config import TrainConfig, load_config
+
+    defaults = RECIPES[recipe]()
+    while "--config" in rest:
+        at = rest.index("--config")
+        if at + 1 == len(rest):
+            raise FastclapError("--config needs the path of a YAML or TOML file")
+        defaults = load_config(rest[at + 1], defaults)
+        del rest[at : at + 2]
+    return tyro.cli(TrainConfig, default=defaults, args=rest, prog=f"fastclap-train {recipe}", description=RECIPES[recipe].__doc__)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments)
+        from fastclap.train.loop import train
+
+        train(config)  # type: ignore[arg-type]
+    except FastclapError as error:
+        print(f"fastclap-train: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

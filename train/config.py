@@ -1,0 +1,231 @@
+"""What a training run is made of, as plain dataclasses.
+
+Every field is a flag of ``fastclap-train`` and a key of its YAML/TOML files; the docstring under a field is its help.
+Nothing here imports torch, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fastclap.config import CLAPConfig, read_dataclass
+from fastclap.errors import ConfigError
+
+
+@dataclass
+class DataConfig:
+    """Where clips and captions come from."""
+
+    train: list[str] = field(default_factory=list)
+    """Training manifests: .jsonl, .json, .csv, .tsv or .parquet files, saved `datasets` folders, or hf:NAME[:SPLIT]."""
+    valid: list[str] = field(default_factory=list)
+    """Validation manifests, same kinds. Without one, no validation takes place."""
+    demo_clips: int = 0
+    """Without a training manifest: make this many procedural demo clips under the run folder and train on them."""
+    audio_root: str | None = None
+    """Folder that relative audio paths start from (default: the folder of each manifest)."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Column names of the manifests that differ, as pairs: OURS THEIRS (for example text_description caption)."""
+    mix: Literal["concat", "interleave"] = "concat"
+    """How several training manifests are joined."""
+    probabilities: list[float] | None = None
+    """With `interleave`: the probability of each manifest (default: strict alternation until all are exhausted)."""
+    captions: Literal["global", "fine", "both"] = "global"
+    """Which captions a clip draws one from, each epoch anew: text_description, fine_description, or either."""
+    crop_seconds: float = 10.0
+    """Longest stretch of a clip that is trained on; longer clips are cropped at random."""
+    bucket_by_length: bool = True
+    """Batch clips of like length together, to save padding."""
+    workers: int = 2
+    """Decoding processes (0: decode in the training process)."""
+    prefetch: int = 4
+    """Batches each worker prepares ahead."""
+    cache_mb: int = 0
+    """Decoded audio kept in memory, in MiB, for each decoding process: small sets are then decoded once."""
+    max_bad_share: float = 0.01
+    """Share of unusable clips (missing, truncated, silent, NaN) that are set aside before the run stops."""
+
+
+@dataclass
+class LossConfig:
+    """The contrastive objective."""
+
+    kind: Literal["info_nce", "sigmoid"] = "info_nce"
+    """Softmax over the batch (CLIP) or independent pairs (SigLIP)."""
+    share_equal_captions: bool = True
+    """Clips with the same caption text are positives of each other instead of false negatives."""
+    label_smoothing: float = 0.0
+    """Target mass spread over the whole batch (info_nce only)."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of matrices (never of norms, biases, embeddings or the logit scale)."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: float = 0.98
+    """Decay of the squared gradient's running mean."""
+    eps: float = 1e-8
+    """Denominator offset."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    final_share: float = 0.0
+    """Learning rate at the last step, as a share of the peak."""
+    clip_norm: float = 1.0
+    """Largest gradient norm (0: no clipping)."""
+    ema_decay: float = 0.0
+    """Decay of the exponential moving average of the weights, which is then evaluated and exported (0: none)."""
+
+
+@dataclass
+class ValidConfig:
+    """What validation measures."""
+
+    classify: list[str] = field(default_factory=lambda: ["classification_tag"])
+    """Manifest columns to classify zero-shot (those that the validation manifest has)."""
+    template: str = "A person is speaking in a {} style."
+    """Prompt around a class name."""
+    prompts: str | None = None
+    """JSON file of prompts per class (or per column and class), instead of the template."""
+    batch_size: int = 32
+    """Clips embedded at a time."""
+
+
+@dataclass
+class TrainConfig:
+    """A training run."""
+
+    run_dir: str = "runs/run"
+    """Folder that receives everything the run writes."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: CLAPConfig = field(default_factory=CLAPConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    valid: ValidConfig = field(default_factory=ValidConfig)
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Global batch: pairs contrasted with each other, over all processes."""
+    chunk_size: int = 0
+    """Gradient caching: clips that go through the towers at once, so that the batch need not fit (0: no caching)."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged into one step; unlike caching, each is contrasted within itself only."""
+    seed: int = 0
+    """Seed of weights, data order, crops, captions and dropout."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
+    device: str = "auto"
+    """cuda, cpu or auto."""
+    threads: int = 0
+    """CPU threads per process (0: as torch chooses)."""
+    init_from: str | None = None
+    """Model folder whose weights training starts from."""
+    resume: bool = False
+    """Continue from the newest complete checkpoint of the run folder, if there is one."""
+    log_every: int = 10
+    """Steps between lines of the log."""
+    valid_every: int = 0
+    """Steps between validations (0: only at the end)."""
+    save_every: int = 500
+    """Steps between checkpoints; one is always written at the end."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    max_bad_steps: int = 10
+    """Steps in a row with a non-finite loss or gradient, each of them skipped, before the run stops."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files (needs tensorboard)."""
+    wandb: bool = False
+    """Also log to Weights & Biases (needs wandb)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def check(self) -> None:
+        """Raise ConfigError on the first impossible combination, naming the flag."""
+        rules = [
+            (bool(self.data.train) or self.data.demo_clips > 0, "--data.train is empty: name at least one training manifest"),
+            (self.steps >= 1, f"--steps is {self.steps}; it must be at least 1"),
+            (self.batch_size >= 2, f"--batch-size is {self.batch_size}; a contrastive loss needs at least 2 pairs"),
+            (self.chunk_size >= 0, f"--chunk-size is {self.chunk_size}; use 0 to switch gradient caching off"),
+            (self.accumulate >= 1, f"--accumulate is {self.accumulate}; it must be at least 1"),
+            (self.log_every >= 1, f"--log-every is {self.log_every}; it must be at least 1"),
+            (self.save_every >= 1, f"--save-every is {self.save_every}; it must be at least 1"),
+            (self.keep >= 1, f"--keep is {self.keep}; at least one checkpoint has to stay"),
+            (self.max_bad_steps >= 1, f"--max-bad-steps is {self.max_bad_steps}; it must be at least 1"),
+            (self.data.crop_seconds > 0, f"--data.crop-seconds is {self.data.crop_seconds}; it must be positive"),
+            (
+                0 <= self.data.max_bad_share <= 1,
+                f"--data.max-bad-share is {self.data.max_bad_share}; it is a share between 0 and 1",
+            ),
+            (
+                0 <= self.optimizer.ema_decay < 1,
+                f"--optimizer.ema-decay is {self.optimizer.ema_decay}; it must lie in [0, 1)",
+            ),
+            (
+                self.loss.kind == "info_nce" or self.loss.label_smoothing == 0,
+                "--loss.label-smoothing belongs to info_nce; the sigmoid loss has none",
+            ),
+        ]
+        for holds, message in rules:
+            if not holds:
+                raise ConfigError(message)
+
+
+def load_config(path: str | Path, defaults: TrainConfig) -> TrainConfig:
+    """Lay a YAML or TOML file over a recipe's defaults; unknown keys and wrong types are errors that name the key."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration file ({error.strerror})") from error
+    if path.suffix == ".toml":
+        if sys.version_info >= (3, 11):
+            import tomllib
+        else:
+            import tomli as tomllib
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    else:
+        import yaml
+
+        try:
+            values = yaml.load(text, _yaml_loader()) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    try:
+        return read_dataclass(TrainConfig, _overlay(defaults.to_dict(), values))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _overlay(base: Any, values: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(values, dict)):
+        return values
+    return {**base, **{key: _overlay(base.get(key), value) for key, value in values.items()}}
+
+
+def _yaml_loader() -> Any:
+    """PyYAML's safe loader with YAML 1.2 floats: the 1.1 rules read ``1e-4`` as a string."""
+    import re
+
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+0123456789.")
+    )
+    return Loader

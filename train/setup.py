@@ -1,0 +1,188 @@
+"""What happens once, before the first step: resume point, demo data, model, optimizer, the files that describe a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+import fastclap
+from fastclap.config import CLAPConfig
+from fastclap.data import BatchSampler, ClipDataset, Manifest
+from fastclap.data.demo_voices import write_demo
+from fastclap.errors import ConfigError
+from fastclap.model import CLAP
+from fastclap.tokenizer import train_tokenizer
+from fastclap.towers import LogMelTower
+from fastclap.train import checkpoint, distributed
+from fastclap.train.config import OptimizerConfig, TrainConfig
+from fastclap.train.distributed import World
+
+_STATISTICS_BATCHES = 16  # enough for a mean and a deviation over some hundred clips
+
+# A resumed run may change these; anything else would make it another training.
+_MAY_CHANGE = (
+    "run_dir resume init_from steps log_every valid_every save_every keep threads tensorboard wandb device max_bad_steps "
+    "data.workers data.prefetch data.cache_mb data.valid data.max_bad_share valid"
+).split()
+
+
+def find_checkpoint(config: TrainConfig, run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to continue from and its state, or None to begin at step 0.
+
+    Raises:
+        ConfigError: the folder holds a run and ``resume`` is off, or the configuration differs from that run's.
+        ModelError: every checkpoint is damaged.
+    """
+    checkpoint.remove_partial(run_dir)
+    if not config.resume:
+        existing = checkpoint.checkpoints(run_dir)
+        if existing:
+            raise ConfigError(
+                f"{run_dir} already holds a run (newest checkpoint {existing[-1].name}): continue it with --resume, or name "
+                "another --run-dir"
+            )
+        return None
+    newest = checkpoint.newest_checkpoint(run_dir)
+    if newest is None:
+        return None
+    path, state, complaints = newest
+    for complaint in complaints:
+        print(f"warning: skipped a damaged checkpoint: {complaint}", file=sys.stderr, flush=True)
+    before, now = _flat(state["config"]), _flat(config.to_dict())
+    changed = [
+        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not _may_change(name) and not (config.init_from and name.startswith("model."))
+    ]
+    if changed:
+        raise ConfigError(f"{path} belongs to a run with another configuration: {'; '.join(changed)}. Give the same flags, "
+                          "or name another --run-dir")
+    return path, state
+
+
+def make_demo_data(config: TrainConfig, run_dir: Path, world: World) -> None:
+    """Fill in the manifests of a run on procedural voices, generating the clips on rank 0 if they are not there."""
+    if not config.data.demo_clips or config.data.train:
+        return
+    folder = run_dir / "data"
+    if world.is_main and not (folder / "valid.jsonl").exists():
+        print(f"making {config.data.demo_clips} demo clips in {folder}", flush=True)
+    if world.is_main:
+        write_demo(folder, config.data.demo_clips, max(120, config.data.demo_clips // 8), seed=config.seed)
+    distributed.barrier(world)
+    config.data.train, config.data.valid = [str(folder / "train.jsonl")], [str(folder / "valid.jsonl")]
+
+
+def build_model(config: TrainConfig, manifest: Manifest, resume_path: Path | None) -> CLAP:
+    """The model to train; with ``init_from`` (and on resume) its architecture and vocabulary come from the folder."""
+    if resume_path is not None or config.init_from:
+        model = CLAP.from_pretrained(resume_path or config.init_from)
+        config.model = model.config
+        return model
+    tokenizer = None
+    if config.model.text.kind == "small":
+        captions = sorted({text for row in manifest for text in (*row.captions, *row.fine_captions)})
+        tokenizer = train_tokenizer(captions, config.model.text.vocab_size)
+    return CLAP(config.model, tokenizer)
+
+
+def fit_feature_statistics(model: CLAP, dataset: ClipDataset, sampler: BatchSampler, world: World) -> None:
+    """Set a from-scratch tower's feature normalisation from the first batches of rank 0, on every rank alike."""
+    tower = model.audio_branch
+    if not isinstance(tower, LogMelTower) or tower.config.feature_normalization == "clip":
+        return
+    if world.is_main:
+        batches = (dataset[(step, *sampler.batch(step))] for step in range(min(_STATISTICS_BATCHES, sampler.batches_per_epoch)))
+        tower.fit_feature_statistics((batch.audio, batch.lengths.to(world.device)) for batch in batches)
+    distributed.broadcast_weights(tower, world)
+
+
+def build_optimizer(model: CLAP, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the parameters that train; weight decay on the matrices of linear and convolution layers only."""
+    decayed_names = {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+    }
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for name, p in trainable if name in decayed_names], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in trainable if name not in decayed_names], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def write_run_files(config: TrainConfig, run_dir: Path, world: World) -> None:
+    """``config.yaml`` (resolved; usable as --config) and ``environment.json``."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _replace(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    _replace(run_dir / "environment.json", json.dumps(environment(world), indent=1))
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Versions, hardware, commit and command line of this process."""
+    import tokenizers
+    import transformers
+
+    commit = subprocess.run(
+        ["git", "-C", str(Path(fastclap.__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    on_gpu = world.device.type == "cuda"
+    return {
+        "fastclap": fastclap.__version__,
+        "commit": commit.stdout.strip() or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.processor() or platform.machine(),
+        "cuda": torch.version.cuda if on_gpu else None,
+        "threads": torch.get_num_threads(),
+        "world_size": world.size,
+        "command": sys.argv,
+    }
+
+
+def describe(config: TrainConfig, model: CLAP, manifest: Manifest, valid: Manifest | None, start_step: int) -> str:
+    """The opening line of a run."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    start = f"resumed at step {start_step}" if start_step else "from step 0"
+    held_out = f", {len(valid)} to validate" if valid is not None else ""
+    return (
+        f"{parameters / 1e6:.2f} M parameters, {len(manifest)} clips to train on{held_out}, "
+        f"batch {config.batch_size}{f' in chunks of {config.chunk_size}' if config.chunk_size else ''}, {start}"
+    )
+
+
+def _may_change(name: str) -> bool:
+    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in _MAY_CHANGE)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
