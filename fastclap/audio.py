@@ -130,6 +130,9 @@ class AudioFile:
         except soundfile.SoundFileError as error:
             reason = f"the audio data is damaged or truncated ({_message(error)}); replace the file"
             raise AudioError(self.path, reason) from error
+        except MemoryError as error:
+            reason = f"the header promises {self.info.num_samples} samples, more than fit into memory; it is damaged"
+            raise AudioError(self.path, reason) from error
         if len(wave) < last - first and (self._file.format != "MP3" or _has_mp3_length(self.path)):
             raise AudioError(
                 self.path,

@@ -188,6 +188,11 @@ def _classify(arguments: Classify) -> int:
     for key, text in notes.items():
         if figures[key]:
             print(f"fastclap: {figures[key]} {text}", file=sys.stderr)
+    unused = [row["class"] for row in figures["per_class"] if not row["clips"]]
+    if unused:
+        print(
+            f"fastclap: no clip has the class {', '.join(unused)}; it counts in macro-F1, not in UAR", file=sys.stderr
+        )
     return _present(arguments, result, _classification_tables(arguments.column, figures))
 
 

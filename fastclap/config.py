@@ -45,13 +45,13 @@ class AudioTowerConfig:
     """log-mel: statistics that `fit_feature_statistics` measures once and the model keeps: one mean and standard
     deviation, or one pair a band; clip subtracts each clip's own mean level instead of the global mean, which makes the
     embedding independent of the recording level."""
-    width: int = 192
+    width: int = 128
     """log-mel: width of the transformer."""
-    layers: int = 4
+    layers: int = 3
     """log-mel: number of transformer blocks; 0 leaves the convolutions only."""
     heads: int = 4
     """log-mel: attention heads a block."""
-    feedforward: int = 4
+    feedforward: int = 2
     """log-mel: width of the feed-forward layer as a multiple of `width`."""
     subsampling: int = 4
     """log-mel: frames per transformer position, a power of two; each halving is one convolution of stride 2."""
@@ -62,7 +62,7 @@ class AudioTowerConfig:
     """log-mel: channels of the first time-frequency convolution; each further one has twice as many."""
     dropout: float = 0.1
     """log-mel: dropout of every residual branch and of the convolutions' output."""
-    pooling: Literal["mean", "statistics", "attention"] = "mean"
+    pooling: Literal["mean", "statistics", "attention"] = "statistics"
     """log-mel: mean over the valid positions; statistics adds their standard deviation; attention learns weights."""
     random_gain: float = 0.0
     """log-mel: in training each clip is made louder or softer by up to this many dB."""
@@ -94,13 +94,13 @@ class TextTowerConfig:
     """Longer captions are cut to this many tokens."""
     vocab_size: int = 2000
     """small: largest size of the trained vocabulary, and number of rows of the embedding."""
-    width: int = 192
+    width: int = 128
     """small: width of the transformer."""
-    layers: int = 2
+    layers: int = 1
     """small: number of transformer blocks; 0 with mean pooling is a bag of words."""
     heads: int = 4
     """small: attention heads a block."""
-    feedforward: int = 4
+    feedforward: int = 2
     """small: width of the feed-forward layer as a multiple of `width`."""
     dropout: float = 0.1
     """small: dropout of every residual branch."""
@@ -187,4 +187,10 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
+    if hint is Any:
+        return True
+    if origin is list:
+        return isinstance(value, list) and all(_fits(typing.get_args(hint)[0], item) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(typing.get_args(hint)[1], item) for item in value.values())
+    return isinstance(value, hint)

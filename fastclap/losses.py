@@ -1,8 +1,8 @@
 """Contrastive losses for dual encoders: InfoNCE, SigLIP, and their open_clip-compatible modules.
 
-The arguments are checked here, with messages meant for the caller; the arithmetic is `fastclap.kernels.contrastive`, which
-never holds the N×M matrix of logits. With a process group the ranks exchange their shapes first, so that a wrong argument
-on one rank is an error on all of them and not a hang.
+The arguments are checked here, with messages meant for the caller; the arithmetic is `fastclap.kernels.contrastive`,
+which never holds the N×M matrix of logits. With a process group the ranks exchange their shapes first, so that a
+wrong argument on one rank is an error on all of them and not a hang.
 """
 
 from __future__ import annotations
@@ -48,33 +48,35 @@ def info_nce(
 ) -> Tensor:
     """InfoNCE (van den Oord et al. 2018; symmetric as in CLIP, Radford et al. 2021) without the matrix of logits.
 
-    With S = logit_scale · â·b̂ᵀ, a→b is the cross-entropy of each row's softmax over all M columns with its target (1/k on
-    each of its k positives; with label smoothing ε, (1-ε)·target + ε/M), averaged over the rows that have a positive; b→a is
-    the same on Sᵀ; "both" is their mean. A row or column without a positive takes part only as a negative. With a teacher
-    each direction becomes (1-λ)·cross-entropy + λ·KL(P_teacher‖P).
+    With S = logit_scale · â·b̂ᵀ, a→b is the cross-entropy of each row's softmax over all M columns with its target
+    (1/k on each of its k positives; with label smoothing ε, (1-ε)·target + ε/M), averaged over the rows that have a
+    positive; b→a is the same on Sᵀ; "both" is their mean. A row or column without a positive takes part only as a
+    negative. With a teacher each direction becomes (1-λ)·cross-entropy + λ·KL(P_teacher‖P).
 
     Args:
-        a: [N, D] embeddings, float16, bfloat16, float32 or float64. All arithmetic is in float32 (float64 for float64).
+        a: [N, D] embeddings, float16, bfloat16, float32 or float64. All arithmetic is in float32 (float64 for
+            float64).
         b: [M, D] embeddings on the same device. N and M need not be equal.
         logit_scale: the multiplier itself (already exponentiated); a number or a one-element tensor.
-        a_ids: integer [N]. Equal ids are positives. Without ids, row i's positive is column i and surplus rows or columns
-            are negatives only. Ids on the CPU save a GPU a synchronisation.
+        a_ids: integer [N]. Equal ids are positives. Without ids, row i's positive is column i and surplus rows or
+            columns are negatives only. Ids on the CPU save a GPU a synchronisation.
         b_ids: integer [M], given with a_ids.
         teacher: (a_t [N, Dt], b_t [M, Dt], scale_t), a second pair of embeddings taken as constants.
         teacher_weight: λ in [0, 1].
         label_smoothing: ε in [0, 1).
         normalize: scale rows to unit length first (the teacher's too), as torch.nn.functional.normalize does.
         direction: "both", "a_to_b" or "b_to_a".
-        process_group: a, b, ids and teacher are then this rank's rows, row counts may differ between ranks, and ids have
-            one meaning on all ranks (without ids each rank needs as many rows of a as of b). Every rank gets the loss of the
-            whole batch. The gradients of a and b are multiplied by the number of ranks, and that of the scale is complete
-            on every rank, so that averaging parameter gradients over ranks, as DistributedDataParallel does, gives the
-            gradient of the whole batch.
-        backend: "auto" or "torch" for the chunked engine, "reference" for the definition with the whole matrix in memory.
+        process_group: a, b, ids and teacher are then this rank's rows, row counts may differ between ranks, and ids
+            have one meaning on all ranks (without ids each rank needs as many rows of a as of b). Every rank gets
+            the loss of the whole batch. The gradients of a and b are multiplied by the number of ranks, and that of
+            the scale is complete on every rank, so that averaging parameter gradients over ranks, as
+            DistributedDataParallel does, gives the gradient of the whole batch.
+        backend: "auto" or "torch" for the chunked engine, "reference" for the definition with the whole matrix in
+            memory.
 
     Returns:
-        0-d float32 (float64 for float64 embeddings), differentiable once in a, b and logit_scale. The chunked engine computes
-        the gradients along with the loss, those that are needed and no others.
+        0-d float32 (float64 for float64 embeddings), differentiable once in a, b and logit_scale. The chunked engine
+        computes the gradients along with the loss, those that are needed and no others.
 
     Raises:
         TypeError, ValueError: an argument is unusable, no row has a positive, or ranks disagree.
@@ -120,8 +122,9 @@ def sigmoid_loss(
 ) -> Tensor:
     """SigLIP's pairwise sigmoid loss (Zhai et al. 2023, eq. 1) without the matrix of logits.
 
-    -1/N · Σ_ij log σ(z_ij · (logit_scale · â_i·b̂_j + logit_bias)), z = 1 for positives and -1 for all other pairs. N counts the
-    rows of a over all ranks. Each positive counts in full (no 1/k), and a batch without positives is allowed.
+    -1/N · Σ_ij log σ(z_ij · (logit_scale · â_i·b̂_j + logit_bias)), z = 1 for positives and -1 for all other pairs.
+    N counts the rows of a over all ranks. Each positive counts in full (no 1/k), and a batch without positives is
+    allowed.
 
     Args:
         logit_bias: a number or a one-element tensor, added to every logit.
@@ -152,8 +155,8 @@ def sigmoid_loss(
 class ClipLoss(nn.Module):
     """`info_nce` under open_clip's signature, its four distributed modes included.
 
-    Like open_clip's it expects features that are already normalised (pass ``normalize=True`` otherwise). With world_size > 1
-    it works on the default process group and keeps open_clip's conventions:
+    Like open_clip's it expects features that are already normalised (pass ``normalize=True`` otherwise). With
+    world_size > 1 it works on the default process group and keeps open_clip's conventions:
 
     ==========  ================  ====================  ==================================================
     local_loss  gather_with_grad  value                 gradient of the features
@@ -168,8 +171,8 @@ class ClipLoss(nn.Module):
         local_loss, gather_with_grad: as above.
         cache_labels: accepted for open_clip's callers; there are no label tensors to cache.
         rank, world_size: of the default process group.
-        normalize, label_smoothing, direction, teacher_weight: as in `info_nce`. With world_size > 1 and local_loss only
-            ``normalize`` and ``label_smoothing`` apply.
+        normalize, label_smoothing, direction, teacher_weight: as in `info_nce`. With world_size > 1 and local_loss
+            only ``normalize`` and ``label_smoothing`` apply.
     """
 
     def __init__(
@@ -196,7 +199,9 @@ class ClipLoss(nn.Module):
         self.direction = direction
         self.teacher_weight = teacher_weight
         if local_loss and world_size > 1 and (direction != "both" or teacher_weight > 0):
-            raise ValueError("local_loss is two-sided and takes no teacher; use local_loss=False, gather_with_grad=True")
+            raise ValueError(
+                "local_loss is two-sided and takes no teacher; use local_loss=False, gather_with_grad=True"
+            )
 
     def forward(
         self,
@@ -275,8 +280,8 @@ class ClipLoss(nn.Module):
 class SigLipLoss(nn.Module):
     """`sigmoid_loss` under open_clip's signature, on features that are already normalised.
 
-    With world_size > 1 it works on the default process group: the value is that of the whole batch, and after averaging the
-    gradients equal open_clip's, whichever of its exchange schemes is named.
+    With world_size > 1 it works on the default process group: the value is that of the whole batch, and after
+    averaging the gradients equal open_clip's, whichever of its exchange schemes is named.
 
     Args:
         cache_labels, dist_impl, chunk_size: accepted for open_clip's callers; one exact exchange serves all of them.
@@ -356,7 +361,8 @@ def _ranks(
             raise error
         return Ranks(None, 0, (a.shape[0],), (b.shape[0],))
     fields: dict[str, Any] = dict.fromkeys(
-        ("loss", "embedding size", "dtype of a", "dtype of b", "use of ids", "normalize", "direction", "label_smoothing",
+        ("loss", "embedding size", "dtype of a", "dtype of b", "use of ids", "normalize", "direction",
+        "label_smoothing",
          "teacher_weight", "teacher's embedding size", "teacher's dtypes",
          "need for gradients of a, b, logit_scale, logit_bias"), 0
     )  # fmt: skip

@@ -15,7 +15,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,6 +139,22 @@ class CLAP(nn.Module):
             pooled = self.text_branch(input_ids, attention_mask)
         return self.text_projection(pooled)
 
+    def forward(
+        self,
+        audio: Tensor,  # int16 or float [B, T]
+        input_ids: Tensor,  # int64 [M, tokens]
+        attention_mask: Tensor,  # [M, tokens]
+        lengths: Tensor | None = None,  # [B]
+        mean: Tensor | None = None,  # [B]
+        std: Tensor | None = None,  # [B]
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [B, D], [M, D], 0-d
+        """Both encoders and the logit scale in one call, for wrappers of ``forward`` (DistributedDataParallel)."""
+        return (
+            self.encode_audio(audio, lengths, mean, std),
+            self.encode_text(input_ids, attention_mask),
+            self.logit_scale,
+        )
+
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` (CPU, int64 [n, tokens]) of captions, cut at ``config.text.max_tokens``.
 
@@ -157,7 +172,7 @@ class CLAP(nn.Module):
 
     def embed_audio(
         self,
-        audio: Sequence[Any] | Tensor,
+        audio: Sequence[Any] | np.ndarray | Tensor,
         lengths: Sequence[int] | Tensor | None = None,
         *,
         sampling_rate: int = 16000,
@@ -225,7 +240,9 @@ class CLAP(nn.Module):
             embeddings = F.normalize(torch.cat(rows)[order.argsort().to(self.device)].float(), dim=-1)
         return embeddings.clone()
 
-    def similarity(self, audio: Sequence[Any] | Tensor, texts: Sequence[str], *, sampling_rate: int = 16000) -> Tensor:
+    def similarity(
+        self, audio: Sequence[Any] | np.ndarray | Tensor, texts: Sequence[str], *, sampling_rate: int = 16000
+    ) -> Tensor:
         """Cosines [n, m] between clips and captions; arguments and errors as for the two embedding methods."""
         return self.embed_audio(audio, sampling_rate=sampling_rate) @ self.embed_text(texts).T
 
@@ -258,18 +275,18 @@ class CLAP(nn.Module):
             what = f"holds other files ({', '.join(sorted(foreign)[:3])})" if foreign else "is a file"
             raise ModelError(f"{target} {what}; save the model to a folder of its own")
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        # fixed names, so that what a killed save has left behind goes with the next one
+        temporary, old = (target.parent / f".{target.name.lstrip('.')}.{end}" for end in ("tmp", "old"))
+        shutil.rmtree(temporary, ignore_errors=True)
         try:
-            temporary.chmod(0o777 & ~_umask())
+            temporary.mkdir()
             self._write(temporary)
             if target.is_dir():
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+                shutil.rmtree(old, ignore_errors=True)
                 target.replace(old)
-                temporary.replace(target)
-                shutil.rmtree(old)
-            else:
-                temporary.replace(target)
+            temporary.replace(target)
             _fsync(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -362,7 +379,7 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 # clips
 
 
-def _as_clips(audio: Sequence[Any] | Tensor, lengths: Sequence[int] | Tensor | None) -> list[Any]:
+def _as_clips(audio: Sequence[Any] | np.ndarray | Tensor, lengths: Sequence[int] | Tensor | None) -> list[Any]:
     if isinstance(audio, (str, os.PathLike)):
         raise DataError(f"embed_audio takes a list of clips; for one file write [{str(audio)!r}]")
     if isinstance(audio, (Tensor, np.ndarray)):
@@ -515,9 +532,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

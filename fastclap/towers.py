@@ -205,6 +205,9 @@ def _transformers_config(
 ) -> tuple[Any, str | None]:
     """The transformers configuration that a tower asks for, and the weights to start from."""
     changes = dict(config.hf_config or {})
+    for key in ("attn_implementation", "_attn_implementation"):
+        if "/" in str(changes.get(key)):
+            raise ConfigError(f"hf_config: {key}={changes[key]!r} would run code from the hub, which is not supported")
     if config.pretrained is not None and load_pretrained:
         try:
             return config_class.from_pretrained(config.pretrained, **changes), config.pretrained
@@ -436,9 +439,7 @@ class Wav2Vec2Tower(AudioTower):
             hidden = torch.where(spans[..., None], self.base.masked_spec_embed.to(hidden.dtype), hidden)
         if config.mask_feature_prob > 0:
             whole = torch.full((batch,), width, device=hidden.device)
-            spans = proportional_spans(
-                whole, width, config.mask_feature_prob, config.mask_feature_length, min_spans=0
-            )
+            spans = proportional_spans(whole, width, config.mask_feature_prob, config.mask_feature_length, min_spans=0)
             hidden = hidden.masked_fill(spans[:, None], 0.0)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 

@@ -1,24 +1,24 @@
 """Contrastive losses (InfoNCE and SigLIP) over row chunks of the logits, so that the N×M matrix never exists.
 
-Every loss is S = scale · â·b̂ᵀ followed by softmaxes over its rows and columns, or by a sigmoid. The engine walks over chunks
-of rows of A; a chunk of logits is the only thing of size M that it holds, so memory is O(chunk·M + N·D):
+Every loss is S = scale · â·b̂ᵀ followed by softmaxes over its rows and columns, or by a sigmoid. The engine walks
+over chunks of rows of A; a chunk of logits is the only thing of size M that it holds, so memory is O(chunk·M + N·D):
 
 * pass 1 forms a chunk of S and adds to the row and column sums of exponentials;
 * pass 2 forms it again (or takes it back, as far as a fixed budget lets chunks be kept), turns it into
   G = dL/dS and multiplies: dA_chunk = G·B, dB += Gᵀ·A.
 
-Both passes run in the forward call, as soon as any input needs a gradient, and the backward call only multiplies by the
-upstream gradient: nothing but the gradients is kept between the two, and in a distributed run every collective sits in
-the forward call, where the ranks agree on the shapes first. A loss over one direction or with sigmoids needs no sums over
-columns and takes a single pass.
+Both passes run in the forward call, as soon as any input needs a gradient, and the backward call only multiplies by
+the upstream gradient: nothing but the gradients is kept between the two, and in a distributed run every collective
+sits in the forward call, where the ranks agree on the shapes first. A loss over one direction or with sigmoids needs
+no sums over columns and takes a single pass.
 
-Three things keep float32 accurate to 1e-5 at any scale and alignment. Where |logit| ≤ bound is known on the host and small
-enough, exp(S) itself serves both row and column sums; otherwise each row and column carries its maximum. Positives are
-summed apart, in float64: with p → 1 the gradient p - 1 is then a sum of small terms, not a difference of large ones. And
-logarithms are taken of float64 sums.
+Three things keep float32 accurate to 1e-5 at any scale and alignment. Where |logit| ≤ bound is known on the host and
+small enough, exp(S) itself serves both row and column sums; otherwise each row and column carries its maximum.
+Positives are summed apart, in float64: with p → 1 the gradient p - 1 is then a sum of small terms, not a difference
+of large ones. And logarithms are taken of float64 sums.
 
-Which pairs are positives is worked out on the host from sorted ids, never as an N×M comparison. Ids that live on a GPU
-cost one copy to the host per call; ids on the CPU cost none.
+Which pairs are positives is worked out on the host from sorted ids, never as an N×M comparison. Ids that live on a
+GPU cost one copy to the host per call; ids on the CPU cost none.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 NORM_EPS = 1e-12  # as torch.nn.functional.normalize
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # one chunk of logits: the last-level cache, one wave of large tiles
+CPU_CHUNK_BYTES = 32 << 20  # one chunk of logits: about a last-level cache
+GPU_CHUNK_BYTES = 256 << 20  # enough rows for one wave of large tiles
 KEEP_BYTES = 384 << 20  # logits kept from pass 1 to pass 2; the rest is formed twice
 MIN_CHUNK_ROWS = 64  # fewer rows make the products memory bound
-SAFE_EXPONENT = {torch.float32: 70.0, torch.float64: 600.0}  # exp(±x), its sums and their inverses stay normal numbers
+SAFE_EXPONENT = {torch.float32: 70.0, torch.float64: 600.0}  # exp(±x), its sums and their inverses stay normal
 
 Teacher = tuple[Tensor, Tensor, "float | Tensor"]
 Pairs = tuple[Tensor, Tensor]
@@ -300,12 +300,13 @@ class Logits:
         elif normalize and scale_on_host:
             self.bound = abs(float(scale)) * 1.001  # rounding of the unit vectors
         if ranks.group is not None:
-            finite = self.bound if self.bound < math.inf else math.inf  # all ranks must take the same path, NaN or not
+            finite = self.bound if self.bound < math.inf else math.inf  # all ranks must take one path, NaN or not
             self.bound = float(ranks.reduce_(torch.tensor(finite, device=a.device), dist.ReduceOp.MAX))
 
     def chunks(self) -> Iterator[slice]:
         rows, row_bytes = self.a.shape[0], self.b.shape[0] * self.b.element_size()
-        step = max(MIN_CHUNK_ROWS, CHUNK_BYTES.get(self.a.device.type, CHUNK_BYTES["cuda"]) // row_bytes)
+        chunk_bytes = CPU_CHUNK_BYTES if self.a.device.type == "cpu" else GPU_CHUNK_BYTES
+        step = max(MIN_CHUNK_ROWS, chunk_bytes // row_bytes)
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))
 
@@ -439,6 +440,30 @@ class GradientSums:
         return self.a, self.b, dscale
 
 
+class LabelSmoothing:
+    """The uniform targets, -amount·(row_weight_i/M + column_weight_j/N) in G: two rank-one terms, no tile."""
+
+    def __init__(self, logits: Logits, row_weight: Tensor, column_weight: Tensor, amount: float) -> None:
+        dtype, ranks = logits.a.dtype, logits.ranks
+        self.logits = logits
+        self.row_share = (row_weight * (-amount / sum(ranks.b_rows))).to(dtype)
+        self.column_share = (column_weight * (-amount / sum(ranks.a_rows))).to(dtype)
+        self.a_sum, self.b_sum = logits.a.sum(0), logits.b.sum(0)
+        self.a_shared, self.b_shared = self.row_share @ logits.a, self.column_share @ logits.b
+
+    def loss(self) -> Tensor:
+        """Its contribution through this rank's rows."""
+        return self.logits.scale * (
+            self.a_shared.double() @ self.b_sum.double() + self.a_sum.double() @ self.b_shared.double()
+        )
+
+    def row_gradient(self, at: slice) -> Tensor:
+        return self.row_share[at, None] * self.b_sum + self.b_shared
+
+    def column_gradient(self) -> Tensor:
+        return self.a_shared + self.column_share[:, None] * self.a_sum
+
+
 @dataclass(frozen=True)
 class Need:
     """Which inputs want a gradient."""
@@ -487,7 +512,7 @@ def _info_nce_chunks(
 ) -> tuple[Tensor, Gradients]:
     """InfoNCE of the rows (and, two_sided, the columns) and its gradients. Weights are relative to that of one row."""
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    device, total_rows, total_columns = a.device, sum(ranks.a_rows), sum(ranks.b_rows)
+    device = a.device
     logits = Logits(a, b, scale, normalize, ranks, dtype)
     softmax = Softmaxes(logits, two_sided)
     teacher_logits = teacher_softmax = None
@@ -505,10 +530,7 @@ def _info_nce_chunks(
     target = target.to(device)
     hard, smooth = (1 - teacher_weight) * (1 - label_smoothing), (1 - teacher_weight) * label_smoothing
 
-    # Label smoothing subtracts smooth·(row_weight/M + column_weight/N) from G: two rank-one terms, so it needs no tile.
-    a_sum, b_sum = logits.a.sum(0), logits.b.sum(0)
-    a_weighted = row_weight.to(dtype) @ logits.a
-    b_weighted = column_weight.to(dtype) @ logits.b
+    smoothing = LabelSmoothing(logits, row_weight, column_weight, smooth) if smooth else None
 
     none = torch.empty(0, dtype=torch.long, device=device)
     no_pairs, no_logits = (none, none), none.double()
@@ -534,11 +556,7 @@ def _info_nce_chunks(
         g.index_put_(pairs, (g_pos - hard * target[at][pairs[0]]).to(dtype))
         if teacher_p is not None:
             g.sub_(teacher_p, alpha=teacher_weight)
-        correction = None
-        if smooth:
-            correction = row_weight[at, None].to(dtype) * (b_sum / total_columns) + b_weighted / total_rows
-            correction *= -smooth
-        gradients.add(at, g, correction)
+        gradients.add(at, g, None if smoothing is None else smoothing.row_gradient(at))
 
     kept: dict[int, Tensor] = {}
     budget = KEEP_BYTES if two_sided and need.any else 0
@@ -574,15 +592,13 @@ def _info_nce_chunks(
             columns_part - teacher_weight * teacher_columns,
         )
     total += rows_part
-    if smooth:
-        mean_logit = (a_weighted.double() @ b_sum.double()) / total_columns
-        mean_logit += (a_sum.double() @ b_weighted.double()) / total_rows
-        total -= smooth * logits.scale * mean_logit
+    if smoothing is not None:
+        total += smoothing.loss()
     loss = unit * (ranks.reduce_(total) + columns_part)
     if gradients is None:
         return loss, ()
-    if smooth and gradients.b is not None:
-        gradients.b -= smooth * (a_weighted / total_columns + column_weight[:, None].to(dtype) * (a_sum / total_rows))
+    if smoothing is not None and gradients.b is not None:
+        gradients.b += smoothing.column_gradient()
     return loss, gradients.finish(unit)
 
 
@@ -636,8 +652,12 @@ class _WithGradients(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Gradients:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "this loss can be differentiated once only, so create_graph=True would lose terms; "
+                "backend='reference' has all derivatives"
+            )
         scaled: list[Tensor | None] = [None]
         for gradient, (shape, dtype, device) in zip(ctx.saved_tensors, ctx.like, strict=True):
             if gradient is not None:
@@ -649,7 +669,7 @@ class _WithGradients(torch.autograd.Function):
 def _differentiable(
     compute: Callable[[Need], tuple[Tensor, Gradients]], inputs: Sequence[float | Tensor], device: torch.device
 ) -> Tensor:
-    """Runs ``compute`` outside autocast, with the gradients that the inputs (a, b, scale[, bias]) need and no others."""
+    """Runs ``compute`` outside autocast, with those gradients that the inputs (a, b, scale[, bias]) need."""
     tensors = [torch.as_tensor(x) for x in inputs]
     need = Need(*needs_gradient(*tensors))
     double = torch.float64 in (tensors[0].dtype, tensors[1].dtype)

@@ -9,8 +9,8 @@ batch or zero-padded gives the same features.
 The engine is quick on a CPU for three reasons. Frames are contiguous rows [clips, frames, n_fft], so the FFT and the
 mel product read memory in order (torchaudio's and torch.stft's [n_fft/2, frames] layout makes the mel product a
 strided one). The mel bank is banded: four products, each over the bins its mels touch, do a quarter of the work of the
-dense one. Frames are made a few hundred at a time, so that they stay in cache; this also bounds the memory beyond
-input and output, whatever the batch.
+dense one. The batch goes through in chunks of a few hundred frames, so that they stay in cache; this also bounds the
+memory beyond input and output, whatever the batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Samples of framed signal handled at once. A CPU wants them in its cache, a GPU wants few launches.
+# Samples of framed signal that go through at once. A CPU wants them in its cache, a GPU wants few launches.
 CPU_CHUNK = 1 << 18
 GPU_CHUNK = 1 << 26
 
@@ -245,8 +245,8 @@ def log_mel(
     """Log-mel features of a batch: (features [B, frames, n_mels] float32, frame_lengths [B] int64).
 
     int16 is scaled by 1/32768. Features are always computed in float32, also under autocast, and are differentiable
-    in a floating-point waveform (the gradient keeps the frames of the whole batch in memory; without one, memory
-    beyond input and output is bounded). `frames` is that of a clip of T samples, or spec.num_frames.
+    in a floating-point waveform (a gradient keeps the frames of the whole batch in memory; without one, memory beyond
+    input and output is that of a chunk or of one clip). `frames` is that of a clip of T samples, or spec.num_frames.
 
     Samples past a clip's length are never used. Frames past its last are set after the log to `spec.padding_value`,
     then clamped and normalised as the rest. Frames that contain a NaN or infinite sample are NaN, and with a
@@ -264,29 +264,17 @@ def log_mel(
         frame_lengths = torch.full((batch,), frames, device=waveform.device)
     else:
         frame_lengths = spec.frame_lengths(lengths)
+    chunk = GPU_CHUNK if waveform.is_cuda else CPU_CHUNK * torch.get_num_threads()
+    frames_a_chunk = max(1, chunk // spec.n_fft)
+    clips_a_chunk = max(1, frames_a_chunk // frames)
+    features = []
     with torch.autocast(waveform.device.type, enabled=False), _full_precision_matmul():
-        signal = waveform.to(torch.float32)
-        scale = spec.input_scale / 32768.0 if waveform.dtype == torch.int16 else spec.input_scale
-        if scale != 1.0:
-            signal = signal * scale
-        if spec.dither:
-            signal = signal + spec.dither * torch.randn_like(signal)
-        features = _mel_energies(_extend(signal, lengths, spec), frames, spec)
-        features = {"ln": torch.log, "log10": torch.log10, "db": torch.log10}[spec.log](features)
-        if spec.log == "db":
-            features = 10.0 * features
-    if lengths is not None:
-        past_end = torch.arange(frames, device=waveform.device) >= frame_lengths[:, None]  # [B, frames]
-        features = features.masked_fill(past_end[:, :, None], spec.log_padding)
-    if spec.num_frames is not None:
-        features = torch.nn.functional.pad(features, (0, 0, 0, spec.num_frames - frames), value=spec.log_padding)
-    if spec.dynamic_range is not None:
-        features = torch.maximum(features, features.amax(dim=(1, 2), keepdim=True) - spec.dynamic_range)
-    if spec.mean != 0.0:
-        features = features - spec.mean
-    if spec.std != 1.0:
-        features = features / spec.std
-    return features, frame_lengths
+        for first in range(0, batch, clips_a_chunk):
+            clips = slice(first, first + clips_a_chunk)
+            signal = _extend(_scaled(waveform[clips], spec), None if lengths is None else lengths[clips], spec)
+            energies = _mel_energies(signal, frames, frames_a_chunk, spec)
+            features.append(_finish(energies, None if lengths is None else frame_lengths[clips], spec))
+    return torch.cat(features) if len(features) > 1 else features[0], frame_lengths
 
 
 def _check(waveform: Tensor, lengths: Tensor | None) -> Tensor | None:
@@ -310,6 +298,18 @@ def _check(waveform: Tensor, lengths: Tensor | None) -> Tensor | None:
             clip = int(wrong[0])
             raise ValueError(f"lengths[{clip}]={int(lengths[clip])}: the waveform holds {samples} samples a clip")
     return lengths.to(waveform.device, torch.int64).clamp(0, samples)
+
+
+def _scaled(
+    waveform: Tensor,  # [B, T]
+    spec: LogMelSpec,
+) -> Tensor:
+    """Samples in the units of the front-end, float32, with dither."""
+    scale = spec.input_scale / 32768.0 if waveform.dtype == torch.int16 else spec.input_scale
+    signal = waveform.to(torch.float32)
+    if scale != 1.0:
+        signal = signal * scale
+    return signal + spec.dither * torch.randn_like(signal) if spec.dither else signal
 
 
 def _mirror(index: Tensor, length: Tensor, repeat_end: bool) -> Tensor:
@@ -347,27 +347,46 @@ def _extend(
 def _mel_energies(
     signal: Tensor,  # [B, extended samples] float32
     frames: int,
+    frames_a_chunk: int,
     spec: LogMelSpec,
 ) -> Tensor:
-    """Floored mel energies [B, frames, n_mels], a chunk of frames at a time."""
+    """Mel energies [B, frames, n_mels]; a clip longer than a chunk is cut into several."""
     taps, bands = _constants(spec, signal.device)
     framed = signal.unfold(1, spec.win_length, spec.hop_length)[:, :frames]  # view
-    chunk = max(1, (GPU_CHUNK if signal.is_cuda else CPU_CHUNK * torch.get_num_threads()) // spec.n_fft)
-    rows = max(1, chunk // frames)  # clips a chunk; a longer clip is cut into several chunks
     energies = []
-    for clips in framed.split(rows):
-        parts = []
-        for frame in clips.split(chunk, dim=1):
-            if spec.remove_dc:
-                frame = frame - frame.mean(dim=-1, keepdim=True)
-            if spec.preemphasis:
-                frame = torch.sub(frame[..., 1:], frame[..., :-1], alpha=spec.preemphasis)
-            spectrum = torch.fft.rfft(frame * taps, n=spec.n_fft)
-            # The square on the parts: complex abs() takes a square root only to undo it, at five times the cost.
-            magnitude = spectrum.real.square() + spectrum.imag.square() if spec.power == 2 else spectrum.abs()
-            parts.append(torch.cat([magnitude[..., low:high] @ weights for low, high, weights in bands], dim=-1))
-        energies.append(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
-    return (torch.cat(energies) if len(energies) > 1 else energies[0]).clamp(min=spec.floor)
+    for frame in framed.split(frames_a_chunk, dim=1):
+        if spec.remove_dc:
+            frame = frame - frame.mean(dim=-1, keepdim=True)
+        if spec.preemphasis:
+            frame = torch.sub(frame[..., 1:], frame[..., :-1], alpha=spec.preemphasis)
+        spectrum = torch.fft.rfft(frame * taps, n=spec.n_fft)
+        # The square on the parts: complex abs() takes a square root only to undo it, at five times the cost.
+        magnitude = spectrum.real.square() + spectrum.imag.square() if spec.power == 2 else spectrum.abs()
+        energies.append(torch.cat([magnitude[..., low:high] @ weights for low, high, weights in bands], dim=-1))
+    return torch.cat(energies, dim=1) if len(energies) > 1 else energies[0]
+
+
+def _finish(
+    energies: Tensor,  # [B, frames, n_mels]
+    frame_lengths: Tensor | None,  # [B]
+    spec: LogMelSpec,
+) -> Tensor:
+    """Mel energies to features: log, the frames past a clip's end, dynamic range, normalisation."""
+    energies = energies.clamp(min=spec.floor)
+    features = energies.log() if spec.log == "ln" else energies.log10()
+    if spec.log == "db":
+        features = 10.0 * features
+    frames = features.shape[1]
+    if frame_lengths is not None:
+        past_end = torch.arange(frames, device=features.device) >= frame_lengths[:, None]  # [B, frames]
+        features = features.masked_fill(past_end[:, :, None], spec.log_padding)
+    if spec.num_frames is not None:
+        features = torch.nn.functional.pad(features, (0, 0, 0, spec.num_frames - frames), value=spec.log_padding)
+    if spec.dynamic_range is not None:
+        features = torch.maximum(features, features.amax(dim=(1, 2), keepdim=True) - spec.dynamic_range)
+    if spec.mean != 0.0:
+        features = features - spec.mean
+    return features / spec.std if spec.std != 1.0 else features
 
 
 @contextlib.contextmanager
@@ -388,7 +407,7 @@ def log_mel_reference(waveform: Tensor, lengths: Tensor | None, spec: LogMelSpec
     """`log_mel` in float64 from the definitions, clip by clip: the oracle of every engine. Slow; no dither.
 
     The transform is the DFT's own sum, the mel weights are interpolated filter by filter, the ends of a clip are
-    walked sample by sample. Same arguments as `log_mel`; features are float64 and differentiable.
+    walked sample by sample. Same arguments as `log_mel`, on the CPU; features are float64 and differentiable.
     """
     batch, samples = waveform.shape
     sizes = [samples] * batch if lengths is None else [int(length) for length in lengths]

@@ -179,6 +179,11 @@ def _without_dither(spec: LogMelSpec) -> LogMelSpec:
     return dataclasses.replace(spec, dither=0.0, input_scale=1.0)
 
 
+@lru_cache(maxsize=1024)
+def _frames(spec: LogMelSpec, samples: int) -> int:
+    return int(spec.frame_lengths(torch.tensor(samples)))
+
+
 @lru_cache(maxsize=1)
 def _say_once() -> None:
     warnings.warn(
@@ -245,10 +250,12 @@ def log_mel_native(
     waveform = waveform.resolve_neg()
     if waveform.stride(1) != 1:
         waveform = waveform.contiguous()
-    lengths = torch.full((batch,), samples) if lengths is None else lengths.contiguous()
-    frame_lengths = spec.frame_lengths(lengths)
-    frames = spec.num_frames or int(spec.frame_lengths(torch.tensor(samples)))
-    features = torch.empty(batch, frames, spec.n_mels, dtype=torch.float32)
+    frames = _frames(spec, samples)
+    if lengths is None:
+        lengths, frame_lengths = torch.full((batch,), samples), torch.full((batch,), frames)
+    else:
+        lengths, frame_lengths = lengths.contiguous(), spec.frame_lengths(lengths)
+    features = torch.empty(batch, spec.num_frames or frames, spec.n_mels, dtype=torch.float32)
     message = ctypes.create_string_buffer(256)
     code = library.fastclap_log_mel_run(
         plan.handle,
@@ -259,7 +266,7 @@ def log_mel_native(
         waveform.stride(0),
         lengths.data_ptr(),
         frame_lengths.data_ptr(),
-        frames,
+        features.shape[1],
         features.data_ptr(),
         min(torch.get_num_threads() if threads is None else threads, 256),
         message,

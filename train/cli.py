@@ -5,8 +5,10 @@ torch is imported after the arguments have been understood, so that ``--help`` a
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from fastclap.errors import FastclapError
 
@@ -42,6 +44,21 @@ def parse(arguments: Sequence[str]) -> object:
 
     from fastclap.train.config import TrainConfig, load_config
 
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def json_mapping(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        """Free-form mappings, such as transformers configurations, are given as JSON."""
+        if info.type not in (dict[str, Any], dict[str, Any] | None):
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="JSON",
+            instance_from_str=lambda words: json.loads(words[0]),  # its ValueError becomes the message
+            is_instance=lambda value: value is None or isinstance(value, dict),
+            str_from_instance=lambda value: [json.dumps(value)],
+        )
+
     defaults = RECIPES[recipe]()
     while "--config" in rest:
         at = rest.index("--config")
@@ -49,7 +66,14 @@ def parse(arguments: Sequence[str]) -> object:
             raise FastclapError("--config needs the path of a YAML or TOML file")
         defaults = load_config(rest[at + 1], defaults)
         del rest[at : at + 2]
-    return tyro.cli(TrainConfig, default=defaults, args=rest, prog=f"fastclap-train {recipe}", description=RECIPES[recipe].__doc__)
+    return tyro.cli(
+        TrainConfig,
+        default=defaults,
+        args=rest,
+        prog=f"fastclap-train {recipe}",
+        description=RECIPES[recipe].__doc__,
+        registry=registry,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

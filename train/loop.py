@@ -118,7 +118,7 @@ def _train(config: TrainConfig, world: World) -> Path:
         file_statistics=config.model.audio.kind == "wav2vec2",
     )
     if resume_path is None:
-        fit_feature_statistics(model, dataset, sampler, world)
+        fit_feature_statistics(model, dataset, world)
     optimizer = build_optimizer(model, config.optimizer)
     average = WeightAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     if resume_path is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,26 +29,23 @@ class Objective:
         self.config = config
         self.autocast_dtype = autocast
         self.world = world
-        self.chunk_size = chunk_size
-        self.logit_bias: Tensor | None = getattr(model, "logit_bias", None)
+        self._batch = _Captions(torch.empty(0), None, 1.0)
+        towers = [self._encode_audio, self._encode_text]
+        self._cache = GradCache(towers, chunk_size, self._loss, modules=[model]) if chunk_size else None
 
     def __call__(self, batch: Batch, weight: float = 1.0) -> Tensor:
         """Forward and backward of ``weight`` times the loss; returns the unweighted loss, detached, on the device."""
         device = self.world.device
         unique = list(dict.fromkeys(batch.captions))
         position = {caption: index for index, caption in enumerate(unique)}
-        expand = torch.tensor([position[caption] for caption in batch.captions]).to(device, non_blocking=True)
+        rows = torch.tensor([position[caption] for caption in batch.captions])
         text = {name: tensor.to(device, non_blocking=True) for name, tensor in self.model.tokenize(unique).items()}
         audio = {"audio": batch.audio, "lengths": batch.lengths, "mean": batch.mean, "std": batch.std}
         ids = batch.caption_ids if self.config.share_equal_captions else None
-
-        def loss(audio_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
-            return weight * self._loss(audio_embeddings, text_embeddings[expand], ids)
-
-        if self.chunk_size:
-            cache = GradCache([self._encode_audio, self._encode_text], self.chunk_size, loss, modules=[self.model])
-            return cache(audio, text) / weight
-        total = loss(self._encode_audio(**audio), self._encode_text(**text))
+        self._batch = _Captions(rows.to(device, non_blocking=True), ids, weight)
+        if self._cache is not None:
+            return self._cache(audio, text) / weight
+        total = self._loss(self._encode_audio(**audio), self._encode_text(**text))
         total.backward()
         return total.detach() / weight
 
@@ -65,18 +62,22 @@ class Objective:
             return nullcontext()
         return torch.autocast(self.world.device.type, dtype=self.autocast_dtype)
 
-    def _loss(self, audio: Tensor, text: Tensor, ids: Tensor | None) -> Tensor:
+    def _loss(self, audio: Tensor, unique_text: Tensor) -> Tensor:
+        rows, ids, weight = self._batch
+        text, scale, group = unique_text[rows], self.model.logit_scale, self.world.group
         if self.config.kind == "sigmoid":
-            assert self.logit_bias is not None
-            return sigmoid_loss(
-                audio, text, self.model.logit_scale, self.logit_bias, a_ids=ids, b_ids=ids, process_group=self.world.group
-            )
-        return info_nce(
-            audio,
-            text,
-            self.model.logit_scale,
-            a_ids=ids,
-            b_ids=ids,
-            label_smoothing=self.config.label_smoothing,
-            process_group=self.world.group,
+            bias = self.model.logit_bias
+            assert bias is not None
+            return weight * sigmoid_loss(audio, text, scale, bias, a_ids=ids, b_ids=ids, process_group=group)
+        smoothing = self.config.label_smoothing
+        return weight * info_nce(
+            audio, text, scale, a_ids=ids, b_ids=ids, label_smoothing=smoothing, process_group=group
         )
+
+
+class _Captions(NamedTuple):
+    """What the loss needs to know of a batch besides its embeddings."""
+
+    rows: Tensor  # int64 [B]: the unique caption of each clip
+    ids: Tensor | None  # int64 [B]: equal for equal captions on every rank
+    weight: float

@@ -16,7 +16,7 @@ from torch import nn
 
 import fastclap
 from fastclap.config import CLAPConfig
-from fastclap.data import BatchSampler, ClipDataset, Manifest
+from fastclap.data import ClipDataset, Manifest
 from fastclap.data.demo_voices import write_demo
 from fastclap.errors import ConfigError
 from fastclap.model import CLAP
@@ -26,7 +26,7 @@ from fastclap.train import checkpoint, distributed
 from fastclap.train.config import OptimizerConfig, TrainConfig
 from fastclap.train.distributed import World
 
-_STATISTICS_BATCHES = 16  # enough for a mean and a deviation over some hundred clips
+_STATISTICS_CLIPS = 512  # plenty for a mean and a deviation
 
 # A resumed run may change these; anything else would make it another training.
 _MAY_CHANGE = (
@@ -95,13 +95,14 @@ def build_model(config: TrainConfig, manifest: Manifest, resume_path: Path | Non
     return CLAP(config.model, tokenizer)
 
 
-def fit_feature_statistics(model: CLAP, dataset: ClipDataset, sampler: BatchSampler, world: World) -> None:
-    """Set a from-scratch tower's feature normalisation from the first batches of rank 0, on every rank alike."""
+def fit_feature_statistics(model: CLAP, dataset: ClipDataset, world: World) -> None:
+    """Set a from-scratch tower's feature normalisation from clips spread over the manifest, alike on every rank."""
     tower = model.audio_branch
     if not isinstance(tower, LogMelTower) or tower.config.feature_normalization == "clip":
         return
     if world.is_main:
-        batches = (dataset[(step, *sampler.batch(step))] for step in range(min(_STATISTICS_BATCHES, sampler.batches_per_epoch)))
+        rows = list(range(0, len(dataset.manifest), max(1, len(dataset.manifest) // _STATISTICS_CLIPS)))
+        batches = (dataset[(0, 0, rows[first : first + 32])] for first in range(0, len(rows), 32))
         tower.fit_feature_statistics((batch.audio, batch.lengths.to(world.device)) for batch in batches)
     distributed.broadcast_weights(tower, world)
 

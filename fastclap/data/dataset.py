@@ -118,6 +118,8 @@ class ClipDataset(Dataset[Batch]):
         self.caption = caption
         self.file_statistics = file_statistics
         self._cache = _ClipCache(round(cache_mb * 1e6))
+        if crop_seconds < MIN_SECONDS:
+            raise DataError(f"crop_seconds={crop_seconds}: a clip needs at least {MIN_SECONDS} s")
         if caption not in ("global", "fine", "both"):
             raise DataError(f"caption={caption!r}: it is 'global', 'fine' or 'both'")
         for row in manifest if caption == "fine" else ():
@@ -165,6 +167,9 @@ class ClipDataset(Dataset[Batch]):
                 reason = str(error)
                 bad.append(BadClip(candidate, error.path, error.reason, self.manifest[candidate].origin))
                 continue
+            except Exception as error:
+                clip_row = self.manifest[candidate]
+                raise RuntimeError(f"{clip_row.origin}: {clip_row.audio}: {type(error).__name__}: {error}") from error
             used.add(candidate)
             return candidate, clip
         raise DataError(
@@ -381,6 +386,8 @@ def make_loader(
             prefetch_factor=prefetch if num_workers else None,
             pin_memory=pin_memory,
             multiprocessing_context=context,
+            # torch draws a seed for its workers; from the default generator, that would shift what a resumed run draws.
+            generator=torch.Generator(),
             worker_init_fn=_end_with_parent,
         )
     )

@@ -199,6 +199,14 @@ class _RowError(Exception):
     """What is wrong with a row; becomes a message that also names the file and the row."""
 
 
+class _Columns(NamedTuple):
+    """What the columns of a record mean; records with the same columns share one."""
+
+    theirs: dict[str, str]  # our name → the record's, of the columns with a meaning
+    tags: list[tuple[str, str]]  # (the record's name, the tag column's name)
+    absent: list[str]  # required columns that the record lacks
+
+
 class _Checker:
     """Turns the records of one source into rows."""
 
@@ -230,18 +238,20 @@ class _Checker:
     def rows(self) -> Iterator[Row]:
         total, errors_before = 0, self.errors.count
         lacking: dict[str, list[str]] = {column: [] for column in self.required}
+        meanings: dict[tuple[str, ...], _Columns] = {}
         for line, record in self.records:
             total += 1
-            self.columns.update(dict.fromkeys(record))
-            names = {column: theirs for column, theirs in self.remap.items() if theirs in record}
             origin = f"{self.name}:{line}"
-            absent = [column for column in self.required if not self._present(record, names, column)]
-            for column in absent:
+            columns = meanings.get(keys := tuple(record))
+            if columns is None:
+                self.columns.update(dict.fromkeys(keys))
+                columns = meanings[keys] = self._meaning(keys)
+            for column in columns.absent:
                 lacking[column].append(origin)
-            if absent:
+            if columns.absent:
                 continue
             try:
-                row = self._row(record, names, origin)
+                row = self._row(record, columns, origin)
             except _RowError as error:
                 self.errors.add(f"{origin}: {error}")
                 continue
@@ -260,8 +270,17 @@ class _Checker:
             if value not in self.layouts and (len(tried) == _FILES_TO_TRY or not self.layouts):
                 self._report_root(value, tried)
 
-    def _present(self, record: Record, names: Mapping[str, str], column: str) -> bool:
-        return any(names.get(name, name) in record for name in (_PATH_COLUMNS if column == "audio" else (column,)))
+    def _meaning(self, keys: Sequence[str]) -> _Columns:
+        theirs = {column: column for column in _KNOWN_COLUMNS}
+        theirs.update((column, name) for column, name in self.remap.items() if name in keys)
+        ours = {name: column for column, name in theirs.items()}
+        tags = [(name, ours.get(name, name)) for name in keys if name in ours or name not in theirs]
+        alternatives = {column: _PATH_COLUMNS if column == "audio" else (column,) for column in self.required}
+        return _Columns(
+            theirs,
+            [(name, column) for name, column in tags if column not in _NOT_TAGS],
+            [column for column, names in alternatives.items() if not any(theirs[name] in keys for name in names)],
+        )
 
     def _report_columns(self, lacking: Mapping[str, Sequence[str]], total: int) -> None:
         found = f"the columns are {', '.join(map(str, self.columns))}"
@@ -281,22 +300,18 @@ class _Checker:
             f"{' or '.join(tried[0])}; say which folder the paths are relative to with audio_root (--data.audio-root)"
         )
 
-    def _row(self, record: Record, names: Mapping[str, str], origin: str) -> Row:
+    def _row(self, record: Record, columns: _Columns, origin: str) -> Row:
         def get(column: str) -> tuple[str, Any]:
-            theirs = names.get(column, column)
+            theirs = columns.theirs[column]
             return theirs, record.get(theirs)
 
-        ours = {theirs: column for column, theirs in names.items()}
         tags: dict[str, tuple[str, ...]] = {}
-        for theirs, value in record.items():
-            column = ours.get(theirs, theirs)
-            if column in _NOT_TAGS or value is None or (column in names and names[column] != theirs):
-                continue
-            tag = _as_tags(value)
+        for theirs, column in columns.tags:
+            tag = _as_tags(record[theirs])
             if tag:
                 tags[column] = tag
             elif tag is None and column in _TAG_COLUMNS:
-                raise _wrong_type(theirs, value, "a string or a list of strings")
+                raise _wrong_type(theirs, record[theirs], "a string or a list of strings")
         captions = _as_captions(*get("text_description"))
         if not captions and "text_description" in self.required:
             raise _RowError(f"column {get('text_description')[0]!r} has an empty caption; write one or remove the row")
@@ -367,6 +382,8 @@ def _as_tags(value: Any) -> tuple[str, ...] | None:
     """A tag column's value as strings, empty if it holds nothing; None if it is not tag-like."""
     if isinstance(value, str):
         return (value,) if value else ()
+    if value is None:
+        return ()
     if isinstance(value, (bool, int, float)):
         return () if value != value else (str(value),)
     if isinstance(value, (list, tuple)) and all(isinstance(item, (str, bool, int, float)) for item in value):

@@ -178,7 +178,7 @@ int create(const fastclap_log_mel_config &c, const double *window, const double 
     t.magnitude = c.power == 1;
     t.clamp = c.dynamic_range >= 0;
     plan->dynamic_range = static_cast<float>(c.dynamic_range);
-    t.preemphasis = static_cast<float>(c.preemphasis);
+    t.preemphasis = c.preemphasis;
     t.log_scale = static_cast<float>(c.log_scale);
     int exponent;
     const double log2 = std::log(2.0) * c.log_scale, fraction = std::frexp(log2, &exponent);

@@ -19,17 +19,24 @@
 #define FASTCLAP_KERNEL kernel_portable
 #endif
 
+#if defined(__FMA__) || defined(__aarch64__)
+#define FASTCLAP_FMA true
+#else
+#define FASTCLAP_FMA false
+#endif
+
 #define INLINE inline __attribute__((always_inline))
 
 namespace fastclap {
 namespace {
 
 constexpr int W = FASTCLAP_LANES;
+constexpr bool kFusedMultiplyAdd = FASTCLAP_FMA;
 
 typedef float V __attribute__((vector_size(4 * W)));
 typedef std::int32_t I __attribute__((vector_size(4 * W)));
-typedef std::uint32_t U __attribute__((vector_size(4 * W)));
 typedef std::int16_t S __attribute__((vector_size(2 * W)));
+typedef std::uint32_t U __attribute__((vector_size(4 * W)));
 
 INLINE V splat(float x) { return V{} + x; }
 
@@ -95,7 +102,7 @@ INLINE void transpose(V r[W]) {
         t[i] = shuffle<LowPairs>(a, c), t[i + 1] = shuffle<HighPairs>(a, c);
         t[i + 2] = shuffle<LowPairs>(b, d), t[i + 3] = shuffle<HighPairs>(b, d);
     }
-    // t[i + s], group g: element 4 g + s of rows i .. i + 3. Gather equal groups.
+    // t[i + s], group g: element 4 g + s of rows i .. i + 3. Bring equal groups together.
     for (int s = 0; s < 4; ++s) {
 #if FASTCLAP_LANES == 4
         r[s] = t[s];
@@ -110,6 +117,13 @@ INLINE void transpose(V r[W]) {
     }
 }
 
+// W samples from each of W pointers: r[i] holds the i-th of all.
+template <class Sample>
+INLINE void load_transposed(const Sample *const p[W], int offset, V r[W]) {
+    for (int l = 0; l < W; ++l) r[l] = load(p[l] + offset);
+    transpose(r);
+}
+
 // ---- FFT ----
 
 struct C {
@@ -119,7 +133,6 @@ struct C {
 INLINE C operator+(C a, C b) { return {a.re + b.re, a.im + b.im}; }
 INLINE C operator-(C a, C b) { return {a.re - b.re, a.im - b.im}; }
 INLINE C operator*(float s, C a) { return {s * a.re, s * a.im}; }
-INLINE C times_i(C a) { return {-a.im, a.re}; }
 INLINE C over_i(C a) { return {a.im, -a.re}; }
 INLINE C twiddle(C a, float c, float s) { return {a.re * c - a.im * s, a.re * s + a.im * c}; }
 
@@ -255,45 +268,63 @@ std::size_t scratch_size(const Tables &t) {
     return static_cast<std::size_t>(W) * (round_up(t.n_fft) + round_up(t.n_mels) + round_up(t.win_length));
 }
 
-// Samples of W frames, one frame a lane, windowed and zero-padded to n_fft.
+// Samples of W frames, one frame a lane, times the window.
+template <class Sample>
+INLINE void load_windowed(const Tables &t, const Sample *const frame[W], const float *window, V *z) {
+    V r[W];
+    int begin = 0;
+    for (; begin + W <= t.win_length; begin += W) {
+        load_transposed(frame, begin, r);
+        for (int i = 0; i < W; ++i) z[begin + i] = r[i] * window[begin + i];
+    }
+    if (begin == t.win_length) return;
+    load_transposed(frame, begin, r);
+    for (int i = 0; begin + i < t.win_length; ++i) z[begin + i] = r[i] * window[begin + i];
+}
+
+// Kahan's summation: a constant offset far above the signal must not leave its rounding error in the low bins.
+INLINE void add_compensated(V &sum, V &lost, V x) {
+    const V y = x - lost, total = sum + y;
+    lost = (total - sum) - y;
+    sum = total;
+}
+
+// The same with the frames' means removed and pre-emphasis before the window.
+template <class Sample>
+INLINE void load_filtered(const Tables &t, const Sample *const frame[W], const float *window, V *z) {
+    V r[W], sum = {}, lost = {};
+    int begin = 0;
+    for (; begin + W <= t.win_length; begin += W) {
+        load_transposed(frame, begin, r);
+        V part[4] = {};
+        for (int i = 0; i < W; ++i) z[begin + i] = r[i], part[i % 4] += r[i];
+        add_compensated(sum, lost, (part[0] + part[1]) + (part[2] + part[3]));
+    }
+    if (begin < t.win_length) load_transposed(frame, begin, r);
+    for (int i = 0; begin + i < t.win_length; ++i) {
+        z[begin + i] = r[i];
+        add_compensated(sum, lost, r[i]);
+    }
+    const V mean = t.remove_dc ? sum / static_cast<float>(t.win_length) : V{};
+    // Without a fused multiply-add, x[i] - c x[i - 1] for a c near 1 is a difference of neighbours, exact for a slow
+    // signal, and a small rest.
+    const float whole = !kFusedMultiplyAdd && t.preemphasis >= 0.5 ? 1.0f : 0.0f, rest = static_cast<float>(whole - t.preemphasis);
+    V previous = z[0] - mean;
+    for (int i = 0; i < t.win_length; ++i) {
+        const V current = z[i] - mean;
+        z[i] = (rest * previous + (current - whole * previous)) * window[i];
+        previous = current;
+    }
+}
+
 template <class Sample>
 INLINE void load_frames(const Tables &t, const Sample *const frame[W], V *z) {
     const float *window = t.window[sizeof(Sample) == sizeof(std::int16_t)];
-    const bool plain = !t.remove_dc && t.preemphasis == 0.0f;
-    V sum = {};
-    int begin = 0;
-    for (; begin + W <= t.win_length; begin += W) {
-        V r[W];
-        for (int l = 0; l < W; ++l) r[l] = load(frame[l] + begin);
-        transpose(r);
-        if (plain) {
-            for (int i = 0; i < W; ++i) z[begin + i] = r[i] * window[begin + i];
-        } else {
-            for (int i = 0; i < W; ++i) z[begin + i] = r[i];
-            for (int half = W / 2; half; half /= 2)
-                for (int i = 0; i < half; ++i) r[i] += r[i + half];
-            sum += r[0];
-        }
-    }
-    if (begin < t.win_length) {
-        V r[W];
-        for (int l = 0; l < W; ++l) r[l] = load(frame[l] + begin);
-        transpose(r);
-        for (int i = 0; begin + i < t.win_length; ++i) {
-            z[begin + i] = plain ? r[i] * window[begin + i] : r[i];
-            sum += r[i];
-        }
-    }
+    if (t.remove_dc || t.preemphasis != 0.0)
+        load_filtered(t, frame, window, z);
+    else
+        load_windowed(t, frame, window, z);
     for (int i = t.win_length; i < t.n_fft; ++i) z[i] = V{};
-    if (plain) return;
-    const V mean = t.remove_dc ? sum / static_cast<float>(t.win_length) : V{};
-    V previous = z[0] - mean;
-    z[0] = (previous - t.preemphasis * previous) * window[0];
-    for (int i = 1; i < t.win_length; ++i) {
-        const V current = z[i] - mean;
-        z[i] = (current - t.preemphasis * previous) * window[i];
-        previous = current;
-    }
 }
 
 // The rest of the transform and the powers (or magnitudes) of the bins that the mel bank uses, a pair of parts at a time.
@@ -331,10 +362,11 @@ INLINE V spectrum(const Tables &t, V *z) {
 
 INLINE void mel_energies(const Tables &t, const V *z, V *mels) {
     for (int m = 0; m < t.n_mels; ++m) {
-        V energy = {};
-        for (std::int32_t w = t.mel_begin[m]; w < t.mel_begin[m + 1]; ++w)
-            energy += z[t.weights[w].slot] * t.weights[w].value;
-        mels[m] = energy;
+        V even = {}, odd = {};
+        const Weight *w = t.weights + t.mel_begin[m], *end = t.weights + t.mel_begin[m + 1];
+        for (; w + 1 < end; w += 2) even += z[w[0].slot] * w[0].value, odd += z[w[1].slot] * w[1].value;
+        if (w < end) even += z[w->slot] * w->value;
+        mels[m] = even + odd;
     }
 }
 

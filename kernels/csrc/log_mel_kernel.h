@@ -41,7 +41,7 @@ struct Tables {
     std::int64_t hop_length, offset;
     int edge;
     bool remove_dc, magnitude, clamp;
-    float preemphasis;
+    double preemphasis;
     float log_scale, log2_high, log2_low;  // log_scale * ln(2) in two parts, the first exact times any exponent
     float floor, log_padding, mean, inverse_std;
     int stage_count;

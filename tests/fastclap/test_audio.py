@@ -198,6 +198,18 @@ def test_damage_in_the_middle(tmp_path: Path, extension: str) -> None:
         read_audio(path)
 
 
+def test_header_that_promises_too_much(tmp_path: Path) -> None:
+    path = tmp_path / "clip.flac"
+    soundfile.write(path, tone(), RATE)
+    data = bytearray(path.read_bytes())
+    data[21] |= 0x0F  # the upper bits of the 36-bit sample count of STREAMINFO
+    data[22] = 0xFF
+    path.write_bytes(data)
+    assert audio_info(path).num_samples > 2**35
+    with pytest.raises(AudioError, match="damaged"):
+        read_audio(path)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_samples_that_are_no_numbers(tmp_path: Path, value: float) -> None:
     wave = tone()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 
 from fastclap.cli import main
@@ -83,10 +84,11 @@ def test_classify_by_tag_by_column_and_by_prompts(model: str, voices: str, tmp_p
     assert main([*common, "--column", "sex", "--prompts", str(prompts), "--json"]) == 0
     by_prompts = json.loads(capfd.readouterr().out)["classification"]["sex"]
     assert (by_prompts["classes"], by_prompts["chance"], by_prompts["template"]) == (["female", "male"], 0.5, None)
-    assert main([*common, "--column", "sex", "--classes", "male", "--template", "{A} {} voice.", "--json"]) == 0
+    assert main([*common, "--column", "sex", "--classes", "male", "mal", "--template", "{A} {} voice.", "--json"]) == 0
     out, err = capfd.readouterr()
     figures = json.loads(out)["classification"]["sex"]
-    assert (figures["classes"], figures["accuracy"], figures["template"]) == (["male"], 1.0, "{A} {} voice.")
+    assert (figures["classes"], figures["template"]) == (["male", "mal"], "{A} {} voice.")
+    assert "no clip has the class mal;" in err
     assert f"{12 - figures['clips']} clips have none of the classes and were left out" in err
 
 
@@ -174,6 +176,10 @@ def test_doctor_finds_what_is_missing(monkeypatch: pytest.MonkeyPatch, capfd: An
             raise importlib.metadata.PackageNotFoundError(name)
         return original(name)
 
+    with monkeypatch.context() as patch:
+        patch.setattr(soundfile, "available_formats", lambda: {"WAV": "", "FLAC": ""})
+        assert main(["doctor", "--json"]) == 1
+    assert "reads no OGG, MP3" in json.loads(capfd.readouterr().out)["problems"][0]
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert main(["doctor", "--json"]) == 1
     broken = json.loads(capfd.readouterr().out)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
+from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig, read_dataclass
 from fastclap.errors import ConfigError
 
 
@@ -38,6 +38,7 @@ def test_left_out_fields_keep_their_defaults() -> None:
         ({"head": {"dim": True}}, r"head\.dim must be int"),
         ({"audio": {"freeze": 1}}, r"audio\.freeze must be bool"),
         ({"audio": {"pretrained": 3}}, r"audio\.pretrained must be str \| None"),
+        ({"audio": {"feature_options": [1]}}, r"audio\.feature_options must be dict"),
         ({"audio": "wavlm"}, "audio must be a mapping"),
         ([], "the configuration must be a mapping"),
     ],
@@ -45,6 +46,19 @@ def test_left_out_fields_keep_their_defaults() -> None:
 def test_reading_names_what_is_wrong(data: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CLAPConfig.from_dict(data)  # type: ignore[arg-type]
+
+
+def test_items_of_lists_and_mappings_are_checked() -> None:
+    @dataclasses.dataclass
+    class Pair:
+        names: dict[str, str]
+        shares: list[float] | None = None
+
+    assert read_dataclass(Pair, {"names": {"a": "b"}, "shares": [1, 0.5]}) == Pair({"a": "b"}, [1, 0.5])
+    with pytest.raises(ConfigError, match="shares must be"):
+        read_dataclass(Pair, {"names": {}, "shares": ["half"]})
+    with pytest.raises(ConfigError, match="names must be"):
+        read_dataclass(Pair, {"names": {"a": 1}})
 
 
 def test_importing_the_configuration_does_not_import_torch() -> None:

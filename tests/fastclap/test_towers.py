@@ -1,4 +1,4 @@
-"""Audio and text towers: padding never shows, SpecAugment stays inside the clip, transformers' models are themselves."""
+"""Audio and text towers: padding never shows, masks stay inside the clip, transformers' models are themselves."""
 
 from __future__ import annotations
 
@@ -312,10 +312,10 @@ def test_wavlm_masks_on_the_device_without_numpy() -> None:
     config |= {"layerdrop": 0.0}
     tower = tower_of("wavlm", hf_config=config).train()
     batch, lengths = padded(clips(16000, 1.0, 0.6))
-    before = np.random.get_state()[1].copy()  # type: ignore[index,union-attr]
+    before = np.random.get_state()[1].copy()  # type: ignore[index]
     torch.manual_seed(5)
     first = tower(batch, lengths)
-    assert (np.random.get_state()[1] == before).all()  # type: ignore[index,union-attr]
+    assert (np.random.get_state()[1] == before).all()  # type: ignore[index]
     first.sum().backward()
     assert tower.base.masked_spec_embed.grad.abs().sum() > 0
     assert not torch.allclose(first, tower(batch, lengths))
@@ -472,6 +472,7 @@ def test_pretrained_weights_of_another_model_are_refused(tmp_path: Path) -> None
         (AudioTowerConfig("wav2vec2", hf_config={"hidden_size": 8}), "needs a model_type"),
         (AudioTowerConfig("wav2vec2", hf_config=BERT), "bert is not a wav2vec2-family model"),
         (AudioTowerConfig("wav2vec2", hf_config={"model_type": "wavlm", "add_adapter": True}), "add_adapter"),
+        (AudioTowerConfig("ast", hf_config={"attn_implementation": "someone/kernel"}), "would run code from the hub"),
         (AudioTowerConfig("clap-htsat", hf_config={**HTSAT, "enable_fusion": True}), "unfused"),
     ],
 )

@@ -25,9 +25,11 @@ def test_flags_reach_every_level() -> None:
     config = parsed(
         "small", "--data.train", "a.jsonl", "b.csv", "--data.audio-root", "clips", "--batch-size", "64", "--resume",
         "--model.audio.width", "96", "--data.columns", "text_description", "caption",
+        "--model.audio.feature-options", '{"n_mels": 64}', "--model.text.hf-config", '{"model_type": "bert"}',
     )  # fmt: skip
     assert config.data.train == ["a.jsonl", "b.csv"] and config.data.audio_root == "clips"
     assert config.batch_size == 64 and config.resume and config.model.audio.width == 96
+    assert config.model.audio.feature_options == {"n_mels": 64} and config.model.text.hf_config == {"model_type": "bert"}
     assert config.data.columns == {"text_description": "caption"}
 
 

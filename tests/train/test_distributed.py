@@ -59,7 +59,7 @@ def gradients(model: fastclap.CLAP, config: TrainConfig, loss: LossConfig, chunk
     """One step's averaged gradients, left in ``.grad``."""
     manifest = load_manifest(config.data.train)
     sampler = BatchSampler(manifest, config.batch_size, seed=0, rank=world.rank, world_size=world.size)
-    dataset = ClipDataset(manifest, 16000, crop_seconds=0.5, seed=0, captions="global")
+    dataset = ClipDataset(manifest, 16000, crop_seconds=0.5, seed=0, caption="global")
     model.zero_grad()
     Objective(model, loss, chunk, None, world)(dataset[(0, *sampler.batch(0))])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -75,20 +75,20 @@ def _gradients_on_a_rank(model: fastclap.CLAP, config: TrainConfig, expected: di
         gradients(model, config, LOSSES[index], chunk, world)
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None
-            assert_close_rel(f"{name} (loss {index}, chunk {chunk})", reference[name], parameter.grad, 1e-6)
+            assert_close_rel(f"{name} (loss {index}, chunk {chunk})", reference[name], parameter.grad, 1e-7)
     distributed.leave(world)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_averaged_gradients_are_those_of_one_process(tiny: Callable[..., TrainConfig], size: int) -> None:
-    """The whole model in float64, cached and not, with captions that recur on other ranks."""
+    """The model in float64 (its log-mel and masked means stay float32), cached and not; captions recur on other ranks."""
     config = without_dropout(tiny(batch_size=16))
     manifest = load_manifest(config.data.train)
     torch.manual_seed(0)
     model = build_model(config, manifest, None).double()
     model.audio_branch.feature_std.fill_(4.0)
     alone = distributed.World(0, 1, torch.device("cpu"), None)
-    batch = ClipDataset(manifest, 16000, crop_seconds=0.5, seed=0, captions="global")[
+    batch = ClipDataset(manifest, 16000, crop_seconds=0.5, seed=0, caption="global")[
         (0, *BatchSampler(manifest, 16, seed=0).batch(0))
     ]
     halves = batch.caption_ids.view(size, -1)
@@ -105,6 +105,9 @@ def test_averaged_gradients_are_those_of_one_process(tiny: Callable[..., TrainCo
 def test_two_processes_train_like_one(tiny: Callable[..., TrainConfig]) -> None:
     """Twelve steps at one global batch, with gradient caching, weight averaging, validation and a resume in between."""
     alone, shared = (without_dropout(tiny(name, chunk_size=3)) for name in ("alone", "shared"))
+    for config in (alone, shared):
+        config.optimizer.schedule = "constant"  # so that the first half does not depend on the total
+        config.optimizer.eps = 1e-3  # Adam divides rounding noise by itself where a gradient is about zero
     train(alone)
     shared.steps = 6
     assert on_ranks(2, train, shared) == [0, 0]
@@ -112,7 +115,7 @@ def test_two_processes_train_like_one(tiny: Callable[..., TrainConfig]) -> None:
     assert on_ranks(2, train, shared) == [0, 0]
     expected, actual = (load_file(Path(config.run_dir) / "model" / "model.safetensors") for config in (alone, shared))
     for name, tensor in expected.items():
-        assert_close_rel(name, tensor, actual[name], 2e-3)
+        assert_close_rel(name, tensor, actual[name], 1e-4)
 
 
 def test_batch_that_ranks_cannot_share(tiny: Callable[..., TrainConfig], capfd: pytest.CaptureFixture[str]) -> None:

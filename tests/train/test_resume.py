@@ -21,8 +21,10 @@ from safetensors.torch import load_file
 import fastclap
 from fastclap.errors import ConfigError, ModelError, TrainingError
 from fastclap.train import checkpoint
+from fastclap.train.averaging import WeightAverage
 from fastclap.train.config import TrainConfig
 from fastclap.train.loop import train
+from fastclap.train.setup import build_optimizer
 
 Build = Callable[..., TrainConfig]
 FORK = multiprocessing.get_context("fork")
@@ -170,10 +172,9 @@ def test_checkpoint_of_another_model(tiny: Build) -> None:
     other.model.audio.width = 32
     train(first)
     train(other)
-    from fastclap.train.setup import build_optimizer
-
-    model = fastclap.CLAP.from_pretrained(Path(first.run_dir))
+    model = fastclap.CLAP.from_pretrained(first.run_dir)
+    optimizer, foreign = build_optimizer(model, first.optimizer), checkpoint.checkpoints(Path(other.run_dir))[-1]
     with pytest.raises(ModelError, match="checkpoint of another model: .* has shape"):
-        checkpoint.restore(
-            checkpoint.checkpoints(Path(other.run_dir))[-1], model, build_optimizer(model, first.optimizer), None
-        )
+        checkpoint.restore(foreign, model, optimizer, WeightAverage(model, 0.9))
+    with pytest.raises(ModelError, match="saved with weight averaging"):
+        checkpoint.restore(foreign, model, optimizer, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -196,12 +197,24 @@ def test_replacement_comes_from_the_same_source(make_set: MakeSet) -> None:
         assert ClipDataset(manifest, RATE, seed=0)[0, epoch, [0, 21]].rows[1] in (20, 22)
 
 
+def test_replacements_differ_from_each_other(make_set: MakeSet) -> None:
+    manifest = load_manifest(make_set(24))
+    for row in range(8):
+        damage(manifest, row, "missing")
+    for epoch in range(10):
+        batch = ClipDataset(manifest, RATE, seed=0)[0, epoch, list(range(12))]
+        assert len(set(batch.rows)) == 12
+        assert set(range(8)) <= {bad.row for bad in batch.bad}
+
+
 def test_batch_of_the_whole_set_repeats_a_row_rather_than_shrink(make_set: MakeSet) -> None:
     manifest = load_manifest(make_set(4))
     damage(manifest, 0, "all zero")
-    batch = ClipDataset(manifest, RATE, seed=0)[0, 0, [0, 1, 2, 3]]
-    assert batch.rows[1:] == [1, 2, 3]
-    assert batch.rows[0] in (1, 2, 3)
+    for epoch in range(20):
+        batch = ClipDataset(manifest, RATE, seed=0)[0, epoch, [0, 1, 2, 3]]
+        assert batch.rows[1:] == [1, 2, 3]
+        assert batch.rows[0] in (1, 2, 3)
+        assert [bad.row for bad in batch.bad] == [0]
 
 
 def test_nothing_usable_stops_with_the_reason(make_set: MakeSet) -> None:
@@ -237,6 +250,16 @@ def test_loader_processes_change_nothing(make_set: MakeSet) -> None:
     together = list(make_loader(dataset, sampler, num_workers=2))
     assert len(together) == 20
     assert all(map(equal, alone, together))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loading_draws_nothing_from_the_global_generators(make_set: MakeSet, num_workers: int) -> None:
+    manifest = load_manifest(make_set(6))
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    sampler = BatchSampler(manifest, 2, seed=0, stop_step=4)
+    assert len(list(make_loader(ClipDataset(manifest, RATE, seed=0), sampler, num_workers=num_workers))) == 4
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
 
 
 def test_error_of_a_loader_process_arrives_unwrapped(make_set: MakeSet) -> None:
@@ -289,6 +312,24 @@ def read_stat(path: Path) -> str:
         return path.read_text()
     except OSError:  # the process ended meanwhile
         return ""
+
+
+def test_unexpected_error_names_the_clip(make_set: MakeSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = load_manifest(make_set(3))
+    monkeypatch.setattr("fastclap.data.dataset._whole_clip", lambda file: 1 / 0)
+    with pytest.raises(RuntimeError, match=r"set\.jsonl:2: .*/001\.wav: ZeroDivisionError: division by zero"):
+        ClipDataset(manifest, RATE, seed=0)[0, 0, [1]]
+
+
+def test_real_speech_is_read_whole(real_speech: Path) -> None:
+    for name in ("train.jsonl", "test.jsonl"):
+        manifest = load_manifest(str(real_speech / name), check_files=True)
+        seen = 0
+        for rows, _, lengths, _, std in eval_batches(manifest, RATE, 32):
+            assert [round(manifest[row].duration * RATE) for row in rows] == lengths.tolist()  # type: ignore[operator]
+            assert (std > 1e-4).all()
+            seen += len(rows)
+        assert seen == len(manifest)
 
 
 # Quarantine

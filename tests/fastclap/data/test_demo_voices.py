@@ -127,5 +127,5 @@ def test_a_complete_folder_is_left_alone_and_an_incomplete_one_is_finished(tmp_p
     write_demo(str(tmp_path), 12, 6, 0)
     assert content(tmp_path) == {name: digest for name, (digest, _) in first.items()}
     train, _ = write_demo(str(tmp_path), 18, 6, 0)
-    assert sum(1 for _ in open(train)) == 18
+    assert len(Path(train).read_text().splitlines()) == 18
     assert json.loads((tmp_path / "complete.json").read_text())["num_train"] == 18

@@ -120,8 +120,11 @@ def test_buckets_reduce_padding_and_still_mix() -> None:
     sampler = BatchSampler(manifest, 20, seed=0)
     companions = [next(set(batch) for batch in epoch_of(sampler, epoch) if 7 in batch) for epoch in range(5)]
     assert len(set.union(*companions)) > 48  # of at most 96, at least 20
-    lengths = [durations[batch].mean() for batch in epoch_of(sampler, 0)]
-    assert np.abs(np.corrcoef(lengths, np.arange(len(lengths)))[0, 1]) < 0.3
+    lengths = np.array([[durations[batch].mean() for batch in epoch_of(sampler, epoch)] for epoch in range(3)])
+    correlation = np.corrcoef(
+        [*lengths, np.arange(lengths.shape[1])]
+    )  # lengths are in no order, and in a new one each time
+    assert np.abs(correlation - np.eye(4)).max() < 0.35
 
 
 def test_clips_beyond_the_crop_are_equally_long() -> None:

@@ -230,6 +230,18 @@ def test_evaluation_does_not_change_training(tiny_clap: CLAP, manifest: Manifest
     assert torch.is_grad_enabled()
 
 
+def test_random_numbers_that_a_model_draws_are_given_back(manifest: Manifest) -> None:
+    class Drawing(Known):
+        def embed_text(self, texts: Sequence[str]) -> Tensor:
+            drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
+            return super().embed_text(texts)
+
+    drawn: list[tuple[float, float, float]] = []
+    model: Any = Drawing()
+    evaluate(model, manifest, tasks=[])
+    assert drawn[0] == pytest.approx((random.random(), np.random.rand(), torch.rand(1).item()), abs=0)
+
+
 def test_figures_do_not_depend_on_mode_or_batch_size(tiny_clap: CLAP, manifest: Manifest) -> None:
     results = []
     for training, batch_size in ((True, 1), (False, 4), (False, 100)):

@@ -15,6 +15,7 @@ import torch
 
 from fastclap.errors import DataError
 from fastclap.evaluation import classification, retrieval, write_report
+from fastclap.evaluation.report import write_atomic
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -124,14 +125,16 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "report.json").read_text())["run"]["loss"] is None
 
 
-def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_report(tmp_path, results=results())
-    before = {item.name: item.read_bytes() for item in tmp_path.iterdir()}
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.json"
+    write_atomic(path, b"old")
 
-    def no_space(descriptor: int) -> None:
+    def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", no_space)
+    monkeypatch.setattr(os, failing, no_space)
     with pytest.raises(OSError, match="No space"):
-        write_report(tmp_path, results=results(classes=3))
-    assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == before
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["report.json"]

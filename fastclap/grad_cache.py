@@ -1,0 +1,354 @@
+"""Gradient caching (Gao et al. 2021): one large contrastive batch, with the activations of only one chunk in memory.
+
+All inputs are embedded in chunks without a graph; the loss is called once on all embeddings and gives their
+gradients; then each chunk is embedded again, this time with a graph, and its embeddings' gradients are sent back
+through it. The sum over chunks is the gradient of the whole batch. That is exact only if the second forward repeats
+the first, so per chunk the random states of torch (CPU and CUDA), NumPy and Python are put back, towers get copies
+of their inputs (some write into them), the autocast cache of cast weights is cleared, and BatchNorm updates its
+running statistics in the first pass only.
+
+The first chunk of the first pass does build a graph, which is dropped at once. It tells whether the tower trains at
+all (a frozen one is not repeated and its side of the loss is not differentiated), and it meets most out-of-memory
+errors before the loss has communicated with other ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Input = Tensor | Mapping[str, Any]
+Tower = Callable[..., Tensor]
+
+
+class GradCache:
+    """Forward and backward of one big batch in chunks.
+
+    Args:
+        towers: one callable per input, e.g. ``[model.encode_audio, model.encode_text]``; each returns [rows, ...]
+            embeddings. A row must depend on its own chunk only through BatchNorm, if at all.
+        chunk_size: rows per chunk, one number or one per tower.
+        loss: called as ``loss(*embeddings)`` with leaf tensors, returns a scalar. It may use tensors of its own,
+            such as the logit scale; they receive their gradients too.
+        modules: the modules behind the towers, searched for BatchNorm, parameters and ``no_sync``. May be left out
+            where every tower is a module or a method of one.
+
+    Attributes:
+        chunk_sizes: rows per chunk of each tower, as reduced after out-of-memory errors.
+    """
+
+    def __init__(
+        self,
+        towers: Sequence[Tower],
+        chunk_size: int | Sequence[int],
+        loss: Callable[..., Tensor],
+        *,
+        modules: Sequence[nn.Module] | None = None,
+    ) -> None:
+        self.towers = list(towers)
+        if not self.towers:
+            raise ValueError("towers is empty; give at least one callable")
+        sizes = [chunk_size] * len(self.towers) if isinstance(chunk_size, int) else list(chunk_size)
+        if len(sizes) != len(self.towers) or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
+            raise ValueError(f"chunk_size must be a positive integer, or one for each tower, got {chunk_size!r}")
+        self.chunk_sizes = sizes
+        self.loss = loss
+        found = [_module_of(tower) for tower in self.towers] if modules is None else list(modules)
+        self._knows_modules = all(module is not None for module in found)
+        self._modules = list(dict.fromkeys(module for module in found if module is not None))
+
+    def __call__(self, *inputs: Input, no_sync: Callable[[], AbstractContextManager[Any]] | None = None) -> Tensor:
+        """Adds the gradient of ``loss`` to ``.grad`` of everything it depends on, and returns the loss, detached.
+
+        Args:
+            inputs: inputs[i] goes to towers[i] in chunks along dimension 0: a tensor, or a dict that is passed as
+                keyword arguments. In a dict all tensors must have the same number of rows; what is no tensor goes to
+                every chunk as it is. Towers may have different numbers of rows. An input that requires gradients
+                must be a leaf.
+            no_sync: makes the context that suppresses gradient synchronisation during all backward passes but the
+                last; by default ``no_sync()`` of each module that has it (DistributedDataParallel).
+
+        Raises:
+            ValueError, TypeError: unusable inputs, embeddings or loss.
+            torch.OutOfMemoryError: chunks of one row do not fit, or memory ran out where the step cannot be
+                repeated: in the loss, or during the second pass of a distributed run. In the latter case the smaller
+                chunk is in place for the next call.
+        """
+        if len(inputs) != len(self.towers):
+            raise ValueError(f"{len(self.towers)} towers need as many inputs, got {len(inputs)}")
+        sizes = [_rows(index, batch) for index, batch in enumerate(inputs)]
+        found: list[Any] = [getattr(module, "no_sync", None) for module in self._modules]
+        contexts = [context for context in ([no_sync] if no_sync is not None else found) if context is not None]
+        distributed = bool(contexts) or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        while True:
+            step = _Step(self, inputs, sizes, contexts)
+            try:
+                return step.run(undoable=not distributed and self._knows_modules)
+            except torch.OutOfMemoryError:
+                chunk = 0 if step.tower is None else min(self.chunk_sizes[step.tower], sizes[step.tower])
+                if step.tower is None or chunk == 1:
+                    raise
+                self.chunk_sizes[step.tower] = (chunk + 1) // 2
+                if not step.undo():
+                    raise
+            # Past the except clause the traceback, and with it the graph that did not fit, is gone.
+            del step
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+
+
+class _Step:
+    """One attempt at a batch with the chunk sizes at hand."""
+
+    def __init__(
+        self,
+        cache: GradCache,
+        inputs: Sequence[Input],
+        sizes: Sequence[int],
+        contexts: Sequence[Callable[[], AbstractContextManager[Any]]],
+    ) -> None:
+        self.cache, self.inputs, self.contexts = cache, inputs, contexts
+        self.tower: int | None = None  # the one at work, for out-of-memory errors
+        self.second_pass = False
+        self.random = _RandomState()
+        self.statistics = [
+            (buffer, buffer.clone())
+            for layer in _batch_norms(cache._modules)
+            for buffer in layer.buffers(recurse=False)
+        ]
+        self.chunks = [
+            [slice(at, min(at + chunk, rows)) for at in range(0, rows, chunk)]
+            for rows, chunk in zip(sizes, cache.chunk_sizes, strict=True)
+        ]
+        self.states: list[list[_RandomState]] = [[] for _ in self.chunks]
+        self.earlier: dict[Tensor, Tensor | None] | None = None
+
+    def run(self, undoable: bool) -> Tensor:
+        embeddings = [self._embed(index) for index in range(len(self.chunks))]
+        torch.clear_autocast_cache()  # casts made without a graph would cut the weights off from the second pass
+        self.tower = None
+        loss, gradients, own = self._differentiate(embeddings)
+        after_loss = _RandomState()
+        self.second_pass = True
+        if undoable:
+            self._set_gradients_aside()
+        with _frozen_batch_norm(self.cache._modules):
+            self._repeat(gradients, own)
+        if self.earlier is not None:
+            for tensor, gradient in self.earlier.items():
+                if gradient is not None:
+                    tensor.grad = gradient if tensor.grad is None else gradient.add_(tensor.grad)
+        if not self.contexts:
+            for tensor, gradient in own:
+                tensor.grad = gradient.clone() if tensor.grad is None else tensor.grad.add_(gradient)
+        after_loss.restore()
+        return loss
+
+    def undo(self) -> bool:
+        """Puts gradients, running statistics and random states back to where they were; False if that is impossible."""
+        if self.second_pass and self.earlier is None:
+            return False
+        for tensor, gradient in (self.earlier or {}).items():
+            tensor.grad = gradient
+        for buffer, value in self.statistics:
+            buffer.copy_(value)
+        self.random.restore()
+        return True
+
+    def _embed(self, index: int) -> Tensor:
+        """The tower's embeddings of all rows, as a leaf that requires gradients if the tower trains."""
+        self.tower = index
+        parts: list[Tensor] = []
+        trains = False
+        with self._no_sync():
+            for at in self.chunks[index]:
+                self.states[index].append(_RandomState())
+                with torch.set_grad_enabled(not parts):
+                    out = self._forward(index, at)
+                trains |= out.requires_grad
+                parts.append(out.detach())
+                del out
+        return torch.cat(parts).requires_grad_(trains)
+
+    def _differentiate(
+        self, embeddings: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor | None], list[tuple[Tensor, Tensor]]]:
+        """The detached loss, its gradient for each tower's embeddings, and for the tensors that only the loss uses."""
+        with torch.enable_grad():
+            loss = self.cache.loss(*embeddings)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss must return a scalar tensor, got {what}")
+        if not loss.requires_grad:
+            raise ValueError("the loss depends on nothing that requires gradients")
+        wanted = [embedding for embedding in embeddings if embedding.requires_grad]
+        leaves = [leaf for leaf in _leaves(loss) if not any(leaf is embedding for embedding in wanted)]
+        found = torch.autograd.grad(loss.sum(), [*wanted, *leaves], allow_unused=True)
+        of_embeddings = iter(found[: len(wanted)])
+        gradients = [next(of_embeddings) if embedding.requires_grad else None for embedding in embeddings]
+        own = [
+            (leaf, gradient)
+            for leaf, gradient in zip(leaves, found[len(wanted) :], strict=True)
+            if gradient is not None
+        ]
+        return loss.detach(), gradients, own
+
+    def _repeat(self, gradients: Sequence[Tensor | None], own: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """The second pass. Where gradients are synchronised, the last chunks of all towers share one backward pass.
+
+        DistributedDataParallel waits in that pass until every parameter has its gradient, so each tower, and whatever
+        the loss itself uses of the module, must take part in it.
+        """
+        last: list[tuple[int, slice, _RandomState, Tensor]] = []
+        for index, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            work = list(zip(self.chunks[index], self.states[index], strict=True))
+            if self.contexts:
+                at, state = work.pop()
+                last.append((index, at, state, gradient[at]))
+            for at, state in work:
+                self.tower = index
+                with self._no_sync():
+                    self._surrogate(index, at, state, gradient[at]).backward()
+        if self.contexts:
+            roots = [self._surrogate(index, at, state, part) for index, at, state, part in last]
+            with torch.enable_grad():
+                roots.extend((tensor * part).sum() for tensor, part in own)
+            torch.autograd.backward(roots)
+        torch.clear_autocast_cache()
+
+    def _surrogate(self, index: int, at: slice, state: _RandomState, gradient: Tensor) -> Tensor:
+        """Σ embedding · gradient of a chunk, embedded as in the first pass: its backward pass is that of the loss."""
+        self.tower = index
+        torch.clear_autocast_cache()  # of the chunk before, whose graph is gone
+        state.restore()
+        with torch.enable_grad():
+            return (self._forward(index, at) * gradient).sum()
+
+    def _forward(self, index: int, at: slice) -> Tensor:
+        tower, batch = self.cache.towers[index], self.inputs[index]
+        if isinstance(batch, Tensor):
+            out = tower(batch[at].clone())
+        else:
+            out = tower(**{key: x[at].clone() if isinstance(x, Tensor) else x for key, x in batch.items()})
+        if not isinstance(out, Tensor):
+            raise TypeError(f"tower {index} must return a tensor of embeddings, got {type(out).__name__}")
+        if out.dim() == 0 or out.shape[0] != at.stop - at.start:
+            raise ValueError(f"tower {index} returned shape {list(out.shape)} for {at.stop - at.start} rows")
+        return out
+
+    def _set_gradients_aside(self) -> None:
+        tensors: list[Tensor] = [p for module in self.cache._modules for p in module.parameters()]
+        for batch in self.inputs:
+            values = [batch] if isinstance(batch, Tensor) else batch.values()
+            tensors.extend(x for x in values if isinstance(x, Tensor) and x.requires_grad)
+        self.earlier = {tensor: tensor.grad for tensor in tensors}
+        for tensor in tensors:
+            tensor.grad = None
+
+    @contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context())
+            yield
+
+
+class _RandomState:
+    """The global random states at one moment. CUDA states live on the host: reading them does not synchronise."""
+
+    def __init__(self) -> None:
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self.numpy = np.random.get_state()
+        self.python = random.getstate()
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+
+@contextmanager
+def _frozen_batch_norm(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Lets training-mode BatchNorm and InstanceNorm use batch statistics without recording them again."""
+    layers = _batch_norms(modules)
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+def _batch_norms(modules: Sequence[nn.Module]) -> set[nn.modules.batchnorm._NormBase]:
+    """The layers that a forward pass would write statistics into."""
+    return {
+        layer
+        for module in modules
+        for layer in module.modules()
+        if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.training and layer.track_running_stats
+    }
+
+
+def _module_of(tower: Tower) -> nn.Module | None:
+    if isinstance(tower, nn.Module):
+        return tower
+    if isinstance(tower, functools.partial):
+        return _module_of(tower.func)
+    owner = getattr(tower, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def _leaves(root: Tensor) -> list[Tensor]:
+    """The leaf tensors whose gradients a backward pass from ``root`` accumulates."""
+    leaves: list[Tensor] = []
+    if root.grad_fn is None:
+        return [root]
+    seen, stack = {root.grad_fn}, [root.grad_fn]
+    while stack:
+        node = stack.pop()
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor) and not node.next_functions:
+            leaves.append(variable)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return leaves
+
+
+def _rows(index: int, batch: Input) -> int:
+    """Number of rows of a tower's input, after checking that it can be cut into chunks."""
+    if isinstance(batch, Tensor):
+        tensors = {"input": batch}
+    elif isinstance(batch, Mapping):
+        tensors = {key: x for key, x in batch.items() if isinstance(x, Tensor)}
+    else:
+        raise TypeError(f"input {index} must be a tensor or a dict of tensors, got {type(batch).__name__}")
+    if not tensors:
+        raise ValueError(f"input {index} holds no tensor, so it cannot be cut into chunks")
+    for key, x in tensors.items():
+        if x.dim() == 0:
+            raise ValueError(f"input {index}: {key!r} is a 0-d tensor; dimension 0 must be the rows")
+        if x.requires_grad and not x.is_leaf:
+            raise ValueError(f"input {index}: {key!r} has a graph behind it that each chunk would run again; detach it")
+    rows = {key: x.shape[0] for key, x in tensors.items()}
+    if len(set(rows.values())) > 1:
+        raise ValueError(f"input {index}: tensors differ in their number of rows: {rows}")
+    count = next(iter(rows.values()))
+    if count == 0:
+        raise ValueError(f"input {index} is empty")
+    return count

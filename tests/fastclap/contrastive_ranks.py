@@ -1,0 +1,271 @@
+"""Runs the distributed losses on four gloo ranks and writes what each rank got; `test_losses_distributed.py` judges it.
+
+    python contrastive_ranks.py FOLDER
+
+The parent imports torch once and forks, so four ranks cost one start. Groups of two ranks are subgroups of the four.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # DistributedDataParallel would import it four times after the fork
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastclap.grad_cache import GradCache
+from fastclap.kernels import contrastive
+from fastclap.losses import ClipLoss, SigLipLoss, info_nce, sigmoid_loss
+
+WORLD = 4
+DIM = 12
+UNEVEN_A, UNEVEN_B = (3, 70, 1, 5), (6, 2, 80, 4)
+EVEN = (4, 4, 4, 4)
+
+
+class Towers(nn.Module):
+    """Two small towers and a logit scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.audio = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, DIM))
+        self.text = nn.Sequential(nn.Linear(9, 16), nn.GELU(), nn.Linear(16, DIM))
+        self.log_scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, audio: Tensor | None = None, text: Tensor | None = None) -> Tensor:
+        if audio is not None:
+            return self.audio(audio)
+        return self.text(text)
+
+
+def make_towers(dtype: torch.dtype) -> Towers:
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        return Towers().to(dtype)
+
+
+def tensors(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def crossing_ids(n: int, m: int, groups: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randint(groups, (rows,), generator=generator) for rows in (n, m))
+    b[-1] = a[0]
+    return a, b
+
+
+def loss_cases() -> dict[str, dict[str, Any]]:
+    """Name -> ranks, rows per rank and options. Tensors among the options are global; each rank takes its rows."""
+    uneven = {"world": 4, "a_rows": UNEVEN_A, "b_rows": UNEVEN_B}
+    total_a, total_b = sum(UNEVEN_A), sum(UNEVEN_B)
+    ids = dict(zip(("a_ids", "b_ids"), crossing_ids(total_a, total_b, 50), strict=True))
+    teacher = (*tensors((total_a, 5), (total_b, 5), seed=7), 9.0)
+    everything = {**ids, "label_smoothing": 0.1, "teacher": teacher, "teacher_weight": 0.4}
+    pair_ids = dict(zip(("a_ids", "b_ids"), crossing_ids(73, 8, 6), strict=True))
+    return {
+        "four ranks, ids": {**uneven, "options": ids},
+        "four ranks, ids, float32": {**uneven, "options": ids, "dtype": torch.float32, "tol": 1e-5},
+        "four ranks, everything": {**uneven, "options": everything},
+        "four ranks, everything, one way": {**uneven, "options": {**everything, "direction": "b_to_a"}},
+        "four ranks, online maxima": {**uneven, "options": {**everything, "normalize": False}, "scale": 200.0},
+        "four ranks, diagonal": {"world": 4, "a_rows": EVEN, "b_rows": EVEN, "options": {}},
+        "two ranks, uneven diagonal": {"world": 2, "a_rows": (2, 70), "b_rows": (2, 70), "options": {}},
+        "two ranks, a to b": {"world": 2, "a_rows": (2, 5), "b_rows": (2, 5), "options": {"direction": "a_to_b"}},
+        "two ranks, ids": {"world": 2, "a_rows": (3, 70), "b_rows": (6, 2), "options": pair_ids},
+        "four ranks, sigmoid": {**uneven, "options": ids, "loss": "sigmoid_loss"},
+        "two ranks, sigmoid, diagonal": {
+            "world": 2, "a_rows": (3, 4), "b_rows": (3, 4), "options": {}, "loss": "sigmoid_loss",
+        },
+    }  # fmt: skip
+
+
+def case_inputs(case: dict[str, Any]) -> list[Tensor]:
+    """The global a, b, the scale and, for the sigmoid loss, the bias, in float64."""
+    a, b = tensors((sum(case["a_rows"]), DIM), (sum(case["b_rows"]), DIM))
+    scalars = [torch.tensor(case.get("scale", 14.3), dtype=torch.float64)]
+    if case.get("loss") == "sigmoid_loss":
+        scalars.append(torch.tensor(-5.0, dtype=torch.float64))
+    return [a, b, *scalars]
+
+
+def run_case(case: dict[str, Any], rank: int, group: dist.ProcessGroup) -> list[Tensor | None]:
+    own = {
+        "a": slice(sum(case["a_rows"][:rank]), sum(case["a_rows"][: rank + 1])),
+        "b": slice(sum(case["b_rows"][:rank]), sum(case["b_rows"][: rank + 1])),
+    }
+    dtype = case.get("dtype", torch.float64)
+    a, b, *scalars = (x.to(dtype) for x in case_inputs(case))
+    leaves = [x.clone().requires_grad_() for x in (a[own["a"]], b[own["b"]], *scalars)]
+    options = dict(case["options"])
+    if "a_ids" in options:
+        options["a_ids"], options["b_ids"] = options["a_ids"][own["a"]], options["b_ids"][own["b"]]
+    if "teacher" in options:
+        t_a, t_b, t_scale = options["teacher"]
+        options["teacher"] = (t_a[own["a"]], t_b[own["b"]], t_scale)
+    loss = sigmoid_loss if case.get("loss") == "sigmoid_loss" else info_nce
+    value = loss(*leaves, process_group=group, **options)
+    value.backward()
+    return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def model_batch(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Global audio [16, 6], text [16, 9] and ids that make positives across ranks."""
+    audio, text = (x.to(dtype) for x in tensors((16, 6), (16, 9), seed=2))
+    return audio, text, torch.arange(16) % 7, torch.arange(16) % 7
+
+
+def model_gradients(how: str, rank: int, world: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Parameter gradients after averaging over the ranks, by hand or by DistributedDataParallel."""
+    audio, text, a_ids, b_ids = (x[rank * 16 // world : (rank + 1) * 16 // world] for x in model_batch(torch.float32))
+    model = make_towers(torch.float32)
+    wrapped = DistributedDataParallel(model, process_group=group) if "DDP" in how else None
+    module: nn.Module = wrapped if wrapped is not None else model
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        return info_nce(a, b, model.log_scale.exp(), a_ids=a_ids, b_ids=b_ids, process_group=group)
+
+    if "cached" in how:
+        cache = GradCache(
+            [lambda x: module(audio=x), lambda x: module(text=x)],
+            3 if world == 2 else (1 + rank),
+            loss,
+            modules=[module],
+        )
+        cache(audio, text)
+    else:
+        loss(module(audio=audio), module(text=text)).backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        if wrapped is None:
+            dist.all_reduce(parameter.grad, group=group)
+            parameter.grad /= world
+        gradients[name] = parameter.grad
+    return gradients
+
+
+MODEL_WAYS = ("plain", "cached", "DDP plain", "DDP cached")
+
+
+def open_clip_loss(a: Tensor, b: Tensor, scale: Tensor, rank: int, local_loss: bool, gather_with_grad: bool) -> Tensor:
+    """The arithmetic of open_clip's ClipLoss in its four distributed modes, written out."""
+    from torch.distributed.nn.functional import all_gather
+
+    def gather(x: Tensor) -> Tensor:
+        if gather_with_grad:
+            return torch.cat(all_gather(x))
+        parts = [torch.empty_like(x) for _ in range(WORLD)]
+        dist.all_gather(parts, x.detach())
+        if not local_loss:
+            parts[rank] = x
+        return torch.cat(parts)
+
+    all_a, all_b = gather(a), gather(b)
+    if local_loss:
+        labels = torch.arange(a.shape[0]) + rank * a.shape[0]
+        logits = scale * a @ all_b.t(), scale * b @ all_a.t()
+    else:
+        labels = torch.arange(all_a.shape[0])
+        logits = scale * all_a @ all_b.t(), scale * all_b @ all_a.t()
+    return (F.cross_entropy(logits[0], labels) + F.cross_entropy(logits[1], labels)) / 2
+
+
+def open_clip_modes(rank: int) -> dict[str, list[Tensor | None]]:
+    results: dict[str, list[Tensor | None]] = {}
+    a, b = (F.normalize(x, dim=1)[rank * 4 : rank * 4 + 4] for x in tensors((16, DIM), (16, DIM)))
+    for local_loss in (False, True):
+        for gather_with_grad in (False, True):
+            module = ClipLoss(local_loss, gather_with_grad, rank=rank, world_size=WORLD)
+            for name in ("ours", "theirs"):
+                leaves = [x.clone().requires_grad_() for x in (a, b, torch.tensor(9.0, dtype=torch.float64))]
+                if name == "ours":
+                    value = module(*leaves)
+                else:
+                    value = open_clip_loss(*leaves, rank, local_loss, gather_with_grad)
+                value.backward()
+                results[f"{name} {local_loss} {gather_with_grad}"] = [value.detach(), *(leaf.grad for leaf in leaves)]
+    value = SigLipLoss(rank=rank, world_size=WORLD)(image_features=a, text_features=b, logit_scale=9.0, logit_bias=-5.0)
+    results["SigLipLoss"] = [value]
+    return results
+
+
+def disagreements(rank: int) -> dict[str, str]:
+    """What each rank is told when rank 1 passes something else than the others."""
+    odd = rank == 1
+    a, b = torch.randn(3, 4), torch.randn(3, 4)
+    group = dist.group.WORLD
+    ids = {"a_ids": torch.arange(3), "b_ids": torch.arange(3)}
+    teacher = {"teacher": (a, b, 1.0), "teacher_weight": 0.5}
+    calls: dict[str, Callable[[], Any]] = {
+        "embedding size": lambda: info_nce(a[:, : 4 - odd], b[:, : 4 - odd], 5.0, process_group=group),
+        "dtype of a": lambda: info_nce(a.bfloat16() if odd else a.half(), b, 5.0, process_group=group),
+        "direction": lambda: info_nce(a, b, 5.0, direction="a_to_b" if odd else "both", process_group=group),
+        "use of ids": lambda: info_nce(a, b, 5.0, process_group=group, **(ids if odd else {})),
+        "teacher": lambda: info_nce(a, b, 5.0, process_group=group, **(teacher if odd else {})),
+        "label_smoothing": lambda: info_nce(a, b, 5.0, label_smoothing=0.1 * odd, process_group=group),
+        "loss": lambda: (
+            sigmoid_loss(a, b, 5.0, 0.0, process_group=group) if odd else info_nce(a, b, 5.0, process_group=group)
+        ),
+        "gradients": lambda: info_nce(a.clone().requires_grad_(odd), b, 5.0, process_group=group),
+        "integers": lambda: info_nce(a.long() if odd else a, b, 5.0, process_group=group),
+        "empty": lambda: info_nce(a[: 0 if odd else 3], b, 5.0, process_group=group),
+        "rows": lambda: info_nce(a, b[: 2 if odd else 3], 5.0, process_group=group),
+        "no positive": lambda: info_nce(
+            a, b, 5.0, a_ids=torch.zeros(3).long(), b_ids=torch.ones(3).long(), process_group=group
+        ),
+    }
+    told = {}
+    for name, call in calls.items():
+        try:
+            call()
+            told[name] = "no error"
+        except (TypeError, ValueError) as error:
+            told[name] = f"{type(error).__name__}: {error}"
+    return told
+
+
+def worker(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    contrastive.CPU_CHUNK_BYTES = 1  # several chunks on the larger ranks
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
+    groups = {2: dist.new_group([0, 1]), 4: dist.group.WORLD}
+    results: dict[str, Any] = {"told": disagreements(rank), "open_clip": open_clip_modes(rank)}
+    for name, case in loss_cases().items():
+        if rank < case["world"]:
+            results[name] = run_case(case, rank, groups[case["world"]])
+    for world, group in groups.items():
+        if rank < world:
+            for how in MODEL_WAYS:
+                results[f"model {world} {how}"] = model_gradients(how, rank, world, group)
+    torch.save(results, folder / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=worker, args=(rank, folder)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in processes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Two and four gloo ranks against one float64 process: losses, all gradients, models with parameters, disagreements."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from fastclap.losses import info_nce, sigmoid_loss
+from fastclap.testing import assert_close_rel
+
+SCRIPT = Path(__file__).with_name("contrastive_ranks.py")
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("contrastive_ranks", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_losses(ranks: ModuleType, results: list[dict[str, Any]]) -> None:
+    for name, case in ranks.loss_cases().items():
+        leaves = [x.requires_grad_() for x in ranks.case_inputs(case)]
+        loss = sigmoid_loss if case.get("loss") == "sigmoid_loss" else info_nce
+        expected = loss(*leaves, backend="reference", **case["options"])
+        expected.backward()
+        world, tol = case["world"], case.get("tol", 1e-9)
+        got = [results[rank][name] for rank in range(world)]
+        for rank in range(world):
+            assert_close_rel(f"{name}: loss on rank {rank}", expected, got[rank][0], tol)
+            for index in range(2, len(leaves)):
+                assert_close_rel(
+                    f"{name}: scalar {index} on rank {rank}", leaves[index].grad, got[rank][1 + index], tol
+                )
+        for index, side in ((0, "a"), (1, "b")):
+            gathered = torch.cat([blocks[1 + index] for blocks in got])
+            assert_close_rel(f"{name}: gradient of {side}", world * leaves[index].grad, gathered, tol)
+
+
+def check_models(ranks: ModuleType, results: list[dict[str, Any]]) -> None:
+    model = ranks.make_towers(torch.float64)
+    audio, text, a_ids, b_ids = ranks.model_batch(torch.float64)
+    info_nce(
+        model(audio=audio), model(text=text), model.log_scale.exp(), a_ids=a_ids, b_ids=b_ids, backend="reference"
+    ).backward()
+    for world in (2, 4):
+        for how in ranks.MODEL_WAYS:
+            for rank in range(world):
+                got = results[rank][f"model {world} {how}"]
+                for name, parameter in model.named_parameters():
+                    assert_close_rel(f"{world} ranks, {how}, rank {rank}: {name}", parameter.grad, got[name], 1e-5)
+
+
+def check_open_clip_modes(results: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(results):
+        modes = result["open_clip"]
+        for name in [name for name in modes if name.startswith("ours")]:
+            for index, (ours, theirs) in enumerate(
+                zip(modes[name], modes[name.replace("ours", "theirs")], strict=True)
+            ):
+                assert_close_rel(f"ClipLoss {name}, rank {rank}, tensor {index}", theirs, ours, 1e-9)
+        assert torch.equal(modes["SigLipLoss"][0], results[0]["open_clip"]["SigLipLoss"][0])
+
+
+def check_disagreements(results: list[dict[str, Any]]) -> None:
+    told = [result["told"] for result in results]
+    for name in told[0]:
+        messages = [t[name] for t in told]
+        assert all(message.startswith(("ValueError", "TypeError")) for message in messages), f"{name}: {messages}"
+        if name in ("integers", "empty", "rows"):
+            assert "rank(s) [1] rejected" in messages[0], name
+            assert "rejected" not in messages[1], name
+        elif name != "no positive":
+            assert "ranks disagree on" in messages[0] and "[1]" in messages[0], f"{name}: {messages[0]}"
+    assert "a must be" in told[1]["integers"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_ranks_match_one_process(tmp_path: Path) -> None:
+    """One start of four processes runs every case; each check names the case that fails."""
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(4)]
+    ranks = load_script()
+    check_losses(ranks, results)
+    check_models(ranks, results)
+    check_open_clip_modes(results)
+    check_disagreements(results)

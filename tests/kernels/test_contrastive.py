@@ -1,0 +1,363 @@
+"""The chunked contrastive engine against the float64 definitions: values and all gradients, for every option."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastclap.kernels import contrastive
+from fastclap.losses import info_nce, sigmoid_loss
+from fastclap.testing import assert_close_rel
+
+SCALES = (1.0, 14.3, 100.0)
+SHAPES = ((1, 1), (2, 3), (3, 1), (127, 127), (127, 300), (1000, 1023), (1023, 127), (2000, 1000))
+Case = tuple[Callable[..., Tensor], list[Tensor], dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 64 rows, some of them kept and the others formed twice, at sizes that are quick to check."""
+    monkeypatch.setattr(contrastive, "CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(contrastive, "KEEP_BYTES", 300_000)
+
+
+def embeddings(n: int, m: int, alignment: float, dim: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of which the first min(n, m) pairs have a cosine of about ``alignment``."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(rows, dim, generator=generator) for rows in (n, m))
+    pairs = min(n, m)
+    a[:pairs] = alignment * b[:pairs] + (1 - alignment**2) ** 0.5 * a[:pairs]
+    return a, b
+
+
+def ids(n: int, m: int, groups: int, seed: int = 0) -> dict[str, Tensor]:
+    """Ids of which some have no partner, some have several, and at least one pair matches."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randint(-groups, groups, (rows,), generator=generator) * 2**40 for rows in (n, m))
+    b[0] = a[0]
+    return {"a_ids": a, "b_ids": b}
+
+
+def teacher(n: int, m: int, scale: float = 20.0) -> dict[str, Any]:
+    return {"teacher": (*embeddings(n, m, 0.5, dim=7, seed=5), torch.tensor(scale)), "teacher_weight": 0.3}
+
+
+OPTIONS: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "plain": lambda n, m: {},
+    "ids": lambda n, m: ids(n, m, max(1, n // 3)),
+    "class ids": lambda n, m: ids(n, m, 3),
+    "label smoothing": lambda n, m: {"label_smoothing": 0.1},
+    "a_to_b": lambda n, m: {"direction": "a_to_b"},
+    "b_to_a": lambda n, m: {"direction": "b_to_a", **ids(n, m, max(1, n // 3))},
+    "teacher": teacher,
+    "everything": lambda n, m: {**teacher(n, m), **ids(n, m, max(1, n // 3)), "label_smoothing": 0.2},
+    "everything, one way": lambda n, m: {**teacher(n, m), "label_smoothing": 0.2, "direction": "b_to_a"},
+}
+
+
+def evaluate(
+    loss: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype, backend: str, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The value and the gradient of every input, under an upstream gradient of 2.5."""
+    leaves = [x.detach().to(dtype).clone().requires_grad_() for x in inputs]
+    options = dict(options)
+    if "teacher" in options:
+        options["teacher"] = tuple(x.to(dtype) for x in options["teacher"])
+    value = loss(*leaves, backend=backend, **options)
+    (2.5 * value).backward()
+    names = ("gradient of a", "gradient of b", "gradient of logit_scale", "gradient of logit_bias")
+    gradients = {name: leaf.grad for name, leaf in zip(names, leaves, strict=False) if leaf.grad is not None}
+    return {"loss": value.detach(), **gradients}
+
+
+def check(
+    loss: Callable[..., Tensor],
+    inputs: list[Tensor],
+    options: dict[str, Any],
+    label: object,
+    tol: float = 1e-5,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    expected = evaluate(loss, [x.to(dtype) for x in inputs], torch.float64, "reference", options)
+    out = evaluate(loss, inputs, dtype, "torch", options)
+    assert expected.keys() == out.keys()
+    for name, reference in expected.items():
+        # float64's own p - 1 keeps no digits below this: the loss has converged.
+        if reference.norm() > 1e-10:
+            assert_close_rel(f"{label}: {name}", reference, out[name], tol)
+        else:
+            assert out[name].abs().max() < 1e-5, f"{label}: {name}"
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_info_nce_matches_float64(shape: tuple[int, int], option: str) -> None:
+    scales = (
+        SCALES if shape[0] * shape[1] < 200_000 else SCALES[len(option) % 3 :][:1]
+    )  # one scale at the largest sizes
+    for scale, alignment in itertools.product(scales, (0.0, 0.9)):
+        inputs = [*embeddings(*shape, alignment), torch.tensor(scale)]
+        # A logit of 90 is itself rounded to 4e-6, and three rows average no error out.
+        tol = 3e-5 if (scale > 50 and alignment) or max(shape) <= 3 else 1e-5
+        check(info_nce, inputs, OPTIONS[option](*shape), (scale, alignment), tol)
+
+
+@pytest.mark.parametrize("option", ("plain", "ids", "everything"))
+def test_info_nce_without_normalisation_and_with_large_logits(option: str) -> None:
+    shape = (150, 203)
+    for scale, alignment in itertools.product(SCALES, (0.0, 0.9)):
+        a, b = embeddings(*shape, alignment)
+        # Norms of about 5: logits up to 2,500 at scale 100, whose rounding alone is 1e-4 of the probabilities.
+        options = {**OPTIONS[option](*shape), "normalize": False}
+        check(info_nce, [a, b, torch.tensor(scale)], options, (scale, alignment), tol=3e-4 if scale > 50 else 3e-5)
+
+
+def test_gradient_keeps_its_digits_near_perfect_alignment() -> None:
+    """1 - p is about 1e-5 here, so p - 1 rounded in float32 would be off by a percent."""
+    a, b = embeddings(200, 200, 0.999, dim=64)
+    inputs = [a, b, torch.tensor(25.0)]
+    check(info_nce, inputs, {}, "aligned")
+    twice = [torch.cat([a, a]), b, torch.tensor(25.0)]
+    check(info_nce, twice, {"a_ids": torch.arange(200).repeat(2), "b_ids": torch.arange(200)}, "two rows a column")
+    expected = evaluate(info_nce, inputs, torch.float64, "reference", {})
+    naive = evaluate(info_nce, inputs, torch.float32, "reference", {})
+    error = (naive["gradient of a"] - expected["gradient of a"]).norm() / expected["gradient of a"].norm()
+    assert error > 1e-4
+
+
+def test_opposite_vectors_at_scale_100() -> None:
+    """The best logit of a row is -100: sums relative to a fixed maximum of 100 would underflow."""
+    a, b = embeddings(40, 40, 0.0)
+    a, b = a.abs(), -b.abs()
+    check(info_nce, [a, b, torch.tensor(100.0)], {}, "opposite")
+    check(info_nce, [a[:1], -a[:1], torch.tensor(100.0)], {"label_smoothing": 0.1}, "single opposite pair")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    n=st.integers(1, 90),
+    m=st.integers(1, 90),
+    scale=st.sampled_from(SCALES),
+    alignment=st.sampled_from((0.0, 0.5, 0.95)),
+    direction=st.sampled_from(("both", "a_to_b", "b_to_a")),
+    smoothing=st.sampled_from((0.0, 0.15)),
+    groups=st.sampled_from((0, 1, 5, 60)),
+    with_teacher=st.booleans(),
+    normalize=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.float64)),
+)
+def test_info_nce_in_any_combination(
+    n: int,
+    m: int,
+    scale: float,
+    alignment: float,
+    direction: str,
+    smoothing: float,
+    groups: int,
+    with_teacher: bool,
+    normalize: bool,
+    dtype: torch.dtype,
+) -> None:
+    a, b = embeddings(n, m, alignment)
+    options: dict[str, Any] = {"direction": direction, "label_smoothing": smoothing, "normalize": normalize}
+    if not normalize:
+        a, b = a / 5, b / 5
+    if groups:
+        options.update(ids(n, m, groups))
+    if with_teacher:
+        options.update(teacher(n, m))
+    # Logits near 100 are rounded to 1e-5, and a small batch does not average it out.
+    tol = 1e-8 if dtype == torch.float64 else 1e-5 if scale < 50 else 5e-5
+    check(info_nce, [a, b, torch.tensor(scale)], options, "combination", tol, dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sigmoid_loss_matches_float64(shape: tuple[int, int]) -> None:
+    scales = SCALES if shape[0] * shape[1] < 200_000 else SCALES[1:2]
+    for scale, alignment, options in itertools.product(scales, (0.0, 0.9), ({}, ids(*shape, 20), {"normalize": False})):
+        inputs = [*embeddings(*shape, alignment), torch.tensor(scale), torch.tensor([-10.0])]
+        if "normalize" in options:
+            inputs[:2] = [x / 5 for x in inputs[:2]]
+        check(sigmoid_loss, inputs, options, (scale, alignment), tol=3e-5)
+
+
+def test_sigmoid_loss_without_any_positive() -> None:
+    inputs = [*embeddings(30, 40, 0.0), torch.tensor(10.0), torch.tensor(-10.0)]
+    check(sigmoid_loss, inputs, {"a_ids": torch.zeros(30).long(), "b_ids": torch.ones(40).long()}, "negatives only")
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("scale", SCALES)
+def test_half_precision_inputs_are_computed_in_float32(dtype: torch.dtype, scale: float) -> None:
+    """The only error beyond float32's is the rounding of the returned gradients, 2^-9 for bfloat16."""
+    tol = 2e-3
+    for alignment in (0.0, 0.7):
+        a, b = embeddings(300, 411, alignment)
+        expected_inputs = [a.to(dtype), b.to(dtype), torch.tensor(scale)]
+        expected = evaluate(info_nce, expected_inputs, torch.float64, "reference", {})
+        leaves = [x.detach().requires_grad_() for x in expected_inputs]
+        value = info_nce(*leaves)
+        (2.5 * value).backward()
+        assert value.dtype == torch.float32
+        assert_close_rel("loss", expected["loss"], value, 1e-5)
+        for name, leaf in zip(("a", "b", "logit_scale"), leaves, strict=True):
+            assert leaf.grad is not None and leaf.grad.dtype == leaf.dtype
+            if leaf.dtype == dtype == torch.float16:
+                continue  # 1/N² entries are float16 subnormals; see the loss-scaling test
+            assert_close_rel(f"gradient of {name}", expected[f"gradient of {name}"], leaf.grad, tol)
+
+
+def test_float16_gradients_survive_loss_scaling() -> None:
+    """The upstream gradient is applied before the cast to float16."""
+    a, b = (x.half().requires_grad_() for x in embeddings(300, 300, 0.5))
+    expected = evaluate(info_nce, [a, b, torch.tensor(14.3)], torch.float64, "reference", {})
+    (2.5 * 4096 * info_nce(a, b, 14.3)).backward()
+    assert a.grad is not None
+    assert_close_rel("scaled gradient of a", expected["gradient of a"] * 4096, a.grad, 5e-4)
+
+
+def test_mixed_dtypes_and_strided_inputs() -> None:
+    leaves = [torch.randn(100, 64, requires_grad=True), torch.randn(32, 120, requires_grad=True)]
+    a, b = leaves[0][:, ::2], leaves[1].t()
+    expected = evaluate(info_nce, [a, b, torch.tensor(14.3)], torch.float64, "reference", {})
+    (2.5 * info_nce(a, b, 14.3)).backward()
+    assert leaves[0].grad is not None and leaves[1].grad is not None
+    assert_close_rel("strided a", expected["gradient of a"], leaves[0].grad[:, ::2], 1e-5)
+    assert_close_rel("transposed b", expected["gradient of b"], leaves[1].grad.t(), 1e-5)
+    mixed = info_nce(a.detach().bfloat16().float(), b.detach().bfloat16(), 14.3)
+    assert_close_rel("mixed", info_nce(a.bfloat16().double(), b.bfloat16().double(), 14.3), mixed, 1e-5)
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    inputs = [*embeddings(100, 100, 0.5), torch.tensor(14.3)]
+    plain = evaluate(info_nce, inputs, torch.float32, "torch", {})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = evaluate(info_nce, inputs, torch.float32, "torch", {})
+    for name, value in plain.items():
+        assert torch.equal(value, cast[name]), name
+
+
+def test_zero_rows_give_finite_values() -> None:
+    a, b = embeddings(70, 70, 0.5)
+    a[3] = 0
+    inputs = [a, b, torch.tensor(14.3)]
+    expected = evaluate(info_nce, inputs, torch.float64, "reference", {})
+    out = evaluate(info_nce, inputs, torch.float32, "torch", {})
+    assert_close_rel("loss", expected["loss"], out["loss"], 1e-5)
+    assert_close_rel("gradient of a zero row", expected["gradient of a"][3], out["gradient of a"][3], 1e-5)
+    others = torch.arange(70) != 3
+    assert_close_rel("gradient of the others", expected["gradient of a"][others], out["gradient of a"][others], 1e-5)
+
+
+def test_nothing_uninitialised_is_read_and_runs_are_bit_identical(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *shape: self.new_full(shape, float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, float("nan")))
+    options = OPTIONS["everything"](150, 203)
+    for scale in (14.3, 100.0):
+        inputs = [*embeddings(150, 203, 0.5), torch.tensor(scale)]
+        first, second = (evaluate(info_nce, inputs, torch.float32, "torch", options) for _ in range(2))
+        for name, value in first.items():
+            assert value.isfinite().all(), name
+            assert torch.equal(value, second[name]), name
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest result of any operation."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("option", ("plain", "ids", "everything"))
+def test_no_tensor_is_larger_than_a_chunk(option: str) -> None:
+    n, m, dim = 1000, 900, 24
+    inputs = [x.requires_grad_() for x in (*embeddings(n, m, 0.0, dim), torch.tensor(14.3))]
+    with LargestTensor() as largest:
+        info_nce(*inputs, **OPTIONS[option](n, m)).backward()
+    assert largest.numel == contrastive.MIN_CHUNK_ROWS * m
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts the multiplications of all matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            left, right = args[-2:]
+            self.count += left.numel() * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def products(call: Callable[[], Tensor], backward: bool = True) -> float:
+    """Matrix products of a call, in units of one N×M×D product."""
+    with Multiplications() as counter:
+        value = call()
+        if backward:
+            value.backward()
+    return counter.count / (200 * 300 * 24)
+
+
+def test_work_done_is_that_which_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = embeddings(200, 300, 0.0)
+    ag, bg, scale = a.clone().requires_grad_(), b.clone().requires_grad_(), torch.tensor(14.3, requires_grad=True)
+    monkeypatch.setattr(contrastive, "KEEP_BYTES", 0)
+    assert products(lambda: info_nce(ag, bg, scale)) == 4
+    monkeypatch.setattr(contrastive, "KEEP_BYTES", 1 << 30)
+    assert products(lambda: info_nce(ag, bg, scale)) == 3
+    assert products(lambda: info_nce(ag, b, scale)) == 2  # locked tower: one side only
+    assert products(lambda: info_nce(a, bg, scale)) == 2
+    assert products(lambda: info_nce(a, b, scale)) == 2
+    assert products(lambda: info_nce(ag, bg, scale, direction="a_to_b")) == 3
+    assert products(lambda: sigmoid_loss(ag, bg, scale, -10.0)) == 3
+    assert products(lambda: info_nce(a, b, 14.3), backward=False) == 1
+    with torch.no_grad():
+        assert products(lambda: info_nce(ag, bg, scale), backward=False) == 1
+        assert products(lambda: sigmoid_loss(ag, bg, scale, -10.0), backward=False) == 1
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_partial_gradients_equal_the_full_ones(wanted: tuple[bool, ...]) -> None:
+    inputs = [*embeddings(100, 130, 0.5), torch.tensor(14.3)]
+    for loss, options in ((info_nce, {"label_smoothing": 0.1}), (info_nce, {"direction": "b_to_a"})):
+        expected = evaluate(loss, inputs, torch.float64, "reference", options)
+        leaves = [x.clone().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
+        (2.5 * loss(*leaves, **options)).backward()
+        for name, leaf, want in zip(("a", "b", "logit_scale"), leaves, wanted, strict=True):
+            assert (leaf.grad is not None) == want
+            if leaf.grad is not None:
+                assert_close_rel(name, expected[f"gradient of {name}"], leaf.grad, 1e-5)
+
+
+def test_backward_twice_and_double_backward() -> None:
+    a, b = embeddings(10, 10, 0.0)
+    a.requires_grad_()
+    value = info_nce(a, b, 14.3)
+    (first,) = torch.autograd.grad(value, a, retain_graph=True)
+    (second,) = torch.autograd.grad(value, a, retain_graph=True)
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        torch.autograd.grad(value, a, create_graph=True)
+    (third,) = torch.autograd.grad(info_nce(a, b, 14.3, backend="reference"), a, create_graph=True)
+    assert third.requires_grad
+
+
+def test_non_finite_embeddings_give_a_non_finite_loss() -> None:
+    a, b = embeddings(10, 10, 0.0)
+    a[2, 3] = float("nan")
+    assert info_nce(a, b, 14.3).isnan()
+    assert info_nce(a, b, 14.3, normalize=False).isnan()
