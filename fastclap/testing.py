@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+
 from torch import Tensor
 
 
@@ -22,6 +22,8 @@ def assert_close_rel(name: str, reference: Tensor, out: Tensor, tol: float) -> N
         out: the value under test, same shape.
         tol: largest admissible ‖out − reference‖ / ‖reference‖.
     """
-    assert tuple(out.shape) == tuple(reference.shape), f"{name}: shape {tuple(out.shape)}, expected {tuple(reference.shape)}"
+    assert tuple(out.shape) == tuple(reference.shape), (
+        f"{name}: shape {tuple(out.shape)}, expected {tuple(reference.shape)}"
+    )
     error = relative_error(reference, out)
     assert error <= tol, f"{name}: relative error {error:.3e} exceeds {tol:.1e}"  # NaN fails the comparison too

@@ -1,9 +1,9 @@
-"""The C++ log-mel engine (csrc/), for CPU tensors that need no gradient: the same function as `logmel.log_mel`, one pass.
+"""The C++ log-mel engine (csrc/) for CPU tensors that need no gradient: the function of `logmel.log_mel` in one pass.
 
-The library has a plain C interface and is loaded by ctypes (which releases the interpreter lock for the call), so a build
-serves every torch and every Python. It is optional: an installation without a compiler has none, `available()` says so
-and `logmel.log_mel` computes with torch. It keeps no state but immutable plans and starts its threads per call, so it may
-be used before and after a fork (data workers), and from several threads.
+The library has a plain C interface and is loaded by ctypes, which releases the interpreter lock for the call; so one
+build serves every torch and every Python. It is optional: an installation made without a compiler has none, `available`
+says so and `logmel.log_mel` computes with torch. It keeps no state but immutable plans and starts its threads per call,
+so it may be used before and after a fork (data workers) and from several threads at once.
 """
 
 from __future__ import annotations
@@ -23,85 +23,56 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastclap.kernels.logmel import LogMelSpec, _check, mel_bank, window
+from fastclap.kernels.logmel import LogMelSpec, _check, _scaled, mel_bank, window
 
 LIBRARY_VARIABLE = "FASTCLAP_NATIVE_LIBRARY"
-_LIBRARY_NAME = {"darwin": "libfastclap_native.dylib"}.get(sys.platform, "libfastclap_native.so")
+_LIBRARY_NAME = "libfastclap_native.dylib" if sys.platform == "darwin" else "libfastclap_native.so"
 
 # Values of fastclap_native.h.
 _SIMD = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3}
-_UNSUPPORTED = 2
+_INVALID, _UNSUPPORTED = 1, 2
 _EDGE = {"snip_edges": 0, "center": 1, "no_snip_edges": 2}
 _LOG_SCALE = {"ln": 1.0, "log10": 1.0 / math.log(10.0), "db": 10.0 / math.log(10.0)}
-_INT64_MAX = 2**63 - 1
+_MESSAGE_SIZE = 256
+
+_INTEGERS = ("n_fft", "win_length", "hop_length", "n_mels", "offset", "edge", "remove_dc", "power")
+_DOUBLES = ("preemphasis", "input_scale", "log_scale", "floor", "log_padding", "dynamic_range", "mean", "std")
 
 
 class _Config(ctypes.Structure):
     """fastclap_log_mel_config."""
 
-    _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in ("n_fft", "win_length", "hop_length", "n_mels", "offset", "edge", "remove_dc", "power")
-        ),
-        *(
-            (name, ctypes.c_double)
-            for name in (
-                "preemphasis",
-                "input_scale",
-                "log_scale",
-                "floor",
-                "log_padding",
-                "dynamic_range",
-                "mean",
-                "std",
-            )
-        ),
-    ]
+    _fields_ = [(name, ctypes.c_int64) for name in _INTEGERS] + [(name, ctypes.c_double) for name in _DOUBLES]  # noqa: RUF012
 
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """(library, its path), or (None, why there is none)."""
     named = os.environ.get(LIBRARY_VARIABLE)
-    # In an editable install the modules lie in the source tree and what was built in site-packages: both are portions of
-    # the namespace package.
-    folders = [Path(folder) for folder in sys.modules[__package__ or ""].__path__]
-    candidates = [Path(named)] if named else [folder / _LIBRARY_NAME for folder in folders]
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if path is None:
-        if named:
+    if named:
+        path = Path(named)
+        if not path.is_file():
             return None, f"{LIBRARY_VARIABLE}={named}: no such file"
-        return None, "built without it (no C++ compiler, FASTCLAP_PURE=1, or run from a source tree that was not installed)"
+    else:
+        # An editable install leaves the modules in the source tree and puts what was built into site-packages: both are
+        # portions of the namespace package.
+        folders = [Path(folder) for folder in sys.modules[__name__.rpartition(".")[0]].__path__]
+        found = [folder / _LIBRARY_NAME for folder in folders if (folder / _LIBRARY_NAME).is_file()]
+        if not found:
+            return None, "not built: fastclap was installed without a C++ compiler or with FASTCLAP_PURE, or not at all"
+        path = found[0]
     try:
-        library = ctypes.CDLL(str(path))
-        library.fastclap_log_mel_create.argtypes = [
-            ctypes.POINTER(_Config),
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_int,
-            ctypes.POINTER(ctypes.c_void_p),
-            ctypes.c_char_p,
-            ctypes.c_int64,
-        ]
-        library.fastclap_log_mel_destroy.argtypes = [ctypes.c_void_p]
+        library = ctypes.CDLL(str(path.resolve()))
+        pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        message = (ctypes.c_char_p, int64)
+        library.fastclap_simd_supported.argtypes = (int32,)
+        library.fastclap_log_mel_create.argtypes = (pointer, pointer, pointer, int32, pointer, *message)
+        library.fastclap_log_mel_destroy.argtypes = (pointer,)
         library.fastclap_log_mel_destroy.restype = None
-        library.fastclap_log_mel_run.argtypes = [
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_int,
-            ctypes.c_int64,
-            ctypes.c_int64,
-            ctypes.c_int64,
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            ctypes.c_void_p,
-            ctypes.c_int,
-            ctypes.c_char_p,
-            ctypes.c_int64,
-        ]
-        library.fastclap_simd_supported.argtypes = [ctypes.c_int]
+        library.fastclap_log_mel_run.argtypes = (
+            *(pointer, pointer, int32, int64, int64, int64),
+            *(pointer, pointer, int64, pointer, int32, *message),
+        )
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be loaded: {error}"
     return library, str(path)
@@ -131,7 +102,7 @@ class _Plan:
 
     def __init__(self, library: ctypes.CDLL, handle: ctypes.c_void_p) -> None:
         self.handle = handle
-        self._finalizer = weakref.finalize(self, library.fastclap_log_mel_destroy, handle)
+        weakref.finalize(self, library.fastclap_log_mel_destroy, handle)
 
 
 @lru_cache(maxsize=64)
@@ -140,8 +111,8 @@ def _plan(spec: LogMelSpec, simd: str) -> _Plan | str:
     library, text = _load()
     if library is None:
         return text
-    if max(spec.n_fft, spec.hop_length, spec.n_mels) > _INT64_MAX:
-        return "a length above 2^63"
+    if max(spec.n_fft, spec.hop_length, spec.n_mels) > 2**31:  # ctypes would cut off the higher bits
+        return "n_fft, hop_length or n_mels is above 2^31"
     taps = np.ascontiguousarray(window(spec), dtype=np.float64)
     bank = np.ascontiguousarray(mel_bank(spec), dtype=np.float64)
     config = _Config(
@@ -163,44 +134,53 @@ def _plan(spec: LogMelSpec, simd: str) -> _Plan | str:
         std=spec.std,
     )
     handle = ctypes.c_void_p()
-    message = ctypes.create_string_buffer(256)
+    message = ctypes.create_string_buffer(_MESSAGE_SIZE)
     code = library.fastclap_log_mel_create(
-        ctypes.byref(config), taps.ctypes.data, bank.ctypes.data, _SIMD[simd], ctypes.byref(handle), message, 256
+        ctypes.byref(config),
+        taps.ctypes.data,
+        bank.ctypes.data,
+        _SIMD[simd],
+        ctypes.byref(handle),
+        message,
+        _MESSAGE_SIZE,
     )
     if code == _UNSUPPORTED:
         return message.value.decode()
-    if code:
-        raise ValueError(f"native log-mel engine: {message.value.decode()}")
+    _raise(code, message)
     return _Plan(library, handle)
 
 
+def _raise(code: int, message: ctypes.Array[ctypes.c_char]) -> None:
+    if code:
+        kind = ValueError if code == _INVALID else MemoryError
+        raise kind(f"native log-mel engine: {message.value.decode()}")
+
+
 @lru_cache(maxsize=64)
-def _without_dither(spec: LogMelSpec) -> LogMelSpec:
+def _of_scaled_samples(spec: LogMelSpec) -> LogMelSpec:
     return dataclasses.replace(spec, dither=0.0, input_scale=1.0)
-
-
-@lru_cache(maxsize=1024)
-def _frames(spec: LogMelSpec, samples: int) -> int:
-    return int(spec.frame_lengths(torch.tensor(samples)))
 
 
 @lru_cache(maxsize=1)
 def _say_once() -> None:
     warnings.warn(
-        f"log-mel features on the CPU are computed with torch, several times slower: the native engine is not there. "
-        f"{description()}",
+        f"log-mel features are computed with torch, several times slower than by the native engine: {description()}",
         RuntimeWarning,
         stacklevel=4,
     )
 
 
 def usable(waveform: Tensor, spec: LogMelSpec) -> bool:
-    """Whether `log_mel_native` takes this call: a plain CPU tensor outside of any transformation (gradients, compiling,
-    tracing, vmap) and a front-end that the library covers. Warns once a process if the library itself is missing."""
+    """Whether `log_mel_native` stands for `log_mel` in this call.
+
+    That takes a plain CPU tensor outside of what only torch operations can follow (a gradient, forward-mode or
+    functorch transforms, compiling, tracing) and a front-end that the library covers. Warns once a process if all that
+    is missing is the library.
+    """
     if (
         torch.compiler.is_compiling()
-        or waveform.device.type != "cpu"
         or type(waveform) is not Tensor
+        or waveform.device.type != "cpu"
         or (waveform.requires_grad and torch.is_grad_enabled())
         or torch.jit.is_tracing()
         or torch._C._functorch.is_functorch_wrapped_tensor(waveform)
@@ -223,25 +203,23 @@ def log_mel_native(
 ) -> tuple[Tensor, Tensor]:
     """`fastclap.kernels.logmel.log_mel` without gradients: (features [B, frames, n_mels] float32, frame_lengths [B]).
 
-    The result does not depend on `threads`. `simd` names one of `simd_paths()`; they differ by float32 rounding.
+    The result does not depend on `threads`. `simd` names one of `simd_paths()`; they differ by float32 rounding. Float
+    samples far above full scale (1e17) may overflow to infinite features.
 
-    Raises RuntimeError without the library, NotImplementedError for a front-end that it does not cover (n_fft above 2048
-    or with a prime factor above 5), and ValueError for what `log_mel` refuses.
+    Raises RuntimeError without the library, NotImplementedError for a front-end that it does not cover (n_fft above
+    2048 or with a prime factor above 5, more than 4096 mels, a floor below 1e-37), and ValueError for what `log_mel`
+    refuses.
     """
     if simd not in _SIMD:
         raise ValueError(f"simd={simd!r}: choose one of {', '.join(_SIMD)}")
     library, text = _load()
     if library is None:
-        raise RuntimeError(f"the native log-mel engine is not there: {text}")
+        raise RuntimeError(f"no native log-mel engine: {text}")
+    lengths = _check(waveform, lengths)
     if waveform.device.type != "cpu":
         raise ValueError(f"waveform must be on the CPU, got {waveform.device}")
-    lengths = _check(waveform, lengths)
-    batch, samples = waveform.shape
     if spec.dither:
-        scale = spec.input_scale / 32768.0 if waveform.dtype == torch.int16 else spec.input_scale
-        waveform = waveform.to(torch.float32) * scale
-        waveform = waveform + spec.dither * torch.randn_like(waveform)
-        spec = _without_dither(spec)
+        waveform, spec = _scaled(waveform, spec), _of_scaled_samples(spec)
     plan = _plan(spec, simd)
     if isinstance(plan, str):
         raise NotImplementedError(f"native log-mel engine: {plan}")
@@ -250,13 +228,14 @@ def log_mel_native(
     waveform = waveform.resolve_neg()
     if waveform.stride(1) != 1:
         waveform = waveform.contiguous()
-    frames = _frames(spec, samples)
+    batch, samples = waveform.shape
+    frames = spec.frames(samples)
     if lengths is None:
         lengths, frame_lengths = torch.full((batch,), samples), torch.full((batch,), frames)
     else:
         lengths, frame_lengths = lengths.contiguous(), spec.frame_lengths(lengths)
     features = torch.empty(batch, spec.num_frames or frames, spec.n_mels, dtype=torch.float32)
-    message = ctypes.create_string_buffer(256)
+    message = ctypes.create_string_buffer(_MESSAGE_SIZE)
     code = library.fastclap_log_mel_run(
         plan.handle,
         waveform.data_ptr(),
@@ -270,8 +249,7 @@ def log_mel_native(
         features.data_ptr(),
         min(torch.get_num_threads() if threads is None else threads, 256),
         message,
-        256,
+        _MESSAGE_SIZE,
     )
-    if code:
-        raise RuntimeError(f"native log-mel engine: {message.value.decode()}")
+    _raise(code, message)
     return features, frame_lengths

@@ -69,7 +69,18 @@ def test_configuration_and_help_need_no_torch() -> None:
 def test_wheel_holds_every_module_once(tmp_path: Path) -> None:
     pytest.importorskip("scikit_build_core")
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(tmp_path),
+            str(ROOT),
+        ],
         check=True,
         timeout=300,
     )

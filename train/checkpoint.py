@@ -70,7 +70,9 @@ def save_checkpoint(
         _fsync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise TrainingError(f"{final}: the checkpoint could not be written ({error}); older ones are untouched") from error
+        raise TrainingError(
+            f"{final}: the checkpoint could not be written ({error}); older ones are untouched"
+        ) from error
     for old in checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -139,9 +141,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]] |
     return None
 
 
-def restore(
-    path: Path, model: CLAP, optimizer: torch.optim.Optimizer, average: WeightAverage | None
-) -> None:
+def restore(path: Path, model: CLAP, optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> None:
     """Load weights, optimizer state and moving average of a checkpoint in place, bit for bit.
 
     Raises:
@@ -151,13 +151,17 @@ def restore(
     trainer = _read_tensors(path / _TRAINER)
     under_training = {name[8:]: value for name, value in trainer.items() if name.startswith("weights/")}
     if (average is not None) != bool(under_training):
-        raise ModelError(f"{path}: saved {'with' if under_training else 'without'} weight averaging; "
-                         "set --optimizer.ema-decay as it was")
+        raise ModelError(
+            f"{path}: saved {'with' if under_training else 'without'} weight averaging; "
+            "set --optimizer.ema-decay as it was"
+        )
     _load_weights(path, model, under_training or weights)
     if average is not None:
         average.load(weights)
     for name, parameter in model.named_parameters():
-        entries = {key: trainer.pop(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in trainer}
+        entries = {
+            key: trainer.pop(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in trainer
+        }
         if entries:
             optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entries.items()}
 

@@ -38,7 +38,9 @@ def parse(arguments: Sequence[str]) -> object:
         raise SystemExit(0 if arguments else 2)
     recipe, *rest = arguments
     if recipe not in RECIPES:
-        raise FastclapError(f"there is no recipe {recipe!r}; choose one of: {', '.join(RECIPES)} (fastclap-train --help)")
+        raise FastclapError(
+            f"there is no recipe {recipe!r}; choose one of: {', '.join(RECIPES)} (fastclap-train --help)"
+        )
 
     import tyro
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from fastclap.config import CLAPConfig, read_dataclass
 from fastclap.errors import ConfigError
+from fastclap.prompts import DEFAULT_TEMPLATE
 
 
 @dataclass
@@ -93,7 +94,7 @@ class ValidConfig:
 
     classify: list[str] = field(default_factory=lambda: ["classification_tag"])
     """Manifest columns to classify zero-shot (those that the validation manifest has)."""
-    template: str = "A person is speaking in a {} style."
+    template: str = DEFAULT_TEMPLATE
     """Prompt around a class name."""
     prompts: str | None = None
     """JSON file of prompts per class (or per column and class), instead of the template."""
@@ -153,7 +154,10 @@ class TrainConfig:
     def check(self) -> None:
         """Raise ConfigError on the first impossible combination, naming the flag."""
         rules = [
-            (bool(self.data.train) or self.data.demo_clips > 0, "--data.train is empty: name at least one training manifest"),
+            (
+                bool(self.data.train) or self.data.demo_clips > 0,
+                "--data.train is empty: name at least one training manifest",
+            ),
             (self.steps >= 1, f"--steps is {self.steps}; it must be at least 1"),
             (self.batch_size >= 2, f"--batch-size is {self.batch_size}; a contrastive loss needs at least 2 pairs"),
             (self.chunk_size >= 0, f"--chunk-size is {self.chunk_size}; use 0 to switch gradient caching off"),
@@ -226,6 +230,8 @@ def _yaml_loader() -> Any:
         pass
 
     Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+0123456789.")
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+        list("-+0123456789."),
     )
     return Loader

@@ -12,12 +12,16 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastclap.errors import ConfigError
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,16 +103,20 @@ def average_gradients(parameters: Iterable[nn.Parameter], flags: Tensor, world: 
         work.wait()
         flat.div_(world.size)
         pieces = flat.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)])
+        torch._foreach_copy_(
+            gradients, [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)]
+        )
     return flags
 
 
-def agree(value: object, world: World) -> object:
+def agree(value: T, world: World) -> T:
     """Rank 0's value on every rank (a small picklable object)."""
     if world.group is None:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=world.group, device=world.device if world.device.type == "cuda" else None)
+    dist.broadcast_object_list(
+        box, src=0, group=world.group, device=world.device if world.device.type == "cuda" else None
+    )
     return box[0]
 
 

@@ -20,7 +20,14 @@ class Journal:
     """Open on the main rank only. On a resumed run, lines after ``start_step`` are cut: they will be written again."""
 
     def __init__(
-        self, run_dir: Path, start_step: int, total_steps: int, *, tensorboard: bool, wandb: bool, config: dict[str, Any]
+        self,
+        run_dir: Path,
+        start_step: int,
+        total_steps: int,
+        *,
+        tensorboard: bool,
+        wandb: bool,
+        config: dict[str, Any],
     ) -> None:
         self.path = run_dir / "metrics.jsonl"
         _truncate(self.path, start_step)
@@ -126,9 +133,18 @@ def _numbers(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]
 def _progress_bar(start: int, total: int) -> Any:
     if not sys.stdout.isatty():
         return None
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    progress = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    progress = Progress(
+        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )
     progress.add_task("training", total=total, completed=start)
     progress.start()
     return progress

@@ -17,7 +17,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -141,11 +141,7 @@ def _train(config: TrainConfig, world: World) -> Path:
             config=config.to_dict(),
         )
         journal.say(describe(config, model, manifest, valid, start_step))
-    quarantine = Quarantine(
-        run_dir / ("quarantine.jsonl" if world.is_main else f"quarantine-rank{world.rank}.jsonl"),
-        len(manifest),
-        config.data.max_bad_share,
-    )
+    quarantine = Quarantine(run_dir / "quarantine.jsonl", len(manifest), config.data.max_bad_share)
 
     loader = make_loader(
         dataset,
@@ -179,7 +175,7 @@ def _train(config: TrainConfig, world: World) -> Path:
             if config.optimizer.clip_norm:
                 nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip_norm, norm)
             skip = (flags[0] > 0) | ~norm.isfinite()
-            optimizer.found_inf = skip.float()  # type: ignore[attr-defined] - read by the fused kernel
+            setattr(optimizer, "found_inf", skip.float())  # noqa: B010 - read by the fused kernel, unknown to its class
             optimizer.step()
             optimizer.zero_grad()
             model.clamp_logit_scale_()
@@ -198,7 +194,13 @@ def _train(config: TrainConfig, world: World) -> Path:
                     )
                 if journal is not None:
                     lap = watch.lap()
-                    record = {"kind": "train", "step": step, "epoch": batch.epoch, "learning_rate": learning_rate, **record}
+                    record = {
+                        "kind": "train",
+                        "step": step,
+                        "epoch": batch.epoch,
+                        "learning_rate": learning_rate,
+                        **record,
+                    }
                     journal.write({**record, "time": lap}, log_line(record, lap, config))
             if journal is not None:
                 journal.advance(step)
@@ -315,11 +317,13 @@ def scheduled(config: OptimizerConfig, step: int, total: int) -> float:
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
-    remaining = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[config.schedule]
+    remaining = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[
+        config.schedule
+    ]
     return config.learning_rate * (config.final_share + (1 - config.final_share) * remaining)
 
 
-def on_device(loader: Iterable[Batch], device: torch.device, quarantine: Quarantine) -> Iterator[Batch]:
+def on_device(loader: Iterable[Batch], device: torch.device, quarantine: Quarantine) -> Generator[Batch, None, None]:
     """Batches on the training device; unusable clips found on the way are set aside on disk."""
     for batch in loader:
         if batch.bad:
@@ -367,7 +371,9 @@ def valid_line(step: int, figures: dict[str, Any]) -> str:
         for way, arrow in (("audio_to_text", "A→T"), ("text_to_audio", "T→A")):
             parts.append(f"{name} {arrow} R@1 {both[way]['R@1']:.3f} R@10 {both[way]['R@10']:.3f}")
     for column, scores in figures["classification"].items():
-        parts.append(f"{column} UAR {scores['uar']:.3f} accuracy {scores['accuracy']:.3f} (chance {scores['chance']:.3f})")
+        parts.append(
+            f"{column} UAR {scores['uar']:.3f} accuracy {scores['accuracy']:.3f} (chance {scores['chance']:.3f})"
+        )
     return "  ".join(parts)
 
 

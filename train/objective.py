@@ -24,7 +24,9 @@ class Objective:
     them over the ranks gives its exact gradient.
     """
 
-    def __init__(self, model: CLAP, config: LossConfig, chunk_size: int, autocast: torch.dtype | None, world: World) -> None:
+    def __init__(
+        self, model: CLAP, config: LossConfig, chunk_size: int, autocast: torch.dtype | None, world: World
+    ) -> None:
         self.model = model
         self.config = config
         self.autocast_dtype = autocast

@@ -61,11 +61,15 @@ def find_checkpoint(config: TrainConfig, run_dir: Path) -> tuple[Path, dict[str,
     changed = [
         f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not _may_change(name) and not (config.init_from and name.startswith("model."))
+        if before.get(name) != now.get(name)
+        and not _may_change(name)
+        and not (config.init_from and name.startswith("model."))
     ]
     if changed:
-        raise ConfigError(f"{path} belongs to a run with another configuration: {'; '.join(changed)}. Give the same flags, "
-                          "or name another --run-dir")
+        raise ConfigError(
+            f"{path} belongs to a run with another configuration: {'; '.join(changed)}. Give the same flags, "
+            "or name another --run-dir"
+        )
     return path, state
 
 
@@ -77,15 +81,16 @@ def make_demo_data(config: TrainConfig, run_dir: Path, world: World) -> None:
     if world.is_main and not (folder / "valid.jsonl").exists():
         print(f"making {config.data.demo_clips} demo clips in {folder}", flush=True)
     if world.is_main:
-        write_demo(folder, config.data.demo_clips, max(120, config.data.demo_clips // 8), seed=config.seed)
+        write_demo(str(folder), config.data.demo_clips, max(120, config.data.demo_clips // 8), seed=config.seed)
     distributed.barrier(world)
     config.data.train, config.data.valid = [str(folder / "train.jsonl")], [str(folder / "valid.jsonl")]
 
 
 def build_model(config: TrainConfig, manifest: Manifest, resume_path: Path | None) -> CLAP:
     """The model to train; with ``init_from`` (and on resume) its architecture and vocabulary come from the folder."""
-    if resume_path is not None or config.init_from:
-        model = CLAP.from_pretrained(resume_path or config.init_from)
+    source = resume_path or config.init_from
+    if source:
+        model = CLAP.from_pretrained(source)
         config.model = model.config
         return model
     tokenizer = None
@@ -110,7 +115,9 @@ def fit_feature_statistics(model: CLAP, dataset: ClipDataset, world: World) -> N
 def build_optimizer(model: CLAP, config: OptimizerConfig) -> torch.optim.AdamW:
     """Fused AdamW over the parameters that train; weight decay on the matrices of linear and convolution layers only."""
     decayed_names = {
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
     }
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
@@ -139,7 +146,10 @@ def environment(world: World) -> dict[str, Any]:
     import transformers
 
     commit = subprocess.run(
-        ["git", "-C", str(Path(fastclap.__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(Path(fastclap.__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     on_gpu = world.device.type == "cuda"
     return {

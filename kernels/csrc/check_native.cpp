@@ -60,7 +60,7 @@ void check(Input in) {
     c.n_fft = in.one_in(3) ? 2 * (1 + in.below(1100)) : sizes[in.below(15)];
     c.win_length = in.one_in(2) ? c.n_fft : 1 + in.below(static_cast<int>(c.n_fft));
     c.hop_length = 1 + in.below(700);
-    c.n_mels = 1 + in.below(in.one_in(4) ? 200 : 40);
+    c.n_mels = 1 + in.below(in.one_in(8) ? 200 : 20);
     c.offset = in.below(5000) - 2500;
     c.edge = in.below(3);
     c.remove_dc = in.below(2);
@@ -104,7 +104,7 @@ void check(Input in) {
     const std::unique_ptr<fastclap_log_mel_plan, decltype(&fastclap_log_mel_destroy)> owner(plan, fastclap_log_mel_destroy);
 
     const int dtype = in.below(2);
-    std::int64_t batch = in.below(4), samples = in.below(in.one_in(4) ? 6000 : 900), frames = in.below(300);
+    std::int64_t batch = in.below(4), samples = in.below(in.one_in(4) ? 6000 : 900), frames = in.below(in.one_in(8) ? 300 : 40);
     const std::int64_t stride = samples + in.below(20);
     std::vector<std::int64_t> lengths(batch), frame_lengths(batch);
     for (int b = 0; b < batch; ++b) {

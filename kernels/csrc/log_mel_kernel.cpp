@@ -364,7 +364,7 @@ INLINE void mel_energies(const Tables &t, const V *z, V *mels) {
     for (int m = 0; m < t.n_mels; ++m) {
         V even = {}, odd = {};
         const Weight *w = t.weights + t.mel_begin[m], *end = t.weights + t.mel_begin[m + 1];
-        for (; w + 1 < end; w += 2) even += z[w[0].slot] * w[0].value, odd += z[w[1].slot] * w[1].value;
+        for (; end - w > 1; w += 2) even += z[w[0].slot] * w[0].value, odd += z[w[1].slot] * w[1].value;
         if (w < end) even += z[w->slot] * w->value;
         mels[m] = even + odd;
     }

@@ -29,15 +29,23 @@ def test_flags_reach_every_level() -> None:
     )  # fmt: skip
     assert config.data.train == ["a.jsonl", "b.csv"] and config.data.audio_root == "clips"
     assert config.batch_size == 64 and config.resume and config.model.audio.width == 96
-    assert config.model.audio.feature_options == {"n_mels": 64} and config.model.text.hf_config == {"model_type": "bert"}
+    assert config.model.audio.feature_options == {"n_mels": 64} and config.model.text.hf_config == {
+        "model_type": "bert"
+    }
     assert config.data.columns == {"text_description": "caption"}
 
 
 @pytest.mark.parametrize(
     ("suffix", "text"),
     [
-        (".yaml", "steps: 7\noptimizer: {learning_rate: 1e-4}\ndata:\n  train: [a.jsonl]\nmodel: {audio: {layers: 3}}\n"),
-        (".toml", 'steps = 7\n[optimizer]\nlearning_rate = 1e-4\n[data]\ntrain = ["a.jsonl"]\n[model.audio]\nlayers = 3\n'),
+        (
+            ".yaml",
+            "steps: 7\noptimizer: {learning_rate: 1e-4}\ndata:\n  train: [a.jsonl]\nmodel: {audio: {layers: 3}}\n",
+        ),
+        (
+            ".toml",
+            'steps = 7\n[optimizer]\nlearning_rate = 1e-4\n[data]\ntrain = ["a.jsonl"]\n[model.audio]\nlayers = 3\n',
+        ),
     ],
 )
 def test_file_is_laid_over_the_recipe_and_flags_over_the_file(tmp_path: Path, suffix: str, text: str) -> None:

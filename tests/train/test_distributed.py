@@ -55,7 +55,9 @@ def without_dropout(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def gradients(model: fastclap.CLAP, config: TrainConfig, loss: LossConfig, chunk: int, world: distributed.World) -> None:
+def gradients(
+    model: fastclap.CLAP, config: TrainConfig, loss: LossConfig, chunk: int, world: distributed.World
+) -> None:
     """One step's averaged gradients, left in ``.grad``."""
     manifest = load_manifest(config.data.train)
     sampler = BatchSampler(manifest, config.batch_size, seed=0, rank=world.rank, world_size=world.size)
@@ -92,7 +94,9 @@ def test_averaged_gradients_are_those_of_one_process(tiny: Callable[..., TrainCo
         (0, *BatchSampler(manifest, 16, seed=0).batch(0))
     ]
     halves = batch.caption_ids.view(size, -1)
-    assert any(set(a.tolist()) & set(b.tolist()) for a in halves for b in halves if a is not b), "no caption crosses ranks"
+    assert any(set(a.tolist()) & set(b.tolist()) for a in halves for b in halves if a is not b), (
+        "no caption crosses ranks"
+    )
     expected = {}
     for index, loss in enumerate(LOSSES):
         gradients(model, config, loss, 0, alone)

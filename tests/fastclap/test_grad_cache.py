@@ -1,0 +1,354 @@
+"""GradCache against one graph over the same chunks: gradients, random states, statistics, memory errors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastclap
+from fastclap.grad_cache import GradCache
+from fastclap.losses import info_nce
+from fastclap.testing import assert_close_rel
+
+
+class Noisy(nn.Module):
+    """Draws from every global generator, as dropout and wav2vec2's SpecAugment do, and writes into its input."""
+
+    def __init__(self, dim: int = 6) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(dim, 32), nn.BatchNorm1d(32), nn.Linear(32, 8)
+        self.dropout = nn.Dropout(0.3)
+        self.calls: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(x.shape[0])
+        x += 1
+        x = self.dropout(self.norm(self.first(x)).tanh())
+        x = x * float(np.random.rand() > 0.5) + x * random.random()
+        return self.last(x)
+
+
+class Pair(nn.Module):
+    """Two towers and a scale in one module, reached through its methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.audio, self.text = Noisy(6), Noisy(4)
+        self.log_scale = nn.Parameter(torch.tensor(2.0))
+
+    def encode_audio(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return self.audio(x) if lengths is None else self.audio(x) * lengths[:, None]
+
+    def encode_text(self, x: Tensor) -> Tensor:
+        return self.text(x)
+
+    def loss(self, a: Tensor, b: Tensor) -> Tensor:
+        return info_nce(a, b, self.log_scale.exp(), a_ids=torch.arange(len(a)) % 9, b_ids=torch.arange(len(b)) % 9)
+
+
+@pytest.fixture
+def model() -> Pair:
+    torch.manual_seed(0)
+    return Pair()
+
+
+def seed_all() -> None:
+    torch.manual_seed(7)
+    np.random.seed(7)
+    random.seed(7)
+
+
+def batches() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(12, 6, generator=generator), torch.randn(14, 4, generator=generator)
+
+
+def uncached(model: Pair, sizes: tuple[int, int]) -> Tensor:
+    """The same chunks in one graph."""
+    audio, text = batches()
+    a = torch.cat([model.encode_audio(chunk.clone()) for chunk in audio.split(sizes[0])])
+    b = torch.cat([model.encode_text(chunk.clone()) for chunk in text.split(sizes[1])])
+    loss = model.loss(a, b)
+    loss.backward()
+    return loss.detach()
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients and buffers, and what comes next from each generator."""
+    values = {f"gradient of {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    values.update({name: buffer.clone().double() for name, buffer in model.named_buffers()})
+    draws = [torch.rand(1).item(), float(np.random.rand()), random.random()]
+    return {**values, "next draws": torch.tensor(draws)}
+
+
+def compare(expected: dict[str, Tensor], out: dict[str, Tensor], tol: float = 2e-6) -> None:
+    assert expected.keys() == out.keys()
+    for name, value in expected.items():
+        # A bias before BatchNorm has no gradient but rounding.
+        if value.norm() < 1e-6:
+            assert out[name].norm() < 1e-6, name
+        else:
+            assert_close_rel(name, value, out[name], tol)
+
+
+@pytest.mark.parametrize("sizes", [(12, 14), (4, 4), (3, 5), (100, 2)], ids=str)
+def test_cached_equals_uncached_with_dropout_and_batch_norm(model: Pair, sizes: tuple[int, int]) -> None:
+    seed_all()
+    expected_loss = uncached(model, sizes)
+    expected = state(model)
+    torch.manual_seed(0)
+    other = Pair()
+    inputs = batches()
+    seed_all()
+    cache = fastclap.GradCache([other.encode_audio, other.encode_text], sizes, other.loss)
+    loss = cache(*inputs)
+    assert not loss.requires_grad
+    assert_close_rel("loss", expected_loss, loss, 1e-6)
+    compare(expected, state(other))
+    assert torch.equal(inputs[0], batches()[0]), "the tower wrote into the caller's input"
+    assert all(layer.track_running_stats for layer in (other.audio.norm, other.text.norm))
+
+
+def test_gradients_accumulate_over_calls(model: Pair) -> None:
+    seed_all()
+    for _ in range(2):
+        uncached(model, (4, 4))
+    expected = state(model)
+    torch.manual_seed(0)
+    other = Pair()
+    seed_all()
+    cache = GradCache([other.encode_audio, other.encode_text], 4, other.loss)
+    first = [cache(*batches()), {p: p.grad for p in other.parameters()}][1]
+    cache(*batches())
+    compare(expected, state(other))
+    assert all(p.grad is first[p] for p in other.parameters()), "a gradient tensor was exchanged for another"
+
+
+def test_dict_inputs_and_their_other_values(model: Pair) -> None:
+    model.eval()
+    audio, text = batches()
+    lengths = torch.linspace(0.5, 1.5, 12)
+    np.random.seed(0)
+    cache = GradCache([model.encode_audio, model.encode_text], 4, model.loss)
+    seed_all()
+    loss = cache({"x": audio, "lengths": lengths}, {"x": text})
+    seed_all()
+    a = torch.cat([model.encode_audio(x.clone(), n) for x, n in zip(audio.split(4), lengths.split(4), strict=True)])
+    b = torch.cat([model.encode_text(x.clone()) for x in text.split(4)])
+    assert_close_rel("loss", model.loss(a, b), loss, 1e-6)
+    assert cache({"x": audio, "lengths": None}, {"x": text}).isfinite()
+
+
+def test_autocast_around_the_call(model: Pair) -> None:
+    """The cache of cast weights that the first pass fills must not serve the second."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        seed_all()
+        uncached(model, (4, 4))
+        expected = state(model)
+        torch.manual_seed(0)
+        other = Pair()
+        seed_all()
+        GradCache([other.encode_audio, other.encode_text], 4, other.loss)(*batches())
+    # Weight gradients are rounded to bfloat16 per chunk here and once over all chunks there.
+    compare(expected, state(other), tol=2e-2)
+
+
+def test_frozen_tower_is_run_once_and_costs_no_gradient(model: Pair) -> None:
+    model.text.requires_grad_(False)
+    needed: list[bool] = []
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        needed.append(b.requires_grad)
+        return model.loss(a, b)
+
+    GradCache([model.encode_audio, model.encode_text], 5, loss)(*batches())
+    assert needed == [False]
+    assert model.text.calls == [5, 5, 4]
+    assert model.audio.calls == [5, 5, 2] * 2
+    assert all(p.grad is None for p in model.text.parameters())
+    assert model.log_scale.grad is not None
+
+
+def test_towers_without_parameters_leave_the_scale(model: Pair) -> None:
+    scale = torch.tensor(3.0, requires_grad=True)
+    a, b = torch.randn(6, 3), torch.randn(6, 3)
+    GradCache([lambda x: x * 2, lambda x: x], 4, lambda x, y: info_nce(x, y, scale))(a, b)
+    (expected,) = torch.autograd.grad(info_nce(a, b, scale), scale)
+    assert scale.grad is not None
+    assert_close_rel("gradient of the scale", expected, scale.grad, 1e-6)
+    with pytest.raises(ValueError, match="depends on nothing that requires gradients"):
+        GradCache([lambda x: x, lambda x: x], 4, lambda x, y: info_nce(x, y, 3.0))(a, b)
+
+
+def test_inputs_that_require_gradients_get_them() -> None:
+    head = nn.Linear(3, 4)
+    a, b = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3)
+    cache = GradCache([head, head], 4, lambda x, y: info_nce(x, y, 5.0))
+    cache(a, b)
+    (expected,) = torch.autograd.grad(info_nce(head(a), head(b), 5.0), a)
+    assert a.grad is not None
+    assert_close_rel("gradient of the input", expected, a.grad, 1e-5)
+    with pytest.raises(ValueError, match="detach it"):
+        cache(a * 2, b)
+
+
+def test_tower_that_the_loss_ignores() -> None:
+    used, unused = nn.Linear(3, 4), nn.Linear(3, 4)
+    GradCache([used, unused], 2, lambda a, b: a.square().mean())(torch.randn(4, 3), torch.randn(4, 3))
+    assert used.weight.grad is not None and unused.weight.grad is None
+
+
+@contextmanager
+def out_of_memory(tower: Noisy, fits: int, after: int = 0) -> Iterator[None]:
+    """Makes ``tower`` run out of memory on more than ``fits`` rows, from call number ``after`` on."""
+
+    def refuse(module: nn.Module, arguments: Any) -> None:
+        if arguments[0].shape[0] > fits and len(tower.calls) >= after:
+            raise torch.OutOfMemoryError("out of memory")
+
+    handle = tower.register_forward_pre_hook(refuse)
+    yield
+    handle.remove()
+
+
+@pytest.mark.parametrize("after", (0, 2), ids=("in the first pass", "in the second pass"))
+def test_out_of_memory_halves_the_chunk_and_changes_nothing_else(model: Pair, after: int) -> None:
+    """In the second pass the audio tower has its gradients already when the text tower fails."""
+
+    def with_earlier_gradients(pair: Pair) -> Pair:
+        pair.log_scale.grad, pair.audio.last.bias.grad = torch.tensor(5.0), torch.ones(8)
+        return pair
+
+    seed_all()
+    uncached(with_earlier_gradients(model), (6, 4))
+    expected = state(model)
+    torch.manual_seed(0)
+    other = with_earlier_gradients(Pair())
+    cache = GradCache([other.encode_audio, other.encode_text], (6, 7), other.loss)
+    seed_all()
+    with out_of_memory(other.text, 4, after=after):
+        cache(*batches())
+    assert cache.chunk_sizes == [6, 4]
+    compare(expected, state(other))
+    assert len(other.audio.calls) == (6 if after == 0 else 8)
+
+
+def test_out_of_memory_that_cannot_be_helped(model: Pair) -> None:
+    cache = GradCache([model.encode_audio, model.encode_text], 4, model.loss)
+    with out_of_memory(model.audio, 0), pytest.raises(torch.OutOfMemoryError):
+        cache(*batches())
+    assert cache.chunk_sizes[0] == 1
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("in the loss")
+
+    cache = GradCache([model.encode_audio, model.encode_text], 4, loss)
+    with pytest.raises(torch.OutOfMemoryError, match="in the loss"):
+        cache(*batches())
+    assert cache.chunk_sizes == [4, 4]
+    # Functions hide their parameters, so what was added cannot be taken back; the new size waits for the next call.
+    hidden = GradCache([lambda x: model.audio(x), lambda x: model.text(x)], 4, model.loss)
+    with out_of_memory(model.text, 2, after=len(model.text.calls) + 4), pytest.raises(torch.OutOfMemoryError):
+        hidden(*batches())
+    assert hidden.chunk_sizes == [4, 2]
+
+
+def test_synchronisation_is_left_to_one_backward_pass(model: Pair) -> None:
+    """All replays but the last chunk of each tower run inside no_sync; those last chunks share one backward pass."""
+    seed_all()
+    uncached(model, (4, 5))
+    expected = state(model)
+    torch.manual_seed(0)
+    other = Pair()
+    events: list[str] = []
+    inside: list[bool] = [False]
+
+    @contextmanager
+    def no_sync() -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    for name, parameter in other.named_parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda p, name=name: events.append(f"{name}{' quietly' if inside[0] else ''}")  # type: ignore[misc]
+        )
+    seed_all()
+    cache = GradCache([other.encode_audio, other.encode_text], (4, 5), other.loss)
+    cache(*batches(), no_sync=no_sync)
+    compare(expected, state(other))
+    names = [name for name, _ in other.named_parameters()]
+    loud = [event for event in events if not event.endswith("quietly")]
+    assert sorted(loud) == sorted(names), "each parameter is synchronised exactly once"
+    assert set(events[-len(names) :]) == set(names), "and last"
+    assert events.count("audio.last.bias quietly") == 2 and events.count("text.last.bias quietly") == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda c: c(torch.ones(4, 3)), ValueError, "2 towers need as many inputs, got 1"),
+        (lambda c: c(torch.ones(4, 3), [1, 2]), TypeError, "input 1 must be a tensor or a dict of tensors, got list"),
+        (lambda c: c(torch.ones(0, 3), torch.ones(4, 3)), ValueError, "input 0 is empty"),
+        (lambda c: c(torch.tensor(1.0), torch.ones(4, 3)), ValueError, "0-d tensor"),
+        (lambda c: c({"x": None}, torch.ones(4, 3)), ValueError, "input 0 holds no tensor"),
+        (lambda c: c({"x": torch.ones(4, 3), "y": torch.ones(5)}, torch.ones(4, 3)), ValueError, "number of rows"),
+    ],
+)
+def test_wrong_inputs_are_named(call: Callable[[GradCache], Tensor], error: type[Exception], message: str) -> None:
+    tower = nn.Linear(3, 2)
+    with pytest.raises(error, match=message):
+        call(GradCache([tower, tower], 2, lambda a, b: (a + b).sum()))
+
+
+def test_wrong_towers_losses_and_sizes_are_named() -> None:
+    tower, x = nn.Linear(3, 2), torch.ones(4, 3)
+    for size in (0, -1, [2], 2.5, True, [2, 0]):
+        with pytest.raises((ValueError, TypeError)):
+            GradCache([tower, tower], size, lambda a, b: a)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="towers is empty"):
+        GradCache([], 2, lambda: x)
+    with pytest.raises(TypeError, match="loss must return a scalar tensor, got shape \\[4, 2\\]"):
+        GradCache([tower], 2, lambda a: a)(x)
+    with pytest.raises(TypeError, match="loss must return a scalar tensor, got float"):
+        GradCache([tower], 2, lambda a: 1.0)(x)  # type: ignore[arg-type, return-value]
+    with pytest.raises(TypeError, match="tower 0 must return a tensor of embeddings, got tuple"):
+        GradCache([lambda y: (y, y)], 2, lambda a: a.sum())(x)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="tower 0 returned shape \\[3\\] for 2 rows"):
+        GradCache([lambda y: y.sum(0)], 2, lambda a: a.sum())(x)
+
+
+def test_activations_of_one_chunk_only() -> None:
+    """What the graphs hold at any one time is a chunk's, not the batch's."""
+    tower = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 4))
+    held, most = [0], [0]
+
+    def pack(x: Tensor) -> Tensor:
+        if x.dim() == 2 and x.shape[1] == 64 and x.shape[0] != 4:  # activations, not weights
+            held[0] += x.shape[0]
+            most[0] = max(most[0], held[0])
+        return x
+
+    def unpack(x: Tensor) -> Tensor:
+        return x
+
+    a, b = torch.randn(64, 8), torch.randn(64, 8)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        info_nce(tower(a), tower(b), 5.0).backward()
+    whole = held[0]
+    held[0], chunks = 0, []
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        chunks.append(held[0])
+        return info_nce(x, y, 5.0)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        GradCache([tower, tower], 8, loss)(a, b)
+    assert chunks[0] * 8 == whole, "before the loss only one chunk of each tower had a graph"
