@@ -12,10 +12,10 @@ demo: $(INSTALLED)
 	$(BIN)/fastclap-train demo --run-dir runs/demo --resume
 
 test: $(INSTALLED)
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --durations=15 -m "not slow"
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --durations=15 -m "not slow" tests
 
 test-slow: $(INSTALLED)
-	$(TEST_ENV) $(BIN)/python -m pytest -q -m slow
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m slow tests
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

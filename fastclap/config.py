@@ -135,6 +135,8 @@ class CLAPConfig:
     """Initial multiplier of the cosines."""
     max_logit_scale: float = 100.0
     """The multiplier is clamped to between 1 and this."""
+    init_logit_bias: float | None = None
+    """Initial bias of the logits, for the sigmoid loss (SigLIP starts at -10); unset: the model has no bias."""
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionary, JSON-able when `hf_config` and `feature_options` are."""

@@ -132,8 +132,9 @@ class _Step:
         self.earlier: dict[Tensor, Tensor | None] | None = None
 
     def run(self, undoable: bool) -> Tensor:
+        torch.clear_autocast_cache()  # casts made without a graph cut the weights off from a pass that needs one
         embeddings = [self._embed(index) for index in range(len(self.chunks))]
-        torch.clear_autocast_cache()  # casts made without a graph would cut the weights off from the second pass
+        torch.clear_autocast_cache()
         self.tower = None
         loss, gradients, own = self._differentiate(embeddings)
         after_loss = _RandomState()
@@ -229,7 +230,7 @@ class _Step:
     def _surrogate(self, index: int, at: slice, state: _RandomState, gradient: Tensor) -> Tensor:
         """Σ embedding · gradient of a chunk, embedded as in the first pass: its backward pass is that of the loss."""
         self.tower = index
-        torch.clear_autocast_cache()  # of the chunk before, whose graph is gone
+        torch.clear_autocast_cache()
         state.restore()
         with torch.enable_grad():
             return (self._forward(index, at) * gradient).sum()

@@ -36,7 +36,7 @@ _MODEL_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE}
 
 
 class CLAP(nn.Module):
-    """Contrastive language-audio model: two towers, two projection heads and a learned logit scale.
+    """Contrastive language-audio model: two towers, two projection heads, a learned logit scale and maybe a bias.
 
     Args:
         config: architecture; copied, and completed with the transformers configuration of the towers that have one.
@@ -50,6 +50,8 @@ class CLAP(nn.Module):
         ModelError: pretrained weights cannot be read.
     """
 
+    logit_bias: nn.Parameter | None  # added to the logits of the sigmoid loss
+
     def __init__(self, config: CLAPConfig, tokenizer: Tokenizer | None = None, *, load_pretrained: bool = True) -> None:
         super().__init__()
         if not 1 <= config.init_logit_scale <= config.max_logit_scale:
@@ -62,6 +64,8 @@ class CLAP(nn.Module):
         self.audio_projection = build_head(config.head, self.audio_branch.width)
         self.text_projection = build_head(config.head, self.text_branch.width)
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(config.init_logit_scale)))
+        bias = config.init_logit_bias
+        self.register_parameter("logit_bias", None if bias is None else nn.Parameter(torch.tensor(float(bias))))
         self.config = dataclasses.replace(
             config,
             audio=dataclasses.replace(config.audio, hf_config=self.audio_branch.hf_config),

@@ -42,7 +42,7 @@ _DOUBLES = ("preemphasis", "input_scale", "log_scale", "floor", "log_padding", "
 class _Config(ctypes.Structure):
     """fastclap_log_mel_config."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in _INTEGERS] + [(name, ctypes.c_double) for name in _DOUBLES]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_int64) for name in _INTEGERS] + [(name, ctypes.c_double) for name in _DOUBLES]
 
 
 @lru_cache(maxsize=1)

@@ -25,6 +25,7 @@ struct fastclap_log_mel_plan {
     Tables tables;
     const Kernel *kernel;
     float dynamic_range;
+    float padding;  // what the rows past a clip's last frame are filled with
     std::vector<float> window[2];
     std::vector<std::vector<float>> twiddles;
     std::vector<Pair> pairs;
@@ -177,6 +178,7 @@ int create(const fastclap_log_mel_config &c, const double *window, const double 
     t.remove_dc = c.remove_dc != 0;
     t.magnitude = c.power == 1;
     t.clamp = c.dynamic_range >= 0;
+    plan->padding = static_cast<float>(t.clamp ? c.log_padding : (c.log_padding - c.mean) / c.std);
     plan->dynamic_range = static_cast<float>(c.dynamic_range);
     t.preemphasis = c.preemphasis;
     t.log_scale = static_cast<float>(c.log_scale);
@@ -185,7 +187,6 @@ int create(const fastclap_log_mel_config &c, const double *window, const double 
     t.log2_high = static_cast<float>(std::ldexp(std::round(std::ldexp(fraction, 16)), exponent - 16));
     t.log2_low = static_cast<float>(log2 - t.log2_high);
     t.floor = static_cast<float>(c.floor);
-    t.log_padding = static_cast<float>(c.log_padding);
     t.mean = static_cast<float>(c.mean);
     t.inverse_std = static_cast<float>(1.0 / c.std);
     for (int int16 = 0; int16 < 2; ++int16) {
@@ -225,9 +226,8 @@ Range make_rows(const fastclap_log_mel_plan &plan, const Batch &batch, std::int6
         range = plan.kernel->frames(t, batch.waveform + clip * batch.stride * sample_size, batch.is_int16,
                                     batch.lengths[clip], first, valid, out, scratch);
     if (valid < rows) {
-        const float fill = t.clamp ? t.log_padding : (t.log_padding - t.mean) * t.inverse_std;
-        std::fill(out + valid * t.n_mels, out + rows * t.n_mels, fill);
-        range.maximum = std::max(range.maximum, t.log_padding);
+        std::fill(out + valid * t.n_mels, out + rows * t.n_mels, plan.padding);
+        range.maximum = std::max(range.maximum, plan.padding);
     }
     return range;
 }

@@ -43,7 +43,7 @@ struct Tables {
     bool remove_dc, magnitude, clamp;
     double preemphasis;
     float log_scale, log2_high, log2_low;  // log_scale * ln(2) in two parts, the first exact times any exponent
-    float floor, log_padding, mean, inverse_std;
+    float floor, mean, inverse_std;
     int stage_count;
     Stage stages[kMaxStages];
     const float *window[2];  // [win_length] for float32 and int16 samples: window * input scale / 2

@@ -242,6 +242,17 @@ def test_logit_scale_starts_and_stays_where_it_should(model: CLAP) -> None:
         CLAP(CLAPConfig(init_logit_scale=200.0))
 
 
+def test_a_logit_bias_is_there_when_asked_for(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert CLAP(small_config()).logit_bias is None and "logit_bias" not in CLAP(small_config()).state_dict()
+    config = small_config()
+    config.init_logit_bias = -10.0
+    model = CLAP(config, tokenizer)
+    assert isinstance(model.logit_bias, torch.nn.Parameter) and model.logit_bias.item() == -10
+    model.save_pretrained(tmp_path / "model")
+    loaded = CLAP.from_pretrained(tmp_path / "model").logit_bias
+    assert loaded is not None and loaded.item() == -10
+
+
 def test_parameter_names_are_those_of_paraspeechclap() -> None:
     config = CLAPConfig(
         audio=AudioTowerConfig("wav2vec2", hf_config=WAVLM),
