@@ -1,7 +1,8 @@
-"""Contrastive losses, forward and backward: ours beside the materialised forms, at sizes given by the environment.
+r"""Contrastive losses, forward and backward: ours beside the materialised forms, at sizes given by the environment.
 
     pytest --benchmark-only bench/test_contrastive.py
-    FASTCLAP_BENCH_ROWS=1024,16384 FASTCLAP_BENCH_DIM=768 FASTCLAP_BENCH_DEVICE=cuda FASTCLAP_BENCH_DTYPE=bfloat16 pytest ...
+    FASTCLAP_BENCH_ROWS=1024,16384 FASTCLAP_BENCH_DIM=768 FASTCLAP_BENCH_DEVICE=cuda FASTCLAP_BENCH_DTYPE=bfloat16 \
+        pytest --benchmark-only bench/test_contrastive.py
 
 One warm-up round, then FASTCLAP_BENCH_ROUNDS (default 5) rounds of one call each; on a GPU a call ends with a
 synchronisation. All forms get the same raw embeddings and normalise them. Peak memory is `python -m
@@ -55,7 +56,7 @@ def run(benchmark: Any, loss: Loss, rows: int, scale: float = 14.3) -> Tensor:
 def test_info_nce(benchmark: Any, form: str, scale: float, rows: int) -> None:
     benchmark.group = f"InfoNCE, {rows} rows, scale {scale}"
     value = run(benchmark, FORMS[form], rows, scale)
-    assert 0 < value.item() < 20
+    assert 0 <= value.item() < 20
 
 
 def materialised_sigmoid(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -86,4 +87,4 @@ def test_info_nce_with_shared_captions(benchmark: Any, form: str) -> None:
     ids = torch.arange(rows) // 4
     backend = "torch" if form == "fastclap" else "reference"
     value = run(benchmark, lambda a, b, s: info_nce(a, b, s, a_ids=ids, b_ids=ids, backend=backend), rows)
-    assert 0 < value.item() < 20
+    assert 0 <= value.item() < 20

@@ -59,8 +59,8 @@ class Eval(_OnData):
 class Classify(_OnData):
     column: str = "classification_tag"
     """Manifest column that holds the true class."""
-    template: str = DEFAULT_TEMPLATE
-    """Prompt: {} is the class name, {a} or {A} its article (a or an)."""
+    template: list[str] = field(default_factory=lambda: [DEFAULT_TEMPLATE])
+    """Prompts of every class, averaged: {} is the class name, {a} or {A} its article (a or an)."""
     prompts: str | None = None
     """JSON file of prompts instead of the template: {"class": ["prompt", ...]}, or one such mapping for each column."""
     classes: list[str] | None = None
@@ -97,6 +97,7 @@ A clip gets the class whose prompt is nearest to it.
 Examples:
   fastclap classify --model runs/demo --data test.jsonl
   fastclap classify --model runs/demo --data test.jsonl --column sex --template "{A} {} speaker."
+  fastclap classify --model runs/demo --data test.jsonl --template "A man sounds {}." "A woman sounds {}."
   fastclap classify --model runs/demo --data test.jsonl --prompts emotions.json --out report
   fastclap classify --model runs/demo --data test.jsonl --column intrinsic_tags --classes shrill nasal deep
 """

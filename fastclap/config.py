@@ -66,6 +66,9 @@ class AudioTowerConfig:
     """log-mel: mean over the valid positions; statistics adds their standard deviation; attention learns weights."""
     random_gain: float = 0.0
     """log-mel: in training each clip is made louder or softer by up to this many dB."""
+    frequency_warp: float = 0.0
+    """log-mel: in training the mel axis of each clip is stretched or squeezed by up to this share, as by a shorter or
+    longer vocal tract."""
     time_masks: int = 2
     """log-mel: SpecAugment time masks a clip in training."""
     time_mask_width: int = 20

@@ -86,6 +86,22 @@ def uniform_spans(
     return ((position >= start) & (position < start + width)).any(1)
 
 
+def warp_bands(
+    features: Tensor,  # [B, T, bands]
+    share: float,
+) -> Tensor:  # [B, T, bands]
+    """Vocal tract length perturbation (Jaitly & Hinton 2013) on the mel axis: band i takes the value at i·(1 ± share).
+
+    The factor is drawn for each clip, uniformly; values between bands are interpolated and the last band is repeated.
+    """
+    batch, frames, bands = features.shape
+    factor = 1 + share * (2 * torch.rand(batch, 1, device=features.device) - 1)
+    position = (torch.arange(bands, device=features.device) * factor).clamp(max=bands - 1)
+    low = position.long().clamp(max=bands - 2)
+    left, right = (features.gather(2, at[:, None].expand(-1, frames, -1)) for at in (low, low + 1))
+    return torch.lerp(left, right, (position - low)[:, None].to(features.dtype))
+
+
 def proportional_spans(
     lengths: Tensor,  # [B] valid size of the axis
     size: int,
@@ -353,6 +369,8 @@ class LogMelTower(AudioTower):
         if config.feature_normalization == "clip":
             features = features - _clip_level(features, valid)
         x = (features - self.feature_mean.float()) / self.feature_std.float()
+        if self.training and config.frequency_warp:
+            x = warp_bands(x, config.frequency_warp)
         hidden = ~valid
         if self.training and config.time_masks:
             hidden = hidden | uniform_spans(frames, x.shape[1], config.time_masks, config.time_mask_width)

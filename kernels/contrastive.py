@@ -41,6 +41,7 @@ GPU_CHUNK_BYTES = 256 << 20  # enough rows for one wave of large tiles
 KEEP_BYTES = 384 << 20  # logits kept from pass 1 to pass 2; the rest is formed twice
 MIN_CHUNK_ROWS = 64  # fewer rows make the products memory bound
 SAFE_EXPONENT = {torch.float32: 70.0, torch.float64: 600.0}  # exp(±x), its sums and their inverses stay normal
+SMALLEST_EXPONENT = {torch.float32: -86.0, torch.float64: -700.0}  # below, exp is no normal number and 30 times slower
 
 Teacher = tuple[Tensor, Tensor, "float | Tensor"]
 Pairs = tuple[Tensor, Tensor]
@@ -178,9 +179,14 @@ class Ranks:
         dist.reduce_scatter_tensor(block, total.contiguous(), group=self.group)
         return block[: rows[self.rank]]
 
-    def reduce_(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    def sum_(self, x: Tensor) -> Tensor:
         if self.group is not None:
-            dist.all_reduce(x, op=op, group=self.group)
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def max_(self, x: Tensor) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
         return x
 
 
@@ -301,7 +307,7 @@ class Logits:
             self.bound = abs(float(scale)) * 1.001  # rounding of the unit vectors
         if ranks.group is not None:
             finite = self.bound if self.bound < math.inf else math.inf  # all ranks must take one path, NaN or not
-            self.bound = float(ranks.reduce_(torch.tensor(finite, device=a.device), dist.ReduceOp.MAX))
+            self.bound = float(ranks.max_(torch.tensor(finite, device=a.device)))
 
     def chunks(self) -> Iterator[slice]:
         rows, row_bytes = self.a.shape[0], self.b.shape[0] * self.b.element_size()
@@ -356,10 +362,10 @@ class Softmaxes:
         if not self.columns or self.ranks.group is None:
             return
         if not self.bounded:
-            column_max = self.ranks.reduce_(self.column_max.clone(), dist.ReduceOp.MAX)
+            column_max = self.ranks.max_(self.column_max.clone())
             self.column_sum *= (self.column_max - column_max).double().exp_()
             self.column_max = column_max
-        self.ranks.reduce_(self.column_sum)
+        self.ranks.sum_(self.column_sum)
 
     def weighted_log_sum(self, row_weight: Tensor, column_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Σ weight · log Σ exp over the rows of this rank, and over the columns of all ranks."""
@@ -394,7 +400,9 @@ class Softmaxes:
 
     def _exp(self, x: Tensor, shift: Tensor, out: Tensor) -> Tensor:
         out = out[: x.shape[0]]
-        return torch.exp(x, out=out) if self.bounded else torch.sub(x, shift, out=out).exp_()
+        if self.bounded:
+            return torch.exp(x, out=out)
+        return torch.sub(x, shift, out=out).clamp_(min=SMALLEST_EXPONENT[x.dtype]).exp_()
 
 
 class GradientSums:
@@ -436,7 +444,7 @@ class GradientSums:
         for gradient in (self.a, self.b):
             if gradient is not None:
                 gradient.mul_(logits.scale * (factor * ranks.size))
-        dscale = ranks.reduce_(self.scale) * factor if self.need.scale else None
+        dscale = ranks.sum_(self.scale) * factor if self.need.scale else None
         return self.a, self.b, dscale
 
 
@@ -594,7 +602,7 @@ def _info_nce_chunks(
     total += rows_part
     if smoothing is not None:
         total += smoothing.loss()
-    loss = unit * (ranks.reduce_(total) + columns_part)
+    loss = unit * (ranks.sum_(total) + columns_part)
     if gradients is None:
         return loss, ()
     if smoothing is not None and gradients.b is not None:
@@ -635,7 +643,7 @@ def _sigmoid_chunks(
         if gradients.by_rows or need.b:
             gradients.add(at, g)
     factor = 1.0 / sum(ranks.a_rows)
-    sums = ranks.reduce_(sums) * factor
+    sums = ranks.sum_(sums) * factor
     if gradients is None:
         return sums[0], ()
     return sums[0], (*gradients.finish(factor), sums[1] if need.bias else None)

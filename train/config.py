@@ -94,10 +94,10 @@ class ValidConfig:
 
     classify: list[str] = field(default_factory=lambda: ["classification_tag"])
     """Manifest columns to classify zero-shot (those that the validation manifest has)."""
-    template: str = DEFAULT_TEMPLATE
-    """Prompt around a class name."""
+    template: list[str] = field(default_factory=lambda: [DEFAULT_TEMPLATE])
+    """Prompts of every class, averaged: {} is the class name, {a} or {A} its article (a or an)."""
     prompts: str | None = None
-    """JSON file of prompts per class (or per column and class), instead of the template."""
+    """JSON file of prompts instead: {"class": ["prompt", ...]}, or one such mapping for each column."""
     batch_size: int = 32
     """Clips embedded at a time."""
 

@@ -34,13 +34,13 @@ CaptionsPerClip = Literal["first", "all"]
 class ClassificationTask:
     """A manifest column to classify zero-shot.
 
-    `prompts` gives each class its sentences, which are averaged as unit vectors; without it every class fills the
-    `template` (see :func:`fastclap.prompts.fill_template`). `classes` are the candidates, by default those of
+    `prompts` gives each class its sentences, whose unit vectors are averaged; without it every class fills each of the
+    `templates` (see :func:`fastclap.prompts.fill_template`). `classes` are the candidates, by default those of
     `prompts`, else all values of the column, sorted.
     """
 
     column: str = "classification_tag"
-    template: str = DEFAULT_TEMPLATE
+    templates: Sequence[str] = (DEFAULT_TEMPLATE,)
     prompts: Mapping[str, Sequence[str]] | None = None
     classes: Sequence[str] | None = None
 
@@ -142,14 +142,14 @@ def evaluate_classification(
     manifest: Manifest,
     *,
     column: str = "classification_tag",
-    template: str = DEFAULT_TEMPLATE,
+    templates: Sequence[str] = (DEFAULT_TEMPLATE,),
     prompts: Mapping[str, Sequence[str]] | None = None,
     classes: Sequence[str] | None = None,
     batch_size: int = 32,
     progress: bool = False,
 ) -> dict[str, Any]:
     """:func:`evaluate` with one classification and no retrieval."""
-    task = ClassificationTask(column, template, prompts, classes)
+    task = ClassificationTask(column, templates, prompts, classes)
     return evaluate(model, manifest, captions=[], tasks=[task], batch_size=batch_size, progress=progress)
 
 
@@ -205,11 +205,12 @@ def _classification(
     kept = [i for i, found in enumerate(candidates) if len(found) == 1]
     if not kept:
         raise DataError(f"column {task.column!r}: no readable clip has exactly one of the classes {', '.join(classes)}")
-    prompts = [task.prompts[name] if task.prompts else [fill_template(task.template, name)] for name in classes]
+    filled = [[fill_template(template, name) for template in task.templates] for name in classes]
+    prompts = [task.prompts[name] for name in classes] if task.prompts else filled
     owner = [i for i, texts in enumerate(prompts) for _ in texts]
     class_emb = prompt_ensemble(model.embed_text([text for texts in prompts for text in texts]), owner, len(classes))
     return {
-        "template": None if task.prompts else task.template,
+        "templates": None if task.prompts else list(task.templates),
         "clips_without_class": sum(not found for found in candidates),
         "clips_with_several": sum(len(found) > 1 for found in candidates),
         **classification(audio[kept], class_emb, [candidates[i][0] for i in kept], classes),
@@ -239,7 +240,8 @@ def _candidates(manifest: Manifest, task: ClassificationTask) -> list[str]:
                 f"no prompt for class {missing[0]!r}; there are prompts for: {_abridged(list(task.prompts))}"
             )
     else:
-        fill_template(task.template, classes[0])
+        for template in task.templates:
+            fill_template(template, classes[0])
     return classes
 
 

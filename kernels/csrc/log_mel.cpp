@@ -1,9 +1,9 @@
-// Plans, validation, threads and the choice of the SIMD path: everything of the native log-mel engine but the arithmetic.
+// Plans, validation, threads and the choice of the SIMD path: all of the native log-mel engine but the arithmetic.
 //
-// A plan holds what depends on the front-end only (window, twiddles, sparse mel bank). A run cuts the batch into tasks of
-// some frames of one clip, which threads take from a shared counter. The threads live for one call: starting one costs
-// some 15 us beside 200 us of work for every 10 s of audio, and a process that forks data workers (as PyTorch's DataLoader
-// does) is left with no pool whose threads are gone in the child.
+// A plan holds what depends on the front-end only (window, twiddles, sparse mel bank). A run cuts the batch into tasks
+// of some frames of one clip, which threads take from a shared counter. The threads live for one call: starting one
+// costs some 20 us beside 120 us of work or more for every 10 s of audio, and a process that forks (as PyTorch's data
+// workers do) is left with no pool whose threads are gone in the child.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -36,7 +36,9 @@ struct fastclap_log_mel_plan {
 namespace {
 
 constexpr std::int64_t kTaskFrames = 128;  // a multiple of every lane count
+constexpr std::int64_t kTasksPerThread = 8;   // at least: 120 us of work or more
 constexpr int kMaxThreads = 256;
+constexpr double pi = 3.14159265358979323846;
 
 __attribute__((format(printf, 4, 5))) int fail(int code, char *message, std::int64_t size, const char *format, ...) {
     if (message && size > 0) {
@@ -68,7 +70,6 @@ std::vector<int> radices(int length) {
 }
 
 void build_fft(fastclap_log_mel_plan &plan, const std::vector<int> &radix, std::vector<std::int32_t> &slot) {
-    const double pi = 3.14159265358979323846;
     const int points = plan.tables.n_fft / 2;
     int length = points;
     for (std::size_t s = 0; s < radix.size(); ++s) {
@@ -110,7 +111,6 @@ void build_mel(fastclap_log_mel_plan &plan, const double *bank, const std::vecto
         }
         plan.mel_begin.push_back(static_cast<std::int32_t>(plan.weights.size()));
     }
-    const double pi = 3.14159265358979323846;
     const int radix = plan.tables.stage_count ? plan.tables.stages[0].radix : 1;
     for (int part = 0; part <= radix - part; ++part) {
         const int begin = static_cast<int>(plan.pairs.size()), mirror = (radix - part) % radix;
@@ -144,7 +144,8 @@ int create(const fastclap_log_mel_config &c, const double *window, const double 
                     "n_fft must be even, win_length within [1, n_fft], hop_length and n_mels at least 1");
     if (c.edge < FASTCLAP_EDGE_ZERO || c.edge > FASTCLAP_EDGE_SYMMETRIC || (c.power != 1 && c.power != 2))
         return fail(FASTCLAP_INVALID, message, size, "edge must be 0, 1 or 2, power 1 or 2");
-    for (double value : {c.preemphasis, c.input_scale, c.log_scale, c.floor, c.log_padding, c.dynamic_range, c.mean, c.std})
+    for (double value :
+         {c.preemphasis, c.input_scale, c.log_scale, c.floor, c.log_padding, c.dynamic_range, c.mean, c.std})
         if (!std::isfinite(value)) return fail(FASTCLAP_INVALID, message, size, "every number must be finite");
     if (c.input_scale <= 0 || c.log_scale <= 0 || c.floor <= 0 || c.std <= 0)
         return fail(FASTCLAP_INVALID, message, size, "input_scale, log_scale, floor and std must be above 0");
@@ -156,7 +157,8 @@ int create(const fastclap_log_mel_config &c, const double *window, const double 
         return fail(FASTCLAP_UNSUPPORTED, message, size, "floor %g is outside the normal range of float32", c.floor);
     const std::vector<int> radix = radices(static_cast<int>(c.n_fft / 2));
     if (radix.empty() && c.n_fft != 2)
-        return fail(FASTCLAP_UNSUPPORTED, message, size, "n_fft %d has a prime factor above 5", static_cast<int>(c.n_fft));
+        return fail(FASTCLAP_UNSUPPORTED, message, size, "n_fft %d has a prime factor above 5",
+                    static_cast<int>(c.n_fft));
     const std::int64_t weights = (c.n_fft / 2 + 1) * c.n_mels;
     for (std::int64_t i = 0; i < c.win_length; ++i)
         if (!std::isfinite(window[i])) return fail(FASTCLAP_INVALID, message, size, "the window must be finite");
@@ -236,12 +238,13 @@ int run(const fastclap_log_mel_plan &plan, const Batch &batch, int threads, char
     const std::int64_t tasks_per_clip = (batch.frames + kTaskFrames - 1) / kTaskFrames;
     const std::int64_t tasks = batch.clips * tasks_per_clip;
     if (tasks == 0) return FASTCLAP_OK;
-    // Two tasks are about the work that pays for a thread.
-    threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>({threads, kMaxThreads, tasks / 2})));
+    threads = static_cast<int>(
+        std::max<std::int64_t>(1, std::min<std::int64_t>({threads, kMaxThreads, tasks / kTasksPerThread})));
 
     const std::size_t scratch_size = plan.kernel->scratch_size(plan.tables);
     const std::align_val_t cache_line{64};
-    float *scratch = static_cast<float *>(::operator new(threads * scratch_size * sizeof(float), cache_line, std::nothrow));
+    const std::size_t bytes = threads * scratch_size * sizeof(float);
+    float *scratch = static_cast<float *>(::operator new(bytes, cache_line, std::nothrow));
     if (!scratch) return fail(FASTCLAP_NO_MEMORY, message, size, "out of memory");
     const auto release = [=](float *p) { ::operator delete(p, cache_line); };
     const std::unique_ptr<float, decltype(release)> owner(scratch, release);
@@ -299,8 +302,8 @@ int fastclap_simd_supported(int simd) {
     }
 }
 
-int fastclap_log_mel_create(const fastclap_log_mel_config *config, const double *window, const double *mel_bank, int simd,
-                            fastclap_log_mel_plan **plan, char *message, int64_t message_size) {
+int fastclap_log_mel_create(const fastclap_log_mel_config *config, const double *window, const double *mel_bank,
+                            int simd, fastclap_log_mel_plan **plan, char *message, int64_t message_size) {
     if (!plan) return fail(FASTCLAP_INVALID, message, message_size, "plan is null");
     *plan = nullptr;
     if (!config || !window || !mel_bank) return fail(FASTCLAP_INVALID, message, message_size, "an argument is null");
@@ -313,10 +316,10 @@ int fastclap_log_mel_create(const fastclap_log_mel_config *config, const double 
 
 void fastclap_log_mel_destroy(fastclap_log_mel_plan *plan) { delete plan; }
 
-int fastclap_log_mel_run(const fastclap_log_mel_plan *plan, const void *waveform, int dtype, int64_t batch, int64_t samples,
-                         int64_t stride, const int64_t *lengths, const int64_t *frame_lengths, int64_t frames,
-                         float *features, int threads, char *message, int64_t message_size) {
-    const auto invalid = [&](const char *reason) { return fail(FASTCLAP_INVALID, message, message_size, "%s", reason); };
+int fastclap_log_mel_run(const fastclap_log_mel_plan *plan, const void *waveform, int dtype, int64_t batch,
+                         int64_t samples, int64_t stride, const int64_t *lengths, const int64_t *frame_lengths,
+                         int64_t frames, float *features, int threads, char *message, int64_t message_size) {
+    const auto invalid = [&](const char *why) { return fail(FASTCLAP_INVALID, message, message_size, "%s", why); };
     if (!plan) return invalid("plan is null");
     if (dtype != FASTCLAP_FLOAT32 && dtype != FASTCLAP_INT16) return invalid("dtype must be float32 or int16");
     if (batch < 0 || samples < 0 || stride < 0 || frames < 0) return invalid("a size is negative");
@@ -338,8 +341,9 @@ int fastclap_log_mel_run(const fastclap_log_mel_plan *plan, const void *waveform
             return fail(FASTCLAP_INVALID, message, message_size, "frame_lengths[%lld] lies outside of the features",
                         static_cast<long long>(clip));
     }
-    const Batch arguments = {static_cast<const char *>(waveform), dtype == FASTCLAP_INT16, batch, stride, frames, lengths,
-                             frame_lengths, features};
+    const char *const bytes = static_cast<const char *>(waveform);
+    const bool is_int16 = dtype == FASTCLAP_INT16;
+    const Batch arguments = {bytes, is_int16, batch, stride, frames, lengths, frame_lengths, features};
     try {
         return run(*plan, arguments, threads, message, message_size);
     } catch (const std::bad_alloc &) {

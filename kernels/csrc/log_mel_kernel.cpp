@@ -1,9 +1,10 @@
 // The log-mel kernel, compiled once per SIMD path: one frame per lane, so that the FFT, the mel product and the
-// logarithm need no shuffles and every size has the same code. Only the first and the last step transpose: samples come
-// in along a frame, features go out along a frame.
+// logarithm need no shuffles and every size has the same code. Only the first and the last step transpose: samples
+// come in along a frame, features go out along a frame.
 //
-// All of a block's data stays in one buffer of n_fft vectors (32 KB for n_fft = 512 and 16 lanes): the FFT works in place
-// and leaves its digit-reversed order to the tables of the plan, powers overwrite the spectrum.
+// All of a block's data stays in one buffer of n_fft vectors (32 KB for n_fft = 512 and 16 lanes): the FFT works in
+// place and leaves its digit-reversed order to the tables of the plan, powers overwrite the spectrum. The transform is
+// that of n_fft / 2 complex points made of even and odd samples.
 #include "log_mel_kernel.h"
 
 #include <utility>
@@ -31,6 +32,7 @@ namespace fastclap {
 namespace {
 
 constexpr int W = FASTCLAP_LANES;
+constexpr int kCacheLine = 64;
 constexpr bool kFusedMultiplyAdd = FASTCLAP_FMA;
 
 typedef float V __attribute__((vector_size(4 * W)));
@@ -308,7 +310,8 @@ INLINE void load_filtered(const Tables &t, const Sample *const frame[W], const f
     const V mean = t.remove_dc ? sum / static_cast<float>(t.win_length) : V{};
     // Without a fused multiply-add, x[i] - c x[i - 1] for a c near 1 is a difference of neighbours, exact for a slow
     // signal, and a small rest.
-    const float whole = !kFusedMultiplyAdd && t.preemphasis >= 0.5 ? 1.0f : 0.0f, rest = static_cast<float>(whole - t.preemphasis);
+    const float whole = !kFusedMultiplyAdd && t.preemphasis >= 0.5 ? 1.0f : 0.0f;
+    const float rest = static_cast<float>(whole - t.preemphasis);
     V previous = z[0] - mean;
     for (int i = 0; i < t.win_length; ++i) {
         const V current = z[i] - mean;
@@ -327,12 +330,23 @@ INLINE void load_frames(const Tables &t, const Sample *const frame[W], V *z) {
     for (int i = t.win_length; i < t.n_fft; ++i) z[i] = V{};
 }
 
-// The rest of the transform and the powers (or magnitudes) of the bins that the mel bank uses, a pair of parts at a time.
-// Returns the constant bin: it is not finite if any sample is not.
-INLINE V spectrum(const Tables &t, V *z) {
+// Fetches a range of memory into the cache bit by bit: all at once would be more than can be under way. Addresses, as
+// the last line may end past what a pointer may point to.
+struct Prefetch {
+    std::uintptr_t at, end, step;
+    void operator()() {
+        for (const std::uintptr_t stop = at + step; at < stop && at < end; at += kCacheLine)
+            __builtin_prefetch(reinterpret_cast<const void *>(at), 0, 2);
+    }
+};
+
+// The rest of the transform and the powers (or magnitudes) of the bins that the mel bank uses, a pair of parts at a
+// time. Returns the constant bin: it is not finite if any sample is not.
+INLINE V spectrum(const Tables &t, V *z, Prefetch prefetch) {
     V constant = {};
     for (int g = 0; g < t.group_count; ++g) {
         const Group group = t.groups[g];
+        prefetch();
         finish_part(t, z, group.part);
         if (group.mirror_part != group.part) finish_part(t, z, group.mirror_part);
         for (int i = group.pair_begin; i < group.pair_end; ++i) {
@@ -400,9 +414,19 @@ Range frames(const Tables &t, const Sample *clip, std::int64_t length, std::int6
             }
             frame[l] = copy;
         }
+        for (std::int64_t i = 0; i < valid * t.n_mels; i += kCacheLine / sizeof(float))
+            __builtin_prefetch(rows + done * t.n_mels + i, 1, 2);
         load_frames(t, frame, z);
         if (t.stage_count) run_stage(z, 1, t.stages[0]);
-        const V constant = spectrum(t, z);
+        // The samples that the next block adds.
+        const std::int64_t next = (first + done + W - 1) * t.hop_length - t.offset + t.win_length;
+        Prefetch prefetch = {};
+        if (next >= 0 && next + W * t.hop_length <= length) {
+            const std::uintptr_t bytes = static_cast<std::uintptr_t>(W * t.hop_length) * sizeof(Sample);
+            const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(clip + next);
+            prefetch = {begin, begin + bytes, bytes / t.group_count + kCacheLine};
+        }
+        const V constant = spectrum(t, z, prefetch);
         const I finite = (constant < 0.0f ? -constant : constant) <= 3.402823466e38f;
         mel_energies(t, z, mels);
         for (int m = 0; m < t.n_mels; ++m) {

@@ -1,6 +1,7 @@
-// What the dispatcher (log_mel.cpp) and the three builds of the kernel (log_mel_kernel.cpp) share: the plan's tables and
-// one entry-point table per SIMD path. Plain data only: a function template or an inline standard-library function used
-// on both sides could be emitted with AVX-512 code and then be chosen by the linker for a processor without it.
+// What the dispatcher (log_mel.cpp) and the three builds of the kernel (log_mel_kernel.cpp) share: the plan's tables
+// and one table of entry points per SIMD path. Plain data only: a function template or an inline standard-library
+// function used on both sides could be emitted with AVX-512 code and then be chosen by the linker for a processor
+// without it.
 #pragma once
 
 #include <cstddef>
@@ -25,7 +26,7 @@ struct Pair {
     float cosine, sine;         // exp(-2 pi i k / n_fft)
 };
 
-// Frequencies q, q + r, ... stand in the q-th part that the first pass (radix r) leaves; their mirrors in the (r - q)-th.
+// The first pass, of radix r, leaves frequencies q, q + r, ... in its q-th part and their mirrors in the (r - q)-th.
 struct Group {
     int part, mirror_part;
     int pair_begin, pair_end;

@@ -83,11 +83,11 @@ def test_classify_by_tag_by_column_and_by_prompts(model: str, voices: str, tmp_p
     assert expected in table
     assert main([*common, "--column", "sex", "--prompts", str(prompts), "--json"]) == 0
     by_prompts = json.loads(capfd.readouterr().out)["classification"]["sex"]
-    assert (by_prompts["classes"], by_prompts["chance"], by_prompts["template"]) == (["female", "male"], 0.5, None)
+    assert (by_prompts["classes"], by_prompts["chance"], by_prompts["templates"]) == (["female", "male"], 0.5, None)
     assert main([*common, "--column", "sex", "--classes", "male", "mal", "--template", "{A} {} voice.", "--json"]) == 0
     out, err = capfd.readouterr()
     figures = json.loads(out)["classification"]["sex"]
-    assert (figures["classes"], figures["template"]) == (["male", "mal"], "{A} {} voice.")
+    assert (figures["classes"], figures["templates"]) == (["male", "mal"], ["{A} {} voice."])
     assert "no clip has the class mal;" in err
     assert f"{12 - figures['clips']} clips have none of the classes and were left out" in err
 

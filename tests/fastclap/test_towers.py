@@ -25,6 +25,7 @@ from fastclap.towers import (
     length_mask,
     proportional_spans,
     uniform_spans,
+    warp_bands,
 )
 
 WAV2VEC2 = {
@@ -220,8 +221,18 @@ def test_pooling_by_hand() -> None:
     assert pooled["statistics"].width == 32
 
 
+def test_frequency_warp_stretches_the_mel_axis() -> None:
+    """On features that are linear over the bands the interpolation is exact, so each clip shows its own factor."""
+    torch.manual_seed(0)
+    bands = torch.arange(40.0)
+    warped = warp_bands(bands.expand(64, 3, 40), 0.1)
+    factors = warped[:, 0, 20] / 20
+    assert factors.min() > 0.9 and factors.max() < 1.1 and factors.std() > 0.03
+    torch.testing.assert_close(warped, (bands * factors[:, None]).clamp(max=39)[:, None].expand(-1, 3, -1))
+
+
 def test_random_draws_are_of_training_only_and_follow_the_torch_seed() -> None:
-    tower = tower_of("log-mel", dropout=0.0, random_gain=6.0)
+    tower = tower_of("log-mel", dropout=0.0, random_gain=6.0, frequency_warp=0.05)
     batch, lengths = padded(clips(16000, 0.5, 0.4))
     with torch.no_grad():
         tower.train()

@@ -41,6 +41,7 @@ BELIEFS = {
     **{"word0": [0], "word9": [5], "word1": [1], "same": [2, 3], "word4": [5], "word5": [5]},
     **{"long0": [0], "long1": [2], "long9": [1], "long2": [2], "long4": [4], "long5": [5]},
     **{"happy": [0, 1], "sad": [2], "calm": [3, 4], "male": [0, 1], "female": [2, 3], "deep": [3], "shrill": [4]},
+    **{"so happy": [2, 5], "so sad": [0], "so calm": [1, 2]},
 }
 
 
@@ -116,19 +117,19 @@ def test_everything_at_once_embeds_the_audio_once(known: Any, manifest: Manifest
         return original(self, audio, lengths, **options)
 
     monkeypatch.setattr(Known, "embed_audio", counting)
-    tasks = [ClassificationTask(column, "{}") for column in ("classification_tag", "sex")]
+    tasks = [ClassificationTask(column, ["{}"]) for column in ("classification_tag", "sex")]
     result = evaluate(known, manifest, tasks=tasks, batch_size=4)
     assert embedded == [4, 2]
     assert set(result["retrieval"]) == {"global", "fine"}
     assert set(result["classification"]) == {"classification_tag", "sex"}
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    alone = evaluate_classification(known, manifest, column="sex", template="{}")
+    alone = evaluate_classification(known, manifest, column="sex", templates=["{}"])
     assert alone["classification"]["sex"] == result["classification"]["sex"]
     assert alone["retrieval"] == {}
 
 
 def test_classification_of_a_single_valued_column(known: Any, manifest: Manifest) -> None:
-    result = evaluate_classification(known, manifest, template="{}")["classification"]["classification_tag"]
+    result = evaluate_classification(known, manifest, templates=["{}"])["classification"]["classification_tag"]
     assert result["classes"] == ["calm", "happy", "sad"]
     assert (result["clips"], result["clips_without_class"]) == (5, 1)
     assert result["confusion"] == [[1, 0, 0], [0, 2, 0], [1, 0, 1]]
@@ -137,7 +138,7 @@ def test_classification_of_a_single_valued_column(known: Any, manifest: Manifest
 
 def test_classification_of_a_tag_column_needs_exactly_one_of_the_classes(known: Any, manifest: Manifest) -> None:
     result = evaluate_classification(
-        known, manifest, column="intrinsic_tags", template="{}", classes=["shrill", "deep", "male"]
+        known, manifest, column="intrinsic_tags", templates=["{}"], classes=["shrill", "deep", "male"]
     )["classification"]["intrinsic_tags"]
     assert result["classes"] == ["shrill", "deep", "male"]
     assert (result["clips"], result["clips_without_class"], result["clips_with_several"]) == (2, 3, 1)
@@ -155,13 +156,13 @@ def test_prompts_of_a_class_are_averaged(known: Any, manifest: Manifest) -> None
         expected[truth][given[clip]] += 1
     assert result["classes"] == ["sad", "calm", "happy"]
     assert result["confusion"] == expected
-    assert result["template"] is None
+    assert result["templates"] is None
 
 
 def test_unusable_clips_are_left_out_and_listed(known: Any, manifest: Manifest, tmp_path: Path) -> None:
     (tmp_path / "1.wav").write_bytes(b"RIFF but no more")
     (tmp_path / "4.wav").unlink()
-    result = evaluate(known, manifest, tasks=[ClassificationTask(template="{}")], batch_size=2)
+    result = evaluate(known, manifest, tasks=[ClassificationTask(templates=["{}"])], batch_size=2)
     assert result["clips"] == 4
     assert [clip["row"] for clip in result["skipped"]] == [1, 4]
     assert result["skipped"][1]["path"].endswith("4.wav")
@@ -186,7 +187,7 @@ def test_what_the_manifest_lacks_is_named(known: Any, manifest: Manifest, tmp_pa
     with pytest.raises(DataError, match="no prompt for class 'sad'; there are prompts for: calm"):
         evaluate_classification(known, manifest, classes=["calm", "sad"], prompts={"calm": ["calm"]})
     with pytest.raises(DataError, match=r"must contain \{\}"):
-        evaluate_classification(known, manifest, template="A voice.")
+        evaluate_classification(known, manifest, templates=["A voice."])
     (tmp_path / "plain").mkdir()
     plain = write(tmp_path / "plain", [{"text_description": "word0"}, {"text_description": "word1"}])
     with pytest.raises(DataError, match=r"no fine captions \(column fine_description\)"):
@@ -278,3 +279,12 @@ def test_untrained_model_on_real_speech(tiny_clap: CLAP, real_speech: Path) -> N
     assert result["retrieval"]["global"]["texts"] == len({text for row in manifest for text in row.captions})
     figures = result["classification"]["classification_tag"]
     assert sum(map(sum, figures["confusion"])) == len(manifest)
+
+
+def test_several_templates_are_the_prompts_they_fill(known: Any, manifest: Manifest) -> None:
+    filled = {name: [name, f"so {name}"] for name in ("calm", "happy", "sad")}
+    by_prompts = evaluate_classification(known, manifest, prompts=filled)["classification"]["classification_tag"]
+    by_templates = evaluate_classification(known, manifest, templates=["{}", "so {}"])
+    result = by_templates["classification"]["classification_tag"]
+    assert result.pop("templates") == ["{}", "so {}"] and by_prompts.pop("templates") is None
+    assert result == by_prompts

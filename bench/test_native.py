@@ -1,0 +1,180 @@
+"""CPU log-mel engines side by side: ours in C++, ours in torch, torchaudio, kaldi-native-fbank, per 10 s clip.
+
+    OMP_NUM_THREADS=2 pytest bench/test_native.py --benchmark-only --benchmark-group-by=group
+
+One row an engine, one group a front-end and number of threads. Before each timed round of a row every other engine of
+its group runs once, so that all see the same machine, and then its own, so that each finds its own data in the cache.
+Compare minima and medians, and `cpu_ms_per_clip` (processor time of all threads, least over the rounds) where something
+else is running.
+
+All engines take the same float32 batch of noise. torchaudio is MelSpectrogram and a logarithm, without Kaldi's DC
+removal and pre-emphasis. kaldi-native-fbank gets Python lists, made outside the clock, as it converts an array sample
+by sample; with two threads two clips run at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torchaudio
+from torch import Tensor
+
+from fastclap.features import PRESETS
+from fastclap.kernels import native
+from fastclap.kernels.logmel import LogMelSpec, log_mel
+
+CLIPS = int(os.environ.get("FASTCLAP_BENCH_CLIPS", "4"))
+ROUNDS = int(os.environ.get("FASTCLAP_BENCH_ROUNDS", "15"))
+SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    spec: LogMelSpec
+    torchaudio: dict[str, object]  # arguments of MelSpectrogram
+    kaldi: dict[str, dict[str, object]]  # options of kaldi-native-fbank, by group
+
+    def waveform(self) -> Tensor:
+        samples = SECONDS * self.spec.sampling_rate
+        return 0.1 * torch.randn(CLIPS, samples, generator=torch.Generator().manual_seed(0))
+
+
+KALDI_FRAMES = {"samp_freq": 16000, "dither": 0.0}
+CASES = {
+    "whisper-80": Case(
+        PRESETS["whisper"],
+        {"n_fft": 400, "hop_length": 160, "n_mels": 80, "norm": "slaney", "mel_scale": "slaney"},
+        {
+            "frame_opts": KALDI_FRAMES
+            | {"window_type": "hann", "preemph_coeff": 0.0, "remove_dc_offset": False, "round_to_power_of_two": False},
+            "mel_opts": {"num_bins": 80, "low_freq": 0, "is_librosa": True},
+        },
+    ),
+    "kaldi-80": Case(
+        PRESETS["kaldi"],
+        {"n_fft": 512, "win_length": 400, "hop_length": 160, "n_mels": 80, "f_min": 20.0},
+        {"frame_opts": KALDI_FRAMES, "mel_opts": {"num_bins": 80}},
+    ),
+    "clsp-128": Case(
+        PRESETS["clsp"],
+        {"n_fft": 512, "win_length": 400, "hop_length": 160, "n_mels": 128, "f_min": 20.0, "f_max": 7600.0},
+        {"frame_opts": KALDI_FRAMES | {"snip_edges": False}, "mel_opts": {"num_bins": 128, "high_freq": 7600}},
+    ),
+    "clap-64": Case(
+        PRESETS["clap"],
+        {
+            **{"sample_rate": 48000, "n_fft": 1024, "hop_length": 480, "n_mels": 64, "f_min": 50.0, "f_max": 14000.0},
+            **{"norm": "slaney", "mel_scale": "slaney"},
+        },
+        {
+            "frame_opts": {"samp_freq": 48000, "dither": 0.0, "frame_length_ms": 1024 / 48}
+            | {"window_type": "hann", "preemph_coeff": 0.0, "remove_dc_offset": False},
+            "mel_opts": {"num_bins": 64, "low_freq": 50, "high_freq": 14000, "is_librosa": True},
+        },
+    ),
+}
+
+
+def by_torchaudio(case: Case) -> Callable[[], object]:
+    transform, waveform = torchaudio.transforms.MelSpectrogram(**case.torchaudio), case.waveform()
+    return lambda: transform(waveform).clamp_(min=case.spec.floor).log_()
+
+
+def by_kaldi_native_fbank(case: Case) -> Callable[[], object]:
+    knf = pytest.importorskip("kaldi_native_fbank")
+    options = knf.FbankOptions()
+    for group, values in case.kaldi.items():
+        for name, value in values.items():
+            setattr(getattr(options, group), name, value)
+    clips = [clip.tolist() for clip in case.waveform()]
+
+    def fbank(clip: list[float]) -> np.ndarray:
+        extractor = knf.OnlineFbank(options)
+        extractor.accept_waveform(case.spec.sampling_rate, clip)
+        extractor.input_finished()
+        return np.stack([extractor.get_frame(i) for i in range(extractor.num_frames_ready)])
+
+    def run() -> object:
+        if torch.get_num_threads() == 1:
+            return [fbank(clip) for clip in clips]
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return list(pool.map(fbank, clips))
+
+    return run
+
+
+def by_torch(case: Case) -> Callable[[], object]:
+    # A gradient is what the C++ engine leaves to torch; the graph that it builds is a small part of the time.
+    waveform = case.waveform().requires_grad_()
+    return lambda: log_mel(waveform, None, case.spec)[0].detach()
+
+
+def by_native(case: Case) -> Callable[[], object]:
+    if not native.available():
+        pytest.skip(f"no native log-mel engine: {native.description()}")
+    waveform = case.waveform()
+    return lambda: native.log_mel_native(waveform, None, case.spec)[0]
+
+
+def by_native_int16(case: Case) -> Callable[[], object]:
+    if not native.available():
+        pytest.skip(f"no native log-mel engine: {native.description()}")
+    waveform = (32768 * case.waveform()).clamp(-32768, 32767).to(torch.int16)
+    return lambda: native.log_mel_native(waveform, None, case.spec)[0]
+
+
+ENGINES = {
+    "fastclap C++": by_native,
+    "fastclap C++, int16": by_native_int16,
+    "fastclap torch": by_torch,
+    "torchaudio": by_torchaudio,
+    "kaldi-native-fbank": by_kaldi_native_fbank,
+}
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):  # type: ignore[no-untyped-def]
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", CASES)
+def test_log_mel(benchmark, name: str, engine: str, threads: int) -> None:  # type: ignore[no-untyped-def]
+    benchmark.group = f"{name}, {CLIPS} clips of {SECONDS} s, {threads} thread{'s' * (threads > 1)}"
+    case = CASES[name]
+    run = ENGINES[engine](case)
+    others = [make(case) for other, make in ENGINES.items() if other != engine]
+    processor_time = []
+
+    def round_of_others() -> None:
+        for other in others:
+            other()
+        run()
+
+    def timed() -> object:
+        start = time.process_time()
+        result = run()
+        processor_time.append(time.process_time() - start)
+        return result
+
+    result = benchmark.pedantic(timed, setup=round_of_others, rounds=ROUNDS)
+    benchmark.extra_info["threads"] = threads
+    benchmark.extra_info["simd"] = native.description()
+    benchmark.extra_info["cpu_ms_per_clip"] = 1e3 * min(processor_time) / CLIPS
+    if benchmark.stats is not None:  # --benchmark-disable runs each engine once, without a clock
+        benchmark.extra_info["ms_per_clip"] = 1e3 * benchmark.stats.stats.median / CLIPS
+        benchmark.extra_info["min_ms_per_clip"] = 1e3 * benchmark.stats.stats.min / CLIPS
+    if engine.startswith("fastclap"):  # the engines do the same work
+        reference, _ = log_mel(case.waveform().requires_grad_(), None, case.spec)
+        assert isinstance(result, Tensor)
+        assert (result - reference.detach()).abs().max() < 0.05
