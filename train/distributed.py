@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from fastclap.errors import ConfigError
 
-
 T = TypeVar("T")
 
 

@@ -1,12 +1,13 @@
 """The training loop, to be read from top to bottom.
 
 A run is a function of its configuration. The data order, crops and captions follow from (seed, step), and so do
-dropout and every other random number: all generators are seeded anew before each step from (seed, step, rank). A resumed
-run therefore needs no stored generator state and repeats the uninterrupted one bit for bit on the same kind of device.
+dropout and every other random number: all generators are seeded anew before each step from (seed, step, rank). A
+resumed run therefore needs no stored generator state and repeats the uninterrupted one bit for bit on the same kind of
+device.
 
-Nothing in a step waits for the device. Losses, norms and the verdict "this step is not finite" stay there as tensors; the
-optimizer reads the verdict itself (the ``found_inf`` argument of the fused kernel) and one small copy every ``log_every``
-steps brings the numbers back.
+The loop does not wait for the device between log lines. Losses, norms and the verdict "this step is not finite" stay
+there as tensors; the optimizer reads the verdict itself (the ``found_inf`` argument of the fused kernel), and one small
+copy every ``log_every`` steps brings the numbers back.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import math
 import random
 import shutil
 import signal
-import time
 from collections.abc import Generator, Iterable
 from pathlib import Path
 from types import FrameType
@@ -292,7 +292,7 @@ class Interrupt:
         self.wanted, self.name = True, signal.Signals(number).name
 
     def agreed(self, flag: Tensor, world: World) -> bool:
-        """Whether all ranks stop now. With several ranks: the summed flag of one step ago, so that nobody waits for it."""
+        """Whether all ranks stop now. Of several ranks: the summed flag of the step before, so nobody waits."""
         if world.group is None:
             return self.wanted
         last, self._last_flag = self._last_flag, flag.to("cpu", non_blocking=True)
@@ -313,7 +313,7 @@ def seed_step(config: TrainConfig, step: int, world: World) -> None:
 
 
 def scheduled(config: OptimizerConfig, step: int, total: int) -> float:
-    """Learning rate of step 1..total: linear warm-up to the peak, then cosine, linear or no decay to ``final_share``."""
+    """Learning rate of step 1..total: linear warm-up to the peak, then the chosen decay to ``final_share`` of it."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
@@ -338,8 +338,9 @@ def log_line(record: dict[str, Any], lap: dict[str, float], config: TrainConfig)
     norm = "-" if record["grad_norm"] is None else f"{record['grad_norm']:.2f}"
     skipped = f"  skipped {record['skipped_steps']}" if record["skipped_steps"] else ""
     return (
-        f"step {record['step']}/{config.steps}  epoch {record['epoch']}  loss {loss}  scale {record['logit_scale']:.2f}  "
-        f"lr {record['learning_rate']:.2e}  |g| {norm}  {rate:.1f} clips/s  left {clock(left)}{skipped}"
+        f"step {record['step']}/{config.steps}  epoch {record['epoch']}  loss {loss}  "
+        f"scale {record['logit_scale']:.2f}  lr {record['learning_rate']:.2e}  |g| {norm}  "
+        f"{rate:.1f} clips/s  left {clock(left)}{skipped}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What happens once, before the first step: resume point, demo data, model, optimizer, the files that describe a run."""
+"""What happens once, before the first step: resume point, demo data, model, optimizer, files that describe the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import yaml
 from torch import nn
 
 import fastclap
-from fastclap.config import CLAPConfig
 from fastclap.data import ClipDataset, Manifest
 from fastclap.data.demo_voices import write_demo
 from fastclap.errors import ConfigError
@@ -29,10 +28,27 @@ from fastclap.train.distributed import World
 _STATISTICS_CLIPS = 512  # plenty for a mean and a deviation
 
 # A resumed run may change these; anything else would make it another training.
-_MAY_CHANGE = (
-    "run_dir resume init_from steps log_every valid_every save_every keep threads tensorboard wandb device max_bad_steps "
-    "data.workers data.prefetch data.cache_mb data.valid data.max_bad_share valid"
-).split()
+_MAY_CHANGE = [
+    "run_dir",
+    "resume",
+    "init_from",
+    "steps",
+    "log_every",
+    "valid_every",
+    "save_every",
+    "keep",
+    "threads",
+    "tensorboard",
+    "wandb",
+    "device",
+    "max_bad_steps",
+    "data.workers",
+    "data.prefetch",
+    "data.cache_mb",
+    "data.valid",
+    "data.max_bad_share",
+    "valid",
+]
 
 
 def find_checkpoint(config: TrainConfig, run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -47,8 +63,8 @@ def find_checkpoint(config: TrainConfig, run_dir: Path) -> tuple[Path, dict[str,
         existing = checkpoint.checkpoints(run_dir)
         if existing:
             raise ConfigError(
-                f"{run_dir} already holds a run (newest checkpoint {existing[-1].name}): continue it with --resume, or name "
-                "another --run-dir"
+                f"{run_dir} already holds a run (newest checkpoint {existing[-1].name}): continue it with --resume, "
+                "or name another --run-dir"
             )
         return None
     newest = checkpoint.newest_checkpoint(run_dir)
@@ -113,7 +129,7 @@ def fit_feature_statistics(model: CLAP, dataset: ClipDataset, world: World) -> N
 
 
 def build_optimizer(model: CLAP, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the parameters that train; weight decay on the matrices of linear and convolution layers only."""
+    """Fused AdamW over the parameters that train; weight decay on linear and convolution matrices only."""
     decayed_names = {
         f"{name}.weight"
         for name, module in model.named_modules()

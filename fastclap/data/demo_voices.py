@@ -73,7 +73,8 @@ class _Speaker:
 
 
 def write_demo(
-    folder: str | os.PathLike[str], num_train: int = 1000, num_valid: int = 200, seed: int = 0) -> tuple[str, str]:
+    folder: str | os.PathLike[str], num_train: int = 1000, num_valid: int = 200, seed: int = 0
+) -> tuple[str, str]:
     """Write the demo clips (16 kHz 16-bit WAV, about 2 s each) and their manifests, unless they are there already.
 
     The same arguments give the same bytes on the same machine. Styles are balanced; a clip has four global captions and

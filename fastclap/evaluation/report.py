@@ -368,7 +368,13 @@ def _classification_table(classification: Mapping[str, Any]) -> str:
         uar = f"{_percent(figures['uar'])} <small>chance {_percent(figures['chance'])}</small>"
         cells = [_Markup(accuracy), _Markup(uar), _percent(figures["macro_f1"])]
         rows.append(
-            [column, figures["clips"], len(figures["classes"]), *cells, "; ".join(figures.get("templates") or ["prompt list"])]
+            [
+                column,
+                figures["clips"],
+                len(figures["classes"]),
+                *cells,
+                "; ".join(figures.get("templates") or ["prompt list"]),
+            ]
         )
     return _table(["column", "clips", "classes", "accuracy (WA) %", "UAR (UA) %", "macro-F1 %", "prompt"], rows)
 

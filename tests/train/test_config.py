@@ -80,18 +80,18 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
 def test_bad_files_name_the_key(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="bad.yaml") as caught:
+    with pytest.raises(ConfigError, match=r"bad\.yaml") as caught:
         load_config(path, TrainConfig())
     assert message in str(caught.value)
 
 
 def test_missing_configuration_file() -> None:
-    with pytest.raises(ConfigError, match="nowhere.yaml: cannot read"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot read"):
         load_config("nowhere.yaml", TrainConfig())
 
 
 def test_unknown_recipe_lists_the_known() -> None:
-    with pytest.raises(FastclapError, match="no recipe 'smal'.*demo, small"):
+    with pytest.raises(FastclapError, match=r"no recipe 'smal'.*demo, small"):
         parse(["smal"])
 
 

@@ -27,7 +27,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def on_ranks(size: int, function: Callable[..., None], *arguments: Any) -> list[int | None]:
-    """Run ``function(*arguments)`` in ``size`` forked processes with torchrun's environment; returns their exit codes."""
+    """Run ``function(*arguments)`` in forked processes with torchrun's environment; returns their exit codes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -83,7 +83,7 @@ def _gradients_on_a_rank(model: fastclap.CLAP, config: TrainConfig, expected: di
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_averaged_gradients_are_those_of_one_process(tiny: Callable[..., TrainConfig], size: int) -> None:
-    """The model in float64 (its log-mel and masked means stay float32), cached and not; captions recur on other ranks."""
+    """The model in float64 (log-mel and masked means stay float32), cached and not; captions recur across ranks."""
     config = without_dropout(tiny(batch_size=16))
     manifest = load_manifest(config.data.train)
     torch.manual_seed(0)

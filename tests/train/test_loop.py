@@ -52,7 +52,7 @@ def test_a_run_leaves_what_it_promises(tiny: Build) -> None:
     assert (run / "report" / "training.png").stat().st_size > 1000
     assert list((run / "tensorboard").glob("events.*"))
 
-    # The export, the last checkpoint and the run folder are the same model, and it scores what the last validation says.
+    # Export, last checkpoint and run folder are the same model, and it scores what the last validation says.
     model = fastclap.CLAP.from_pretrained(model_dir)
     figures = evaluate(model, load_manifest(config.data.valid))
     figures.pop("time")

@@ -150,7 +150,7 @@ def test_a_finished_run_can_be_extended(tiny: Build) -> None:
 
 
 def test_damaged_checkpoints(tiny: Build, capfd: pytest.CaptureFixture[str]) -> None:
-    """The newest one truncated: the one before is used and the damage reported. All damaged: an error, not a fresh start."""
+    """The newest truncated: the one before is used and the damage reported. All damaged: an error, no fresh start."""
     config = tiny(steps=6)
     train(config)
     older, newer = checkpoint.checkpoints(Path(config.run_dir))
@@ -161,7 +161,7 @@ def test_damaged_checkpoints(tiny: Build, capfd: pytest.CaptureFixture[str]) -> 
     assert "skipped a damaged checkpoint" in error and str(weights) in error and "bytes were written" in error
     for path in checkpoint.checkpoints(Path(config.run_dir)):
         (path / "trainer.safetensors").unlink()
-    with pytest.raises(ModelError, match="no checkpoint of this run is complete.*trainer.safetensors: missing"):
+    with pytest.raises(ModelError, match=r"no checkpoint of this run is complete.*trainer.safetensors: missing"):
         train(tiny(steps=6, resume=True))
     assert older.name == "step-3"
 
@@ -174,7 +174,7 @@ def test_checkpoint_of_another_model(tiny: Build) -> None:
     train(other)
     model = fastclap.CLAP.from_pretrained(first.run_dir)
     optimizer, foreign = build_optimizer(model, first.optimizer), checkpoint.checkpoints(Path(other.run_dir))[-1]
-    with pytest.raises(ModelError, match="checkpoint of another model: .* has shape"):
+    with pytest.raises(ModelError, match=r"checkpoint of another model: .* has shape"):
         checkpoint.restore(foreign, model, optimizer, WeightAverage(model, 0.9))
     with pytest.raises(ModelError, match="saved with weight averaging"):
         checkpoint.restore(foreign, model, optimizer, None)
