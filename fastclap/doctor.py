@@ -26,7 +26,7 @@ NEEDED = (
         "soxr",
         "datasets",
     ),
-    *("pyarrow", "scikit-learn", "rich", "tyro", "pydantic", "PyYAML", "matplotlib", "huggingface_hub"),
+    *("pyarrow", "scikit-learn", "rich", "tyro", "PyYAML", "matplotlib", "huggingface_hub"),
 )
 OPTIONAL = ("triton", "torchaudio", "nvidia-ml-py", "tensorboard", "wandb")
 NATIVE = ("torch", "triton", "torchaudio", "tokenizers", "soundfile", "soxr")  # installed is not yet loadable
@@ -68,7 +68,7 @@ def diagnose() -> tuple[dict[str, dict[str, Any]], list[str]]:
         "system": _system(torch),
         "packages": packages,
         "gpu": gpu,
-        "engines": _engines(torch, "triton" in modules, gpu["devices"]),
+        "engines": _engines(torch),
         "audio": audio,
     }, problems
 
@@ -98,11 +98,12 @@ def _gpu(torch: Any) -> dict[str, Any]:
     return {"devices": devices, "CUDA of torch": torch.version.cuda or torch.version.hip}
 
 
-def _engines(torch: Any, triton: bool, devices: list[str]) -> dict[str, str]:
+def _engines(torch: Any) -> dict[str, str]:
     if torch is None:
-        return {"torch": "no: torch does not load", "triton": "no: torch does not load"}
-    usable = "yes" if devices else "no: there is no GPU"
-    return {"torch": "yes", "triton": usable if triton else "no: triton does not load"}
+        return {"torch": "no: torch does not load", "native log-mel": "no: torch does not load"}
+    from fastclap.kernels import native
+
+    return {"torch": "yes", "native log-mel": f"{'yes' if native.available() else 'no'}: {native.description()}"}
 
 
 def _audio(soundfile: Any) -> dict[str, Any]:

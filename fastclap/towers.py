@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from fastclap.config import AudioTowerConfig, TextTowerConfig
@@ -148,14 +149,13 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],  # cos, sin [T, C // heads]
         mask: Tensor | None,  # bool [B, 1, 1, T]
     ) -> Tensor:  # [B, T, C]
-        batch, frames, width = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(batch, frames, 3 * self.heads, width // self.heads).transpose(1, 2)
+        qkv = rearrange(self.qkv(self.attention_norm(x)), "b t (h c) -> b h t c", h=3 * self.heads)
         qk, v = qkv[:, : 2 * self.heads], qkv[:, 2 * self.heads :]
         cos, sin = rotary
         first, second = qk.chunk(2, -1)
         qk = (qk * cos + torch.cat([-second, first], -1) * sin).to(v.dtype)
         y = F.scaled_dot_product_attention(qk[:, : self.heads], qk[:, self.heads :], v, attn_mask=mask)
-        x = x + self.dropout(self.out(y.transpose(1, 2).reshape(batch, frames, width)))
+        x = x + self.dropout(self.out(rearrange(y, "b h t c -> b t (h c)")))
         return x + self.dropout(self.down(F.gelu(self.up(self.feedforward_norm(x)))))
 
 

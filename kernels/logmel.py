@@ -257,7 +257,11 @@ def log_mel(
     Raises ValueError for a waveform that is not [B, T] or is empty, for a dtype other than int16 or floating point, and
     for lengths that are not B integers in [0, T]. Lengths on a GPU are clamped instead: reading them would stall it.
     """
+    from fastclap.kernels import native  # which builds on this module
+
     lengths = _check(waveform, lengths)
+    if native.usable(waveform, spec):
+        return native.log_mel_native(waveform, lengths, spec)
     batch, samples = waveform.shape
     frames = spec.frames(samples)
     if lengths is None:

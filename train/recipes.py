@@ -28,6 +28,7 @@ def small() -> TrainConfig:
                 },
                 feature_normalization="clip",
                 random_gain=6.0,
+                frequency_warp=0.04,
                 time_mask_width=10,
                 frequency_mask_width=20,
             ),
@@ -35,8 +36,8 @@ def small() -> TrainConfig:
             head=HeadConfig(kind="linear", dim=128),
         ),
         optimizer=OptimizerConfig(warmup_steps=50, ema_decay=0.99),
-        steps=500,
-        save_every=100,
+        steps=1000,
+        save_every=250,
     )
 
 
