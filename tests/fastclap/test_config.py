@@ -65,23 +65,3 @@ def test_importing_the_configuration_does_not_import_torch() -> None:
     code = "import sys, fastclap.config; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-def test_every_field_is_a_flag_with_a_help_text() -> None:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--model", type=CLAPConfig)
-    parsed = parser.parse_args(
-        [
-            *("--model.audio.feature_options", '{"n_mels": 64}', "--model.audio.hf_config", '{"model_type": "hubert"}'),
-            *("--model.text.freeze", "true", "--model.head.dropout", "0.3", "--model.max_logit_scale", "20"),
-        ]
-    )
-    config = parser.instantiate(parsed).model
-    assert config.audio.feature_options == {"n_mels": 64} and config.audio.hf_config == {"model_type": "hubert"}
-    assert config.text.freeze is True and config.head.dropout == 0.3 and config.max_logit_scale == 20
-    flags = parser.format_help()
-    for part, cls in (("audio", AudioTowerConfig), ("text", TextTowerConfig), ("head", HeadConfig)):
-        for field in dataclasses.fields(cls):
-            assert f"--model.{part}.{field.name}" in flags

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -121,8 +123,16 @@ def test_impossible_settings_exit_with_one_line(
     assert stop.value.code == 2 and message in error and "Traceback" not in error
 
 
-def test_help_through_the_real_command_line() -> None:
+def test_help_through_the_real_command_line_shows_every_field() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "fastclap.train.cli", "small", "--help"], capture_output=True, text=True, check=False
     )
-    assert result.returncode == 0 and "--optimizer.learning-rate" in result.stdout
+    assert result.returncode == 0
+
+    def flags(value: object, prefix: str) -> Iterator[str]:
+        for field in dataclasses.fields(value):  # type: ignore[arg-type]
+            inner, name = getattr(value, field.name), f"{prefix}{field.name.replace('_', '-')}"
+            yield from flags(inner, f"{name}.") if dataclasses.is_dataclass(inner) else [f"--{name}"]
+
+    missing = [flag for flag in flags(RECIPES["small"](), "") if flag not in result.stdout]
+    assert not missing

@@ -51,31 +51,32 @@ def assert_same_run(expected: str, actual: str) -> None:
 
 def test_twenty_kills_at_random_moments_leave_no_trace(tiny: Build) -> None:
     """SIGKILL anywhere, also inside a save (there is one after every step), then --resume: bit-identical in the end."""
-    whole, killed = tiny("whole", save_every=1, steps=24), tiny("killed", save_every=1, steps=24, resume=True)
+    whole, killed = (tiny(name, save_every=1, steps=200, valid_every=50) for name in ("whole", "killed"))
     train(whole)
-    moments, kills = random.Random(0), 0
-    while kills < 20:
-        before = len(checkpoint.checkpoints(Path(killed.run_dir)))
+    killed.resume = True
+    root, moments, struck_a_save = Path(killed.run_dir) / "checkpoints", random.Random(0), 0
+    for kill in range(20):
+        before = _newest(root)
         child = FORK.Process(target=train, args=(killed,))
         child.start()
-        deadline = time.monotonic() + 60
-        # Let it show that it runs, then strike: after a new checkpoint most times, before one sometimes.
-        while moments.random() < 0.999 and not _advanced(killed.run_dir, before) and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.05))
-        assert child.is_alive() or kills >= 5, f"the run ended after {kills} kills: too few steps for this machine"
-        if not child.is_alive():
-            break
+        # Every fifth is struck while it starts up; the others get a step further, and half of them into a save.
+        while child.is_alive() and kill % 5 and _newest(root) == before:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.015))
+        while child.is_alive() and kill % 5 > 2 and not any(root.glob(".writing-*")):
+            time.sleep(0.0005)
+        assert child.is_alive(), f"the run ended before kill {kill + 1}"
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        kills += 1
+        struck_a_save += any(root.glob(".writing-*"))
     train(killed)
     assert_same_run(whole.run_dir, killed.run_dir)
-    assert not list((Path(killed.run_dir) / "checkpoints").glob(".writing-*"))
+    assert struck_a_save, "no kill fell into a save"
+    assert not list(root.glob(".writing-*"))
 
 
-def _advanced(run_dir: str, before: int) -> bool:
-    return len(checkpoint.checkpoints(Path(run_dir))) != before
+def _newest(root: Path) -> int:
+    return max((int(path.name[5:]) for path in root.glob("step-*")), default=0)
 
 
 def test_sigterm_saves_and_exits_cleanly(tiny: Build) -> None:
