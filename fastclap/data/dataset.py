@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from fastclap.errors import DataError
 
 MIN_SECONDS = 0.1
 _MAX_REPLACEMENTS = 64
+_GRACE_SECONDS = 30
 
 # What a hash is drawn for, so that the crop of a row tells nothing about its caption.
 _CROP, _CAPTION, _REPLACEMENT = 1, 2, 3
@@ -388,7 +390,7 @@ def make_loader(
             multiprocessing_context=context,
             # torch draws a seed for its workers; from the default generator, that would shift what a resumed run draws.
             generator=torch.Generator(),
-            worker_init_fn=_end_with_parent,
+            worker_init_fn=_start_worker,
         )
     )
 
@@ -397,8 +399,14 @@ def _identity(item: Any) -> Any:
     return item
 
 
-def _end_with_parent(worker: int) -> None:
-    """End this loader process with its parent. torch watches the fork server instead, which outlives a killed run."""
+def _start_worker(worker: int) -> None:
+    """Tie this loader process to its parent.
+
+    It ends when the parent ends; torch watches the fork server instead, which outlives a killed run. And it outlives a
+    signal to the whole process group (Ctrl-C, a scheduler's SIGTERM), so that the parent can finish its step and save.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_SECONDS))  # then SIGALRM ends it
 
     def wait() -> None:
         parent = multiprocessing.parent_process()

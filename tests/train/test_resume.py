@@ -11,11 +11,14 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 import fastclap
@@ -96,6 +99,24 @@ def test_sigterm_saves_and_exits_cleanly(tiny: Build) -> None:
     stopped.resume = True
     train(stopped)
     assert_same_run(whole.run_dir, stopped.run_dir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_process_group_saves_too(tiny: Build, tmp_path: Path, number: signal.Signals) -> None:
+    """What Ctrl-C and schedulers do: the loader process is hit as well, through the real command line."""
+    config = tiny(steps=100000, log_every=1)
+    config.data.workers = 1
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    command = [sys.executable, "-m", "fastclap.train.cli", "small", "--config", str(tmp_path / "run.yaml")]
+    child = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    while not child.stdout.readline().startswith("step 5/"):
+        assert child.poll() is None
+    os.killpg(child.pid, number)
+    out, _ = child.communicate(timeout=120)
+    assert child.returncode == 0 and f"stopped by {number.name} at step" in out
+    newest = checkpoint.newest_checkpoint(Path(config.run_dir))
+    assert newest is not None and newest[1]["step"] >= 5
 
 
 def test_a_full_disk_loses_nothing_older(tiny: Build, capfd: pytest.CaptureFixture[str]) -> None:
