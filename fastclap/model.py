@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fastclap.config import FORMAT_VERSION, CLAPConfig
 from fastclap.errors import ConfigError, DataError, ModelError
+from fastclap.files import fsync
 from fastclap.heads import build_head
 from fastclap.tokenizer import TOKENIZER_FILE, Tokenizer
 from fastclap.towers import as_float, build_audio_tower, build_text_tower
@@ -289,7 +290,7 @@ class CLAP(nn.Module):
                 shutil.rmtree(old, ignore_errors=True)
                 target.replace(old)
             temporary.replace(target)
-            _fsync(target.parent)
+            fsync(target.parent)
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -305,8 +306,8 @@ class CLAP(nn.Module):
         if self.tokenizer is not None:
             self.tokenizer.save(folder / TOKENIZER_FILE)
         for item in folder.iterdir():
-            _fsync(item)
-        _fsync(folder)
+            fsync(item)
+        fsync(folder)
 
     @classmethod
     def from_pretrained(
@@ -335,7 +336,7 @@ class CLAP(nn.Module):
                 model = cls(config, tokenizer, load_pretrained=False)
         except ConfigError as error:
             raise ModelError(f"{folder / CONFIG_FILE}: {error}") from error
-        _check_weights(model, weights, folder / WEIGHTS_FILE)
+        check_weights(model, weights, folder / WEIGHTS_FILE)
         model.load_state_dict(weights)
         return model.to(device=device, dtype=dtype).eval()
 
@@ -515,7 +516,7 @@ def _read_config(path: Path) -> CLAPConfig:
         raise ModelError(f"{path}: {error}") from error
 
 
-def _check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Compare names and shapes, so that a checkpoint of another model says what differs."""
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in weights]
@@ -528,11 +529,3 @@ def _check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) 
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ModelError(f"{path}: not the weights of this configuration: {'; '.join(problems[:5])}{more}")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

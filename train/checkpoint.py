@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fastclap.errors import ModelError, TrainingError
-from fastclap.model import CLAP
+from fastclap.files import fsync
+from fastclap.model import CLAP, WEIGHTS_FILE, check_weights, load_state_dict_file
 from fastclap.train.averaging import WeightAverage
 
 FORMAT = 1
@@ -63,11 +64,11 @@ def save_checkpoint(
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         (partial / _STATE).write_text(json.dumps({"format": FORMAT, "step": step, "files": sizes, **state}, indent=1))
         for file in partial.iterdir():
-            _fsync(file)
+            fsync(file)
         if final.exists():  # an older attempt at this step that was found damaged
             shutil.rmtree(final)
         os.rename(partial, final)
-        _fsync(root)
+        fsync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise TrainingError(
@@ -147,15 +148,16 @@ def restore(path: Path, model: CLAP, optimizer: torch.optim.Optimizer, average: 
     Raises:
         ModelError: the checkpoint belongs to another model (its tensors have other names or shapes).
     """
-    weights = _read_tensors(path / "model.safetensors")
-    trainer = _read_tensors(path / _TRAINER)
+    weights = load_state_dict_file(path / WEIGHTS_FILE)
+    trainer = load_state_dict_file(path / _TRAINER)
     under_training = {name[8:]: value for name, value in trainer.items() if name.startswith("weights/")}
     if (average is not None) != bool(under_training):
         raise ModelError(
             f"{path}: saved {'with' if under_training else 'without'} weight averaging; "
             "set --optimizer.ema-decay as it was"
         )
-    _load_weights(path, model, under_training or weights)
+    check_weights(model, under_training or weights, path)
+    model.load_state_dict(under_training or weights)
     if average is not None:
         average.load(weights)
     for name, parameter in model.named_parameters():
@@ -173,35 +175,3 @@ def optimizer_tensors(model: CLAP, optimizer: torch.optim.Optimizer) -> dict[str
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}/{name}"] = value
     return tensors
-
-
-def _load_weights(path: Path, model: CLAP, weights: dict[str, torch.Tensor]) -> None:
-    expected = model.state_dict()
-    for name, tensor in expected.items():
-        if name not in weights:
-            raise ModelError(f"{path}: checkpoint of another model: it has no tensor {name!r}")
-        if weights[name].shape != tensor.shape:
-            raise ModelError(
-                f"{path}: checkpoint of another model: {name!r} has shape {tuple(weights[name].shape)}, "
-                f"the configured model {tuple(tensor.shape)}"
-            )
-    unknown = sorted(weights.keys() - expected.keys())
-    if unknown:
-        raise ModelError(f"{path}: checkpoint of another model: the configured model has no tensor {unknown[0]!r}")
-    model.load_state_dict(weights)
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: cannot be read ({error}); the checkpoint is damaged") from error
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

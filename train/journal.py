@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastclap.errors import ConfigError
+from fastclap.files import write_atomic
 
 
 class Journal:
@@ -105,7 +106,7 @@ def clock(seconds: float) -> str:
 
 
 def _truncate(path: Path, last_step: int) -> None:
-    """Keep the records up to ``last_step``; a torn last line goes too. Written aside and renamed."""
+    """Keep the records up to ``last_step``; a torn last line goes too."""
     if not path.exists():
         return
     kept = []
@@ -115,9 +116,7 @@ def _truncate(path: Path, last_step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    aside = path.with_suffix(".jsonl.new")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_atomic(path, "".join(kept).encode())
 
 
 def _numbers(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import fastclap
 from fastclap.data import ClipDataset, Manifest
 from fastclap.data.demo_voices import write_demo
 from fastclap.errors import ConfigError
+from fastclap.files import write_atomic
 from fastclap.model import CLAP
 from fastclap.tokenizer import train_tokenizer
 from fastclap.towers import LogMelTower
@@ -152,8 +152,8 @@ def build_optimizer(model: CLAP, config: OptimizerConfig) -> torch.optim.AdamW:
 def write_run_files(config: TrainConfig, run_dir: Path, world: World) -> None:
     """``config.yaml`` (resolved; usable as --config) and ``environment.json``."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    _replace(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
-    _replace(run_dir / "environment.json", json.dumps(environment(world), indent=1))
+    write_atomic(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
+    write_atomic(run_dir / "environment.json", json.dumps(environment(world), indent=1).encode())
 
 
 def environment(world: World) -> dict[str, Any]:
@@ -207,9 +207,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.new")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

@@ -13,13 +13,13 @@ import html
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastclap.errors import DataError
+from fastclap.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,19 +86,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}:{number}: not a record with kind and step; remove the line") from error
         records.append(record)
     return records
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is never seen half-written: aside, flushed to the disk, then renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 # ---- pictures ----

@@ -15,7 +15,7 @@ import torch
 
 from fastclap.errors import DataError
 from fastclap.evaluation import classification, retrieval, write_report
-from fastclap.evaluation.report import write_atomic
+from fastclap.files import write_atomic
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
