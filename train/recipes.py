@@ -28,7 +28,7 @@ def small() -> TrainConfig:
                 },
                 feature_normalization="clip",
                 random_gain=6.0,
-                frequency_warp=0.02,
+                frequency_warp=0.04,
                 time_mask_width=10,
                 frequency_mask_width=20,
             ),
