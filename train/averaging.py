@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -40,3 +43,16 @@ class WeightAverage:
         """Take over an average saved earlier (names must be those of the model)."""
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
+
+
+@contextmanager
+def applied(average: WeightAverage | None, model: nn.Module) -> Iterator[None]:
+    """The model carries the averaged weights inside the block (if there is an average)."""
+    if average is None:
+        yield
+        return
+    average.swap(model)
+    try:
+        yield
+    finally:
+        average.swap(model)

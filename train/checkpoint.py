@@ -12,8 +12,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from safetensors.torch import save_file
 from fastclap.errors import ModelError, TrainingError
 from fastclap.files import fsync
 from fastclap.model import CLAP, WEIGHTS_FILE, check_weights, load_state_dict_file
-from fastclap.train.averaging import WeightAverage
+from fastclap.train.averaging import WeightAverage, applied
 
 FORMAT = 1
 _STATE = "state.json"
@@ -77,19 +75,6 @@ def save_checkpoint(
     for old in checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-@contextmanager
-def applied(average: WeightAverage | None, model: CLAP) -> Iterator[None]:
-    """The model carries the averaged weights inside the block (if there is an average)."""
-    if average is None:
-        yield
-        return
-    average.swap(model)
-    try:
-        yield
-    finally:
-        average.swap(model)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

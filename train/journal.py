@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,6 @@ class Journal:
         self.path = run_dir / "metrics.jsonl"
         _truncate(self.path, start_step)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
-        self._total = total_steps
         self._progress = _progress_bar(start_step, total_steps)
         self._tensorboard = _open_tensorboard(run_dir) if tensorboard else None
         self._wandb = _open_wandb(run_dir, config) if wandb else None
@@ -93,9 +94,12 @@ class Stopwatch:
         self._start, self._clips = now, 0
         return {"seconds": round(seconds, 4), "clips_per_second": round(clips / max(seconds, 1e-9), 2)}
 
-    def skip(self) -> None:
-        """Leave out what happened since the last call of ``lap`` or ``skip`` that was not training (a validation)."""
-        self._start = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside the block (a validation, a save) does not count as training time."""
+        begin = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begin
 
 
 def clock(seconds: float) -> str:

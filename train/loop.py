@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-import shutil
 import signal
 from collections.abc import Generator, Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastclap.data import Batch, BatchSampler, ClipDataset, Manifest, Quarantine, load_manifest, make_loader
@@ -32,8 +32,7 @@ from fastclap.evaluation import ClassificationTask, evaluate, write_report
 from fastclap.model import CLAP
 from fastclap.prompts import load_prompts
 from fastclap.train import checkpoint, distributed
-from fastclap.train.averaging import WeightAverage
-from fastclap.train.checkpoint import applied
+from fastclap.train.averaging import WeightAverage, applied
 from fastclap.train.config import OptimizerConfig, TrainConfig
 from fastclap.train.distributed import World
 from fastclap.train.journal import Journal, Stopwatch, clock
@@ -205,11 +204,11 @@ def _train(config: TrainConfig, world: World) -> Path:
             if journal is not None:
                 journal.advance(step)
             if valid is not None and step != config.steps and config.valid_every and step % config.valid_every == 0:
-                validate(config, model, average, valid, step, journal, world)
-                watch.skip()
+                with watch.paused():
+                    validate(config, model, average, valid, step, journal, world)
             if step % config.save_every == 0 and step != config.steps and not stop:
-                save(config, run_dir, step, model, optimizer, average, totals, journal, world, required=False)
-                watch.skip()
+                with watch.paused():
+                    save(config, run_dir, step, model, optimizer, average, totals, journal, world, required=False)
             if stop:
                 save(config, run_dir, step, model, optimizer, average, totals, journal, world, required=True)
                 if journal is not None:
@@ -405,13 +404,10 @@ def save(
 
 
 def export(run_dir: Path, model: CLAP, average: WeightAverage | None) -> None:
-    """Write ``run_dir/model``, replacing an older export only when the new one is complete."""
-    final, partial = run_dir / "model", run_dir / ".model.new"
+    """Write ``run_dir/model``; an older export stays until the new one is complete."""
+    final = run_dir / "model"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         with applied(average, model):
-            model.save_pretrained(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    except OSError as error:
+            model.save_pretrained(final)
+    except (OSError, SafetensorError) as error:
         raise TrainingError(f"{final}: the model could not be written ({error}); the checkpoints hold it") from error

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastclap.data import Batch
+from fastclap.errors import ConfigError
 from fastclap.grad_cache import GradCache
 from fastclap.losses import info_nce, sigmoid_loss
 from fastclap.model import CLAP
@@ -27,6 +28,8 @@ class Objective:
     def __init__(
         self, model: CLAP, config: LossConfig, chunk_size: int, autocast: torch.dtype | None, world: World
     ) -> None:
+        if config.kind == "sigmoid" and model.logit_bias is None:
+            raise ConfigError("--loss.kind sigmoid needs a logit bias: set --model.init-logit-bias (SigLIP uses -10)")
         self.model = model
         self.config = config
         self.autocast_dtype = autocast
@@ -69,7 +72,7 @@ class Objective:
         text, scale, group = unique_text[rows], self.model.logit_scale, self.world.group
         if self.config.kind == "sigmoid":
             bias = self.model.logit_bias
-            assert bias is not None
+            assert bias is not None  # checked at construction
             return weight * sigmoid_loss(audio, text, scale, bias, a_ids=ids, b_ids=ids, process_group=group)
         smoothing = self.config.label_smoothing
         return weight * info_nce(

@@ -15,12 +15,13 @@ import yaml
 import fastclap
 from fastclap.config import AudioTowerConfig
 from fastclap.data import Batch, load_manifest
-from fastclap.errors import DataError, ModelError, TrainingError
+from fastclap.errors import ConfigError, DataError, ModelError, TrainingError
 from fastclap.evaluation import evaluate
 from fastclap.testing import assert_close_rel
 from fastclap.train.cli import main
 from fastclap.train.config import OptimizerConfig, TrainConfig, load_config
 from fastclap.train.distributed import World
+from fastclap.train.journal import Stopwatch
 from fastclap.train.loop import Totals, scheduled, seed_step, train
 from fastclap.train.objective import Objective
 from fastclap.train.setup import build_model, build_optimizer
@@ -73,6 +74,23 @@ def test_sigmoid_loss_trains_its_bias(tiny: Build) -> None:
     config.loss.kind, config.model.init_logit_bias = "sigmoid", -10.0
     bias = fastclap.CLAP.from_pretrained(train(config)).logit_bias
     assert bias is not None and bias.item() != -10.0
+
+
+def test_sigmoid_loss_without_a_bias_says_what_to_set(tiny: Build) -> None:
+    config = tiny()
+    config.loss.kind = "sigmoid"
+    with pytest.raises(ConfigError, match=r"--model\.init-logit-bias"):
+        train(config)
+
+
+def test_the_stopwatch_leaves_out_pauses_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 2.0, 7.0, 8.0])  # made, pause from 2 to 7, lap at 8
+    monkeypatch.setattr("fastclap.train.journal.time.perf_counter", lambda: next(now))
+    watch = Stopwatch()
+    watch.add(30)
+    with watch.paused():
+        pass
+    assert watch.lap() == {"seconds": 3.0, "clips_per_second": 10.0}
 
 
 def test_caching_changes_the_memory_and_not_the_gradient(tiny: Build) -> None:
