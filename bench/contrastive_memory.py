@@ -22,41 +22,23 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bench.peers import materialised
+from bench.timing import embeddings
 from fastclap.losses import info_nce
 
-
-def materialised(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """One S for both directions, after the same normalisation."""
-    logits = scale * (F.normalize(a, dim=1) @ F.normalize(b, dim=1).t())
-    labels = torch.arange(a.shape[0], device=a.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
-
-
-def open_clip_style(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """Two products, A·Bᵀ and B·Aᵀ, as open_clip's ClipLoss computes them."""
-    a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
-    labels = torch.arange(a.shape[0], device=a.device)
-    return (F.cross_entropy(scale * a @ b.t(), labels) + F.cross_entropy(scale * b @ a.t(), labels)) / 2
-
-
-FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+FORMS: dict[str, Callable[..., Any]] = {
     "fastclap": info_nce,
     "materialised": materialised,
-    "open_clip_style": open_clip_style,
 }
 
 
-def inputs(rows: int, dim: int, scale: float, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Random embeddings of which b is partly aligned with a, and the scale; all require gradients."""
-    generator = torch.Generator(device).manual_seed(0)
-    a = torch.randn(rows, dim, generator=generator, device=device)
-    b = 0.5 * a + torch.randn(rows, dim, generator=generator, device=device)
-    return [x.to(dtype).requires_grad_() for x in (a, b, torch.tensor(scale, device=device))]
+def inputs(rows: int, dim: int, scale: float) -> tuple[Tensor, ...]:
+    return embeddings(rows, dim, scale, "cpu", torch.float32)
 
 
 def resident_bytes() -> int:
@@ -83,7 +65,7 @@ def peak_memory(form: str, rows: int, dim: int, scale: float) -> int:
     return max(peak, resident_bytes()) - before
 
 
-def one_call(form: str, tensors: list[Tensor]) -> tuple[float, float]:
+def one_call(form: str, tensors: tuple[Tensor, ...]) -> tuple[float, float]:
     """Wall and processor seconds of one forward and backward."""
     for tensor in tensors:
         tensor.grad = None

@@ -1,90 +1,110 @@
-r"""Contrastive losses, forward and backward: ours beside the materialised forms, at sizes given by the environment.
+r"""Contrastive losses, forward and backward: ours beside their peers (`bench.peers`), on this machine.
 
-    pytest --benchmark-only bench/test_contrastive.py
-    FASTCLAP_BENCH_ROWS=1024,16384 FASTCLAP_BENCH_DIM=768 FASTCLAP_BENCH_DEVICE=cuda FASTCLAP_BENCH_DTYPE=bfloat16 \
-        pytest --benchmark-only bench/test_contrastive.py
+    pytest --benchmark-only --benchmark-group-by=group -rs bench/test_contrastive.py
+    FASTCLAP_BENCH_ROWS=65536 FASTCLAP_BENCH_DIM=768 pytest --benchmark-only -rs bench/test_contrastive.py
 
-One warm-up round, then FASTCLAP_BENCH_ROUNDS (default 5) rounds of one call each; on a GPU a call ends with a
-synchronisation. All forms get the same raw embeddings and normalise them. Peak memory is `python -m
-bench.contrastive_memory`.
+On a GPU N = 4,096 to 262,144, D = 512, 768 and 1024, bf16 (minutes to an hour, the largest N dominates); on a CPU small
+float32 sizes. FASTCLAP_BENCH_ROWS, _DIM, _DEVICE, _DTYPE and _ROUNDS change that. Before every timed round of a form
+another form of the group runs, in turn, so that all see the same machine; inputs rotate as `bench.timing` says; a call
+on a GPU ends with a synchronisation. A form that is not installed, or runs out of memory, is skipped with that reason
+(``-rs`` lists them). Memory, errors and rates are in the ``extra_info`` of ``--benchmark-json``. One record of it all,
+with stages and plots, is `python -m bench.gpu_evidence`.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contrastive_memory import FORMS, inputs
-from fastclap.losses import info_nce, sigmoid_loss
+from bench import peers, timing
+from bench.comparison import SCALE, Comparison, dtype_name, matmul_rate, rates
+from fastclap.losses import info_nce
 
-ROWS = [int(rows) for rows in os.environ.get("FASTCLAP_BENCH_ROWS", "1024,4096").split(",")]
-DIM = int(os.environ.get("FASTCLAP_BENCH_DIM", "512"))
-DEVICE = os.environ.get("FASTCLAP_BENCH_DEVICE", "cpu")
-DTYPE = getattr(torch, os.environ.get("FASTCLAP_BENCH_DTYPE", "float32"))
-ROUNDS = int(os.environ.get("FASTCLAP_BENCH_ROUNDS", "5"))
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+DEVICE = torch.device(os.environ.get("FASTCLAP_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu"))
+ON_GPU = DEVICE.type == "cuda"
+DTYPE = getattr(torch, os.environ.get("FASTCLAP_BENCH_DTYPE", "bfloat16" if ON_GPU else "float32"))
+ROUNDS = int(os.environ.get("FASTCLAP_BENCH_ROUNDS", "7" if ON_GPU else "5"))
 
 
-def run(benchmark: Any, loss: Loss, rows: int, scale: float = 14.3) -> Tensor:
-    """Benchmarks forward and backward; returns the loss."""
-    tensors = inputs(rows, DIM, scale, DEVICE, DTYPE)
+def numbers(variable: str, gpu: str, cpu: str) -> list[int]:
+    return [int(number) for number in os.environ.get(variable, gpu if ON_GPU else cpu).split(",")]
+
+
+ROWS = numbers("FASTCLAP_BENCH_ROWS", "4096,16384,65536,262144", "1024,4096")
+DIMS = numbers("FASTCLAP_BENCH_DIM", "512,768,1024", "512")
+CPU = torch.device("cpu")  # names alone, without importing any package
+INFO_NCE = [peer.name for peer in peers.info_nce_peers(CPU, SCALE)]
+SIGMOID = [peer.name for peer in peers.sigmoid_peers(CPU)]
+
+
+@functools.lru_cache(maxsize=1)  # the tests of one size follow each other
+def comparison(loss: str, rows: int, dim: int) -> Comparison:
+    return Comparison(loss, rows, dim, DEVICE, DTYPE)
+
+
+@functools.lru_cache(maxsize=1)
+def peak_tflops() -> float | None:
+    return matmul_rate(8192, DEVICE, DTYPE, seconds=2.0)[0] if ON_GPU else None
+
+
+def measure(benchmark: Any, loss: str, form: str, rows: int, dim: int) -> None:
+    case = comparison(loss, rows, dim)
+    row = case.results[form]
+    if "reason" in row:
+        pytest.skip(f"{form}: {row['notes'] if row['reason'] == 'not available' else row['reason']}")
+    benchmark.group = f"{loss}, N = {rows}, D = {dim}, {dtype_name(DTYPE)}"
+    others = itertools.cycle([call for name, call in case.calls.items() if name != form] or [case.calls[form]])
+
+    def another() -> None:
+        next(others)()
+        if ON_GPU:
+            torch.cuda.synchronize()
 
     def call() -> Tensor:
-        for tensor in tensors:
-            tensor.grad = None
-        value = loss(*tensors)
-        value.backward()
-        if DEVICE == "cuda":
+        value = case.calls[form]()
+        if ON_GPU:
             torch.cuda.synchronize()
-        return value.detach()
+        return value
 
-    benchmark.extra_info.update(rows=rows, dim=DIM, device=DEVICE, dtype=str(DTYPE), threads=torch.get_num_threads())
-    return benchmark.pedantic(call, warmup_rounds=1, rounds=ROUNDS, iterations=1)
+    value = benchmark.pedantic(call, setup=another, rounds=ROUNDS)
+    benchmark.extra_info.update(timing.machine(DEVICE), **row)
+    if benchmark.stats is not None:  # --benchmark-disable runs each form once, without a clock
+        benchmark.extra_info.update(rates(rows, dim, 1e3 * benchmark.stats.stats.median, peak_tflops()))
+    assert 0 < value.item() < 1e4
+    if row.get("errors"):  # the forms compute the same loss
+        assert row["errors"]["loss"] < 0.02
 
 
+@pytest.mark.parametrize("form", INFO_NCE)
+@pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("scale", (14.3, 100.0))
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.benchmark(group="InfoNCE")
-def test_info_nce(benchmark: Any, form: str, scale: float, rows: int) -> None:
-    benchmark.group = f"InfoNCE, {rows} rows, scale {scale}"
-    value = run(benchmark, FORMS[form], rows, scale)
-    assert 0 <= value.item() < 20
+def test_info_nce(benchmark: Any, form: str, rows: int, dim: int) -> None:
+    measure(benchmark, "info_nce", form, rows, dim)
 
 
-def materialised_sigmoid(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    logits = scale * (F.normalize(a, dim=1) @ F.normalize(b, dim=1).t()) - 10.0
-    labels = 2 * torch.eye(a.shape[0], device=a.device, dtype=logits.dtype) - 1
-    return -F.logsigmoid(labels * logits).sum() / a.shape[0]
-
-
-SIGMOID_FORMS: dict[str, Loss] = {
-    "fastclap": lambda a, b, scale: sigmoid_loss(a, b, scale, -10.0),
-    "materialised": materialised_sigmoid,
-}
-
-
+@pytest.mark.parametrize("form", SIGMOID)
+@pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("form", SIGMOID_FORMS)
-def test_sigmoid_loss(benchmark: Any, form: str, rows: int) -> None:
-    benchmark.group = f"sigmoid loss, {rows} rows"
-    value = run(benchmark, SIGMOID_FORMS[form], rows)
-    assert value.item() > 0
+def test_sigmoid_loss(benchmark: Any, form: str, rows: int, dim: int) -> None:
+    measure(benchmark, "sigmoid", form, rows, dim)
 
 
 @pytest.mark.parametrize("form", ("fastclap", "whole matrix"))
 def test_info_nce_with_shared_captions(benchmark: Any, form: str) -> None:
     """Four clips share each caption."""
-    rows = ROWS[-1]
-    benchmark.group = f"InfoNCE with ids, {rows} rows"
+    rows = min(max(ROWS), 16384)
+    benchmark.group = f"info_nce with ids, N = {rows}"
     ids = torch.arange(rows) // 4
-    backend = "torch" if form == "fastclap" else "reference"
-    value = run(benchmark, lambda a, b, s: info_nce(a, b, s, a_ids=ids, b_ids=ids, backend=backend), rows)
-    assert 0 <= value.item() < 20
+    backend = "auto" if form == "fastclap" else "reference"
+    inputs = timing.larger_than_cache(rows, DIMS[0], SCALE, DEVICE, DTYPE)
+    call = timing.forward_backward(
+        lambda a, b, scale: info_nce(a, b, scale, a_ids=ids, b_ids=ids, backend=backend), inputs
+    )
+    value = benchmark.pedantic(lambda: timing.elapsed_ms(call, DEVICE), warmup_rounds=1, rounds=ROUNDS)
+    assert value > 0

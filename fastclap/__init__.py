@@ -12,6 +12,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastclap import drop_in as drop_in
     from fastclap.features import LogMel as LogMel
     from fastclap.grad_cache import GradCache as GradCache
     from fastclap.losses import ClipLoss as ClipLoss
@@ -30,7 +31,7 @@ _PUBLIC = {
     "CLAP": "fastclap.model",
 }
 
-__all__ = ["CLAP", "ClipLoss", "GradCache", "LogMel", "SigLipLoss", "info_nce", "sigmoid_loss"]
+__all__ = ["CLAP", "ClipLoss", "GradCache", "LogMel", "SigLipLoss", "drop_in", "info_nce", "sigmoid_loss"]
 
 try:
     __version__ = _version("fastclap")
@@ -41,8 +42,10 @@ except PackageNotFoundError:  # a bare source tree on PYTHONPATH
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name == "drop_in":
+        return importlib.import_module("fastclap.drop_in")
     raise AttributeError(f"module 'fastclap' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted([*globals(), *_PUBLIC, "drop_in"])

@@ -8,6 +8,7 @@ wrong argument on one rank is an error on all of them and not a hang.
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -15,22 +16,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastclap.kernels.contrastive import (
-    Ranks,
     Teacher,
-    agree,
-    info_nce_chunked,
+    info_nce_engine,
     info_nce_reference,
-    needs_gradient,
-    opaque_to_compiler,
-    sigmoid_loss_chunked,
+    sigmoid_engine,
     sigmoid_loss_reference,
 )
 
 DIRECTIONS = ("both", "a_to_b", "b_to_a")
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", "triton", "torch", "reference")
 
 
-@opaque_to_compiler
 def info_nce(
     a: Tensor,  # (N, D)
     b: Tensor,  # (M, D)
@@ -45,7 +41,9 @@ def info_nce(
     direction: str = "both",
     process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
-) -> Tensor:
+    return_top1: bool = False,
+    check_finite: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """InfoNCE (van den Oord et al. 2018; symmetric as in CLIP, Radford et al. 2021) without the matrix of logits.
 
     With S = logit_scale · â·b̂ᵀ, a→b is the cross-entropy of each row's softmax over all M columns with its target
@@ -54,8 +52,9 @@ def info_nce(
     negative. With a teacher each direction becomes (1-λ)·cross-entropy + λ·KL(P_teacher‖P).
 
     Args:
-        a: [N, D] embeddings, float16, bfloat16, float32 or float64. All arithmetic is in float32 (float64 for
-            float64).
+        a: [N, D] embeddings, float16, bfloat16, float32 or float64. Sums and exponentials are in float32 (float64 for
+            float64). On a GPU the products take 16-bit embeddings as they are and float32 ones at
+            torch.get_float32_matmul_precision(), and under autocast embeddings are rounded as for torch.matmul.
         b: [M, D] embeddings on the same device. N and M need not be equal.
         logit_scale: the multiplier itself (already exponentiated); a number or a one-element tensor.
         a_ids: integer [N]. Equal ids are positives. Without ids, row i's positive is column i and surplus rows or
@@ -71,43 +70,51 @@ def info_nce(
             the loss of the whole batch. The gradients of a and b are multiplied by the number of ranks, and that of
             the scale is complete on every rank, so that averaging parameter gradients over ranks, as
             DistributedDataParallel does, gives the gradient of the whole batch.
-        backend: "auto" or "torch" for the chunked engine, "reference" for the definition with the whole matrix in
-            memory.
+        backend: "triton" for the fused kernels (compute capability 8.0 and later; on a CPU only in Triton's
+            interpreter), "torch" for the same algorithm in plain torch, "auto" for the former where it runs and else
+            the latter, "reference" for the definition with the whole matrix in memory.
+        return_top1: also return in-batch top-1.
+        check_finite: look for NaN and infinity in a and b first (waits for the GPU).
 
     Returns:
-        0-d float32 (float64 for float64 embeddings), differentiable once in a, b and logit_scale. The chunked engine
-        computes the gradients along with the loss, those that are needed and no others.
+        0-d float32 (float64 for float64 embeddings), differentiable once in a, b and logit_scale. The gradients are
+        computed along with the loss, those that are needed and no others. With return_top1 a pair: the loss, and [2]
+        float32 with the share of rows, and of columns, whose best match is one of their positives (NaN for
+        a direction that is left out).
 
     Raises:
-        TypeError, ValueError: an argument is unusable, no row has a positive, or ranks disagree.
+        TypeError, ValueError: an argument is unusable, no row has a positive, or ranks disagree. With the Triton engine
+            the loss is NaN if no row has a positive: to raise, the host would have to wait for the GPU.
     """
     error = None
     try:
-        _check_pair(a, b, a_ids, b_ids, process_group)
+        _check_pair(a, b, a_ids, b_ids, process_group, check_finite)
         _check_scalar("logit_scale", logit_scale)
         _check_choice("direction", direction, DIRECTIONS)
-        _check_backend(backend, process_group)
+        _check_backend(backend, a, b, process_group)
         _check_share("label_smoothing", label_smoothing, below=1.0)
         _check_share("teacher_weight", teacher_weight)
         _check_teacher(teacher, teacher_weight, a, b)
+        if return_top1 and backend == "reference":
+            raise ValueError("backend='reference' has no in-batch top-1; use another backend")
+        a, b = _autocast(a), _autocast(b)
     except (TypeError, ValueError) as wrong:
+        if process_group is None:
+            raise
         error = wrong
-    ranks = _ranks(
-        "info_nce", process_group, error, a, b, logit_scale, None, a_ids, normalize,
-        direction, label_smoothing, teacher, teacher_weight,
-    )  # fmt: skip
-    if backend == "reference":
+    if backend == "reference" and error is None:
         return info_nce_reference(
             a, b, logit_scale, a_ids=a_ids, b_ids=b_ids, teacher=teacher, teacher_weight=teacher_weight,
             label_smoothing=label_smoothing, normalize=normalize, direction=direction,
         )  # fmt: skip
-    return info_nce_chunked(
+    loss, top1 = info_nce_engine(
         a, b, logit_scale, a_ids=a_ids, b_ids=b_ids, teacher=teacher, teacher_weight=teacher_weight,
-        label_smoothing=label_smoothing, normalize=normalize, direction=direction, ranks=ranks,
+        label_smoothing=label_smoothing, normalize=normalize, direction=direction, group=process_group, error=error,
+        engine=backend, top1=return_top1,
     )  # fmt: skip
+    return loss if top1 is None else (loss, top1)
 
 
-@opaque_to_compiler
 def sigmoid_loss(
     a: Tensor,  # (N, D)
     b: Tensor,  # (M, D)
@@ -119,6 +126,7 @@ def sigmoid_loss(
     normalize: bool = True,
     process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
+    check_finite: bool = False,
 ) -> Tensor:
     """SigLIP's pairwise sigmoid loss (Zhai et al. 2023, eq. 1) without the matrix of logits.
 
@@ -138,18 +146,21 @@ def sigmoid_loss(
     """
     error = None
     try:
-        _check_pair(a, b, a_ids, b_ids, process_group)
+        _check_pair(a, b, a_ids, b_ids, process_group, check_finite)
         _check_scalar("logit_scale", logit_scale)
         _check_scalar("logit_bias", logit_bias)
-        _check_backend(backend, process_group)
+        _check_backend(backend, a, b, process_group)
+        a, b = _autocast(a), _autocast(b)
     except (TypeError, ValueError) as wrong:
+        if process_group is None:
+            raise
         error = wrong
-    ranks = _ranks("sigmoid_loss", process_group, error, a, b, logit_scale, logit_bias, a_ids, normalize)
-    if backend == "reference":
+    if backend == "reference" and error is None:
         return sigmoid_loss_reference(a, b, logit_scale, logit_bias, a_ids=a_ids, b_ids=b_ids, normalize=normalize)
-    return sigmoid_loss_chunked(
-        a, b, logit_scale, logit_bias, a_ids=a_ids, b_ids=b_ids, normalize=normalize, ranks=ranks
-    )
+    return sigmoid_engine(
+        a, b, logit_scale, logit_bias, a_ids=a_ids, b_ids=b_ids, normalize=normalize, group=process_group, error=error,
+        engine=backend,
+    )  # fmt: skip
 
 
 class ClipLoss(nn.Module):
@@ -340,52 +351,27 @@ def _divide_gradient(features: Tensor, by: int) -> Tensor:
     return alias
 
 
-def _ranks(
-    loss: str,
-    group: dist.ProcessGroup | None,
-    error: Exception | None,
-    a: Tensor,
-    b: Tensor,
-    logit_scale: float | Tensor,
-    logit_bias: float | Tensor | None,
-    a_ids: Tensor | None,
-    normalize: bool,
-    direction: str = "both",
-    label_smoothing: float = 0.0,
-    teacher: Teacher | None = None,
-    teacher_weight: float = 0.0,
-) -> Ranks:
-    """The row blocks of the ranks, after they have agreed on everything that must be equal."""
-    if group is None:
-        if error is not None:
-            raise error
-        return Ranks(None, 0, (a.shape[0],), (b.shape[0],))
-    fields: dict[str, Any] = dict.fromkeys(
-        ("loss", "embedding size", "dtype of a", "dtype of b", "use of ids", "normalize", "direction",
-        "label_smoothing",
-         "teacher_weight", "teacher's embedding size", "teacher's dtypes",
-         "need for gradients of a, b, logit_scale, logit_bias"), 0
-    )  # fmt: skip
-    rows = (0, 0)
-    if error is None:
-        rows = (a.shape[0], b.shape[0])
-        used = teacher if teacher_weight > 0 else None
-        values = (
-            loss, a.shape[1], a.dtype, b.dtype, a_ids is not None, bool(normalize), direction, label_smoothing,
-            teacher_weight, 0 if used is None else used[0].shape[1],
-            None if used is None else f"{used[0].dtype} and {used[1].dtype}",
-            needs_gradient(a, b, logit_scale, 0.0 if logit_bias is None else logit_bias),
-        )  # fmt: skip
-        fields = dict(zip(fields, values, strict=True))
-    return agree(group, rows, fields, error)
+def _autocast(x: Tensor) -> Tensor:
+    """On a GPU under autocast, what torch.matmul would take; CPU engines compute in float32 either way."""
+    if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype("cuda"))
+    return x
 
 
 def _check_pair(
-    a: Tensor, b: Tensor, a_ids: Tensor | None, b_ids: Tensor | None, group: dist.ProcessGroup | None
+    a: Tensor,
+    b: Tensor,
+    a_ids: Tensor | None,
+    b_ids: Tensor | None,
+    group: dist.ProcessGroup | None,
+    check_finite: bool,
 ) -> None:
     _check_embeddings("a", a)
     _check_embeddings("b", b)
     _check_same("a", a, "b", b)
+    if check_finite:
+        _check_finite("a", a)
+        _check_finite("b", b)
     if (a_ids is None) != (b_ids is None):
         raise ValueError("give both a_ids and b_ids, or neither")
     for name, ids, rows in (("a_ids", a_ids, a.shape[0]), ("b_ids", b_ids, b.shape[0])):
@@ -415,6 +401,13 @@ def _check_embeddings(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} is empty: shape {list(x.shape)}")
 
 
+def _check_finite(name: str, x: Tensor) -> None:
+    bad = (~torch.isfinite(x.detach()).all(1)).nonzero().flatten().tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
+        raise ValueError(f"{name} has NaN or infinite values in {len(bad)} of {x.shape[0]} rows: {shown}")
+
+
 def _check_same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.shape[1] != other.shape[1]:
         raise ValueError(f"{name} has {x.shape[1]} features and {other_name} has {other.shape[1]}; they must be equal")
@@ -439,8 +432,13 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _check_backend(backend: str, group: dist.ProcessGroup | None) -> None:
+def _check_backend(backend: str, a: Tensor, b: Tensor, group: dist.ProcessGroup | None) -> None:
     _check_choice("backend", backend, BACKENDS)
+    if backend == "triton":
+        if torch.float64 in (a.dtype, b.dtype):
+            raise ValueError("backend='triton' takes float16, bfloat16 and float32; float64 needs backend='torch'")
+        if not a.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"backend='triton' needs embeddings on a GPU, got {a.device}; backend='torch' runs anywhere")
     if backend == "reference" and group is not None:
         raise ValueError("backend='reference' works in a single process; leave out process_group")
 

@@ -24,6 +24,7 @@ GPU cost one copy to the host per call; ids on the CPU cost none.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -165,6 +166,27 @@ class Ranks:
             return gathered
         return torch.cat([part[:n] for part, n in zip(gathered.split(largest), rows, strict=True)])
 
+    def gather_async(self, block: Tensor, rows: tuple[int, ...]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """`gather` that other work on the device may overtake: a buffer, and what makes the result of it when needed."""
+        if self.group is None or block.device.type != "cuda":
+            return self.gather(block, rows), lambda gathered: gathered
+        largest = max(rows)
+        padded = block
+        if block.shape[0] < largest:
+            padded = block.new_zeros(largest, *block.shape[1:])
+            padded[: block.shape[0]] = block
+        gathered = padded.new_empty(largest * self.size, *block.shape[1:])
+        work = dist.all_gather_into_tensor(gathered, padded.contiguous(), group=self.group, async_op=True)
+
+        def arrived(buffer: Tensor) -> Tensor:
+            if work is not None:
+                work.wait()
+            if min(rows) == largest:
+                return buffer
+            return torch.cat([part[:n] for part, n in zip(buffer.split(largest), rows, strict=True)])
+
+        return gathered, arrived
+
     def scatter_sum(self, total: Tensor, rows: tuple[int, ...]) -> Tensor:
         """Sums the ranks' tensors and returns this rank's block of rows: the transpose of `gather`."""
         if self.group is None:
@@ -207,12 +229,11 @@ def agree(
     Raises:
         Exception: ``error`` itself where there is one, else ValueError naming the rank and field at fault.
     """
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
     codes = [_code(value) for value in fields.values()]
-    header = torch.tensor([error is not None, *rows, *codes], dtype=torch.float64, device=device)
+    header = torch.tensor([error is not None, *rows, *codes], dtype=torch.float64)
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     gathered = header.new_empty(size * header.numel())
-    dist.all_gather_into_tensor(gathered, header, group=group)
+    dist.all_gather_into_tensor(gathered, header, group=_host_group(group))
     headers = gathered.view(size, -1).tolist()
     if error is not None:
         raise error
@@ -224,6 +245,15 @@ def agree(
         if others:
             raise ValueError(f"ranks disagree on {name}: rank {rank} has {value}, rank(s) {others} something else")
     return Ranks(group, rank, tuple(int(h[1]) for h in headers), tuple(int(h[2]) for h in headers))
+
+
+@functools.cache
+def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks that exchanges tensors of the CPU, so that no GPU has to catch up with its host."""
+    if any(device.type == "cpu" for device in group._device_types):
+        return group
+    members = dist.get_process_group_ranks(group)
+    return dist.new_group(members, backend="gloo", use_local_synchronization=True)
 
 
 def _code(value: Any) -> float:
@@ -261,8 +291,8 @@ class Positives:
             sorted_a, (sorted_b, self._order) = a_all.sort().values, b_all.sort(stable=True)
             first = torch.searchsorted(sorted_b, a_all)
             row_count = torch.searchsorted(sorted_b, a_all, right=True) - first
-            column_count = _occurrences(sorted_a, b_all)
-            sibling_count = _occurrences(sorted_a, a_all)
+            column_count = occurrences(sorted_a, b_all)
+            sibling_count = occurrences(sorted_a, a_all)
         self.num_rows, self.num_columns = int((row_count > 0).sum()), int((column_count > 0).sum())
         self._first, self.row_count, self.sibling_count = first[local], row_count[local], sibling_count[local]
         self.column_count = column_count
@@ -276,7 +306,7 @@ class Positives:
         return rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)
 
 
-def _occurrences(sorted_values: Tensor, queries: Tensor) -> Tensor:
+def occurrences(sorted_values: Tensor, queries: Tensor) -> Tensor:
     return torch.searchsorted(sorted_values, queries, right=True) - torch.searchsorted(sorted_values, queries)
 
 
@@ -451,17 +481,25 @@ class GradientSums:
 class LabelSmoothing:
     """The uniform targets, -amount·(row_weight_i/M + column_weight_j/N) in G: two rank-one terms, no tile."""
 
-    def __init__(self, logits: Logits, row_weight: Tensor, column_weight: Tensor, amount: float) -> None:
-        dtype, ranks = logits.a.dtype, logits.ranks
-        self.logits = logits
-        self.row_share = (row_weight * (-amount / sum(ranks.b_rows))).to(dtype)
-        self.column_share = (column_weight * (-amount / sum(ranks.a_rows))).to(dtype)
-        self.a_sum, self.b_sum = logits.a.sum(0), logits.b.sum(0)
-        self.a_shared, self.b_shared = self.row_share @ logits.a, self.column_share @ logits.b
+    def __init__(
+        self,
+        a: Tensor,  # (N, D), as the logits see it
+        b: Tensor,  # (M, D)
+        scale: Tensor,
+        ranks: Ranks,
+        row_weight: Tensor,  # (N,)
+        column_weight: Tensor,  # (M,)
+        amount: float,
+    ) -> None:
+        self.scale = scale
+        self.row_share = (row_weight * (-amount / sum(ranks.b_rows))).to(a.dtype)
+        self.column_share = (column_weight * (-amount / sum(ranks.a_rows))).to(a.dtype)
+        self.a_sum, self.b_sum = a.sum(0), b.sum(0)
+        self.a_shared, self.b_shared = self.row_share @ a, self.column_share @ b
 
     def loss(self) -> Tensor:
         """Its contribution through this rank's rows."""
-        return self.logits.scale * (
+        return self.scale * (
             self.a_shared.double() @ self.b_sum.double() + self.a_sum.double() @ self.b_shared.double()
         )
 
@@ -470,6 +508,29 @@ class LabelSmoothing:
 
     def column_gradient(self) -> Tensor:
         return self.a_shared + self.column_share[:, None] * self.a_sum
+
+
+class Top1:
+    """In-batch top-1: the share of rows, and of columns, whose largest logit is that of one of their positives."""
+
+    def __init__(self, logits: Logits) -> None:
+        self.ranks = logits.ranks
+        self.rows = logits.a.new_full((2, logits.a.shape[0]), -math.inf)  # of all columns, of the positive ones
+        self.columns = logits.a.new_full((2, logits.b.shape[0]), -math.inf)
+
+    def add(self, x: Tensor, at: slice, pairs: Pairs) -> None:
+        rows, columns = pairs
+        torch.amax(x, 1, out=self.rows[0, at])
+        self.rows[1, at] = self.rows[1, at].scatter_reduce(0, rows, x[pairs], "amax")
+        self.columns[0] = torch.maximum(self.columns[0], x.amax(0))
+        self.columns[1] = self.columns[1].scatter_reduce(0, columns, x[pairs], "amax")
+
+    def shares(self, num_rows: int, num_columns: int, two_sided: bool) -> Tensor:
+        """[2] float32 over the ranks' whole batch; NaN for the columns if they have no part in the loss."""
+        self.columns = self.ranks.max_(self.columns)
+        rows = self.ranks.sum_((self.rows[1] >= self.rows[0]).sum(dtype=torch.float64))
+        columns = (self.columns[1] >= self.columns[0]).sum() / (num_columns if two_sided else math.nan)
+        return torch.stack([rows / num_rows, columns]).float()
 
 
 @dataclass(frozen=True)
@@ -517,8 +578,12 @@ def _info_nce_chunks(
     two_sided: bool,
     ranks: Ranks,
     need: Need,
-) -> tuple[Tensor, Gradients]:
-    """InfoNCE of the rows (and, two_sided, the columns) and its gradients. Weights are relative to that of one row."""
+    top1: bool,
+) -> tuple[Tensor, Gradients, Tensor | None]:
+    """InfoNCE of the rows (and, two_sided, the columns), its gradients and in-batch top-1.
+
+    Weights are relative to that of one row.
+    """
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     device = a.device
     logits = Logits(a, b, scale, normalize, ranks, dtype)
@@ -528,6 +593,7 @@ def _info_nce_chunks(
         teacher_logits = Logits(*teacher, normalize, ranks, dtype)
         teacher_softmax = Softmaxes(teacher_logits, two_sided)
     gradients = GradientSums(logits, need) if need.any else None
+    accuracy = Top1(logits) if top1 else None
 
     unit = (0.5 if two_sided else 1.0) / positives.num_rows  # weight of one row in the loss
     column_unit = positives.num_rows / positives.num_columns if two_sided else 0.0
@@ -538,7 +604,9 @@ def _info_nce_chunks(
     target = target.to(device)
     hard, smooth = (1 - teacher_weight) * (1 - label_smoothing), (1 - teacher_weight) * label_smoothing
 
-    smoothing = LabelSmoothing(logits, row_weight, column_weight, smooth) if smooth else None
+    smoothing = None
+    if smooth:
+        smoothing = LabelSmoothing(logits.a, logits.b, logits.scale, ranks, row_weight, column_weight, smooth)
 
     none = torch.empty(0, dtype=torch.long, device=device)
     no_pairs, no_logits = (none, none), none.double()
@@ -576,6 +644,8 @@ def _info_nce_chunks(
         x_pos = x[pairs].double()
         total -= hard * (target[at][pairs[0]] * x_pos).sum()
         softmax.add(x, at, pairs, x_pos, scratch)
+        if accuracy is not None:
+            accuracy.add(x, at, pairs)
         if teacher_logits is not None and teacher_softmax is not None:
             t = teacher_logits.tile(at, torch.empty_like(x))
             teacher_softmax.add(t, at, no_pairs, no_logits, scratch)
@@ -603,11 +673,12 @@ def _info_nce_chunks(
     if smoothing is not None:
         total += smoothing.loss()
     loss = unit * (ranks.sum_(total) + columns_part)
+    shares = None if accuracy is None else accuracy.shares(positives.num_rows, positives.num_columns, two_sided)
     if gradients is None:
-        return loss, ()
+        return loss, (), shares
     if smoothing is not None and gradients.b is not None:
         gradients.b += smoothing.column_gradient()
-    return loss, gradients.finish(unit)
+    return loss, gradients.finish(unit), shares
 
 
 def _sigmoid_chunks(
@@ -649,45 +720,47 @@ def _sigmoid_chunks(
     return sums[0], (*gradients.finish(factor), sums[1] if need.bias else None)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Autograd and torch.compile
+# ---------------------------------------------------------------------------------------------------------------------
+
+Results = tuple[Tensor, Gradients, "Tensor | None"]  # the loss, the gradients that are needed, in-batch top-1
+ONCE = (
+    "this loss can be differentiated once only, so create_graph=True would lose terms; backend='reference' has all "
+    "derivatives"
+)
+
+
 class _WithGradients(torch.autograd.Function):
     """A loss whose gradients are computed along with it; backward only multiplies them by the upstream gradient."""
 
     @staticmethod
-    def forward(ctx: Any, compute: Callable[[], tuple[Tensor, Gradients]], *inputs: Tensor) -> Tensor:
-        loss, gradients = compute()
+    def forward(ctx: Any, compute: Callable[[], Results], *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        loss, gradients, top1 = compute()
         ctx.save_for_backward(*gradients)
         ctx.like = [(x.shape, x.dtype, x.device) for x in inputs]
-        return loss
+        if top1 is not None:
+            ctx.mark_non_differentiable(top1)
+        return loss, top1
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Gradients:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> Gradients:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "this loss can be differentiated once only, so create_graph=True would lose terms; "
-                "backend='reference' has all derivatives"
-            )
-        scaled: list[Tensor | None] = [None]
-        for gradient, (shape, dtype, device) in zip(ctx.saved_tensors, ctx.like, strict=True):
-            if gradient is not None:
-                gradient = (gradient * upstream.to(gradient.dtype)).to(device, dtype).reshape(shape)
-            scaled.append(gradient)
-        return tuple(scaled)
+            raise RuntimeError(ONCE)
+        return None, *_times_upstream(upstream, ctx.saved_tensors, ctx.like)
 
 
-def _differentiable(
-    compute: Callable[[Need], tuple[Tensor, Gradients]], inputs: Sequence[float | Tensor], device: torch.device
-) -> Tensor:
-    """Runs ``compute`` outside autocast, with those gradients that the inputs (a, b, scale[, bias]) need."""
-    tensors = [torch.as_tensor(x) for x in inputs]
-    need = Need(*needs_gradient(*tensors))
-    double = torch.float64 in (tensors[0].dtype, tensors[1].dtype)
-
-    def run() -> tuple[Tensor, Gradients]:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            loss, gradients = compute(need)
-        return loss.to(torch.float64 if double else torch.float32), gradients
-
-    return _WithGradients.apply(run, *tensors) if need.any else run()[0]
+def _times_upstream(
+    upstream: Tensor,
+    gradients: Sequence[Tensor | None],
+    like: Sequence[tuple[torch.Size, torch.dtype, torch.device]],
+) -> Gradients:
+    scaled: list[Tensor | None] = []
+    for gradient, (shape, dtype, device) in zip(gradients, like, strict=True):
+        if gradient is not None:
+            gradient = (gradient * upstream.to(gradient.dtype)).to(device, dtype).reshape(shape)
+        scaled.append(gradient)
+    return tuple(scaled)
 
 
 def needs_gradient(*inputs: float | Tensor) -> tuple[bool, ...]:
@@ -696,22 +769,229 @@ def needs_gradient(*inputs: float | Tensor) -> tuple[bool, ...]:
     return tuple(enabled and isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
-def opaque_to_compiler(function: Function) -> Function:
-    """Keeps torch.compile out of ``function``: its chunk loop would unroll and recompile with every batch shape.
+@functools.cache
+def _supports_triton(device: torch.device) -> bool:
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
-    torch.compiler.disable does this too, but imports the compiler (seconds) where nothing is ever compiled.
+
+def on_triton(engine: str, a: Tensor, b: Tensor) -> bool:
+    """Whether the Triton engine does the work: asked for, or "auto" on a GPU that it supports."""
+    if engine == "auto" and a.device.type == "cuda" and torch.float64 not in (a.dtype, b.dtype):
+        return _supports_triton(a.device)
+    return engine == "triton"
+
+
+def _info_nce(
+    a: Tensor,  # (N, D)
+    b: Tensor,  # (M, D)
+    logit_scale: Tensor,
+    a_ids: Tensor | None,  # (N,)
+    b_ids: Tensor | None,  # (M,)
+    teacher: Teacher | None,
+    teacher_weight: float,
+    label_smoothing: float,
+    normalize: bool,
+    direction: str,
+    ranks: Ranks,
+    engine: str,
+    need: Need,
+    top1: bool,
+) -> Results:
+    swap = direction == "b_to_a"  # then the rows of the transposed matrix
+    if swap:
+        a, b, a_ids, b_ids, ranks = b, a, b_ids, a_ids, ranks.swapped()
+        need = Need(need.b, need.a, need.scale)
+    if teacher is not None and (teacher_weight == 0 or swap):
+        teacher = None if teacher_weight == 0 else (teacher[1], teacher[0], teacher[2])
+    weight = teacher_weight if teacher is not None else 0.0
+    double = torch.float64 in (a.dtype, b.dtype)
+    two_sided = direction == "both"
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+        if on_triton(engine, a, b):
+            from fastclap.kernels.contrastive_triton import info_nce_gradients
+
+            loss, gradients, shares = info_nce_gradients(
+                a, b, logit_scale, a_ids=a_ids, b_ids=b_ids, teacher=teacher, teacher_weight=weight,
+                label_smoothing=label_smoothing, normalize=normalize, two_sided=two_sided, ranks=ranks, need=need,
+                top1=top1,
+            )  # fmt: skip
+        else:
+            positives = Positives(ranks, a_ids, b_ids)
+            if positives.num_rows == 0:
+                raise ValueError("no row of a has a positive in b: a_ids and b_ids have no value in common")
+            loss, gradients, shares = _info_nce_chunks(
+                a, b, logit_scale, positives, teacher, weight, label_smoothing, normalize, two_sided, ranks, need, top1
+            )
+    if swap and gradients:
+        gradients = (gradients[1], gradients[0], gradients[2])
+    if swap and shares is not None:
+        shares = shares.flip(0)
+    return loss.to(torch.float64 if double else torch.float32), gradients, shares
+
+
+def _sigmoid(
+    a: Tensor,  # (N, D)
+    b: Tensor,  # (M, D)
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    a_ids: Tensor | None,  # (N,)
+    b_ids: Tensor | None,  # (M,)
+    normalize: bool,
+    ranks: Ranks,
+    engine: str,
+    need: Need,
+) -> Results:
+    double = torch.float64 in (a.dtype, b.dtype)
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+        if on_triton(engine, a, b):
+            from fastclap.kernels.contrastive_triton import sigmoid_gradients
+
+            loss, gradients = sigmoid_gradients(
+                a, b, logit_scale, logit_bias, a_ids=a_ids, b_ids=b_ids, normalize=normalize, ranks=ranks, need=need
+            )
+        else:
+            positives = Positives(ranks, a_ids, b_ids)
+            loss, gradients = _sigmoid_chunks(a, b, logit_scale, logit_bias, positives, normalize, ranks, need)
+    return loss.to(torch.float64 if double else torch.float32), gradients, None
+
+
+def _graph_outputs(loss: Tensor, gradients: Gradients, count: int, dtype: torch.dtype) -> list[Tensor]:
+    """Loss and ``count`` gradients as the graph was promised them: the absent ones empty."""
+    outputs = [loss]
+    for x in [*gradients, *[None] * (count - len(gradients))]:
+        outputs.append(loss.new_empty(0) if x is None else x.to(dtype if x.dim() == 2 else torch.float64, copy=True))
+    return outputs
+
+
+@torch.library.custom_op("fastclap::info_nce", mutates_args=())
+def info_nce_op(
+    a: Tensor,
+    b: Tensor,
+    logit_scale: Tensor,
+    a_ids: Tensor | None,
+    b_ids: Tensor | None,
+    teacher_a: Tensor | None,
+    teacher_b: Tensor | None,
+    teacher_scale: Tensor | None,
+    teacher_weight: float,
+    label_smoothing: float,
+    normalize: bool,
+    direction: str,
+    group: str,
+    engine: str,
+    need: list[bool],
+    top1: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What torch.compile sees of `info_nce`: (loss, da, db, dscale, top-1), empty where not needed.
+
+    ``group`` is the name of a process group, or "". Eager calls take a shorter way to the same arithmetic.
     """
+    teacher = None
+    if teacher_a is not None and teacher_b is not None and teacher_scale is not None:
+        teacher = (teacher_a, teacher_b, teacher_scale)
+    ranks = ranks_of(
+        _resolve(group), None, "info_nce", a, b, a_ids, normalize, need, direction, label_smoothing, teacher,
+        teacher_weight,
+    )  # fmt: skip
+    loss, gradients, shares = _info_nce(
+        a, b, logit_scale, a_ids, b_ids, teacher, teacher_weight, label_smoothing, normalize, direction, ranks, engine,
+        Need(*need), top1,
+    )  # fmt: skip
+    loss, da, db, dscale = _graph_outputs(loss, gradients, 3, _gradient_dtype(a, b))
+    return loss, da, db, dscale, loss.new_empty(0) if shares is None else shares
 
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*args, **kwargs)
-        return function(*args, **kwargs)
 
-    return wrapper  # type: ignore[return-value]
+@torch.library.custom_op("fastclap::sigmoid_loss", mutates_args=())
+def sigmoid_op(
+    a: Tensor,
+    b: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    a_ids: Tensor | None,
+    b_ids: Tensor | None,
+    normalize: bool,
+    group: str,
+    engine: str,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What torch.compile sees of `sigmoid_loss`: (loss, da, db, dscale, dbias)."""
+    ranks = ranks_of(_resolve(group), None, "sigmoid_loss", a, b, a_ids, normalize, need)
+    loss, gradients, _ = _sigmoid(
+        a, b, logit_scale, logit_bias, a_ids, b_ids, normalize, ranks, engine, Need(*need)
+    )  # fmt: skip
+    loss, da, db, dscale, dbias = _graph_outputs(loss, gradients, 4, _gradient_dtype(a, b))
+    return loss, da, db, dscale, dbias
 
 
-def info_nce_chunked(
+def _resolve(group: str) -> dist.ProcessGroup | None:
+    if not group:
+        return None
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(group)
+
+
+def _gradient_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    """bfloat16 gradients may keep their dtype; float16 ones would underflow before a loss scale reaches them."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return dtype if dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
+
+
+def _fake(a: Tensor, b: Tensor, need: list[bool]) -> list[Tensor]:
+    loss_dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+    dtype = _gradient_dtype(a, b)
+    results = [a.new_empty((), dtype=loss_dtype)]
+    for wanted, like in zip(need, (a, b), strict=False):
+        results.append(like.new_empty(like.shape, dtype=dtype) if wanted else a.new_empty(0, dtype=loss_dtype))
+    for wanted in need[2:]:
+        results.append(a.new_empty((), dtype=torch.float64) if wanted else a.new_empty(0, dtype=loss_dtype))
+    return results
+
+
+@info_nce_op.register_fake
+def _(
+    a: Tensor, b: Tensor, logit_scale: Tensor, a_ids: Tensor | None, b_ids: Tensor | None, teacher_a: Tensor | None,
+    teacher_b: Tensor | None, teacher_scale: Tensor | None, teacher_weight: float, label_smoothing: float,
+    normalize: bool, direction: str, group: str, engine: str, need: list[bool], top1: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    results = _fake(a, b, need)
+    shares = a.new_empty(2, dtype=torch.float32) if top1 else a.new_empty(0, dtype=results[0].dtype)
+    return (*results, shares)
+
+
+@sigmoid_op.register_fake
+def _(
+    a: Tensor, b: Tensor, logit_scale: Tensor, logit_bias: Tensor, a_ids: Tensor | None, b_ids: Tensor | None,
+    normalize: bool, group: str, engine: str, need: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(_fake(a, b, need))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    need = next(x for x in inputs if isinstance(x, list))
+    tensors = inputs[: len(need)]
+    ctx.num_inputs, ctx.need = len(inputs), need
+    ctx.like = [(x.shape, x.dtype, x.device) for x in tensors]
+    ctx.save_for_backward(*output[1 : 1 + len(need)])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> Gradients:
+    if torch.is_grad_enabled():
+        raise RuntimeError(ONCE)
+    nothing: list[Tensor | None] = [None] * ctx.num_inputs
+    if upstream is None:
+        return tuple(nothing)
+    gradients = [x if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.need, strict=True)]
+    nothing[: len(gradients)] = _times_upstream(upstream, gradients, ctx.like)
+    return tuple(nothing)
+
+
+info_nce_op.register_autograd(_backward, setup_context=_save)
+sigmoid_op.register_autograd(_backward, setup_context=_save)
+
+
+def info_nce_engine(
     a: Tensor,  # (N, D)
     b: Tensor,  # (M, D)
     logit_scale: float | Tensor,
@@ -723,41 +1003,45 @@ def info_nce_chunked(
     label_smoothing: float,
     normalize: bool,
     direction: str,
-    ranks: Ranks,
-) -> Tensor:
-    """`info_nce` by chunks, on arguments that have been checked.
+    group: dist.ProcessGroup | None,
+    error: Exception | None,
+    engine: str,
+    top1: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`info_nce` by chunks: (loss, in-batch top-1). ``error``: what this rank found wrong with its arguments.
 
     Raises:
-        ValueError: no row has a positive column.
+        ValueError: ranks disagree, or no row has a positive column.
     """
-    inputs: tuple[Tensor, Tensor] = (a, b)
-    if teacher_weight == 0:
-        teacher = None
-    if direction == "b_to_a":  # the rows of the transposed matrix
-        inputs, a_ids, b_ids, ranks = (b, a), b_ids, a_ids, ranks.swapped()
-        teacher = None if teacher is None else (teacher[1], teacher[0], teacher[2])
-    positives = Positives(ranks, a_ids, b_ids)
-    if positives.num_rows == 0:
-        raise ValueError("no row of a has a positive in b: a_ids and b_ids have no value in common")
+    if torch.compiler.is_compiling():
+        if error is not None:
+            raise error
+        inputs = (a, b, _tensor(logit_scale, a))
+        t = (None, None, None) if teacher is None else (teacher[0], teacher[1], _tensor(teacher[2], a))
+        results = torch.ops.fastclap.info_nce(
+            *inputs, a_ids, b_ids, *t, teacher_weight, label_smoothing, normalize, direction,
+            "" if group is None else group.group_name, engine, list(needs_gradient(*inputs)), top1,
+        )  # fmt: skip
+        return results[0], results[4] if top1 else None
+    need = needs_gradient(a, b, logit_scale)
+    ranks = ranks_of(
+        group, error, "info_nce", a, b, a_ids, normalize, need, direction, label_smoothing, teacher, teacher_weight
+    )
+    tensors = (a, b, torch.as_tensor(logit_scale))
 
-    def compute(need: Need) -> tuple[Tensor, Gradients]:
-        return _info_nce_chunks(
-            *inputs,
-            logit_scale,
-            positives,
-            teacher,
-            teacher_weight if teacher is not None else 0.0,
-            label_smoothing,
-            normalize,
-            direction == "both",
-            ranks,
-            need,
-        )
+    def compute() -> Results:
+        return _info_nce(
+            *tensors, a_ids, b_ids, teacher, teacher_weight, label_smoothing, normalize, direction, ranks, engine,
+            Need(*need), top1,
+        )  # fmt: skip
 
-    return _differentiable(compute, (*inputs, logit_scale), a.device)
+    if any(need):
+        return _WithGradients.apply(compute, *tensors)
+    loss, _, shares = compute()
+    return loss, shares
 
 
-def sigmoid_loss_chunked(
+def sigmoid_engine(
     a: Tensor,  # (N, D)
     b: Tensor,  # (M, D)
     logit_scale: float | Tensor,
@@ -766,12 +1050,67 @@ def sigmoid_loss_chunked(
     a_ids: Tensor | None,  # (N,)
     b_ids: Tensor | None,  # (M,)
     normalize: bool,
-    ranks: Ranks,
+    group: dist.ProcessGroup | None,
+    error: Exception | None,
+    engine: str,
 ) -> Tensor:
-    """`sigmoid_loss` by chunks, on arguments that have been checked."""
-    positives = Positives(ranks, a_ids, b_ids)
+    """`sigmoid_loss` by chunks."""
+    if torch.compiler.is_compiling():
+        if error is not None:
+            raise error
+        inputs = (a, b, _tensor(logit_scale, a), _tensor(logit_bias, a))
+        name = "" if group is None else group.group_name
+        return torch.ops.fastclap.sigmoid_loss(
+            *inputs, a_ids, b_ids, normalize, name, engine, list(needs_gradient(*inputs))
+        )[0]
+    need = needs_gradient(a, b, logit_scale, logit_bias)
+    ranks = ranks_of(group, error, "sigmoid_loss", a, b, a_ids, normalize, need)
+    tensors = (a, b, torch.as_tensor(logit_scale), torch.as_tensor(logit_bias))
 
-    def compute(need: Need) -> tuple[Tensor, Gradients]:
-        return _sigmoid_chunks(a, b, logit_scale, logit_bias, positives, normalize, ranks, need)
+    def compute() -> Results:
+        return _sigmoid(*tensors, a_ids, b_ids, normalize, ranks, engine, Need(*need))
 
-    return _differentiable(compute, (a, b, logit_scale, logit_bias), a.device)
+    return _WithGradients.apply(compute, *tensors)[0] if any(need) else compute()[0]
+
+
+def _tensor(value: float | Tensor, like: Tensor) -> Tensor:
+    """A scalar as a tensor that a compiled graph can take."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def ranks_of(
+    group: dist.ProcessGroup | None,
+    error: Exception | None,
+    loss: str,
+    a: Tensor,
+    b: Tensor,
+    a_ids: Tensor | None,
+    normalize: bool,
+    need: Sequence[bool],
+    direction: str = "both",
+    label_smoothing: float = 0.0,
+    teacher: Teacher | None = None,
+    teacher_weight: float = 0.0,
+) -> Ranks:
+    """The row blocks of the ranks, after they have agreed on everything that must be equal."""
+    if group is None:
+        if error is not None:
+            raise error
+        return Ranks(None, 0, (a.shape[0],), (b.shape[0],))
+    names = (
+        "loss", "embedding size", "dtype of a", "dtype of b", "use of ids", "normalize", "direction", "label_smoothing",
+        "teacher_weight", "teacher's embedding size", "teacher's dtypes",
+        "need for gradients of a, b, logit_scale, logit_bias",
+    )  # fmt: skip
+    if error is not None:
+        return agree(group, (0, 0), dict.fromkeys(names, 0), error)
+    used = teacher if teacher_weight > 0 else None
+    values = (
+        loss, a.shape[1], a.dtype, b.dtype, a_ids is not None, bool(normalize), direction, label_smoothing,
+        teacher_weight, 0 if used is None else used[0].shape[1],
+        None if used is None else f"{used[0].dtype} and {used[1].dtype}",
+        tuple(bool(x) for x in need),
+    )  # fmt: skip
+    return agree(group, (a.shape[0], b.shape[0]), dict(zip(names, values, strict=True)), None)

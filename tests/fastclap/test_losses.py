@@ -90,7 +90,7 @@ def test_sigmoid_loss_by_hand() -> None:
         ({"a_ids": [1] * 6, "b_ids": [1] * 6}, TypeError, "a_ids must be a tensor of integers"),
         ({"a_ids": torch.arange(6), "b_ids": torch.arange(6) + 6}, ValueError, "no row of a has a positive in b"),
         ({"direction": "a_b"}, ValueError, "direction must be one of both, a_to_b, b_to_a, got 'a_b'"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of auto, torch, reference"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch, reference"),
         ({"label_smoothing": 1.0}, ValueError, "label_smoothing must be in \\[0, 1\\), got 1.0"),
         ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be in"),
         ({"label_smoothing": "a"}, TypeError, "label_smoothing must be a number"),
@@ -187,20 +187,88 @@ def test_siglip_loss_is_open_clips() -> None:
     assert_close_rel("no bias", sigmoid_loss(a, b, 10.0, 0.0, backend="reference"), without_bias, 1e-6)
 
 
-def test_loss_works_in_a_compiled_function() -> None:
+def test_loss_is_part_of_a_compiled_graph() -> None:
     weight = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    teacher = (*pair(9, 9, seed=3), 5.0)
 
-    def step(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
-        return 2 * info_nce((a @ w).tanh(), b @ w, 14.3) + sigmoid_loss(a @ w, b @ w, 10.0, -10.0)
+    def step(a: Tensor, b: Tensor, w: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
+        x, y = (a @ w).tanh(), b @ w
+        loss, top1 = info_nce(x, y, 14.3, return_top1=True)
+        loss = 2 * loss + 0 * top1.sum() + sigmoid_loss(x, y, 10.0, bias)
+        return loss + info_nce(x, y, bias.exp(), a_ids=ids, b_ids=ids, label_smoothing=0.1, direction="a_to_b")
 
-    compiled = torch.compile(step, backend="eager")
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     for n in (6, 9):
         results = []
         for function in (step, compiled):
-            w = weight.clone().requires_grad_()
-            value = function(*pair(n, n), w)
+            w, bias = weight.clone().requires_grad_(), torch.tensor(-0.5, requires_grad=True)
+            value = function(*pair(n, n), w, bias, torch.arange(n) // 2)
             value.backward()
-            assert w.grad is not None
-            results.append((value.detach(), w.grad))
-        assert torch.equal(results[0][0], results[1][0])
-        assert torch.equal(results[0][1], results[1][1])
+            assert w.grad is not None and bias.grad is not None
+            results.append((value.detach(), w.grad, bias.grad))
+        for eager, graph in zip(*results, strict=True):
+            assert_close_rel("compiled", eager, graph, 1e-6)
+    with_teacher = torch.compile(info_nce, backend="aot_eager", fullgraph=True)
+    a, b = pair(9, 9)
+    expected = info_nce(a, b, 14.3, teacher=teacher, teacher_weight=0.4)
+    assert_close_rel("teacher", expected, with_teacher(a, b, 14.3, teacher=teacher, teacher_weight=0.4), 1e-6)
+
+
+def test_modules_are_part_of_a_compiled_graph() -> None:
+    a, b = (F.normalize(x, dim=1) for x in pair())
+    for module, extra in ((ClipLoss(), ()), (SigLipLoss(), (torch.tensor(-3.0),))):
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        x = a.clone().requires_grad_()
+        value = compiled(x, b, torch.tensor(9.0), *extra)
+        (gradient,) = torch.autograd.grad(value, x)
+        (expected,) = torch.autograd.grad(module(x, b, torch.tensor(9.0), *extra), x)
+        assert_close_rel("gradient", expected, gradient, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
+def test_operators_are_registered_properly(dtype: torch.dtype) -> None:
+    """torch.library.opcheck: schema, fake tensors, autograd registration, ahead-of-time dispatch."""
+    a, b = (x.to(dtype) for x in pair(5, 7))
+    scale, bias = torch.tensor(5.0), torch.tensor(-1.0)
+    ids = torch.arange(5) // 2, torch.arange(7) // 2
+    for need in ([True, True, True], [True, False, False], [False, False, True], [False, False, False]):
+        tensors = [x.detach().requires_grad_(wanted) for x, wanted in zip((a, b, scale), need, strict=True)]
+        for given in ((None, None), ids):
+            arguments = (*tensors, *given, None, None, None, 0.0, 0.1, True, "both", "", "torch", need, True)
+            torch.library.opcheck(torch.ops.fastclap.info_nce, arguments)
+        torch.library.opcheck(
+            torch.ops.fastclap.sigmoid_loss, (*tensors, bias.detach(), *ids, True, "", "torch", [*need, False])
+        )
+
+
+def test_top1_counts_the_positives_that_win() -> None:
+    a, b = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]  # rows 2 and 3 prefer each other's columns
+    loss, top1 = info_nce(a, b, 5.0, return_top1=True)
+    assert torch.equal(loss, info_nce(a, b, 5.0))
+    assert top1.tolist() == [0.5, 0.5] and not top1.requires_grad
+    ids = {"a_ids": torch.tensor([0, 1, 2, 2]), "b_ids": torch.tensor([0, 1, 2, 2])}
+    assert info_nce(a, b, 5.0, return_top1=True, **ids)[1].tolist() == [1.0, 1.0]
+    alone = {"a_ids": torch.tensor([0, 1, 8, 9]), "b_ids": torch.tensor([0, 7, 1, 2])}
+    assert info_nce(a, b, 5.0, return_top1=True, **alone)[1].tolist() == [0.5, 0.5]
+    with pytest.raises(ValueError, match="no in-batch top-1"):
+        info_nce(a, b, 5.0, return_top1=True, backend="reference")
+
+
+def test_non_finite_rows_are_named_when_asked_for() -> None:
+    a, b = pair()
+    a[2, 1], a[4, 0] = float("nan"), float("inf")
+    assert info_nce(a, b, 5.0).isnan()
+    with pytest.raises(ValueError, match=r"a has NaN or infinite values in 2 of 6 rows: 2, 4"):
+        info_nce(a, b, 5.0, check_finite=True)
+    with pytest.raises(ValueError, match=r"b has NaN or infinite values in 2 of 6 rows: 2, 4"):
+        sigmoid_loss(b, a, 5.0, 0.0, check_finite=True)
+    assert torch.equal(info_nce(b, b, 5.0, check_finite=True), info_nce(b, b, 5.0))
+
+
+def test_triton_backend_says_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = pair()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="backend='triton' needs embeddings on a GPU, got cpu"):
+        info_nce(a, b, 5.0, backend="triton")
+    with pytest.raises(ValueError, match="float64 needs backend='torch'"):
+        sigmoid_loss(a.double(), b, 5.0, 0.0, backend="triton")

@@ -1,0 +1,207 @@
+"""Clocks, memory and time limits that every benchmark shares.
+
+On a GPU a call is timed by device events around it and waited for; on a CPU by the wall clock. Forms to compare run in
+turn within one loop, so that all of them see the same machine, and each call of a form takes the next of several sets
+of inputs that together are larger than the L2 cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import os
+import platform
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call: the median, and the range that holds the middle 80 % of the calls."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    repeats: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        ordered = sorted(samples)
+        last = len(ordered) - 1
+        low, high = ordered[round(0.1 * last)], ordered[round(0.9 * last)]
+        median, low, high = (float(f"{x:.5g}") for x in (statistics.median(ordered), low, high))
+        return cls(median, low, high, len(ordered))
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def elapsed_ms(call: Call, device: torch.device) -> float:
+    """One call, from an idle device to its last kernel's end."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+    torch.cuda.synchronize(device)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def interleaved(
+    calls: Mapping[str, Call], device: torch.device, seconds: float, *, least: int = 3, most: int = 50
+) -> dict[str, Timing]:
+    """Times calls that have been warmed up, one of each in turn, for about ``seconds`` in all.
+
+    There are ``least`` to ``most`` rounds; past three times the seconds it stops wherever it is, with what it has.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    start = time.perf_counter()
+    for name, call in itertools.chain.from_iterable(itertools.repeat(calls.items(), most)):
+        passed = time.perf_counter() - start
+        rounds = min(map(len, samples.values()))
+        enough = len(samples[name]) == rounds >= least and passed * (rounds + 1) / rounds > seconds
+        if enough or (rounds and passed > 3 * seconds):
+            break
+        samples[name].append(elapsed_ms(call, device))
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """Device memory at the highest point of a call, above what was allocated before; None on a CPU."""
+    if device.type != "cuda":
+        call()
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+class TimeUpError(Exception):
+    """A call ran past its limit."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeUpError in the main thread after ``seconds``, at the next bytecode: for a peer that tunes forever."""
+
+    def stop(*_: object) -> None:
+        raise TimeUpError(f"longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def attempt(call: Callable[[], Any], seconds: float) -> tuple[Any, str | None]:
+    """The result of a call, or None and in words why there is none: out of memory, time, or the error itself."""
+    try:
+        with time_limit(seconds):
+            return call(), None
+    except torch.OutOfMemoryError:
+        reason = "out of memory"
+    except TimeUpError as error:
+        reason = f"stopped: {error}"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    release()  # after the exception, which holds the frames and so the tensors
+    return None, reason
+
+
+def release() -> None:
+    """Gives the memory of dropped tensors back to the device."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def embeddings(
+    rows: int, dim: int, scale: float, device: torch.device | str, dtype: torch.dtype, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random a, partly aligned b, and the scale (float32); all require gradients."""
+    generator = torch.Generator(device).manual_seed(seed)
+    a = torch.randn(rows, dim, generator=generator, device=device)
+    b = 0.5 * a + torch.randn(rows, dim, generator=generator, device=device)
+    return (
+        a.to(dtype).requires_grad_(),
+        b.to(dtype).requires_grad_(),
+        torch.tensor(scale, device=device, requires_grad=True),
+    )
+
+
+def larger_than_cache(
+    rows: int, dim: int, scale: float, device: torch.device, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """As many sets of `embeddings` as make twice the L2 cache, at least two; two on a CPU."""
+    sets = 2
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        sets = max(2, -(-2 * cache // (2 * rows * dim * dtype.itemsize)))
+    return [embeddings(rows, dim, scale, device, dtype, seed) for seed in range(sets)]
+
+
+def forward_backward(run: Callable[..., Any], inputs: Sequence[tuple[Tensor, ...]]) -> Callable[[], Tensor]:
+    """A call that does one loss and its backward pass on the next set of inputs and returns the loss."""
+    turn = itertools.cycle(inputs)
+
+    def call() -> Tensor:
+        tensors = next(turn)
+        for tensor in tensors:
+            tensor.grad = None
+        loss = run(*tensors)
+        loss.backward()
+        return loss.detach()
+
+    return call
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were taken on."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {"device": "CPU", "cpu": cpu, "cores": cores, "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+        }
+    return found
+
+
+def _driver() -> str | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+    except Exception:  # no library, no driver or no permission: the figures stand without it
+        return None
+    return version if isinstance(version, str) else version.decode()

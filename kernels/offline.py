@@ -1,0 +1,184 @@
+"""Triton kernels compiled for a GPU that need not be there, and what their machine code says about them.
+
+A kernel that keeps its accumulators in local memory, that asks for more shared memory than a chip has, or whose
+product fell back to scalar arithmetic is right and slow, or does not launch at all. All of that stands in the PTX and
+in the resource report of `cuobjdump`, which comes with Triton, so it is found on any machine and before any run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one program may have
+SHARED_OF_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # bytes, of which each resident program takes
+SHARED_RESERVED = 1 << 10  # this many besides its own
+REGISTERS_OF_SM, WARPS_OF_SM, PROGRAMS_OF_SM = 65536, 64, 32
+TENSOR_MEMORY_COLUMNS = 512  # sm_100, for all programs of an SM
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+_ASSERTION = re.compile(r"\b__assertfail\b[^;]*;\s*\}[^\n]*\n\s*trap;")
+_LOCAL_ACCESS = re.compile(r"\b(?:LDL|STL)\b((?:\.\w+)*)")
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One (kernel, configuration, dtypes, flags) that a launcher may pick.
+
+    Attributes:
+        name: unique among those of one architecture, as "sums bf16 diagonal".
+        function: the triton.JITFunction.
+        signature: the Triton type of every argument in order: "*bf16", "i32", "tensordesc<bf16[128,64]>", "constexpr".
+        constexprs: the value of every argument of type "constexpr".
+        attrs: by the argument's position, as {(2,): [["tt.divisibility", 16]]}.
+        num_warps, num_stages, maxnreg: the launch options.
+        matrix_instruction: whether the kernel is worth its name only with the chip's matrix instruction.
+    """
+
+    name: str
+    function: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attrs: dict[tuple[int, ...], Any]
+    num_warps: int
+    num_stages: int
+    matrix_instruction: bool
+    maxnreg: int | None = None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out. Sizes are bytes: shared per program, stack and spills per thread.
+
+    Attributes:
+        spills: of the loads and stores of local memory in the machine code, loops counted once.
+        matrix_instructions: how often the architecture's own (`MATRIX_INSTRUCTION`) stands in the PTX.
+        lone_traps: traps that are not the end of an assertion; Triton leaves one where it cannot lower something.
+        warps: per program; more than asked for where Triton specialises warps.
+        tensor_memory: columns (sm_100).
+        programs: how many fit an SM at once.
+    """
+
+    ptx: str
+    cubin: bytes
+    shared: int
+    registers: int
+    stack: int
+    spills: int
+    matrix_instructions: int
+    lone_traps: int
+    warps: int
+    tensor_memory: int
+    programs: int
+
+
+def compile_offline(c: Compilation, arch: int) -> Compiled:
+    """Compiles for compute capability ``arch`` (80, 90, 100), through Triton's own cache.
+
+    Raises:
+        TypeError: the function is not a triton.JITFunction; under TRITON_INTERPRET=1 none is.
+        ValueError: the signature and the function's arguments, or the constants, do not go together.
+    """
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not isinstance(c.function, triton.JITFunction):
+        raise TypeError(
+            f"{c.name}: cannot compile a {type(c.function).__name__}; it takes the bare triton.jit function, which "
+            f"must have been made without TRITON_INTERPRET=1 (now {os.environ.get('TRITON_INTERPRET', 'unset')})"
+        )
+    if list(c.signature) != c.function.arg_names:
+        raise ValueError(f"{c.name}: the signature has {list(c.signature)}, the kernel {c.function.arg_names}")
+    constants = {name for name, kind in c.signature.items() if kind == "constexpr"}
+    if constants != set(c.constexprs):
+        raise ValueError(f"{c.name}: constexpr arguments {sorted(constants)}, values for {sorted(c.constexprs)}")
+    debug = c.function.debug or knobs.runtime.debug  # as at a launch
+    kernel = triton.compile(
+        ASTSource(fn=c.function, signature=c.signature, constexprs=c.constexprs, attrs=c.attrs),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": c.num_warps, "num_stages": c.num_stages, "maxnreg": c.maxnreg, "debug": bool(debug)},
+    )
+    ptx, cubin, metadata = kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata
+    usage = _resource_usage(cubin, metadata.name)
+    registers, stack = usage["REG"], usage["STACK"] + usage["LOCAL"]
+    tensor_memory = getattr(metadata, "tmem_size", None) or 0
+    return Compiled(
+        ptx=ptx,
+        cubin=cubin,
+        shared=metadata.shared,
+        registers=registers,
+        stack=stack,
+        spills=_local_bytes(cubin) if stack else 0,
+        matrix_instructions=ptx.count(MATRIX_INSTRUCTION[arch]),
+        lone_traps=len(re.findall(r"\btrap;", _ASSERTION.sub("", ptx))),
+        warps=metadata.num_warps,
+        tensor_memory=tensor_memory,
+        programs=_programs(arch, metadata.shared, registers, metadata.num_warps, tensor_memory),
+    )
+
+
+def problems(c: Compilation, compiled: Compiled, arch: int) -> list[str]:
+    """What keeps it from launching or from full speed on ``arch``; empty when nothing does."""
+    found = []
+    if c.matrix_instruction and not compiled.matrix_instructions:
+        found.append(f"no {MATRIX_INSTRUCTION[arch]}")
+    if compiled.lone_traps:
+        found.append(f"{compiled.lone_traps} trap(s) outside assertions")
+    if compiled.stack:
+        found.append(f"stack of {compiled.stack} bytes a thread, {compiled.spills} bytes of local loads and stores")
+    if compiled.shared > SHARED_LIMIT[arch]:
+        found.append(f"shared memory of {compiled.shared} bytes, above the limit of {SHARED_LIMIT[arch]}")
+    if compiled.tensor_memory > TENSOR_MEMORY_COLUMNS:
+        found.append(f"{compiled.tensor_memory} columns of tensor memory, above the limit of {TENSOR_MEMORY_COLUMNS}")
+    if not found and not compiled.programs:
+        found.append(f"{compiled.registers} registers times {compiled.warps} warps do not fit an SM")
+    return found
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, option, str(file)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _resource_usage(cubin: bytes, kernel: str) -> dict[str, int]:
+    report = _cuobjdump(cubin, "-res-usage")
+    line = re.search(rf"Function {re.escape(kernel)}:\s*\n\s*(.+)", report)
+    if line is None:
+        raise RuntimeError(f"cuobjdump reports nothing about {kernel}:\n{report}")
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line[1])}
+
+
+def _local_bytes(cubin: bytes) -> int:
+    """cuobjdump has no count of spilled bytes: the accesses themselves, 4 bytes unless their suffix says otherwise."""
+    widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+    total = 0
+    for suffixes in _LOCAL_ACCESS.findall(_cuobjdump(cubin, "-sass")):
+        total += next((widths[suffix] for suffix in suffixes.split(".") if suffix in widths), 4)
+    return total
+
+
+def _programs(arch: int, shared: int, registers: int, warps: int, tensor_memory: int) -> int:
+    warp_registers = -(-registers * 32 // 256) * 256  # allocated by the warp, in units of 256
+    limits = [
+        PROGRAMS_OF_SM,
+        WARPS_OF_SM // warps,
+        REGISTERS_OF_SM // (warp_registers * warps),
+        SHARED_OF_SM[arch] // (shared + SHARED_RESERVED),
+    ]
+    if tensor_memory:
+        limits.append(TENSOR_MEMORY_COLUMNS // tensor_memory)
+    return min(limits)

@@ -1,0 +1,76 @@
+"""The peers' adapters: all compute the same loss, and one that cannot run says why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import peers, timing
+from bench.comparison import Comparison
+
+CPU = torch.device("cpu")
+SCALE = 14.3
+
+
+@pytest.mark.parametrize(
+    ("loss", "forms"), [("info_nce", peers.info_nce_peers(CPU, SCALE)), ("sigmoid", peers.sigmoid_peers(CPU))]
+)
+def test_forms_that_run_here_match_float64(loss: str, forms: list[peers.Peer]) -> None:
+    inputs = timing.embeddings(50, 24, SCALE, CPU, torch.float32)
+    expected = peers.reference(loss, *inputs)
+    runnable = [form for form in forms if form.run is not None]
+    assert {"fastclap torch", "materialised"} <= {form.name for form in runnable}
+    for form in runnable:
+        assert form.run is not None
+        found = peers.errors(form.run, expected, *inputs)
+        assert all(error is not None and error < 1e-5 for error in found.values()), (form.name, found)
+    assert all(tensor.grad is None for tensor in inputs)  # measured on copies
+
+
+def test_linear_cross_entropies_become_the_symmetric_loss() -> None:
+    run = peers.two_calls(lambda hidden, weight, labels: F.cross_entropy(hidden @ weight.t(), labels))
+    inputs = timing.embeddings(40, 16, SCALE, CPU, torch.float32)
+    found = peers.errors(run, peers.reference("info_nce", *inputs), *inputs)
+    assert all(error is not None and error < 1e-5 for error in found.values())
+
+
+def test_absent_packages_are_named_as_pip_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    forms = {form.name: form for form in [*peers.info_nce_peers(CPU, SCALE), *peers.sigmoid_peers(CPU)]}
+    packages = {"inf_cl": "inf-cl", "memeff": "memeff", "open_clip": "open-clip-torch", "quack": "quack-kernels"}
+    packages |= {"cut-cross-entropy": "cut-cross-entropy", "liger-kernel": "liger-kernel"}
+    packages |= {"siglip-kernel": "siglip-kernel"}
+    for name, package in packages.items():
+        form = forms[name]
+        assert form.run is None and form.version is None and form.package == package
+        assert form.notes.startswith(f"not installed (pip install {package})")
+
+
+def test_the_lean_form_leaves_the_engine_as_it_was() -> None:
+    engine = pytest.importorskip("fastclap.kernels.contrastive_triton")
+    before = engine.stores_exponentials
+    seen = []
+
+    def run(*_: object) -> torch.Tensor:
+        seen.append(engine.stores_exponentials(1, CPU))
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        peers._never_storing(run)(*timing.embeddings(4, 4, 1.0, CPU, torch.float32))
+    assert seen == [False] and engine.stores_exponentials is before
+
+
+def test_comparison_holds_a_row_a_form_and_stops_for_lack_of_time() -> None:
+    case = Comparison("info_nce", 32, 16, CPU, torch.float32)
+    assert set(case.calls) == set(case.first_ms) == {n for n, row in case.results.items() if "reason" not in row}
+    assert case.results["materialised"]["errors"]["da"] < 1e-5
+    late = Comparison("sigmoid", 32, 16, CPU, torch.float32, left=lambda: 1.0)
+    assert not late.calls and late.results["materialised"]["reason"] == "not reached: no time left"

@@ -1,0 +1,129 @@
+"""The offline compiler finds in real machine code what it is there to find."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+
+from fastclap.kernels.offline import (  # noqa: E402
+    ARCHITECTURES,
+    MATRIX_INSTRUCTION,
+    SHARED_LIMIT,
+    Compilation,
+    compile_offline,
+    problems,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+
+
+@triton.jit
+def product(a, b, c, k, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    rows, columns, inner = tl.arange(0, M)[:, None], tl.arange(0, N), tl.arange(0, K)
+    total = tl.zeros((M, N), tl.float32)
+    for start in range(0, k, K):
+        left = tl.load(a + rows * k + start + inner[None, :])
+        right = tl.load(b + columns[None, :] * k + start + inner[:, None])
+        total = tl.dot(left, right, total)
+    tl.store(c + rows * N + columns[None, :], total)
+
+
+@triton.jit(debug=True)  # or assertions are left out
+def asserts_and_traps(x, TRAP: tl.constexpr):
+    value = tl.load(x)
+    tl.device_assert(value > 0, "positive")
+    if TRAP:
+        value = tl.inline_asm_elementwise("trap; mov.b32 $0, $1;", "=r,r", [value], tl.int32, is_pure=False, pack=1)
+    tl.store(x, value + 1)
+
+
+def a_product(block: tuple[int, int, int], num_warps: int, num_stages: int, dtype: str = "bf16") -> Compilation:
+    return Compilation(
+        name=f"product {block} {dtype}",
+        function=product,
+        signature={"a": f"*{dtype}", "b": f"*{dtype}", "c": "*fp32", "k": "i32"} | dict.fromkeys("MNK", "constexpr"),
+        constexprs=dict(zip("MNK", block, strict=True)),
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(4)},
+        num_warps=num_warps,
+        num_stages=num_stages,
+        matrix_instruction=True,
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_good_product_has_no_problem(arch: int) -> None:
+    compilation = a_product((128, 128, 64), 8, 3)
+    compiled = compile_offline(compilation, arch)
+    assert problems(compilation, compiled, arch) == []
+    assert MATRIX_INSTRUCTION[arch] in compiled.ptx and compiled.matrix_instructions > 0
+    assert compiled.cubin[:4] == b"\x7fELF"
+    assert compiled.stack == compiled.spills == 0
+    assert 32 < compiled.registers < 256
+    # Two or three buffers of both operands, as the compiler pipelines three stages; then as many programs as fit.
+    assert 2 * 32768 <= compiled.shared <= 3 * 32768 + 4096
+    assert compiled.programs == min(65536 // (256 * -(-compiled.registers // 8) * 8), 2)
+    assert (compiled.tensor_memory > 0) == (arch == 100)
+
+
+def test_spilled_accumulators_are_named() -> None:
+    compilation = a_product((256, 256, 64), 4, 2)
+    compiled = compile_offline(compilation, 90)
+    assert compiled.stack > 1000 and compiled.spills > compiled.stack
+    assert [f"stack of {compiled.stack} bytes" in text for text in problems(compilation, compiled, 90)] == [True]
+
+
+def test_shared_memory_above_the_limit_is_named() -> None:
+    compilation = a_product((128, 128, 128), 8, 5)
+    compiled = compile_offline(compilation, 90)
+    assert compiled.shared > SHARED_LIMIT[90] and compiled.programs == 0
+    assert problems(compilation, compiled, 90) == [
+        f"shared memory of {compiled.shared} bytes, above the limit of 232448"
+    ]
+
+
+def test_a_missing_matrix_instruction_is_named() -> None:
+    compilation = a_product((16, 64, 64), 4, 2)  # too few rows for Hopper's
+    compiled = compile_offline(compilation, 90)
+    assert problems(compilation, compiled, 90) == ["no wgmma.mma_async"]
+    assert problems(replace(compilation, matrix_instruction=False), compiled, 90) == []
+
+
+def test_only_traps_outside_assertions_count() -> None:
+    signature = {"x": "*i32", "TRAP": "constexpr"}
+    for trap in (False, True):
+        compilation = Compilation("traps", asserts_and_traps, signature, {"TRAP": trap}, {}, 4, 1, False)
+        compiled = compile_offline(compilation, 90)
+        assert compiled.ptx.count("trap;") > trap and "__assertfail" in compiled.ptx
+        assert compiled.lone_traps == int(trap)
+        assert problems(compilation, compiled, 90) == (["1 trap(s) outside assertions"] if trap else [])
+
+
+def test_a_signature_that_does_not_fit_is_an_error() -> None:
+    compilation = a_product((64, 64, 64), 4, 2)
+    with pytest.raises(ValueError, match=r"the signature has .*'z'"):
+        compile_offline(replace(compilation, signature={"z": "i32"}), 90)
+    with pytest.raises(ValueError, match="constexpr arguments"):
+        compile_offline(replace(compilation, constexprs={"M": 64, "N": 64}), 90)
+
+
+def test_interpreted_functions_are_refused() -> None:
+    script = (
+        "import triton\n"
+        "from fastclap.kernels.offline import Compilation, compile_offline\n"
+        "def f(x): pass\n"
+        "compile_offline(Compilation('f', triton.jit(f), {'x': '*fp32'}, {}, {}, 4, 1, False), 90)\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode != 0
+    assert "f: cannot compile a InterpretedFunction" in run.stderr and "TRITON_INTERPRET=1" in run.stderr
