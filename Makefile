@@ -6,6 +6,9 @@ INSTALLED := $(VENV)/.installed
 # One torch thread a test process: two processes share a two-core machine, and CPU results do not depend on the split.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
+# Without a GPU the Triton kernels run in Triton's interpreter, which a process has to choose before it imports them.
+INTERPRETED := tests/kernels/test_contrastive_triton.py
+
 .PHONY: demo test test-slow lint format bench clean
 
 demo: $(INSTALLED)
@@ -13,6 +16,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --durations=15 -m "not slow" tests
+	$(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --durations=5 -m "not slow" $(INTERPRETED)
 
 test-slow: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m slow tests

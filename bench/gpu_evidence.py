@@ -125,7 +125,7 @@ class Sizes:
 
 
 GPU_SIZES = Sizes(
-    tests=("tests/kernels", "gpu"),
+    tests=("tests/kernels/test_contrastive_triton.py", ""),
     accuracy=((1000, 512), (4096, 768), (16384, 768), (8191, 1024)),
     matmul=8192,
     copy_bytes=4 << 30,

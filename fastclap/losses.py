@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,25 @@ DIRECTIONS = ("both", "a_to_b", "b_to_a")
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 
+@overload
 def info_nce(
+    a: Tensor,
+    b: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    return_top1: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+@overload
+def info_nce(
+    a: Tensor,
+    b: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    return_top1: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor]: ...
+def info_nce(  # type: ignore[misc]
     a: Tensor,  # (N, D)
     b: Tensor,  # (M, D)
     logit_scale: float | Tensor,
@@ -438,7 +456,9 @@ def _check_backend(backend: str, a: Tensor, b: Tensor, group: dist.ProcessGroup 
         if torch.float64 in (a.dtype, b.dtype):
             raise ValueError("backend='triton' takes float16, bfloat16 and float32; float64 needs backend='torch'")
         if not a.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"backend='triton' needs embeddings on a GPU, got {a.device}; backend='torch' runs anywhere")
+            raise ValueError(
+                f"backend='triton' needs embeddings on a GPU, got {a.device}; backend='torch' runs anywhere"
+            )
     if backend == "reference" and group is not None:
         raise ValueError("backend='reference' works in a single process; leave out process_group")
 

@@ -1,7 +1,8 @@
 """Contrastive losses (InfoNCE and SigLIP) over row chunks of the logits, so that the N×M matrix never exists.
 
-Every loss is S = scale · â·b̂ᵀ followed by softmaxes over its rows and columns, or by a sigmoid. The engine walks
-over chunks of rows of A; a chunk of logits is the only thing of size M that it holds, so memory is O(chunk·M + N·D):
+Every loss is S = scale · â·b̂ᵀ followed by softmaxes over its rows and columns, or by a sigmoid. Both engines, plain
+torch in this file and Triton in `fastclap.kernels.contrastive_triton`, walk over chunks of rows of A; a chunk of logits
+is the only thing of size M that they hold, so memory is O(chunk·M + N·D):
 
 * pass 1 forms a chunk of S and adds to the row and column sums of exponentials;
 * pass 2 forms it again (or takes it back, as far as a fixed budget lets chunks be kept), turns it into
@@ -10,15 +11,17 @@ over chunks of rows of A; a chunk of logits is the only thing of size M that it 
 Both passes run in the forward call, as soon as any input needs a gradient, and the backward call only multiplies by
 the upstream gradient: nothing but the gradients is kept between the two, and in a distributed run every collective
 sits in the forward call, where the ranks agree on the shapes first. A loss over one direction or with sigmoids needs
-no sums over columns and takes a single pass.
+no sums over columns; here it takes a single pass.
 
 Three things keep float32 accurate to 1e-5 at any scale and alignment. Where |logit| ≤ bound is known on the host and
 small enough, exp(S) itself serves both row and column sums; otherwise each row and column carries its maximum.
 Positives are summed apart, in float64: with p → 1 the gradient p - 1 is then a sum of small terms, not a difference
 of large ones. And logarithms are taken of float64 sums.
 
-Which pairs are positives is worked out on the host from sorted ids, never as an N×M comparison. Ids that live on a
-GPU cost one copy to the host per call; ids on the CPU cost none.
+Which pairs are positives this engine works out on the host from sorted ids, never as an N×M comparison.
+
+Eager calls go through an autograd.Function. Under torch.compile the same arithmetic is an operator,
+`fastclap::info_nce` or `fastclap::sigmoid_loss`, so that a graph stays whole.
 """
 
 from __future__ import annotations
@@ -157,17 +160,18 @@ class Ranks:
         """Concatenates the ranks' blocks, rank r holding rows[r] rows."""
         if self.group is None:
             return block
+        group = self.group if block.is_cuda else _host_group(self.group)
         largest = max(rows)
         padded = block.new_zeros(largest, *block.shape[1:])
         padded[: block.shape[0]] = block
         gathered = padded.new_empty(largest * self.size, *block.shape[1:])
-        dist.all_gather_into_tensor(gathered, padded, group=self.group)
+        dist.all_gather_into_tensor(gathered, padded, group=group)
         if min(rows) == largest:
             return gathered
         return torch.cat([part[:n] for part, n in zip(gathered.split(largest), rows, strict=True)])
 
     def gather_async(self, block: Tensor, rows: tuple[int, ...]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """`gather` that other work on the device may overtake: a buffer, and what makes the result of it when needed."""
+        """`gather` that other work may overtake: a buffer, and what makes the result of it once it is needed."""
         if self.group is None or block.device.type != "cuda":
             return self.gather(block, rows), lambda gathered: gathered
         largest = max(rows)
@@ -928,7 +932,7 @@ def _resolve(group: str) -> dist.ProcessGroup | None:
         return None
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    return _resolve_process_group(group)
+    return _resolve_process_group(group)  # type: ignore[arg-type]
 
 
 def _gradient_dtype(a: Tensor, b: Tensor) -> torch.dtype:

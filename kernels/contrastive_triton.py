@@ -55,23 +55,27 @@ STORED_SHARE = 0.25  # of the free memory that stored exponentials may take
 ALWAYS_STORED = 256 << 20  # bytes of exponentials that are stored without asking how much memory is free
 LOST_BITS = 40  # a term that underflows is below 2^-40 of its row's best
 LARGEST_CHUNK = 8448
-LEAN_REGISTERS = 128  # a thread; two programs of 8 warps share an SM
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One configuration of a matrix kernel."""
+    """One configuration of the matrix kernels.
+
+    ``registers``: the limit a thread for the forms that are used most, where it lets two programs share an SM without
+    a spill in the main loop.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-# By arithmetic, checked by offline compilation (no spill): 128×128 keeps the accumulator at 64 registers a thread and
-# two programs on an SM, so that one's exponentials hide behind the other's matrix products. One entry per
-# (architecture, dtype); other architectures take the nearest lower one.
+# By arithmetic, checked by offline compilation. On sm_90 128×128 keeps the accumulator at 64 registers a thread and two
+# programs on an SM, so that one's exponentials hide behind the other's matrix products. One entry per (architecture,
+# dtype); other architectures take the nearest lower one.
 TILES: dict[int, dict[torch.dtype, Tile]] = {
     80: {
         torch.bfloat16: Tile(128, 128, 32, 8, 3),
@@ -79,8 +83,8 @@ TILES: dict[int, dict[torch.dtype, Tile]] = {
         torch.float32: Tile(64, 64, 32, 4, 2),
     },
     90: {
-        torch.bfloat16: Tile(128, 128, 64, 8, 3),
-        torch.float16: Tile(128, 128, 64, 8, 3),
+        torch.bfloat16: Tile(128, 128, 64, 8, 3, registers=128),
+        torch.float16: Tile(128, 128, 64, 8, 3, registers=128),
         torch.float32: Tile(64, 128, 32, 4, 3),
     },
     100: {
@@ -162,7 +166,7 @@ def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
 @triton.jit
 def _half_sums(
     x, e, a_factor, b_factor, a_class, b_class, shift, row_logit, row_parts, column_parts, row_tops, column_tops,
-    start, end, num_columns, diagonal, e_column, row_stride, row_plane, column_stride, column_plane,
+    start, end, num_columns, diagonal, row_stride, row_plane, column_stride, column_plane,
     tile_row, part, BM: tl.constexpr, BN: tl.constexpr,
     IDS: tl.constexpr, COLUMNS: tl.constexpr, STORE: tl.constexpr, TOP1: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
@@ -203,7 +207,7 @@ def _half_sums(
     if FIXED:
         x = tl.exp2(x - tl.load(shift))
         if STORE:
-            e.store([tile_row * BM, e_column + column], x.to(e.dtype))
+            e.store([tile_row * BM, column], x.to(e.dtype))
         if has_positives:
             positive = tl.where(left[:, None] == right[None, :], x, 0.0)
             x -= positive
@@ -238,8 +242,31 @@ def _half_sums(
             tl.store(column_parts, tl.sum(y, 0), mask=column_inside)
 
 
+@triton.jit
+def _sums_tile(
+    tile, a, b, e, a_factor, b_factor, a_class, b_class, shift, row_logit, row_parts, column_parts, row_tops,
+    column_tops, start, end, num_columns, depth, diagonal, row_stride, row_plane, column_stride, column_plane,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    IDS: tl.constexpr, COLUMNS: tl.constexpr, STORE: tl.constexpr, TOP1: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(end - start, BM)
+    tile_row, tile_column = tile % tiles, tile // tiles
+    x = _product(a, b, start + tile_row * BM, tile_column * BN, depth, BM, BN, BK, PRECISION)
+    x, y = _halves(x, BM, BN)
+    _half_sums(
+        x, e, a_factor, b_factor, a_class, b_class, shift, row_logit, row_parts, column_parts, row_tops, column_tops,
+        start, end, num_columns, diagonal, row_stride, row_plane, column_stride, column_plane,
+        tile_row, 2 * tile_column, BM, BN // 2, IDS, COLUMNS, STORE, TOP1, FIXED,
+    )  # fmt: skip
+    _half_sums(
+        y, e, a_factor, b_factor, a_class, b_class, shift, row_logit, row_parts, column_parts, row_tops, column_tops,
+        start, end, num_columns, diagonal, row_stride, row_plane, column_stride, column_plane,
+        tile_row, 2 * tile_column + 1, BM, BN // 2, IDS, COLUMNS, STORE, TOP1, FIXED,
+    )  # fmt: skip
+
+
 @_launched(
-    "start end num_columns depth diagonal e_column row_stride row_plane column_stride column_plane",
+    "start end num_columns depth diagonal row_stride row_plane column_stride column_plane",
     "a_factor b_factor a_class b_class",
 )
 def _sums_kernel(
@@ -248,34 +275,34 @@ def _sums_kernel(
     a_class, b_class,  # [N], [M] int32
     shift,  # [2]: the fixed maximum, and whether it is to be used
     row_logit,  # [N], written without ids
-    row_parts, column_parts,  # [4, half tiles, chunk], [3, row tiles, M]: negatives, maximum; with ids positives, logits
+    row_parts, column_parts,  # [4, half tiles, chunk], [3, row tiles, M]: negatives, maximum; ids: positives, logits
     row_tops, column_tops,  # [2, …]: largest logit, largest logit of a positive
-    start, end, num_columns, depth, diagonal, e_column, row_stride, row_plane, column_stride, column_plane,
+    start, end, num_columns, depth, diagonal, row_stride, row_plane, column_stride, column_plane,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
     IDS: tl.constexpr, COLUMNS: tl.constexpr, STORE: tl.constexpr, TOP1: tl.constexpr, FIXED: tl.constexpr,
+    LOOP: tl.constexpr,
 ):  # fmt: skip
     """P1: partial sums of exponentials over the rows and columns of a tile; logits are in units of ln 2.
 
     FIXED: one exponential with the fixed maximum, else two with the tile's maxima. Both are launched, one works.
+    LOOP: a program takes several tiles.
     """
     if (tl.load(shift + 1) > 0) != FIXED:
         return
-    tiles = tl.cdiv(end - start, BM)
-    total = tiles * tl.cdiv(num_columns, BN)
-    for tile in tl.range(tl.program_id(0), total, total if FIXED else tl.num_programs(0)):
-        tile_row, tile_column = tile % tiles, tile // tiles
-        x = _product(a, b, start + tile_row * BM, tile_column * BN, depth, BM, BN, BK, PRECISION)
-        x, y = _halves(x, BM, BN)
-        _half_sums(
-            x, e, a_factor, b_factor, a_class, b_class, shift, row_logit, row_parts, column_parts, row_tops,
-            column_tops, start, end, num_columns, diagonal, e_column, row_stride, row_plane, column_stride,
-            column_plane, tile_row, 2 * tile_column, BM, BN // 2, IDS, COLUMNS, STORE, TOP1, FIXED,
+    if not LOOP:
+        _sums_tile(
+            tl.program_id(0), a, b, e, a_factor, b_factor, a_class, b_class, shift, row_logit, row_parts, column_parts,
+            row_tops, column_tops, start, end, num_columns, depth, diagonal, row_stride, row_plane,
+            column_stride, column_plane, BM, BN, BK, PRECISION, IDS, COLUMNS, STORE, TOP1, FIXED,
         )  # fmt: skip
-        _half_sums(
-            y, e, a_factor, b_factor, a_class, b_class, shift, row_logit, row_parts, column_parts, row_tops,
-            column_tops, start, end, num_columns, diagonal, e_column, row_stride, row_plane, column_stride,
-            column_plane, tile_row, 2 * tile_column + 1, BM, BN // 2, IDS, COLUMNS, STORE, TOP1, FIXED,
-        )  # fmt: skip
+    else:
+        total = tl.cdiv(end - start, BM) * tl.cdiv(num_columns, BN)
+        for tile in tl.range(tl.program_id(0), total, tl.num_programs(0)):
+            _sums_tile(
+                tile, a, b, e, a_factor, b_factor, a_class, b_class, shift, row_logit, row_parts, column_parts,
+                row_tops, column_tops, start, end, num_columns, depth, diagonal, row_stride, row_plane,
+                column_stride, column_plane, BM, BN, BK, PRECISION, IDS, COLUMNS, STORE, TOP1, FIXED,
+            )  # fmt: skip
 
 
 @_launched("length tiles stride plane total_stride first", "parts maximum sums")
@@ -334,7 +361,7 @@ def _factors_kernel(
     length, diagonal, num_others, hard,
     IDS: tl.constexpr, LOGITS: tl.constexpr, TWO_SIDED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What P2 needs of a row (or column): maximum, weight/Σ, and for positives that again, their mean e, and a constant.
+    """What P2 needs of a row (or column): maximum, weight/Σ; for positives that again, their mean e, a constant.
 
     With k positives, weight·(p - 1/k) = weight/Σ · (e - mean e) - weight/Σ · (Σ negatives)/k: where p → 1/k nothing is
     lost to a difference of large numbers, and a single positive needs the constant alone.
@@ -369,10 +396,7 @@ def _factors_kernel(
                 target += tl.load(other_ratio) / tl.load(siblings + at, mask=inside, other=1).to(tl.float64)
             else:
                 target += weight
-        if IDS:
-            logit = tl.load(sums + 2 * length + at, mask=inside, other=0.0)
-        else:
-            logit = x.to(tl.float64)
+        logit = tl.load(sums + 2 * length + at, mask=inside, other=0.0) if IDS else x.to(tl.float64)
         term -= tl.where(weight > 0, hard * target * logit * LN2, 0.0)
     tl.store(terms + at, term, mask=inside)
 
@@ -449,10 +473,37 @@ def _half_gradient(
     g.store([tile_row * BM, left_edge], p.to(g.dtype))
 
 
+@triton.jit
+def _gradient_tile(
+    tile, a, b, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta, tb, ta_factor, tb_factor,
+    teacher_row, teacher_column, losses, start, end, num_columns, depth, teacher_depth, diagonal, num_rows,
+    column_stride, gain, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    IDS: tl.constexpr, COLUMNS: tl.constexpr, INVERSE: tl.constexpr, TEACHER: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(end - start, BM)
+    tile_row, tile_column = tile % tiles, tile // tiles
+    top, left_edge = start + tile_row * BM, tile_column * BN
+    x = _product(a, b, top, left_edge, depth, BM, BN, BK, PRECISION)
+    x, y = _halves(x, BM, BN)
+    t, u = x, y
+    if TEACHER:
+        t = _product(ta, tb, top, left_edge, teacher_depth, BM, BN, BK, PRECISION)
+        t, u = _halves(t, BM, BN)
+    _half_gradient(
+        x, t, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta_factor, tb_factor,
+        teacher_row, teacher_column, losses, start, end, num_columns, diagonal, num_rows, column_stride, gain,
+        tile_row, 2 * tile_column, 2 * tile, BM, BN // 2, IDS, COLUMNS, INVERSE, TEACHER, FIXED,
+    )  # fmt: skip
+    _half_gradient(
+        y, u, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta_factor, tb_factor,
+        teacher_row, teacher_column, losses, start, end, num_columns, diagonal, num_rows, column_stride, gain,
+        tile_row, 2 * tile_column + 1, 2 * tile + 1, BM, BN // 2, IDS, COLUMNS, INVERSE, TEACHER, FIXED,
+    )  # fmt: skip
+
+
 @_launched(
     "start end num_columns depth teacher_depth diagonal num_rows column_stride gain",
-    "a_factor b_factor a_inverse a_class b_class shift row column ta_factor tb_factor teacher_row "
-    "teacher_column",
+    "a_factor b_factor a_inverse a_class b_class shift row column ta_factor tb_factor teacher_row teacher_column",
 )
 def _gradient_kernel(
     a, b, g,  # descriptors [N, D], [M, D], [chunk, M]
@@ -462,35 +513,28 @@ def _gradient_kernel(
     start, end, num_columns, depth, teacher_depth, diagonal, num_rows, column_stride, gain,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
     IDS: tl.constexpr, COLUMNS: tl.constexpr, INVERSE: tl.constexpr, TEACHER: tl.constexpr, FIXED: tl.constexpr,
+    LOOP: tl.constexpr,
 ):  # fmt: skip
-    """P2: a tile of G = dL/dS, times both inverse norms (INVERSE), times gain; FIXED as in `_sums_kernel`.
+    """P2: a tile of G = dL/dS, times both inverse norms (INVERSE), times gain; FIXED, LOOP as in `_sums_kernel`.
 
     With a teacher also its share of the loss, and maxima are taken from the factors whichever way they were found.
     """
-    if not TEACHER:
-        if (tl.load(shift + 1) > 0) != FIXED:
-            return
-    tiles = tl.cdiv(end - start, BM)
-    total = tiles * tl.cdiv(num_columns, BN)
-    for tile in tl.range(tl.program_id(0), total, total if FIXED else tl.num_programs(0)):
-        tile_row, tile_column = tile % tiles, tile // tiles
-        top, left_edge = start + tile_row * BM, tile_column * BN
-        x = _product(a, b, top, left_edge, depth, BM, BN, BK, PRECISION)
-        x, y = _halves(x, BM, BN)
-        t, u = x, y
-        if TEACHER:
-            t = _product(ta, tb, top, left_edge, teacher_depth, BM, BN, BK, PRECISION)
-            t, u = _halves(t, BM, BN)
-        _half_gradient(
-            x, t, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta_factor,
-            tb_factor, teacher_row, teacher_column, losses, start, end, num_columns, diagonal, num_rows, column_stride,
-            gain, tile_row, 2 * tile_column, 2 * tile, BM, BN // 2, IDS, COLUMNS, INVERSE, TEACHER, FIXED,
+    if not TEACHER and (tl.load(shift + 1) > 0) != FIXED:
+        return
+    if not LOOP:
+        _gradient_tile(
+            tl.program_id(0), a, b, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta, tb,
+            ta_factor, tb_factor, teacher_row, teacher_column, losses, start, end, num_columns, depth, teacher_depth,
+            diagonal, num_rows, column_stride, gain, BM, BN, BK, PRECISION, IDS, COLUMNS, INVERSE, TEACHER, FIXED,
         )  # fmt: skip
-        _half_gradient(
-            y, u, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta_factor,
-            tb_factor, teacher_row, teacher_column, losses, start, end, num_columns, diagonal, num_rows, column_stride,
-            gain, tile_row, 2 * tile_column + 1, 2 * tile + 1, BM, BN // 2, IDS, COLUMNS, INVERSE, TEACHER, FIXED,
-        )  # fmt: skip
+    else:
+        total = tl.cdiv(end - start, BM) * tl.cdiv(num_columns, BN)
+        for tile in tl.range(tl.program_id(0), total, tl.num_programs(0)):
+            _gradient_tile(
+                tile, a, b, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta, tb, ta_factor,
+                tb_factor, teacher_row, teacher_column, losses, start, end, num_columns, depth, teacher_depth,
+                diagonal, num_rows, column_stride, gain, BM, BN, BK, PRECISION, IDS, COLUMNS, INVERSE, TEACHER, FIXED,
+            )  # fmt: skip
 
 
 @_launched(
@@ -810,11 +854,19 @@ class Launch:
     precision: str
     chunk: int
     multiprocessors: int
+    arch: int
+
+    def loops(self, fixed: bool, teacher: bool = False) -> bool:
+        """Whether programs take several tiles: in the form that rarely works, so that its exit costs nothing.
+
+        On sm_100 the loop would spill.
+        """
+        return not fixed and not teacher and self.arch < 100
 
     def constants(self, columns: int | None = None, lean: bool = False) -> dict[str, Any]:
-        """Constants and options; ``lean``: the form that is worth squeezing into the registers of two programs an SM."""
+        """Constants and options; ``lean``: with the tile's limit on registers."""
         return {
-            **({"maxnreg": LEAN_REGISTERS} if lean and self.tile.warps == 8 else {}),
+            **({"maxnreg": self.tile.registers} if lean and self.tile.registers else {}),
             "BM": self.tile.rows,
             "BN": columns or self.tile.columns,
             "BK": self.tile.depth,
@@ -824,16 +876,18 @@ class Launch:
         }
 
     def width(self, teacher: bool) -> int:
-        """Columns of a tile of G: a teacher's second accumulator takes the registers of half a tile."""
-        return self.tile.columns // 2 if teacher and self.tile.columns > 32 else self.tile.columns
+        """Columns of a tile of G: a teacher's second accumulator takes the registers of half a tile.
+
+        On sm_100 accumulators are in tensor memory, which has room for both.
+        """
+        return self.tile.columns // 2 if teacher and 0 < self.arch < 100 else self.tile.columns
 
     def tiles(self, rows: int, columns: int, width: int | None = None) -> int:
         return triton.cdiv(rows, self.tile.rows) * triton.cdiv(columns, width or self.tile.columns)
 
-    def grid(self, rows: int, columns: int, fixed: bool) -> tuple[int]:
-        """One program a tile; for the form that rarely works as many as run at once, so that its exit costs nothing."""
-        tiles = self.tiles(rows, columns)
-        return (tiles if fixed else min(tiles, 2 * self.multiprocessors),)
+    def grid(self, tiles: int, loops: bool) -> tuple[int]:
+        """One program a tile, or as many as run at once."""
+        return (min(tiles, 2 * self.multiprocessors) if loops else tiles,)
 
     def rows_of(self, x: Tensor) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(x, [self.tile.rows, self.tile.depth])
@@ -858,7 +912,7 @@ def _launch(operands: Operands) -> Launch:
     if operands.a.dtype == torch.float32:
         precision = PRECISIONS[torch.get_float32_matmul_precision()]
     chunk = chunk_rows(arch, multiprocessors, operands.a.shape[1])
-    return Launch(tile_for(arch, operands.a.dtype), precision, chunk, multiprocessors)
+    return Launch(tile_for(arch, operands.a.dtype), precision, chunk, multiprocessors, arch)
 
 
 def _lean(fixed: bool, busy: bool) -> bool:
@@ -874,7 +928,13 @@ class Softmaxes:
     """P1: maxima, sums of exponentials and logits of the positives, of all rows of a rank and all columns."""
 
     def __init__(
-        self, operands: Operands, positives: Positives, launch: Launch, two_sided: bool, top1: bool, stored: Tensor | None
+        self,
+        operands: Operands,
+        positives: Positives,
+        launch: Launch,
+        two_sided: bool,
+        top1: bool,
+        stored: Tensor | None,
     ) -> None:
         self.operands, self.positives, self.two_sided = operands, positives, two_sided
         num_rows, num_columns, device = operands.a.shape[0], operands.num_columns, operands.device
@@ -889,9 +949,11 @@ class Softmaxes:
         self.column_top = torch.full((2, num_columns), -math.inf, device=device) if top1 else None
         for index, at in enumerate(launch.chunks(num_rows)):
             # Only the first chunk can overlap with the arrival of the other ranks' rows.
-            parts = operands.parts if index == 0 else [slice(0, num_columns)]
-            for part in parts:
-                self._add(launch, at, part, operands.block(part) if index == 0 else operands.b, stored)
+            if index == 0 and stored is None:
+                for part in operands.parts:
+                    self._add(launch, at, part, operands.block(part), None)
+            else:
+                self._add(launch, at, slice(0, num_columns), operands.b, stored)
         self._reduce()
 
     def _add(self, launch: Launch, at: slice, part: slice, b: Tensor, stored: Tensor | None) -> None:
@@ -906,15 +968,17 @@ class Softmaxes:
         column_tops = torch.empty((2, row_tiles, columns) if top1 else (1,), device=device)
         b_rows = launch.columns_of(b)
         for fixed in (True, False):
-            _sums_kernel[launch.grid(rows, columns, fixed)](
+            loops = launch.loops(fixed)
+            _sums_kernel[launch.grid(launch.tiles(rows, columns), loops)](
                 launch.rows_of(operands.a), b_rows,
                 b_rows if stored is None or not fixed else launch.chunk_of(stored[at]),
                 operands.a_factor, operands.b_inverse[part],
                 positives.a_class, positives.b_class[part] if positives.ids else positives.b_class,
                 operands.shift, self.row_logit, row_parts, column_parts, row_tops, column_tops,
-                at.start, at.stop, columns, operands.a.shape[1], positives.diagonal - part.start, part.start,
+                at.start, at.stop, columns, operands.a.shape[1], positives.diagonal - part.start,
                 rows, column_tiles * rows, columns, row_tiles * columns,
                 IDS=positives.ids, COLUMNS=self.two_sided, STORE=stored is not None and fixed, TOP1=top1, FIXED=fixed,
+                LOOP=loops,
                 **launch.constants(lean=_lean(fixed, positives.ids or top1)),
             )  # fmt: skip
         self._combine(row_parts, self.row_maximum, self.row_sums, at.start)
@@ -959,8 +1023,8 @@ class Softmaxes:
         row, row_terms = torch.empty(5, num_rows, device=device), self.row_sums.new_empty(num_rows)
         column, column_terms = torch.empty(5, num_columns, device=device), self.row_sums.new_zeros(num_columns)
         _factors_kernel[(triton.cdiv(num_rows, 256),)](
-            self.row_maximum, self.row_sums, self.row_logit, positives.row_count, positives.siblings, positives.one, positives.ratio,
-            row, row_terms, num_rows, positives.diagonal, positives.total_columns, hard,
+            self.row_maximum, self.row_sums, self.row_logit, positives.row_count, positives.siblings, positives.one,
+            positives.ratio, row, row_terms, num_rows, positives.diagonal, positives.total_columns, hard,
             IDS=positives.ids, LOGITS=True, TWO_SIDED=self.two_sided, WIDTH=256,
         )  # fmt: skip
         if self.two_sided:
@@ -1067,9 +1131,9 @@ def info_nce_gradients(
     inverse, gain = normalize and dtype != torch.float16, HALF_GAIN if dtype == torch.float16 else 1.0
     stored = None
     # float16 cannot hold the exponentials, and with several positives a rounded e no longer cancels against their mean.
-    if need.any and teacher is None and dtype != torch.float16 and not positives.ids:
-        if stores_exponentials(num_rows * num_columns * dtype.itemsize, a.device):
-            stored = _rows_by_columns(num_rows, num_columns, dtype, a.device)
+    storable = need.any and teacher is None and dtype != torch.float16 and not positives.ids
+    if storable and stores_exponentials(num_rows * num_columns * dtype.itemsize, a.device):
+        stored = _rows_by_columns(num_rows, num_columns, dtype, a.device)
     softmaxes = Softmaxes(operands, positives, launch, two_sided, top1, stored)
     hard, smooth = (1 - teacher_weight) * (1 - label_smoothing), (1 - teacher_weight) * label_smoothing
     row, column, row_terms, column_terms = softmaxes.factors(hard)
@@ -1082,8 +1146,8 @@ def info_nce_gradients(
         a_hat, b_hat = a.detach().float(), operands.b[:, : operands.depth].float()
         if normalize:
             a_hat, b_hat = a_hat * operands.a_inverse[:, None], b_hat * operands.b_inverse[:, None]
-        row_weight = (softmaxes_weights(positives, num_rows, positives.diagonal, True)).double()
-        column_weight = softmaxes_weights(positives, num_columns, 0, False).double() * (1.0 if two_sided else 0.0)
+        row_weight = (_weights(positives, num_rows, positives.diagonal, True)).double()
+        column_weight = _weights(positives, num_columns, 0, False).double() * (1.0 if two_sided else 0.0)
         smoothing = LabelSmoothing(a_hat, b_hat, operands.scale[0], ranks, row_weight, column_weight, smooth)
         total = total + smoothing.loss()
 
@@ -1102,7 +1166,7 @@ def info_nce_gradients(
     if gradients is not None or teacher is not None:
         width = launch.width(teacher is not None)
         buffer = stored
-        if stored is None:
+        if buffer is None:
             buffer = _rows_by_columns(min(launch.chunk, num_rows), num_columns, dtype, a.device)
         a_rows, b_rows = launch.rows_of(operands.a), launch.columns_of(operands.b, width)
         t_rows, t_columns = launch.rows_of(t_operands.a), launch.columns_of(t_operands.b, width)
@@ -1123,7 +1187,8 @@ def info_nce_gradients(
             for fixed in (True, False):
                 if fixed and (stored is not None or teacher is not None):
                     continue
-                _gradient_kernel[(tiles,) if teacher is not None else launch.grid(rows, num_columns, fixed)](
+                loops = launch.loops(fixed, teacher is not None)
+                _gradient_kernel[launch.grid(tiles, loops)](
                     a_rows, b_rows, chunk,
                     operands.a_factor, operands.b_inverse, operands.a_inverse,
                     positives.a_class, positives.b_class, operands.shift, row, column,
@@ -1131,6 +1196,7 @@ def info_nce_gradients(
                     at.start, at.stop, num_columns, operands.a.shape[1], t_operands.a.shape[1], positives.diagonal,
                     num_rows, num_columns, gain,
                     IDS=positives.ids, COLUMNS=two_sided, INVERSE=inverse, TEACHER=teacher is not None, FIXED=fixed,
+                    LOOP=loops,
                     **launch.constants(width, _lean(fixed, positives.ids)),
                 )  # fmt: skip
             if teacher is not None:
@@ -1148,7 +1214,7 @@ def info_nce_gradients(
     return loss, gradients.finish(alpha, unit, correction), accuracy
 
 
-def softmaxes_weights(positives: Positives, length: int, diagonal: int, rows: bool) -> Tensor:
+def _weights(positives: Positives, length: int, diagonal: int, rows: bool) -> Tensor:
     """Weight of each row or column in its direction's mean, relative to that of a row."""
     if positives.ids:
         count = positives.row_count if rows else positives.column_count
@@ -1218,15 +1284,17 @@ def compilations(arch: int) -> Iterator[Compilation]:
         half = dtype == torch.float16
         for precision in ("tf32x3", "tf32") if dtype == torch.float32 else ("tf32",):
             label = f"{name} {precision}" if dtype == torch.float32 else name
-            launch = Launch(tile_for(arch, dtype), precision, 0, 0)
+            launch = Launch(tile_for(arch, dtype), precision, 0, 0, arch)
             for ids, columns, store, top1, fixed in product(both, both, both, both, both):
                 if not (store and (ids or half or not fixed)):
                     flags = {"IDS": ids, "COLUMNS": columns, "STORE": store, "TOP1": top1, "FIXED": fixed}
+                    flags["LOOP"] = launch.loops(fixed)
                     options = launch.constants(lean=_lean(fixed, ids or top1))
                     yield _compilation("sums", _sums_kernel, label, name, options, flags)
             for ids, columns, inverse, teacher, fixed in product(both, both, both, both, both):
-                if not (teacher and fixed or inverse and half):
+                if not ((teacher and fixed) or (inverse and half)):
                     flags = {"IDS": ids, "COLUMNS": columns, "INVERSE": inverse, "TEACHER": teacher, "FIXED": fixed}
+                    flags["LOOP"] = launch.loops(fixed, teacher)
                     options = launch.constants(launch.width(teacher), _lean(fixed, ids))
                     yield _compilation("gradient", _gradient_kernel, label, name, options, flags)
             for ids, inverse, gradient in product(both, both, both):
@@ -1254,9 +1322,9 @@ def compilations(arch: int) -> Iterator[Compilation]:
 def _compilation(
     kind: str, function: Any, label: str, dtype: str, launch: dict[str, Any], flags: dict[str, bool]
 ) -> Compilation:
-    options = {"num_warps": 4, "num_stages": 3, "maxnreg": None}  # Triton's defaults
-    options |= {name: value for name, value in launch.items() if name in options}
-    constants = {name: value for name, value in launch.items() if name not in options}
+    constants = dict(launch)
+    warps, stages = constants.pop("num_warps", 4), constants.pop("num_stages", 3)  # else Triton's defaults
+    maxnreg = constants.pop("maxnreg", None)
     constexprs = {**constants, **flags}
     gradient = "bf16" if dtype == "bf16" else "fp32"
     types = dict.fromkeys(("hard", "gain"), "fp32")
@@ -1284,14 +1352,13 @@ def _compilation(
         else:
             kind_of = "i32" if parameter.do_not_specialize else "*fp32"
         signature[parameter.name] = kind_of
-    attrs = {
+    attrs: dict[tuple[int, ...], Any] = {
         (index,): [["tt.divisibility", 16]]
         for index, parameter in enumerate(function.params)
         if signature[parameter.name].startswith("*") and not parameter.do_not_specialize_on_alignment
     }
-    on = " ".join(name.lower() for name, value in flags.items() if value)
+    on = " ".join(name.lower() for name, value in flags.items() if value and name != "LOOP")
     name = " ".join(part for part in (kind, label, on) if part)
     return Compilation(
-        name, function, signature, constexprs, attrs, options["num_warps"], options["num_stages"], "BK" in constants,
-        options["maxnreg"],
+        name, function, signature, constexprs, attrs, warps, stages, "BK" in constants, maxnreg
     )  # fmt: skip

@@ -21,11 +21,15 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one progr
 SHARED_OF_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # bytes, of which each resident program takes
 SHARED_RESERVED = 1 << 10  # this many besides its own
 REGISTERS_OF_SM, WARPS_OF_SM, PROGRAMS_OF_SM = 65536, 64, 32
+TILE_STACK = 1024  # bytes a thread that a matrix kernel may keep across its tile, outside the main loop
 TENSOR_MEMORY_COLUMNS = 512  # sm_100, for all programs of an SM
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 _ASSERTION = re.compile(r"\b__assertfail\b[^;]*;\s*\}[^\n]*\n\s*trap;")
 _LOCAL_ACCESS = re.compile(r"\b(?:LDL|STL)\b((?:\.\w+)*)")
+_SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
+_MATRIX_SASS = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
+_BRANCH_SASS = re.compile(r"^@\S+\s+BRA\b.*?0x([0-9a-f]+)")  # a loop's end; waits return by an unconditional one
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Compiled:
 
     Attributes:
         spills: of the loads and stores of local memory in the machine code, loops counted once.
+        loop_spills: those of them in a loop around matrix instructions.
         matrix_instructions: how often the architecture's own (`MATRIX_INSTRUCTION`) stands in the PTX.
         lone_traps: traps that are not the end of an assertion; Triton leaves one where it cannot lower something.
         warps: per program; more than asked for where Triton specialises warps.
@@ -72,6 +77,7 @@ class Compiled:
     registers: int
     stack: int
     spills: int
+    loop_spills: int
     matrix_instructions: int
     lone_traps: int
     warps: int
@@ -110,6 +116,7 @@ def compile_offline(c: Compilation, arch: int) -> Compiled:
     ptx, cubin, metadata = kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata
     usage = _resource_usage(cubin, metadata.name)
     registers, stack = usage["REG"], usage["STACK"] + usage["LOCAL"]
+    spills, loop_spills = _local_bytes(cubin) if stack else (0, 0)
     tensor_memory = getattr(metadata, "tmem_size", None) or 0
     return Compiled(
         ptx=ptx,
@@ -117,7 +124,8 @@ def compile_offline(c: Compilation, arch: int) -> Compiled:
         shared=metadata.shared,
         registers=registers,
         stack=stack,
-        spills=_local_bytes(cubin) if stack else 0,
+        spills=spills,
+        loop_spills=loop_spills,
         matrix_instructions=ptx.count(MATRIX_INSTRUCTION[arch]),
         lone_traps=len(re.findall(r"\btrap;", _ASSERTION.sub("", ptx))),
         warps=metadata.num_warps,
@@ -133,7 +141,11 @@ def problems(c: Compilation, compiled: Compiled, arch: int) -> list[str]:
         found.append(f"no {MATRIX_INSTRUCTION[arch]}")
     if compiled.lone_traps:
         found.append(f"{compiled.lone_traps} trap(s) outside assertions")
-    if compiled.stack:
+    # Around the matrix instructions a spill costs time in every step; a few bytes once a tile are hidden by the other
+    # program on the SM, and cheaper than having no other program.
+    if compiled.loop_spills:
+        found.append(f"{compiled.loop_spills} bytes of local loads and stores in the main loop")
+    if compiled.stack > (TILE_STACK if c.matrix_instruction else 0):
         found.append(f"stack of {compiled.stack} bytes a thread, {compiled.spills} bytes of local loads and stores")
     if compiled.shared > SHARED_LIMIT[arch]:
         found.append(f"shared memory of {compiled.shared} bytes, above the limit of {SHARED_LIMIT[arch]}")
@@ -162,13 +174,29 @@ def _resource_usage(cubin: bytes, kernel: str) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line[1])}
 
 
-def _local_bytes(cubin: bytes) -> int:
-    """cuobjdump has no count of spilled bytes: the accesses themselves, 4 bytes unless their suffix says otherwise."""
+def _local_bytes(cubin: bytes) -> tuple[int, int]:
+    """Bytes of local loads and stores, in all and in the innermost loops around matrix instructions.
+
+    cuobjdump has no count of spilled bytes: the accesses themselves, 4 bytes unless their suffix says otherwise.
+    """
     widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
-    total = 0
-    for suffixes in _LOCAL_ACCESS.findall(_cuobjdump(cubin, "-sass")):
-        total += next((widths[suffix] for suffix in suffixes.split(".") if suffix in widths), 4)
-    return total
+    code = [(int(at, 16), text) for at, text in _SASS.findall(_cuobjdump(cubin, "-sass"))]
+    products = [at for at, text in code if _MATRIX_SASS.search(text)]
+    loops = []
+    for at, text in code:
+        branch = _BRANCH_SASS.search(text)
+        if branch is not None and int(branch[1], 16) < at:
+            loops.append((int(branch[1], 16), at))
+    # The smallest loop around each product; a program's outer loop over its tiles is none of the main loops.
+    around = [[loop for loop in loops if loop[0] <= product <= loop[1]] for product in products]
+    main = {min(candidates, key=lambda loop: loop[1] - loop[0]) for candidates in around if candidates}
+    total = in_loop = 0
+    for at, text in code:
+        for suffixes in _LOCAL_ACCESS.findall(text):
+            size = next((widths[suffix] for suffix in suffixes.split(".") if suffix in widths), 4)
+            total += size
+            in_loop += size * any(loop[0] <= at <= loop[1] for loop in main)
+    return total, in_loop
 
 
 def _programs(arch: int, shared: int, registers: int, warps: int, tensor_memory: int) -> int:

@@ -1,6 +1,8 @@
 """Runs the distributed losses on four gloo ranks and writes what each rank got; `test_losses_distributed.py` judges it.
 
-    python contrastive_ranks.py FOLDER
+    python contrastive_ranks.py FOLDER [triton]
+
+With "triton" (and TRITON_INTERPRET=1 where there is no GPU) the loss cases run on the Triton engine, in float32.
 
 The parent imports torch once and forks, so four ranks cost one start. Groups of two ranks are subgroups of the four.
 """
@@ -99,7 +101,7 @@ def case_inputs(case: dict[str, Any]) -> list[Tensor]:
     return [a, b, *scalars]
 
 
-def run_case(case: dict[str, Any], rank: int, group: dist.ProcessGroup) -> list[Tensor | None]:
+def run_case(case: dict[str, Any], rank: int, group: dist.ProcessGroup, backend: str = "auto") -> list[Tensor | None]:
     own = {
         "a": slice(sum(case["a_rows"][:rank]), sum(case["a_rows"][: rank + 1])),
         "b": slice(sum(case["b_rows"][:rank]), sum(case["b_rows"][: rank + 1])),
@@ -114,7 +116,7 @@ def run_case(case: dict[str, Any], rank: int, group: dist.ProcessGroup) -> list[
         t_a, t_b, t_scale = options["teacher"]
         options["teacher"] = (t_a[own["a"]], t_b[own["b"]], t_scale)
     loss = sigmoid_loss if case.get("loss") == "sigmoid_loss" else info_nce
-    value = loss(*leaves, process_group=group, **options)
+    value = loss(*leaves, process_group=group, backend=backend, **options)
     value.backward()
     return [value.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -235,31 +237,34 @@ def disagreements(rank: int) -> dict[str, str]:
     return told
 
 
-def worker(rank: int, folder: Path) -> None:
+def worker(rank: int, folder: Path, triton: bool) -> None:
     torch.set_num_threads(1)
     contrastive.CPU_CHUNK_BYTES = 1  # several chunks on the larger ranks
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
     )
     groups = {2: dist.new_group([0, 1]), 4: dist.group.WORLD}
-    results: dict[str, Any] = {"told": disagreements(rank), "open_clip": open_clip_modes(rank)}
+    results: dict[str, Any] = {}
     for name, case in loss_cases().items():
         if rank < case["world"]:
-            results[name] = run_case(case, rank, groups[case["world"]])
-    for world, group in groups.items():
-        if rank < world:
-            for how in MODEL_WAYS:
-                results[f"model {world} {how}"] = model_gradients(how, rank, world, group)
+            how = {**case, "dtype": torch.float32} if triton else case
+            results[name] = run_case(how, rank, groups[case["world"]], "triton" if triton else "auto")
+    if not triton:
+        results |= {"told": disagreements(rank), "open_clip": open_clip_modes(rank)}
+        for world, group in groups.items():
+            if rank < world:
+                for way in MODEL_WAYS:
+                    results[f"model {world} {way}"] = model_gradients(way, rank, world, group)
     torch.save(results, folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, triton = Path(sys.argv[1]), "triton" in sys.argv[2:]
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=worker, args=(rank, folder)) for rank in range(WORLD)]
+    processes = [context.Process(target=worker, args=(rank, folder, triton)) for rank in range(WORLD)]
     for process in processes:
         process.start()
     for process in processes:

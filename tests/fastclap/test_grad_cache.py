@@ -116,6 +116,48 @@ def test_cached_equals_uncached_with_dropout_and_batch_norm(model: Pair, sizes: 
     assert all(layer.track_running_stats for layer in (other.audio.norm, other.text.norm))
 
 
+def test_cached_equals_uncached_through_wavlms_own_spec_augment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers draws WavLM's SpecAugment masks and its layer drop from NumPy and torch, besides dropout."""
+    from transformers import WavLMConfig, WavLMModel
+    from transformers.models.wavlm import modeling_wavlm
+
+    masks = []
+    draw = modeling_wavlm._compute_mask_indices
+    monkeypatch.setattr(
+        modeling_wavlm, "_compute_mask_indices", lambda *a, **k: masks.append(draw(*a, **k)) or masks[-1]
+    )
+    config = WavLMConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, conv_dim=(16, 16),
+        conv_kernel=(10, 4), conv_stride=(8, 4), num_feat_extract_layers=2, num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2, mask_time_prob=0.4, mask_time_length=3, hidden_dropout=0.2, layerdrop=0.3, num_buckets=8, max_bucket_distance=16,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    waveform, text = torch.randn(7, 1600, generator=generator), torch.randn(7, 16, generator=generator)
+    results = []
+    for cached in (False, True):
+        torch.manual_seed(0)
+        tower, head = WavLMModel(config).train(), nn.Linear(16, 16)
+
+        def encode(x: Tensor, tower: nn.Module = tower) -> Tensor:
+            return tower(x).last_hidden_state.mean(1)
+
+        seed_all()
+        if cached:
+            loss = GradCache([encode, head], 3, lambda a, b: info_nce(a, b, 9.0), modules=[tower, head])(waveform, text)
+        else:
+            a = torch.cat([encode(chunk) for chunk in waveform.split(3)])
+            b = torch.cat([head(chunk) for chunk in text.split(3)])
+            loss = info_nce(a, b, 9.0)
+            loss.backward()
+        results.append((loss.detach(), {**state(tower), **{f"head {k}": v for k, v in state(head).items()}}))
+    assert_close_rel("loss", results[0][0], results[1][0], 1e-6)
+    compare(results[0][1], results[1][1], tol=2e-5)
+    plain, replayed = masks[: len(masks) // 3], masks[len(masks) // 3 :]
+    assert len(plain) == 3 and any(mask.any() for mask in plain)  # one for each chunk
+    for first, again in zip(plain + plain, replayed, strict=True):
+        assert (first == again).all()
+
+
 def test_gradients_accumulate_over_calls(model: Pair) -> None:
     seed_all()
     for _ in range(2):

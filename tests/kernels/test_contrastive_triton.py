@@ -25,7 +25,9 @@ pytestmark = pytest.mark.skipif(
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 # Tiles are 32×32 with halves of 16 and chunks of 64 rows in the interpreter: one row, one tile, several of both, odd.
-SHAPES = ((1, 1), (2, 1), (16, 32), (33, 90), (127, 65)) if INTERPRETED else ((1, 1), (127, 300), (1000, 1023), (9000, 700))
+SHAPES = (
+    ((1, 1), (2, 1), (16, 32), (33, 90), (127, 65)) if INTERPRETED else ((1, 1), (127, 300), (1000, 1023), (9000, 700))
+)
 WIDTHS = (24, 7) if INTERPRETED else (64, 7, 768)
 # Rounding of what is returned or stored: G and the gradients in the 16-bit types.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 4e-3}
@@ -55,7 +57,9 @@ def run(
     gain = 2.5 * inputs[0].shape[0]  # keeps float16 gradients out of their subnormals
     (gain * value).backward()
     names = ("gradient of a", "gradient of b", "gradient of logit_scale", "gradient of logit_bias")
-    gradients = {n: x.grad.double().cpu() * 2.5 / gain for n, x in zip(names, leaves, strict=False) if x.grad is not None}
+    gradients = {
+        n: x.grad.double().cpu() * 2.5 / gain for n, x in zip(names, leaves, strict=False) if x.grad is not None
+    }
     return {"loss": value.detach().double().cpu(), **gradients}
 
 
@@ -80,7 +84,8 @@ def check(
             loose = 3 if name == "gradient of logit_scale" and dtype != torch.float32 else 1
             assert_close_rel(f"{label}, {dtype}: {name}", reference, out[name], loose * (tol or TOLERANCE[dtype]))
         else:
-            assert (out[name] - reference).abs().max() < TOLERANCE[dtype], f"{label}: {name}"
+            absolute = TOLERANCE[dtype] * max(1.0, inputs[2].item() / 14.3)  # gradients are proportional to the scale
+            assert (out[name] - reference).abs().max() < absolute, f"{label}: {name}"
     return out
 
 
@@ -128,8 +133,15 @@ def test_gradient_keeps_its_digits_near_perfect_alignment() -> None:
     """1 - p is about 1e-5 here, so p - 1 rounded in float32 would be off by a percent."""
     a, b = embeddings(100, 100, 0.999, dim=64)
     check(info_nce, [a, b, torch.tensor(25.0)], {}, "aligned", tol=3e-5)
-    twice = [torch.cat([a, a]), b, torch.tensor(25.0)]
-    check(info_nce, twice, {"a_ids": torch.arange(100).repeat(2), "b_ids": torch.arange(100)}, "two rows a column")
+    # Equal rows may get logits that differ in their last bit, which at larger scales is all that is left of p - 1/2.
+    twice = [torch.cat([a, a]), b, torch.tensor(10.0)]
+    check(
+        info_nce,
+        twice,
+        {"a_ids": torch.arange(100).repeat(2), "b_ids": torch.arange(100)},
+        "two rows a column",
+        tol=3e-5,
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -181,8 +193,12 @@ def test_uninitialised_memory_is_never_read_and_runs_are_bit_identical(monkeypat
         return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-(2**30))
 
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: poisoned(empty(*shape, **options)))
-    monkeypatch.setattr(torch, "empty_like", lambda x, **options: poisoned(empty(x.shape, dtype=x.dtype, device=x.device)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *shape, **options: poisoned(new_empty(self, *shape, **options)))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x, **options: poisoned(empty(x.shape, dtype=x.dtype, device=x.device))
+    )
+    monkeypatch.setattr(
+        Tensor, "new_empty", lambda self, *shape, **options: poisoned(new_empty(self, *shape, **options))
+    )
     for dtype, option in itertools.product(DTYPES, ("plain", "ids", "everything")):
         inputs = [*embeddings(70, 53, 0.5), torch.tensor(14.3)]
         first, second = (run(info_nce, inputs, dtype, OPTIONS[option](70, 53)) for _ in range(2))
@@ -220,7 +236,9 @@ def test_rows_of_zeros() -> None:
 def test_top1_equals_that_of_the_torch_engine() -> None:
     a, b = embeddings(50, 70, 0.4, dim=8)
     for options in ({}, ids(50, 70, 20), {"direction": "a_to_b"}, {"direction": "b_to_a"}):
-        loss, top1 = info_nce(a.to(DEVICE), b.to(DEVICE), 14.3, backend="triton", return_top1=True, **on_device(options))
+        loss, top1 = info_nce(
+            a.to(DEVICE), b.to(DEVICE), 14.3, backend="triton", return_top1=True, **on_device(options)
+        )
         expected_loss, expected = info_nce(a, b, 14.3, backend="torch", return_top1=True, **options)
         assert_close_rel("loss", expected_loss, loss.cpu(), 1e-5)
         assert torch.allclose(expected, top1.cpu(), equal_nan=True)
