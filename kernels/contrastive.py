@@ -810,7 +810,7 @@ def _info_nce(
     weight = teacher_weight if teacher is not None else 0.0
     double = torch.float64 in (a.dtype, b.dtype)
     two_sided = direction == "both"
-    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False), torch.cuda.device_of(a):
         if on_triton(engine, a, b):
             from fastclap.kernels.contrastive_triton import info_nce_gradients
 
@@ -846,7 +846,7 @@ def _sigmoid(
     need: Need,
 ) -> Results:
     double = torch.float64 in (a.dtype, b.dtype)
-    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False), torch.cuda.device_of(a):
         if on_triton(engine, a, b):
             from fastclap.kernels.contrastive_triton import sigmoid_gradients
 

@@ -711,6 +711,13 @@ def _free_memory(device: torch.device) -> int:
     return held + torch.cuda.mem_get_info(device)[0]
 
 
+def _on_device(value: float | Tensor, device: torch.device) -> Tensor:
+    """A scalar as a float32 [1]; those of the host are filled in, since a copy could not be captured in a graph."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return value.detach().to(torch.float32).reshape(1)
+    return torch.full((1,), float(value), dtype=torch.float32, device=device)
+
+
 def _padded(x: Tensor) -> Tensor:
     """Rows in the layout that descriptors need: contiguous, a multiple of 16 columns (zeros change no product)."""
     short = -x.shape[1] % 16
@@ -784,7 +791,7 @@ class Operands:
         self.ranks, self.normalize, self.depth = ranks, normalize, a.shape[1]
         self.device = a.device
         self.a, local_b = _padded(a.detach().to(dtype)), _padded(b.detach().to(dtype))
-        self.scale = torch.as_tensor(scale).detach().to(self.device, torch.float32, non_blocking=True).reshape(1)
+        self.scale = _on_device(scale, self.device)
         num_rows, num_columns = a.shape[0], b.shape[0]
         total = max(num_rows, num_columns)
         self.a_norm = torch.empty(num_rows, device=self.device)
@@ -1139,7 +1146,7 @@ def info_nce_gradients(
     row, column, row_terms, column_terms = softmaxes.factors(hard)
     total, columns_part = row_terms.sum(), column_terms.sum()
 
-    unit = (0.5 if two_sided else 1.0) / torch.as_tensor(positives.num_rows, dtype=torch.float64, device=a.device)
+    unit = (0.5 if two_sided else 1.0) * positives.one[0] / positives.num_rows
     alpha = (unit * ranks.size * operands.scale.double()).float().reshape(1)
     smoothing = None
     if smooth:
@@ -1245,7 +1252,7 @@ def sigmoid_gradients(
     factor = 1.0 / sum(ranks.a_rows)
     alpha = operands.scale * (factor * ranks.size)
     gradients = GradientSums(operands, need, gain) if need.any else None
-    shift = torch.as_tensor(bias).detach().to(device, torch.float32, non_blocking=True).reshape(1)
+    shift = _on_device(bias, device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # the loss and dbias
     a_rows, b_rows = launch.rows_of(operands.a), launch.columns_of(operands.b)
     buffer = _rows_by_columns(min(launch.chunk, num_rows), num_columns, dtype, device) if need.any else None

@@ -129,7 +129,8 @@ def test_cached_equals_uncached_through_wavlms_own_spec_augment(monkeypatch: pyt
     config = WavLMConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, conv_dim=(16, 16),
         conv_kernel=(10, 4), conv_stride=(8, 4), num_feat_extract_layers=2, num_conv_pos_embeddings=8,
-        num_conv_pos_embedding_groups=2, mask_time_prob=0.4, mask_time_length=3, hidden_dropout=0.2, layerdrop=0.3, num_buckets=8, max_bucket_distance=16,
+        num_conv_pos_embedding_groups=2, mask_time_prob=0.4, mask_time_length=3, hidden_dropout=0.2,
+        layerdrop=0.3, num_buckets=8, max_bucket_distance=16,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     waveform, text = torch.randn(7, 1600, generator=generator), torch.randn(7, 16, generator=generator)
