@@ -76,7 +76,7 @@ def info_nce(  # type: ignore[misc]
         b: [M, D] embeddings on the same device. N and M need not be equal.
         logit_scale: the multiplier itself (already exponentiated); a number or a one-element tensor.
         a_ids: integer [N]. Equal ids are positives. Without ids, row i's positive is column i and surplus rows or
-            columns are negatives only. Ids on the CPU save a GPU a synchronisation.
+            columns are negatives only. Best on the device of a.
         b_ids: integer [M], given with a_ids.
         teacher: (a_t [N, Dt], b_t [M, Dt], scale_t), a second pair of embeddings taken as constants.
         teacher_weight: λ in [0, 1].
@@ -279,8 +279,8 @@ class ClipLoss(nn.Module):
     ) -> Tensor:
         if teacher is not None or a_ids is not None or b_ids is not None:
             raise ValueError("local_loss takes neither ids nor a teacher; use local_loss=False, gather_with_grad=True")
-        own = torch.arange(a.shape[0]) + self.rank * a.shape[0]
-        every = torch.arange(a.shape[0] * self.world_size)
+        own = torch.arange(a.shape[0], device=a.device) + self.rank * a.shape[0]
+        every = torch.arange(a.shape[0] * self.world_size, device=a.device)
         losses = [
             info_nce(
                 local,

@@ -426,7 +426,7 @@ def _probabilities(
 def _half_gradient(
     x, t, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column,
     ta_factor, tb_factor, teacher_row, teacher_column, losses,
-    start, end, num_columns, diagonal, num_rows, column_stride, gain, tile_row, part, loss_at,
+    start, end, num_columns, diagonal, num_rows, column_stride, gain, tile_row, part,
     BM: tl.constexpr, BN: tl.constexpr,
     IDS: tl.constexpr, COLUMNS: tl.constexpr, INVERSE: tl.constexpr, TEACHER: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
@@ -443,7 +443,8 @@ def _half_gradient(
             i, j, end, num_columns, COLUMNS, False,
         )  # fmt: skip
         t = tl.where((i < end)[:, None] & (j < num_columns)[None, :], target * (t - x), 0.0)
-        tl.store(losses + loss_at, tl.sum(tl.sum(t, 1), 0) * LN2)
+        # Left to be added by the host: summing the rows here too makes Triton 3.6 fail on sm_100.
+        tl.store(losses + tl.arange(0, BM), tl.sum(t, 1) * LN2)
     left, right = _keys(a_class, b_class, i, j, end, num_columns, diagonal, IDS)
     p = _probabilities(
         x, shift, row, column, row + num_rows, column + column_stride, i, j, end, num_columns, COLUMNS, FIXED
@@ -484,21 +485,25 @@ def _gradient_tile(
     tile_row, tile_column = tile % tiles, tile // tiles
     top, left_edge = start + tile_row * BM, tile_column * BN
     x = _product(a, b, top, left_edge, depth, BM, BN, BK, PRECISION)
-    x, y = _halves(x, BM, BN)
-    t, u = x, y
-    if TEACHER:
+    if TEACHER:  # two accumulators: the tile is half as wide to begin with
         t = _product(ta, tb, top, left_edge, teacher_depth, BM, BN, BK, PRECISION)
-        t, u = _halves(t, BM, BN)
-    _half_gradient(
-        x, t, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta_factor, tb_factor,
-        teacher_row, teacher_column, losses, start, end, num_columns, diagonal, num_rows, column_stride, gain,
-        tile_row, 2 * tile_column, 2 * tile, BM, BN // 2, IDS, COLUMNS, INVERSE, TEACHER, FIXED,
-    )  # fmt: skip
-    _half_gradient(
-        y, u, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta_factor, tb_factor,
-        teacher_row, teacher_column, losses, start, end, num_columns, diagonal, num_rows, column_stride, gain,
-        tile_row, 2 * tile_column + 1, 2 * tile + 1, BM, BN // 2, IDS, COLUMNS, INVERSE, TEACHER, FIXED,
-    )  # fmt: skip
+        _half_gradient(
+            x, t, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta_factor, tb_factor,
+            teacher_row, teacher_column, losses + tile.to(tl.int64) * BM, start, end, num_columns, diagonal, num_rows,
+            column_stride, gain, tile_row, tile_column, BM, BN, IDS, COLUMNS, INVERSE, TEACHER, FIXED,
+        )  # fmt: skip
+    else:
+        x, y = _halves(x, BM, BN)
+        _half_gradient(
+            x, x, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta_factor, tb_factor,
+            teacher_row, teacher_column, losses, start, end, num_columns, diagonal, num_rows, column_stride, gain,
+            tile_row, 2 * tile_column, BM, BN // 2, IDS, COLUMNS, INVERSE, TEACHER, FIXED,
+        )  # fmt: skip
+        _half_gradient(
+            y, y, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta_factor, tb_factor,
+            teacher_row, teacher_column, losses, start, end, num_columns, diagonal, num_rows, column_stride, gain,
+            tile_row, 2 * tile_column + 1, BM, BN // 2, IDS, COLUMNS, INVERSE, TEACHER, FIXED,
+        )  # fmt: skip
 
 
 @_launched(
@@ -509,7 +514,7 @@ def _gradient_kernel(
     a, b, g,  # descriptors [N, D], [M, D], [chunk, M]
     a_factor, b_factor, a_inverse, a_class, b_class, shift,
     row, column,  # [5, N], [5, M]
-    ta, tb, ta_factor, tb_factor, teacher_row, teacher_column, losses,  # the teacher's; [half tiles]
+    ta, tb, ta_factor, tb_factor, teacher_row, teacher_column, losses,  # the teacher's; [tiles, BM]
     start, end, num_columns, depth, teacher_depth, diagonal, num_rows, column_stride, gain,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
     IDS: tl.constexpr, COLUMNS: tl.constexpr, INVERSE: tl.constexpr, TEACHER: tl.constexpr, FIXED: tl.constexpr,
@@ -883,11 +888,8 @@ class Launch:
         }
 
     def width(self, teacher: bool) -> int:
-        """Columns of a tile of G: a teacher's second accumulator takes the registers of half a tile.
-
-        On sm_100 accumulators are in tensor memory, which has room for both.
-        """
-        return self.tile.columns // 2 if teacher and 0 < self.arch < 100 else self.tile.columns
+        """Columns of a tile of P2: a teacher's second accumulator takes the registers of half a tile."""
+        return self.tile.columns // 2 if teacher else self.tile.columns
 
     def tiles(self, rows: int, columns: int, width: int | None = None) -> int:
         return triton.cdiv(rows, self.tile.rows) * triton.cdiv(columns, width or self.tile.columns)
@@ -902,8 +904,8 @@ class Launch:
     def columns_of(self, x: Tensor, width: int | None = None) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(x, [width or self.tile.columns, self.tile.depth])
 
-    def chunk_of(self, x: Tensor, width: int | None = None) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(x, [self.tile.rows, (width or self.tile.columns) // 2])
+    def chunk_of(self, x: Tensor) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(x, [self.tile.rows, self.tile.columns // 2])
 
     def chunks(self, rows: int) -> Iterator[slice]:
         for start in range(0, rows, self.chunk):
@@ -1182,13 +1184,13 @@ def info_nce_gradients(
             g = buffer[at] if stored is not None else buffer[:rows]
             tiles = launch.tiles(rows, num_columns, width)
             if teacher is not None:
-                losses = torch.empty(2 * tiles, device=a.device)
-            chunk = launch.chunk_of(g, width)
+                losses = torch.empty(tiles, launch.tile.rows, device=a.device)
+            chunk = launch.chunk_of(g)
             if stored is not None:
-                _convert_kernel[(triton.cdiv(rows, launch.tile.rows) * triton.cdiv(2 * num_columns, width),)](
+                _convert_kernel[(launch.tiles(rows, 2 * num_columns),)](
                     chunk, operands.a_inverse, operands.b_inverse, operands.shift, row, column,
                     at.start, at.stop, num_columns, positives.diagonal, num_rows, num_columns,
-                    BM=launch.tile.rows, BN=width // 2, COLUMNS=two_sided, INVERSE=inverse,
+                    BM=launch.tile.rows, BN=launch.tile.columns // 2, COLUMNS=two_sided, INVERSE=inverse,
                     num_warps=launch.tile.warps,
                 )  # fmt: skip
             for fixed in (True, False):
@@ -1344,7 +1346,8 @@ def _compilation(
     elif "BM" in constants:
         left = f"tensordesc<{dtype}[{constants['BM']},{constants.get('BK', 0)}]>"
         right = f"tensordesc<{dtype}[{constants['BN']},{constants.get('BK', 0)}]>"
-        chunk = f"tensordesc<{dtype}[{constants['BM']},{constants['BN'] // (2 if 'BK' in constants else 1)}]>"
+        halved = "BK" in constants and not flags.get("TEACHER")
+        chunk = f"tensordesc<{dtype}[{constants['BM']},{constants['BN'] // (2 if halved else 1)}]>"
         types |= {"a": left, "ta": left, "b": right, "tb": right, "g": chunk, "e": chunk}
         if kind == "sums" and not flags["STORE"]:
             types["e"] = right

@@ -22,6 +22,7 @@ MOST_USED = (
     "gradient bf16 columns fixed",
     "gradient bf16 ids columns inverse fixed",
     "gradient fp32 tf32x3 columns inverse",
+    "gradient bf16 columns inverse teacher",
     "convert bf16 columns inverse",
     "sigmoid bf16 inverse gradient",
     "combine ids logits",
