@@ -19,7 +19,13 @@ from pathlib import Path
 
 from fastclap.kernels.offline import ARCHITECTURES, MATRIX_INSTRUCTION, compile_offline, problems
 
-MODULES = ("fastclap.kernels.contrastive_triton",)  # each offers compilations(arch)
+MODULES = (  # each offers compilations(arch)
+    "fastclap.kernels.contrastive_triton",
+    "fastclap.kernels.logmel_triton",
+    "fastclap.kernels.toeplitz_attention_triton",
+    "fastclap.kernels.layer_norm_gelu_triton",
+    "fastclap.kernels.waveform_triton",
+)
 COLUMNS = (
     *("kernel", "arch", "matrix instructions", "registers", "stack B", "spill B"),
     *("shared B", "programs/SM", "verdict"),

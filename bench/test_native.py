@@ -1,5 +1,7 @@
 """CPU log-mel engines side by side: ours in C++, ours in torch, torchaudio, kaldi-native-fbank, per 10 s clip.
 
+`python -m bench.logmel_speed` makes a record of these engines and of slower libraries, all rows in one run.
+
     OMP_NUM_THREADS=2 pytest bench/test_native.py --benchmark-only --benchmark-group-by=group
 
 One row an engine, one group a front-end and number of threads. Before each timed round of a row every other engine of
@@ -8,8 +10,8 @@ Compare minima and medians, and `cpu_ms_per_clip` (processor time of all threads
 else is running.
 
 All engines take the same float32 batch of noise. torchaudio is MelSpectrogram and a logarithm, without Kaldi's DC
-removal and pre-emphasis. kaldi-native-fbank gets Python lists, made outside the clock, as it converts an array sample
-by sample; with two threads two clips run at a time.
+removal and pre-emphasis; its compliance.kaldi, which has them, takes one clip a call. kaldi-native-fbank gets Python
+lists, made outside the clock, as it converts an array sample by sample; with two threads two clips run at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,16 +37,18 @@ CLIPS = int(os.environ.get("FASTCLAP_BENCH_CLIPS", "4"))
 ROUNDS = int(os.environ.get("FASTCLAP_BENCH_ROUNDS", "15"))
 SECONDS = 10
 
+Run = Callable[[], object]
+
 
 @dataclass(frozen=True)
 class Case:
     spec: LogMelSpec
     torchaudio: dict[str, object]  # arguments of MelSpectrogram
-    kaldi: dict[str, dict[str, object]]  # options of kaldi-native-fbank, by group
+    kaldi: dict[str, dict[str, Any]]  # options of kaldi-native-fbank, by group
 
-    def waveform(self) -> Tensor:
+    def waveform(self, clips: int = CLIPS) -> Tensor:
         samples = SECONDS * self.spec.sampling_rate
-        return 0.1 * torch.randn(CLIPS, samples, generator=torch.Generator().manual_seed(0))
+        return 0.1 * torch.randn(clips, samples, generator=torch.Generator().manual_seed(0))
 
 
 KALDI_FRAMES = {"samp_freq": 16000, "dither": 0.0}
@@ -82,24 +87,36 @@ CASES = {
 }
 
 
-def by_torchaudio(case: Case) -> Callable[[], object]:
-    transform, waveform = torchaudio.transforms.MelSpectrogram(**case.torchaudio), case.waveform()
+def by_torchaudio(case: Case, waveform: Tensor) -> Run:
+    transform = torchaudio.transforms.MelSpectrogram(**case.torchaudio)
     return lambda: transform(waveform).clamp_(min=case.spec.floor).log_()
 
 
-def by_kaldi_native_fbank(case: Case) -> Callable[[], object]:
+def by_torchaudio_kaldi(case: Case, waveform: Tensor) -> Run:
+    if case.spec.mel_scale != "kaldi":
+        pytest.skip("not Kaldi's front-end")
+    frames, mels = case.kaldi["frame_opts"], case.kaldi["mel_opts"]
+    options = {"snip_edges": frames.get("snip_edges", True), "num_mel_bins": mels["num_bins"]}
+    options["high_freq"] = mels.get("high_freq", 0.0)
+    return lambda: [torchaudio.compliance.kaldi.fbank(clip[None], **options) for clip in waveform]
+
+
+def by_kaldi_native_fbank(case: Case, waveform: Tensor, *, one_frame: bool = False) -> Run:
     knf = pytest.importorskip("kaldi_native_fbank")
     options = knf.FbankOptions()
     for group, values in case.kaldi.items():
         for name, value in values.items():
             setattr(getattr(options, group), name, value)
-    clips = [clip.tolist() for clip in case.waveform()]
+    if one_frame:  # the cost of handing over the samples
+        options.frame_opts.frame_shift_ms = 1e3 * SECONDS
+    clips = [clip.tolist() for clip in waveform]
 
     def fbank(clip: list[float]) -> np.ndarray:
         extractor = knf.OnlineFbank(options)
         extractor.accept_waveform(case.spec.sampling_rate, clip)
         extractor.input_finished()
-        return np.stack([extractor.get_frame(i) for i in range(extractor.num_frames_ready)])
+        frames = [extractor.get_frame(i) for i in range(extractor.num_frames_ready)]
+        return np.stack(frames) if frames else np.empty(0)
 
     def run() -> object:
         if torch.get_num_threads() == 1:
@@ -110,33 +127,72 @@ def by_kaldi_native_fbank(case: Case) -> Callable[[], object]:
     return run
 
 
-def by_torch(case: Case) -> Callable[[], object]:
+def by_librosa(case: Case, waveform: Tensor) -> Run:
+    librosa = pytest.importorskip("librosa")
+    options, clips = librosa_numbers(case), waveform.numpy()
+    return lambda: np.log10(np.maximum(librosa.feature.melspectrogram(y=clips, **options), case.spec.floor))
+
+
+def by_torchlibrosa(case: Case, waveform: Tensor) -> Run:
+    stft, options = pytest.importorskip("torchlibrosa.stft"), librosa_numbers(case)
+    stage = torch.nn.Sequential(
+        stft.Spectrogram(options["n_fft"], options.pop("hop_length")), stft.LogmelFilterBank(**options, top_db=None)
+    )
+    return lambda: stage(waveform)
+
+
+def by_nnaudio(case: Case, waveform: Tensor) -> Run:
+    mel = pytest.importorskip("nnAudio.features.mel", exc_type=ImportError)
+    transform = mel.MelSpectrogram(**librosa_numbers(case), verbose=False)
+    return lambda: transform(waveform).clamp_(min=case.spec.floor).log_()
+
+
+def librosa_numbers(case: Case) -> dict[str, Any]:
+    spec = case.spec
+    if spec.mel_norm != "slaney":
+        pytest.skip("librosa and its descendants make Slaney's mel banks")
+    numbers = {"sr": spec.sampling_rate, "n_fft": spec.n_fft, "hop_length": spec.hop_length, "n_mels": spec.n_mels}
+    return numbers | {"fmin": spec.f_min, "fmax": spec.mel_f_max}
+
+
+def by_torch(case: Case, waveform: Tensor) -> Run:
     # A gradient is what the C++ engine leaves to torch; the graph that it builds is a small part of the time.
-    waveform = case.waveform().requires_grad_()
+    waveform = waveform.detach().requires_grad_()
     return lambda: log_mel(waveform, None, case.spec)[0].detach()
 
 
-def by_native(case: Case) -> Callable[[], object]:
+def by_native(case: Case, waveform: Tensor) -> Run:
     if not native.available():
         pytest.skip(f"no native log-mel engine: {native.description()}")
-    waveform = case.waveform()
     return lambda: native.log_mel_native(waveform, None, case.spec)[0]
 
 
-def by_native_int16(case: Case) -> Callable[[], object]:
-    if not native.available():
-        pytest.skip(f"no native log-mel engine: {native.description()}")
-    waveform = (32768 * case.waveform()).clamp(-32768, 32767).to(torch.int16)
-    return lambda: native.log_mel_native(waveform, None, case.spec)[0]
+def by_native_int16(case: Case, waveform: Tensor) -> Run:
+    return by_native(case, (32768 * waveform).clamp(-32768, 32767).to(torch.int16))
 
 
-ENGINES = {
+ENGINES: dict[str, Callable[[Case, Tensor], Run]] = {
     "fastclap C++": by_native,
     "fastclap C++, int16": by_native_int16,
     "fastclap torch": by_torch,
     "torchaudio": by_torchaudio,
+    "torchaudio kaldi": by_torchaudio_kaldi,
     "kaldi-native-fbank": by_kaldi_native_fbank,
 }
+# In the record only.
+SLOW_ENGINES: dict[str, Callable[[Case, Tensor], Run]] = {
+    "librosa": by_librosa,
+    "torchlibrosa": by_torchlibrosa,
+    "nnAudio": by_nnaudio,
+}
+
+
+def made(engine: str, case: Case, waveform: Tensor) -> Run | None:
+    """The engine's call, or None where it is absent or has no such front-end."""
+    try:
+        return ENGINES[engine](case, waveform)
+    except pytest.skip.Exception:
+        return None
 
 
 @pytest.fixture(params=[1, 2])
@@ -152,8 +208,9 @@ def threads(request):  # type: ignore[no-untyped-def]
 def test_log_mel(benchmark, name: str, engine: str, threads: int) -> None:  # type: ignore[no-untyped-def]
     benchmark.group = f"{name}, {CLIPS} clips of {SECONDS} s, {threads} thread{'s' * (threads > 1)}"
     case = CASES[name]
-    run = ENGINES[engine](case)
-    others = [make(case) for other, make in ENGINES.items() if other != engine]
+    waveform = case.waveform()
+    run = ENGINES[engine](case, waveform)
+    others = [other for name in ENGINES if name != engine and (other := made(name, case, waveform))]
     processor_time = []
 
     def round_of_others() -> None:
@@ -175,6 +232,6 @@ def test_log_mel(benchmark, name: str, engine: str, threads: int) -> None:  # ty
         benchmark.extra_info["ms_per_clip"] = 1e3 * benchmark.stats.stats.median / CLIPS
         benchmark.extra_info["min_ms_per_clip"] = 1e3 * benchmark.stats.stats.min / CLIPS
     if engine.startswith("fastclap"):  # the engines do the same work
-        reference, _ = log_mel(case.waveform().requires_grad_(), None, case.spec)
+        reference, _ = log_mel(waveform.requires_grad_(), None, case.spec)
         assert isinstance(result, Tensor)
         assert (result - reference.detach()).abs().max() < 0.05

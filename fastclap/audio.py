@@ -13,7 +13,7 @@ import math
 import os
 import re
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import soundfile
@@ -22,6 +22,9 @@ import soxr
 from fastclap.errors import DataError
 
 INT16_SCALE = 32768.0
+MIN_SECONDS = 0.1  # a shorter clip is of no use for training
+
+_STATISTICS_BLOCK = 1 << 16
 
 # Writers to a pipe (ffmpeg, sox) cannot revisit the header and leave a size of 2 GiB or more in it.
 _STREAMED_SIZE = 0x7FFF0000
@@ -51,6 +54,31 @@ class AudioInfo(NamedTuple):
     duration: float  # seconds
 
 
+class Clip(NamedTuple):
+    """A decoded clip with the statistics of the whole file it is from."""
+
+    wave: np.ndarray  # int16 [n]
+    mean: float  # full scale = ±1
+    variance: float  # population variance, likewise
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(self.variance)
+
+
+class AudioSource(Protocol):
+    """What a clip is read from: an open :class:`AudioFile`, or a clip of a packed folder."""
+
+    path: str
+    sampling_rate: int
+    statistics: tuple[float, float] | None  # (mean, variance) of the whole clip, where known without reading it
+
+    @property
+    def num_samples(self) -> int: ...
+
+    def read(self, start: int = 0, num_samples: int | None = None) -> np.ndarray: ...
+
+
 class AudioFile:
     """An open audio file seen as mono int16 at ``sampling_rate``; opened once for its length and any number of reads.
 
@@ -61,6 +89,8 @@ class AudioFile:
     Raises:
         AudioError: the file is missing, empty, truncated, damaged or of an unsupported type, or holds no samples.
     """
+
+    statistics: tuple[float, float] | None = None
 
     def __init__(self, path: str | os.PathLike[str], sampling_rate: int | None = None) -> None:
         self.path = os.fspath(path)
@@ -201,6 +231,31 @@ def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
     """
     with AudioFile(path) as file:
         return file.info
+
+
+def whole_clip(file: AudioSource) -> Clip:
+    """A whole clip with its mean and population variance.
+
+    Raises:
+        AudioError: as :meth:`AudioFile.read`; the clip is shorter than 0.1 s, or all its samples are zero.
+    """
+    wave = file.read()
+    if file.statistics is not None:
+        return Clip(wave, *file.statistics)
+    if len(wave) < MIN_SECONDS * file.sampling_rate:
+        seconds = len(wave) / file.sampling_rate
+        raise AudioError(file.path, f"too short: {seconds:.3f} s, at least {MIN_SECONDS} s are needed; remove its row")
+    # Sums of integers are exact, so the statistics do not depend on the order of summation.
+    total = squares = 0
+    for begin in range(0, len(wave), _STATISTICS_BLOCK):
+        block = wave[begin : begin + _STATISTICS_BLOCK].astype(np.int64)
+        total += int(block.sum())
+        squares += int(block @ block)
+    if not squares:
+        raise AudioError(file.path, "all samples are zero: the recording is silent; replace it or remove its row")
+    mean = total / len(wave)
+    variance = max((squares - total * mean) / len(wave), 0.0)
+    return Clip(wave, mean / INT16_SCALE, variance / INT16_SCALE**2)
 
 
 def _open(path: str) -> Any:

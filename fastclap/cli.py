@@ -1,4 +1,4 @@
-"""The ``fastclap`` command: what can be done with a trained model.
+"""The ``fastclap`` command: what can be done with a trained model, and packing of the data to train on.
 
 Each command is a dataclass whose fields are its flags. torch is imported after the arguments have been understood, so
 that ``--help`` and mistyped flags answer at once. Figures go to stdout, as a table or with ``--json`` as JSON and
@@ -8,9 +8,12 @@ the arguments, the data or the model, told in one line.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -76,6 +79,27 @@ class Report:
 
 
 @dataclass(kw_only=True)
+class Pack:
+    manifests: Annotated[list[str], tyro.conf.Positional]
+    """Manifests: .jsonl, .json, .csv, .tsv or .parquet files, saved `datasets` folders, packed folders, or
+    hf:NAME[:SPLIT]."""
+    out: str
+    """Folder that receives the pack: new, or that of an interrupted call, which is continued."""
+    audio_root: str | None = None
+    """Folder that relative audio paths start from (default: the folder of each manifest)."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Column names of the manifests that differ, as pairs: OURS THEIRS (for example text_description caption)."""
+    sampling_rate: int = 16000
+    """Rate of the packed samples, in Hz: that of the model to train."""
+    shard_mb: float = 512
+    """Size of a shard, in MB."""
+    workers: int | None = None
+    """Decoding processes, 0 for none (default: one for each CPU core)."""
+    json: bool = False
+    """Print the summary as JSON, and nothing else, on stdout."""
+
+
+@dataclass(kw_only=True)
 class Doctor:
     json: bool = False
     """Print JSON, and nothing else, on stdout."""
@@ -107,6 +131,16 @@ Examples:
   fastclap report runs/demo
   fastclap report runs/demo --out /tmp/report
 """
+_PACK = """Decode clips once into shards of int16 samples: a packed folder is a manifest with its audio.
+
+Training and evaluation read it like any manifest (--data.train FOLDER), without decoding. Clips that cannot be used are
+left out and listed in FOLDER/skipped.jsonl. An interrupted pack is continued by the same command.
+
+Examples:
+  fastclap pack train.jsonl --out packed/train
+  fastclap pack a.jsonl b.csv --out packed/all --audio-root /audio --workers 16
+  fastclap pack train.jsonl --out packed/train-48k --sampling-rate 48000 --json
+"""
 _DOCTOR = """Say what this machine and this installation can do; exit status 1 if something needed is missing.
 
 Examples:
@@ -116,7 +150,7 @@ Examples:
 _FLAGS = (tyro.conf.FlagCreatePairsOff,)  # no --no-json
 _USAGE = """usage: fastclap COMMAND [--flag value ...]
 
-Measure contrastive language-audio models (fastclap-train trains them). Commands:
+Measure contrastive language-audio models and pack data (fastclap-train trains them). Commands:
 {commands}
 
   fastclap COMMAND --help   every flag of a command, with its default and examples
@@ -130,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": (Eval, _EVAL, _eval),
         "classify": (Classify, _CLASSIFY, _classify),
         "report": (Report, _REPORT, _report),
+        "pack": (Pack, _PACK, _pack),
         "doctor": (Doctor, _DOCTOR, _doctor),
     }
     usage = _USAGE.format(
@@ -202,6 +237,60 @@ def _report(arguments: Report) -> int:
 
     print(write_report(arguments.out or Path(arguments.run) / "report", run=arguments.run))
     return 0
+
+
+def _pack(arguments: Pack) -> int:
+    from fastclap.data import load_manifest
+    from fastclap.data.shards import pack
+
+    if not arguments.manifests:
+        raise ConfigError("name at least one manifest to pack")
+    manifest = load_manifest(
+        arguments.manifests, audio_root=arguments.audio_root, columns=arguments.columns, require_captions=False
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with _packing_progress() as advance:
+        summary = pack(
+            manifest,
+            arguments.out,
+            sampling_rate=arguments.sampling_rate,
+            shard_mb=arguments.shard_mb,
+            workers=cores if arguments.workers is None else arguments.workers,
+            advance=advance,
+        )
+    if summary["skipped"]:
+        print(f"fastclap: {summary['skipped']} rows left out, see {arguments.out}/skipped.jsonl", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(summary, indent=1, ensure_ascii=False))
+    else:
+        print(
+            f"{summary['rows']} rows, {summary['clips']} clips, {summary['hours']:.2f} h, "
+            f"{summary['bytes'] / 1e6:.1f} MB in {summary['shards']} shards: {arguments.out}"
+        )
+    return 0
+
+
+@contextlib.contextmanager
+def _packing_progress() -> Iterator[Callable[[int, int], None]]:
+    """A callable that is told the clips done and in all: a bar on a terminal, else a line now and then, on stderr."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("packing clips"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    last = time.monotonic()
+
+    def advance(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 10 or done == total:
+            last = time.monotonic()
+            print(f"packed {done} of {total} clips", file=sys.stderr, flush=True)
+
+    yield advance
 
 
 def _load(arguments: _OnData, *, require_captions: bool) -> tuple[CLAP, Manifest]:

@@ -1,4 +1,4 @@
-"""The fused losses inside other people's code: one line switches a client's own loss over, and back.
+"""The fused losses and front-ends inside other people's code: one line switches a client over, and back.
 
 ``patch("open_clip")`` replaces the method that computes the loss on the client's class itself. So every name under
 which the class is known, in the client's modules or in the caller's, every subclass that builds on it and every
@@ -29,24 +29,50 @@ Values and gradients are the client's on every rank, its distributed conventions
 SigLipLoss in a distributed run each rank gets the loss, and the gradient of scale and bias, of the whole batch, where
 open_clip gives each rank its own part. Their averages over the ranks, all that training sees, are equal. Losses
 are float32 even where the client would return half precision.
+
+Front-ends are patched in the same way, one name for all classes of a package:
+
+=====================  ============================================  ================================================
+name                   replaced                                      left to the client
+=====================  ============================================  ================================================
+transformers_features  the step from samples to log-mel of           a mel bank that was exchanged, clips too short for
+                       WhisperFeatureExtractor (on its ``device=``)  a frame, odd n_fft, AST's input other than float32
+                       ClapFeatureExtractor and ASTFeatureExtractor
+torchlibrosa           Spectrogram.forward and                       the spectrogram where anything but a log-mel module
+                       LogmelFilterBank.forward, one after the       uses it; trained weights, other windows than
+                       other as in LAION-CLAP, MS-CLAP and PANNs     periodic Hann, center=False, zero padding, top_db
+                                                                     that is not None, float64 and half precision
+=====================  ============================================  ================================================
+
+Padding, truncation, random crops, masks, normalisation and return types stay the client's own code. Features are the
+client's within the rounding of a float32 FFT: 1e-4 for most sounds, more in bands 100 dB below a clip's peak, which are
+rounding in the client's own too. Under autocast torchlibrosa's are float32, where its convolutions would be in half
+precision.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
+import math
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from fastclap.features import PRESETS
+from fastclap.kernels.logmel import LogMelSpec, log_mel, mel_bank
 from fastclap.losses import ClipLoss, SigLipLoss, info_nce
 
 IGNORED_TARGET = -100  # as torch.nn.functional.cross_entropy's ignore_index
@@ -512,6 +538,272 @@ def _gather(x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Front-ends
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _whisper_features(owner: type, original: Method) -> Method:
+    def _torch_extract_fbank_features(self: Any, waveform: np.ndarray, device: str = "cpu") -> np.ndarray:
+        bank = self.mel_filters
+        spec = _preset(
+            "whisper",
+            sampling_rate=self.sampling_rate,
+            n_fft=self.n_fft,
+            win_length=self.n_fft,
+            hop_length=self.hop_length,
+            n_mels=bank.shape[1],
+            dither=getattr(self, "dither", 0.0),
+        )
+        samples = waveform.shape[-1]
+        if spec is None or samples <= spec.n_fft // 2 or samples < spec.hop_length or not _same_bank(bank, spec):
+            return original(self, waveform, device)
+        clips = torch.from_numpy(waveform).to(device, torch.float32)  # integers are not scaled there
+        features, _ = log_mel(clips.reshape(-1, samples), None, spec)
+        return features.mT.reshape(*waveform.shape[:-1], spec.n_mels, -1).contiguous().cpu().numpy()
+
+    return _torch_extract_fbank_features
+
+
+def _clap_features(owner: type, original: Method) -> Method:
+    def _np_extract_fbank_features(
+        self: Any, waveform: np.ndarray, mel_filters: np.ndarray | None = None
+    ) -> np.ndarray:
+        usable = mel_filters is not None and waveform.ndim == 1 and waveform.size > 0 and np.isrealobj(waveform)
+        for preset in ("clap", "clap-fusion") if usable else ():
+            spec = _preset(
+                preset,
+                sampling_rate=self.sampling_rate,
+                n_fft=self.fft_window_size,
+                win_length=self.fft_window_size,
+                hop_length=self.hop_length,
+                n_mels=mel_filters.shape[1],  # type: ignore[union-attr]
+                f_min=self.frequency_min,
+                f_max=self.frequency_max,
+            )
+            if spec is not None and _same_bank(mel_filters, spec):
+                return log_mel(torch.from_numpy(waveform.astype(np.float32))[None], None, spec)[0][0].numpy()
+        return original(self, waveform, mel_filters)
+
+    return _np_extract_fbank_features
+
+
+def _ast_features(owner: type, original: Method) -> Method:
+    def _extract_fbank_features(self: Any, waveform: np.ndarray, max_length: int) -> np.ndarray:
+        rate = self.sampling_rate
+        window = int(rate * 25.0 * 0.001)  # torchaudio.compliance.kaldi's rounding
+        spec = _preset(
+            "ast",
+            sampling_rate=rate,
+            n_fft=1 << max(window - 1, 0).bit_length(),
+            win_length=window,
+            hop_length=int(rate * 10.0 * 0.001),
+            n_mels=self.num_mel_bins,
+            num_frames=max_length,
+            mean=0.0,  # the client normalises
+            std=1.0,
+        )
+        # Without torchaudio the extractor has a mel bank and a window of its own, laid out for 16 kHz.
+        same = spec is not None and (rate == 16000 or not hasattr(self, "mel_filters"))
+        if not same or waveform.ndim != 1 or waveform.dtype != np.float32 or len(waveform) < window:
+            return original(self, waveform, max_length)
+        return log_mel(torch.from_numpy(waveform)[None], None, spec)[0][0].numpy()  # type: ignore[arg-type]
+
+    return _extract_fbank_features
+
+
+@functools.lru_cache(maxsize=64)
+def _preset(name: str, **numbers: Any) -> LogMelSpec | None:
+    """A preset with a client's numbers; None where they make no front-end of ours."""
+    try:
+        return dataclasses.replace(PRESETS[name], **numbers)
+    except ValueError:
+        return None
+
+
+@functools.lru_cache(maxsize=64)
+def _bank(spec: LogMelSpec) -> np.ndarray:
+    return mel_bank(spec)
+
+
+def _same_bank(
+    theirs: Any,  # [n_fft/2 + 1, n_mels]
+    spec: LogMelSpec,
+) -> bool:
+    ours = _bank(spec)
+    return theirs.shape == ours.shape and bool(np.abs(theirs - ours).max() <= 1e-6 * ours.max())
+
+
+class _DeferredSpectrogram(Tensor):
+    """What a patched torchlibrosa Spectrogram returns: a tensor that is computed when something other than a patched
+    LogmelFilterBank looks at it, by the client's own code."""
+
+    waveform: Tensor  # [B, samples]
+    version: int
+    stft: nn.Module
+    power: float
+    compute: Callable[[Tensor], Tensor]
+    computed: Tensor | None  # [B, 1, frames, n_fft/2 + 1]
+
+    @staticmethod
+    def of(module: Any, waveform: Tensor, compute: Callable[[Tensor], Tensor]) -> _DeferredSpectrogram:
+        frames = 1 + waveform.shape[1] // module.stft.hop_length
+        deferred: Any = Tensor._make_wrapper_subclass(
+            _DeferredSpectrogram,
+            (waveform.shape[0], 1, frames, module.stft.n_fft // 2 + 1),
+            dtype=waveform.dtype,
+            device=waveform.device,
+        )
+        deferred.waveform = waveform if torch.is_grad_enabled() else waveform.detach()
+        deferred.version = _version(waveform)
+        deferred.stft, deferred.power, deferred.compute, deferred.computed = module.stft, module.power, compute, None
+        return deferred
+
+    def source(self) -> Tensor:
+        if _version(self.waveform) != self.version:
+            raise RuntimeError(
+                "the waveform was written to before its spectrogram was used; write to a copy, or undo "
+                "drop_in.patch('torchlibrosa')"
+            )
+        return self.waveform
+
+    def now(self) -> Tensor:
+        if self.computed is None:
+            self.computed = self.compute(self.source())
+        return self.computed
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(_DeferredSpectrogram, _DeferredSpectrogram.now, (args, dict(kwargs or {})))
+        return function(*args, **kwargs)
+
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]  # where an operation skips the one above
+
+
+def _torchlibrosa_spectrogram(owner: type, original: Method) -> Method:
+    def forward(self: Any, input: Tensor) -> Tensor:
+        stft = self.stft
+        if (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or type(input) not in (Tensor, nn.Parameter)
+            or torch._C._functorch.is_functorch_wrapped_tensor(input)
+            or input.dtype != torch.float32
+            or input.ndim != 2
+            or input.shape[0] == 0
+            or input.shape[1] <= stft.n_fft // 2
+            or not stft.center
+            or stft.pad_mode != "reflect"
+            or self.power not in (1, 2)
+            or not _once(stft, (stft.conv_real.weight, stft.conv_imag.weight), _is_hann_dft)
+        ):
+            return original(self, input)
+        return _DeferredSpectrogram.of(self, input, functools.partial(original, self))
+
+    return forward
+
+
+def _torchlibrosa_log_mel(owner: type, original: Method) -> Method:
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if not isinstance(input, _DeferredSpectrogram) or input.computed is not None:  # it may have been changed
+            return original(self, input)
+        if not self.is_log or self.top_db is not None or _overrides(self, owner, "power_to_db"):
+            return original(self, input)
+        stft: Any = input.stft
+        bank = _once(self, (self.melW,), lambda module: _slaney_bank(module.melW.detach().cpu().double().numpy()))
+        spec = bank and _preset(
+            "clap",
+            **bank,
+            win_length=stft.win_length,
+            hop_length=stft.hop_length,
+            power=float(input.power),
+            floor=float(self.amin),
+            mean=10.0 * math.log10(max(self.amin, self.ref)),
+        )
+        if not spec or bank["n_fft"] != stft.n_fft:
+            return original(self, input)
+        return log_mel(input.source(), None, spec)[0][:, None]
+
+    return forward
+
+
+_ONCE: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _once(module: nn.Module, weights: Sequence[Tensor], judge: Callable[[Any], Any]) -> Any:
+    """judge(module), kept until its weights are written to; None while a gradient of them is asked for."""
+    if any(weight.requires_grad for weight in weights):
+        return None
+    state = [(weight.data_ptr(), _version(weight)) for weight in weights]
+    if module not in _ONCE or _ONCE[module][0] != state:
+        _ONCE[module] = state, judge(module)
+    return _ONCE[module][1]
+
+
+def _version(tensor: Tensor) -> int:
+    """Changes with every write to the tensor, which inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_hann_dft(stft: Any) -> bool:
+    """Whether the convolutions of a torchlibrosa STFT hold the DFT under a periodic Hann window, as it builds them."""
+    n_fft, win = stft.n_fft, stft.win_length
+    bins = n_fft // 2 + 1
+    if n_fft % 2 or not 2 <= win <= n_fft:
+        return False
+    taps = np.zeros(n_fft)
+    first = (n_fft - win) // 2
+    taps[first : first + win] = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(win) / win)
+    phase = 2 * np.pi / n_fft * (np.outer(np.arange(bins), np.arange(n_fft)) % n_fft)
+    for weight, expected in ((stft.conv_real.weight, np.cos(phase)), (stft.conv_imag.weight, -np.sin(phase))):
+        found = weight.detach().cpu().double().numpy()
+        if found.shape != (bins, 1, n_fft) or not np.abs(found[:, 0] - expected * taps).max() <= 1e-5:
+            return False
+    return True
+
+
+def _slaney_bank(
+    weights: np.ndarray,  # [n_fft/2 + 1, n_mels] float64
+) -> dict[str, Any] | None:
+    """The numbers behind a mel bank of librosa (Slaney scale and norm), which torchlibrosa does not keep; None if the
+    bank is another one.
+
+    The last filter spans many bins, so that both of its lines can be extended to its lower and upper corner, in bins.
+    Its centre is their geometric mean, as the scale is logarithmic there, and its height then gives the width of a bin
+    in Hz. What comes out is accepted only if it gives back the whole bank.
+    """
+    n_fft, n_mels = 2 * (weights.shape[0] - 1), weights.shape[1]
+    last = weights[:, -1]
+    (bins,) = np.nonzero(last)
+    peak = int(last.argmax())
+    if not (bins.size and bins[0] + 1 < peak < bins[-1] - 1):
+        return None
+
+    def zero(a: int, b: int) -> float:
+        return a - last[a] * (b - a) / (last[b] - last[a])
+
+    low, high = zero(bins[0], peak - 1), zero(bins[-1], peak + 1)
+    centre = math.sqrt(low * high)
+    bin_hz = 2.0 / ((high - low) * (centre - low)) * (peak - 1 - low) / last[peak - 1]
+    step = 27.0 * math.log(high / low, 6.4) / 2.0  # in mel
+    if low * bin_hz < 1000.0:
+        return None
+    f_max = high * bin_hz
+    first = 15.0 + 27.0 * math.log(f_max / 1000.0, 6.4) - (n_mels + 1) * step
+    f_min = first * 200.0 / 3.0 if first < 15.0 else 1000.0 * 6.4 ** ((first - 15.0) / 27.0)
+    numbers = {
+        "sampling_rate": round(bin_hz * n_fft),
+        "n_fft": n_fft,
+        "n_mels": n_mels,
+        "f_min": round(f_min * 2) / 2,
+        "f_max": round(f_max * 2) / 2,
+    }
+    spec = _preset("clap", **numbers, win_length=n_fft)
+    return numbers if spec is not None and _same_bank(weights, spec) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Patching
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -562,6 +854,23 @@ _CLIENTS = {
             "DistributedContrastiveLoss.__call__": _grad_cache_distributed_call,
         },
     ),
+    "transformers_features": _Client(
+        ("transformers",),
+        "pip install transformers",
+        {
+            "WhisperFeatureExtractor._torch_extract_fbank_features": _whisper_features,
+            "ClapFeatureExtractor._np_extract_fbank_features": _clap_features,
+            "ASTFeatureExtractor._extract_fbank_features": _ast_features,
+        },
+    ),
+    "torchlibrosa": _Client(
+        ("torchlibrosa.stft",),
+        "pip install torchlibrosa",
+        {
+            "Spectrogram.forward": _torchlibrosa_spectrogram,
+            "LogmelFilterBank.forward": _torchlibrosa_log_mel,
+        },
+    ),
 }
 
 
@@ -598,12 +907,13 @@ class Patch:
 
 
 def patch(name: str, *, corrected: bool = False) -> Patch:
-    """Makes a client package compute its contrastive loss with fastclap, wherever it is used.
+    """Makes a client package compute its contrastive loss, or its log-mel features, with fastclap, wherever it is used.
 
     Imports the client. A second call while the first is in effect changes nothing, and neither does its undo.
 
     Args:
-        name: "open_clip", "laion_clap", "paraspeechclap", "transformers", "sentence_transformers" or "grad_cache".
+        name: "open_clip", "laion_clap", "paraspeechclap", "transformers", "sentence_transformers" or "grad_cache" for
+            the loss, "transformers_features" or "torchlibrosa" for the features.
         corrected: for "transformers", whether to make one of its two text→audio terms audio→text (`ClapModelLoss`).
             All other patches, and this one without it, leave the client's numbers as they are.
 

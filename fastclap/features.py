@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
+from dataclasses import dataclass
 from types import MappingProxyType
 
+import torch
 from torch import Tensor, nn
 
-from fastclap.kernels.logmel import LogMelSpec, log_mel, mel_bank
+from fastclap.kernels.logmel import LogMelSpec, Masks, log_mel, mel_bank, silence
 
 # The floor of torchaudio.compliance.kaldi: the spacing of float32 at 1.
 _EPSILON = 2.0**-23
@@ -82,6 +84,45 @@ PRESETS = MappingProxyType(
 )
 
 
+@dataclass(frozen=True)
+class SpecAugment:
+    """Masks of spans of frames and of mels (arXiv 1904.08779), drawn for each clip on the waveform's device.
+
+    A span of frames is 0 to `time_width` of the clip's own frames long, a span of mels 0 to `mel_width` mels; each
+    width and each place in the clip is as likely as any other. Numbers come from torch's generator of the device.
+    """
+
+    time_masks: int = 2
+    time_width: float = 0.05  # of a clip's frames
+    mel_masks: int = 2
+    mel_width: int = 15
+
+    def __post_init__(self) -> None:
+        for name in ("time_masks", "mel_masks", "mel_width"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name}={value!r}: must be an integer of at least 0")
+        if not 0 <= self.time_width <= 1:
+            raise ValueError(f"time_width={self.time_width!r}: must lie in [0, 1], a share of a clip's frames")
+
+    def masks(self, frame_lengths: Tensor, n_mels: int) -> Masks:
+        """Spans [B, time_masks, 2] of frames and [B, mel_masks, 2] of mels for clips of `frame_lengths` [B] frames."""
+        mels = torch.full_like(frame_lengths, n_mels)
+        widest = torch.full_like(frame_lengths, min(self.mel_width, n_mels))
+        time = self._spans(frame_lengths, (self.time_width * frame_lengths).long(), self.time_masks)
+        return time, self._spans(mels, widest, self.mel_masks)
+
+    @staticmethod
+    def _spans(size: Tensor, widest: Tensor, count: int) -> Tensor | None:
+        if count == 0:
+            return None
+        # float64: a float32 draw may round up to 1 times the number of places.
+        draw = torch.rand(2, len(size), count, dtype=torch.float64, device=size.device)
+        width = (draw[0] * (widest[:, None] + 1)).long()
+        begin = (draw[1] * (size[:, None] - width + 1)).long()
+        return torch.stack((begin, begin + width), dim=2)
+
+
 class LogMel(nn.Module):
     """Log-mel features of a padded batch: `features, frame_lengths = LogMel("whisper")(waveform, lengths)`.
 
@@ -105,13 +146,16 @@ class LogMel(nn.Module):
       MS-CLAP 2023         LogMel("clap", sampling_rate=44100, hop_length=320, mel_sampling_rate=32000): its bank was
                            laid out for 32 kHz
 
-    Dither is noise, for training: it is left out in eval mode, so that embeddings are reproducible.
+    `mean` and `std` may hold a number for each mel, and dtype="bfloat16" or "float16" stores features in 16 bits.
+
+    Dither and `spec_augment` are noise, for training: they are left out in eval mode, so that embeddings are
+    reproducible. Masked features are `silence`.
 
     Raises ValueError for an unknown preset or override and for a value out of range, and warns when overrides leave
     mel filters that no DFT bin falls into (their feature is constant).
     """
 
-    def __init__(self, preset: str, **overrides: object) -> None:
+    def __init__(self, preset: str, *, spec_augment: SpecAugment | None = None, **overrides: object) -> None:
         super().__init__()
         if preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
@@ -122,8 +166,10 @@ class LogMel(nn.Module):
                 hint = f"; did you mean {close[0]!r}?" if close else f": choose among {', '.join(fields)}"
                 raise ValueError(f"LogMel({preset!r}) has no option {name!r}{hint}")
         self.preset = preset
+        self.spec_augment = spec_augment
         self.overrides = dict(overrides)
         self.spec = dataclasses.replace(PRESETS[preset], **overrides)  # type: ignore[arg-type]
+        self._without_dither = dataclasses.replace(self.spec, dither=0.0)
         if overrides:
             empty = int((mel_bank(self.spec).max(axis=0) == 0).sum())
             if empty > int((mel_bank(PRESETS[preset]).max(axis=0) == 0).sum()):
@@ -148,10 +194,11 @@ class LogMel(nn.Module):
         return self.spec.n_mels
 
     @property
-    def silence(self) -> float:
-        """The feature of every frame past a clip's end, except that a `dynamic_range` raises it to the clip's own
-        lower limit: (clip maximum - dynamic_range - mean) / std, if that is higher."""
-        return (self.spec.log_padding - self.spec.mean) / self.spec.std
+    def silence(self) -> float | tuple[float, ...]:
+        """The feature of every frame past a clip's end and of every masked one, except that past the end a
+        `dynamic_range` raises it to the clip's own lower limit: (clip maximum - dynamic_range - mean) / std, if that is
+        higher. A number for each mel where `mean` or `std` has."""
+        return silence(self.spec)
 
     def frame_lengths(self, lengths: Tensor) -> Tensor:
         """Frames of clips of `lengths` samples (integer tensor of any shape), int64."""
@@ -160,14 +207,32 @@ class LogMel(nn.Module):
     def forward(
         self,
         waveform: Tensor,  # [B, T] int16, or floating point in [-1, 1]
-        lengths: Tensor | None = None,  # [B] samples of each clip; None: all T
+        lengths: Tensor | None = None,  # [B] samples of each clip; None: all T, or all from its offset
+        offsets: Tensor | None = None,  # [B] first sample of each clip; None: 0
     ) -> tuple[Tensor, Tensor]:
-        """(features [B, frames, n_mels] float32, frame_lengths [B] int64), both on the waveform's device.
+        """(features [B, frames, n_mels], frame_lengths [B] int64), both on the waveform's device.
 
-        `fastclap.kernels.logmel.log_mel` states what holds for short clips, padding, NaN, gradients and errors.
+        Features are float32 unless `dtype` says otherwise. `fastclap.kernels.logmel.log_mel` states what holds for
+        short clips, crops, padding, NaN, gradients and errors.
         """
-        spec = self.spec if self.training or not self.spec.dither else dataclasses.replace(self.spec, dither=0.0)
-        return log_mel(waveform, lengths, spec)
+        spec = self.spec if self.training else self._without_dither
+        masks = None
+        if self.training and self.spec_augment is not None and waveform.ndim == 2:
+            clips = self._clip_lengths(waveform, lengths, offsets)
+            masks = self.spec_augment.masks(self.frame_lengths(clips), self.n_mels)
+        return log_mel(waveform, lengths, spec, offsets=offsets, masks=masks)
+
+    @staticmethod
+    def _clip_lengths(waveform: Tensor, lengths: Tensor | None, offsets: Tensor | None) -> Tensor:
+        """Samples of each clip, on the waveform's device."""
+        batch, samples = waveform.shape
+        whole = torch.full((batch,), samples, device=waveform.device)
+        if offsets is not None:
+            whole = (samples - torch.as_tensor(offsets).to(waveform.device)).clamp(0, samples)
+        return whole if lengths is None else torch.minimum(torch.as_tensor(lengths).to(waveform.device), whole)
 
     def extra_repr(self) -> str:
-        return ", ".join([repr(self.preset), *(f"{name}={value!r}" for name, value in self.overrides.items())])
+        augment = [] if self.spec_augment is None else [repr(self.spec_augment)]
+        return ", ".join(
+            [repr(self.preset), *augment, *(f"{name}={value!r}" for name, value in self.overrides.items())]
+        )

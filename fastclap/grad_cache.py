@@ -35,7 +35,7 @@ class GradCache:
     Args:
         towers: one callable per input, e.g. ``[model.encode_audio, model.encode_text]``; each returns [rows, ...]
             embeddings. A row must depend on its own chunk only through BatchNorm, if at all.
-        chunk_size: rows per chunk, one number or one per tower.
+        chunk_size: rows per chunk, one number or one per tower. A batch of one chunk a tower costs no second pass.
         loss: called as ``loss(*embeddings)`` with leaf tensors, returns a scalar. It may use tensors of its own,
             such as the logit scale; they receive their gradients too.
         modules: the modules behind the towers, searched for BatchNorm, parameters and ``no_sync``. May be left out
@@ -70,9 +70,9 @@ class GradCache:
 
         Args:
             inputs: inputs[i] goes to towers[i] in chunks along dimension 0: a tensor, or a dict that is passed as
-                keyword arguments. In a dict all tensors must have the same number of rows; what is no tensor goes to
-                every chunk as it is. Towers may have different numbers of rows. An input that requires gradients
-                must be a leaf.
+                keyword arguments. In a dict all tensors must have the same number of rows; a list with one entry a
+                row (lengths that the host knows) is cut like them, and anything else goes to every chunk as it is.
+                Towers may have different numbers of rows. An input that requires gradients must be a leaf.
             no_sync: makes the context that suppresses gradient synchronisation during all backward passes but the
                 last; by default ``no_sync()`` of each module that has it (DistributedDataParallel).
 
@@ -93,10 +93,11 @@ class GradCache:
             try:
                 return step.run(undoable=not distributed and self._knows_modules)
             except torch.OutOfMemoryError:
-                chunk = 0 if step.tower is None else min(self.chunk_sizes[step.tower], sizes[step.tower])
-                if step.tower is None or chunk == 1:
+                chunks = [min(self.chunk_sizes[index], sizes[index]) for index in step.working]
+                if not any(chunk > 1 for chunk in chunks):
                     raise
-                self.chunk_sizes[step.tower] = (chunk + 1) // 2
+                for index, chunk in zip(step.working, chunks, strict=True):
+                    self.chunk_sizes[index] = (chunk + 1) // 2
                 if not step.undo():
                     raise
             # Past the except clause the traceback, and with it the graph that did not fit, is gone.
@@ -116,7 +117,7 @@ class _Step:
         contexts: Sequence[Callable[[], AbstractContextManager[Any]]],
     ) -> None:
         self.cache, self.inputs, self.contexts = cache, inputs, contexts
-        self.tower: int | None = None  # the one at work, for out-of-memory errors
+        self.working: list[int] = []  # towers at work, for out-of-memory errors
         self.second_pass = False
         self.random = _RandomState()
         self.statistics = [
@@ -132,10 +133,12 @@ class _Step:
         self.earlier: dict[Tensor, Tensor | None] | None = None
 
     def run(self, undoable: bool) -> Tensor:
+        if all(len(chunks) == 1 for chunks in self.chunks):
+            return self._at_once(undoable)
         torch.clear_autocast_cache()  # casts made without a graph cut the weights off from a pass that needs one
         embeddings = [self._embed(index) for index in range(len(self.chunks))]
         torch.clear_autocast_cache()
-        self.tower = None
+        self.working = []
         loss, gradients, own = self._differentiate(embeddings)
         after_loss = _RandomState()
         self.second_pass = True
@@ -143,15 +146,27 @@ class _Step:
             self._set_gradients_aside()
         with _frozen_batch_norm(self.cache._modules):
             self._repeat(gradients, own)
-        if self.earlier is not None:
-            for tensor, gradient in self.earlier.items():
-                if gradient is not None:
-                    tensor.grad = gradient if tensor.grad is None else gradient.add_(tensor.grad)
+        self._add_earlier_gradients()
         if not self.contexts:
             for tensor, gradient in own:
                 tensor.grad = gradient.clone() if tensor.grad is None else tensor.grad.add_(gradient)
         after_loss.restore()
         return loss
+
+    def _at_once(self, undoable: bool) -> Tensor:
+        """One chunk a tower: nothing is embedded twice."""
+        self.working = list(range(len(self.chunks)))
+        with torch.enable_grad():
+            embeddings = [self._forward(index, at) for index, (at,) in enumerate(self.chunks)]
+            self.working = []
+            loss = self._loss(embeddings)
+        self.working = list(range(len(self.chunks)))
+        self.second_pass = True
+        if undoable:
+            self._set_gradients_aside()
+        loss.backward()
+        self._add_earlier_gradients()
+        return loss.detach()
 
     def undo(self) -> bool:
         """Puts gradients, running statistics and random states back to where they were; False if that is impossible."""
@@ -166,7 +181,7 @@ class _Step:
 
     def _embed(self, index: int) -> Tensor:
         """The tower's embeddings of all rows, as a leaf that requires gradients if the tower trains."""
-        self.tower = index
+        self.working = [index]
         parts: list[Tensor] = []
         trains = False
         with self._no_sync():
@@ -179,10 +194,7 @@ class _Step:
                 del out
         return torch.cat(parts).requires_grad_(trains)
 
-    def _differentiate(
-        self, embeddings: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor | None], list[tuple[Tensor, Tensor]]]:
-        """The detached loss, its gradient for each tower's embeddings, and for the tensors that only the loss uses."""
+    def _loss(self, embeddings: Sequence[Tensor]) -> Tensor:
         with torch.enable_grad():
             loss = self.cache.loss(*embeddings)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -190,6 +202,13 @@ class _Step:
             raise TypeError(f"loss must return a scalar tensor, got {what}")
         if not loss.requires_grad:
             raise ValueError("the loss depends on nothing that requires gradients")
+        return loss
+
+    def _differentiate(
+        self, embeddings: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor | None], list[tuple[Tensor, Tensor]]]:
+        """The detached loss, its gradient for each tower's embeddings, and for the tensors that only the loss uses."""
+        loss = self._loss(embeddings)
         wanted = [embedding for embedding in embeddings if embedding.requires_grad]
         leaves = [leaf for leaf in _leaves(loss) if not any(leaf is embedding for embedding in wanted)]
         found = torch.autograd.grad(loss.sum(), [*wanted, *leaves], allow_unused=True)
@@ -217,7 +236,6 @@ class _Step:
                 at, state = work.pop()
                 last.append((index, at, state, gradient[at]))
             for at, state in work:
-                self.tower = index
                 with self._no_sync():
                     self._surrogate(index, at, state, gradient[at]).backward()
         if self.contexts:
@@ -229,7 +247,7 @@ class _Step:
 
     def _surrogate(self, index: int, at: slice, state: _RandomState, gradient: Tensor) -> Tensor:
         """Σ embedding · gradient of a chunk, embedded as in the first pass: its backward pass is that of the loss."""
-        self.tower = index
+        self.working = [index]
         torch.clear_autocast_cache()
         state.restore()
         with torch.enable_grad():
@@ -240,7 +258,8 @@ class _Step:
         if isinstance(batch, Tensor):
             out = tower(batch[at].clone())
         else:
-            out = tower(**{key: x[at].clone() if isinstance(x, Tensor) else x for key, x in batch.items()})
+            rows = self.chunks[index][-1].stop
+            out = tower(**{key: _cut(x, at, rows) for key, x in batch.items()})
         if not isinstance(out, Tensor):
             raise TypeError(f"tower {index} must return a tensor of embeddings, got {type(out).__name__}")
         if out.dim() == 0 or out.shape[0] != at.stop - at.start:
@@ -255,6 +274,11 @@ class _Step:
         self.earlier = {tensor: tensor.grad for tensor in tensors}
         for tensor in tensors:
             tensor.grad = None
+
+    def _add_earlier_gradients(self) -> None:
+        for tensor, gradient in (self.earlier or {}).items():
+            if gradient is not None:
+                tensor.grad = gradient if tensor.grad is None else gradient.add_(tensor.grad)
 
     @contextmanager
     def _no_sync(self) -> Iterator[None]:
@@ -329,6 +353,13 @@ def _leaves(root: Tensor) -> list[Tensor]:
                 seen.add(following)
                 stack.append(following)
     return leaves
+
+
+def _cut(value: Any, at: slice, rows: int) -> Any:
+    """A chunk of what a dict input holds for its ``rows`` rows."""
+    if isinstance(value, Tensor):
+        return value[at].clone()
+    return value[at] if isinstance(value, list) and len(value) == rows else value
 
 
 def _rows(index: int, batch: Input) -> int:

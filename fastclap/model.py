@@ -121,6 +121,7 @@ class CLAP(nn.Module):
         lengths: Tensor | None = None,  # [B]
         mean: Tensor | None = None,  # [B]
         std: Tensor | None = None,  # [B]
+        host_lengths: Sequence[int] | None = None,
     ) -> Tensor:  # [B, D]
         """Embeddings of a padded batch, not normalised.
 
@@ -129,19 +130,34 @@ class CLAP(nn.Module):
             lengths: valid samples of each clip; all when None.
             mean: whole-file mean of each clip, full scale 1. Waveform towers normalise by it; without it by the clip's.
             std: whole-file standard deviation, likewise.
+            host_lengths: the numbers in ``lengths``, for the host. They change nothing but the speed: a tower that
+                knows the shapes beforehand computes next to nothing on padding, without waiting for the device.
+
+        Raises:
+            ValueError: ``host_lengths`` are not those of the batch.
         """
         with _no_grad_if(self.config.audio.freeze):
-            pooled = self.audio_branch(audio, lengths, mean, std)
+            pooled = self.audio_branch(audio, lengths, mean, std, host_lengths)
         return self.audio_projection(pooled)
 
     def encode_text(
         self,
         input_ids: Tensor,  # int64 [B, tokens]
         attention_mask: Tensor,  # [B, tokens], 1 on tokens
+        token_counts: Sequence[int] | None = None,
     ) -> Tensor:  # [B, D]
-        """Embeddings of tokenized captions, not normalised."""
+        """Embeddings of tokenized captions, not normalised.
+
+        Args:
+            input_ids: as of :meth:`tokenize`, padded on the right.
+            attention_mask: likewise.
+            token_counts: row sums of ``attention_mask``, for the host; as ``host_lengths`` of :meth:`encode_audio`.
+
+        Raises:
+            ValueError: ``token_counts`` are not those of the batch.
+        """
         with _no_grad_if(self.config.text.freeze):
-            pooled = self.text_branch(input_ids, attention_mask)
+            pooled = self.text_branch(input_ids, attention_mask, token_counts)
         return self.text_projection(pooled)
 
     def forward(
@@ -208,7 +224,9 @@ class CLAP(nn.Module):
                 waves = {index: _waveform(index, clips[index], self.sampling_rate, sampling_rate) for index in chunk}
                 for group in self._batches(waves):
                     batch, sizes_of_group = _pad([waves[index] for index in group], self.device)
-                    rows.update(zip(group, self.encode_audio(batch, sizes_of_group), strict=True))
+                    host_lengths = [len(waves[index]) for index in group]
+                    encoded = self.encode_audio(batch, sizes_of_group, host_lengths=host_lengths)
+                    rows.update(zip(group, encoded, strict=True))
             embeddings = F.normalize(torch.stack([rows[index] for index in range(len(clips))]).float(), dim=-1)
         return embeddings.clone()  # outside of inference mode, so that the result can enter a graph
 
@@ -241,7 +259,7 @@ class CLAP(nn.Module):
             for chunk in order.split(batch_size):
                 longest = int(sizes[chunk].max())
                 batch = {name: value[chunk, :longest].to(self.device) for name, value in tokens.items()}
-                rows.append(self.encode_text(**batch))
+                rows.append(self.encode_text(**batch, token_counts=sizes[chunk].tolist()))
             embeddings = F.normalize(torch.cat(rows)[order.argsort().to(self.device)].float(), dim=-1)
         return embeddings.clone()
 
@@ -264,11 +282,17 @@ class CLAP(nn.Module):
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Write ``config.json``, ``model.safetensors`` and ``tokenizer.json``, so that a crash leaves no half of them.
 
         The files are written and fsynced in a temporary folder beside ``folder`` that is then renamed to it. An earlier
         export of the same name is replaced; a folder with other files in it is not touched.
+
+        Args:
+            folder: where to.
+            state_dict: the weights to write, by default the model's own (of sharded towers, the caller gathers them).
 
         Raises:
             ModelError: ``folder`` holds files that are not a model's.
@@ -285,7 +309,7 @@ class CLAP(nn.Module):
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir()
-            self._write(temporary)
+            self._write(temporary, self.state_dict() if state_dict is None else state_dict)
             if target.is_dir():
                 shutil.rmtree(old, ignore_errors=True)
                 target.replace(old)
@@ -296,12 +320,12 @@ class CLAP(nn.Module):
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, state_dict: Mapping[str, Tensor]) -> None:
         from safetensors.torch import save_file
 
         config = {"format_version": FORMAT_VERSION, **self.config.to_dict()}
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         if self.tokenizer is not None:
             self.tokenizer.save(folder / TOKENIZER_FILE)

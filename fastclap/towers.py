@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from fastclap import wavlm
 from fastclap.config import AudioTowerConfig, TextTowerConfig
 from fastclap.errors import ConfigError, ModelError
 from fastclap.features import LogMel
+from fastclap.packing import Packing, is_sharded, length_groups, longest_of, to_device, use_packed_attention
 
 # ---------------------------------------------------------------------------------------------------------------------
 # shared pieces
@@ -145,17 +147,23 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # [B, T, C]
-        rotary: tuple[Tensor, Tensor],  # cos, sin [T, C // heads]
+        x: Tensor,  # [B, T, C], or packed [total, C]
+        rotary: tuple[Tensor, Tensor],  # cos, sin [T or total, C // heads]
         mask: Tensor | None,  # bool [B, 1, 1, T]
-    ) -> Tensor:  # [B, T, C]
-        qkv = rearrange(self.qkv(self.attention_norm(x)), "b t (h c) -> b h t c", h=3 * self.heads)
-        qk, v = qkv[:, : 2 * self.heads], qkv[:, 2 * self.heads :]
-        cos, sin = rotary
+        packing: Packing | None = None,  # how x is packed; the mask has no meaning then
+    ) -> Tensor:  # like x
+        qkv = rearrange(self.qkv(self.attention_norm(x)), "... (h c) -> ... h c", h=3 * self.heads)
+        qk, v = qkv[..., : 2 * self.heads, :], qkv[..., 2 * self.heads :, :]
+        cos, sin = (table[:, None] for table in rotary)
         first, second = qk.chunk(2, -1)
         qk = (qk * cos + torch.cat([-second, first], -1) * sin).to(v.dtype)
-        y = F.scaled_dot_product_attention(qk[:, : self.heads], qk[:, self.heads :], v, attn_mask=mask)
-        x = x + self.dropout(self.out(rearrange(y, "b h t c -> b t (h c)")))
+        q, k = qk.split(self.heads, -2)
+        if packing is not None:
+            y = packing.attention(q, k, v)
+        else:
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        x = x + self.dropout(self.out(rearrange(y, "... h c -> ... (h c)")))
         return x + self.dropout(self.down(F.gelu(self.up(self.feedforward_norm(x)))))
 
 
@@ -170,16 +178,18 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # [B, T, C]
+        x: Tensor,  # [B, T, C], or packed [total, C]
         mask: Tensor | None,  # bool [B, T]
-    ) -> Tensor:  # [B, T, C]
+        packing: Packing | None = None,  # how x is packed; the mask has no meaning then
+    ) -> Tensor:  # like x
         rate = 10000 ** (-torch.arange(0, self.head_width, 2, device=x.device) / self.head_width)
-        angle = torch.arange(x.shape[1], device=x.device)[:, None] * rate
+        positions = torch.arange(x.shape[1], device=x.device) if packing is None else packing.positions
+        angle = positions[:, None] * rate
         angle = torch.cat([angle, angle], -1)
         rotary = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         keys = None if mask is None else mask[:, None, None]
         for block in self.blocks:
-            x = block(x, rotary, keys)
+            x = block(x, rotary, keys, packing)
         return self.norm(x)
 
 
@@ -243,6 +253,14 @@ def _transformers_config(
     return config_class(**changes), None
 
 
+def _checkpoint_layers(module: Any) -> None:
+    """Let a model of transformers compute its layers again in the backward pass."""
+    try:
+        module.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"activation checkpointing: {error}") from error
+
+
 def _complete(model_config: Any) -> dict[str, Any]:
     """Everything that rebuilds the same architecture, JSON-able, whatever later releases choose as defaults."""
     whole = json.loads(model_config.to_json_string(use_diff=False))
@@ -276,8 +294,21 @@ class AudioTower(nn.Module):
         lengths: Tensor | None = None,  # [B] valid samples; None: all
         mean: Tensor | None = None,  # [B] whole-file mean, full scale 1 (waveform towers)
         std: Tensor | None = None,  # [B] whole-file standard deviation, full scale 1 (waveform towers)
+        host_lengths: Sequence[int] | None = None,  # lengths, for the host: a tower may leave out padding with them
     ) -> Tensor:  # [B, width]
         raise NotImplementedError
+
+    def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
+        """Execution options, to be set once before training; they have no effect on results.
+
+        Args:
+            compile: compile each transformer layer with ``torch.compile``, where the tower can.
+            checkpoint: keep each transformer layer's input only and compute the layer again in the backward pass. Small
+                towers of our own have too little to gain and take no notice.
+
+        Raises:
+            ConfigError: ``checkpoint`` with an architecture that transformers cannot checkpoint.
+        """
 
 
 class LogMelTower(AudioTower):
@@ -359,8 +390,13 @@ class LogMelTower(AudioTower):
         lengths: Tensor | None = None,
         mean: Tensor | None = None,
         std: Tensor | None = None,
+        host_lengths: Sequence[int] | None = None,
     ) -> Tensor:
         config = self.config
+        sizes: list[int] | None = None  # frames that the transformer sees, where the host knows them
+        if lengths is not None and host_lengths is not None:
+            audio = audio[:, : longest_of("host_lengths", host_lengths, audio)]
+            sizes = self.log_mel.frame_lengths(torch.tensor(host_lengths)).tolist()
         if self.training and config.random_gain:
             decibels = config.random_gain * (2 * torch.rand(len(audio), 1, device=audio.device) - 1)
             audio = as_float(audio) * 10 ** (decibels / 20)
@@ -386,8 +422,19 @@ class LogMelTower(AudioTower):
             x = F.gelu(convolution(x))
             valid = length_mask(frames, x.shape[2])
             x = x.masked_fill(~valid[:, None, :, None], 0.0)
-        x = self.dropout(self.input(x.transpose(1, 2).flatten(2)))
-        return self._pool(self.transformer(x, None if lengths is None else valid), valid)
+        x = x.transpose(1, 2).flatten(2)
+        mask = None if lengths is None else valid
+        if sizes is None:
+            return self._pool(self.transformer(self.dropout(self.input(x)), mask), valid)
+        for _ in self.convolutions:
+            sizes = [(size + 1) // 2 for size in sizes]
+        longest = max(sizes)
+        x, valid = x[:, :longest], valid[:, :longest]
+        if min(sizes) == longest:
+            return self._pool(self.transformer(self.dropout(self.input(x)), None), valid)
+        packing = Packing(sizes, x.device)
+        x = self.transformer(self.dropout(self.input(packing.pack(x))), None, packing)
+        return self._pool(packing.unpack(x), valid)
 
     def _pool(self, x: Tensor, valid: Tensor) -> Tensor:
         if self.config.pooling == "attention":
@@ -436,6 +483,9 @@ class Wav2Vec2Tower(AudioTower):
         self.equal_lengths_only = (
             model_config.model_type not in self._PADDING_SAFE or model_config.feat_extract_norm == "group"
         )
+        # an implementation that was asked for is transformers' business
+        asked = {"attn_implementation", "_attn_implementation"} & set(config.hf_config or {})
+        wavlm.accelerate(self.base, encoder=not asked)
         self._frames: Tensor | None = None
         augment = getattr(model_config, "apply_spec_augment", True)
         if augment and (model_config.mask_time_prob > 0 or model_config.mask_feature_prob > 0):
@@ -461,12 +511,19 @@ class Wav2Vec2Tower(AudioTower):
             hidden = hidden.masked_fill(spans[:, None], 0.0)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
+    def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
+        if isinstance(self.base.encoder, wavlm.Encoder):
+            self.base.encoder.prepare_training(compile=compile, checkpoint=checkpoint)
+        elif checkpoint:
+            _checkpoint_layers(self.base)
+
     def forward(
         self,
         audio: Tensor,
         lengths: Tensor | None = None,
         mean: Tensor | None = None,
         std: Tensor | None = None,
+        host_lengths: Sequence[int] | None = None,
     ) -> Tensor:
         waveform, padded = prepare_waveform(audio, lengths, self.min_samples)
         mask = None if padded is None else length_mask(padded, waveform.shape[1])
@@ -483,8 +540,12 @@ class Wav2Vec2Tower(AudioTower):
         if self._frames is not None:
             for kernel, stride in self.convolutions:
                 self._frames = (self._frames - kernel) // stride + 1
-        attention_mask = None if mask is None else mask.long()
-        hidden = self.base(waveform.to(self.base.dtype), attention_mask=attention_mask).last_hidden_state
+        waveform = waveform.to(self.base.dtype)
+        if isinstance(self.base.encoder, wavlm.Encoder):
+            hidden = wavlm.encode(self.base, waveform, self._frames)
+        else:
+            attention_mask = None if mask is None else mask.long()
+            hidden = self.base(waveform, attention_mask=attention_mask).last_hidden_state
         valid = None if self._frames is None else length_mask(self._frames, hidden.shape[1])
         self._frames = None
         return masked_mean(hidden, valid).to(hidden.dtype)
@@ -514,6 +575,7 @@ class WhisperTower(AudioTower):
         lengths: Tensor | None = None,
         mean: Tensor | None = None,
         std: Tensor | None = None,
+        host_lengths: Sequence[int] | None = None,
     ) -> Tensor:
         waveform, lengths = prepare_waveform(audio[:, : self.window], lengths)
         if lengths is None:
@@ -548,6 +610,7 @@ class ASTTower(AudioTower):
         lengths: Tensor | None = None,
         mean: Tensor | None = None,
         std: Tensor | None = None,
+        host_lengths: Sequence[int] | None = None,
     ) -> Tensor:
         with torch.autocast(audio.device.type, enabled=False):
             features, _ = self.log_mel(audio, lengths)
@@ -581,6 +644,7 @@ class CLAPHTSATTower(AudioTower):
         lengths: Tensor | None = None,
         mean: Tensor | None = None,
         std: Tensor | None = None,
+        host_lengths: Sequence[int] | None = None,
     ) -> Tensor:
         waveform, lengths = prepare_waveform(audio[:, : self.window], lengths)
         if lengths is None:
@@ -629,8 +693,12 @@ class TextTower(nn.Module):
         self,
         input_ids: Tensor,  # int64 [B, tokens]
         attention_mask: Tensor,  # [B, tokens], 1 on tokens
+        token_counts: Sequence[int] | None = None,  # tokens of each row, padded on the right; leaves padding out
     ) -> Tensor:  # [B, width]
         raise NotImplementedError
+
+    def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
+        """Execution options without effect on results, as for :meth:`AudioTower.prepare_training`."""
 
 
 class SmallTextTower(TextTower):
@@ -648,9 +716,18 @@ class SmallTextTower(TextTower):
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.transformer = Transformer(config.width, config.layers, config.heads, config.feedforward, config.dropout)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int] | None = None) -> Tensor:
+        packing = None
+        if token_counts is not None:
+            longest = longest_of("token_counts", token_counts, input_ids)
+            input_ids, attention_mask = input_ids[:, :longest], attention_mask[:, :longest]
+            if min(token_counts) < longest:
+                packing = Packing(token_counts, input_ids.device)
         valid = attention_mask.bool()
-        x = self.transformer(self.embedding_dropout(self.embedding(input_ids)), valid)
+        ids = input_ids if packing is None else packing.pack(input_ids)
+        x = self.transformer(self.embedding_dropout(self.embedding(ids)), valid, packing)
+        if packing is not None:
+            x = packing.unpack(x)
         return x[:, 0] if self.config.pooling == "cls" else masked_mean(x, valid).to(x.dtype)
 
 
@@ -671,17 +748,62 @@ class TransformersTextTower(TextTower):
         self.width = model_config.hidden_size
         self.vocab_size = model_config.vocab_size
         self.pooling = config.pooling
+        self.packs = use_packed_attention(self.base)
         pooler = getattr(self.base, "pooler", None)
         if config.pooling == "pooler" and pooler is None:
             raise ConfigError(f"{model_config.model_type} has no pooler; use cls or mean pooling")
         if config.pooling != "pooler" and pooler is not None:
             pooler.requires_grad_(False)  # it takes no part, and DDP waits for the gradient of whatever could have one
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        output = self.base(input_ids=input_ids, attention_mask=attention_mask)
-        if self.pooling == "pooler":
-            return output.pooler_output
-        x = output.last_hidden_state
+    def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
+        if checkpoint:
+            _checkpoint_layers(self.base)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int] | None = None) -> Tensor:
+        if token_counts is None:
+            return self._padded(input_ids, attention_mask)
+        longest = longest_of("token_counts", token_counts, input_ids)
+        input_ids, attention_mask = input_ids[:, :longest], attention_mask[:, :longest]
+        if min(token_counts) == longest:
+            return self._padded(input_ids, attention_mask)
+        if self.packs:
+            return self._packed(input_ids, attention_mask, Packing(token_counts, input_ids.device))
+        if is_sharded(self):  # every rank must run each layer equally often, whatever its captions
+            return self._padded(input_ids, attention_mask)
+        return self._grouped(input_ids, attention_mask, token_counts)
+
+    def _padded(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        # transformers takes a 4-d mask as it is; of a 2-d one it asks the device whether all tokens are valid
+        mask = attention_mask.bool()[:, None, None] if self.packs else attention_mask
+        output = self.base(input_ids=input_ids, attention_mask=mask)
+        return (
+            output.pooler_output if self.pooling == "pooler" else self._pool(output.last_hidden_state, attention_mask)
+        )
+
+    def _packed(self, input_ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
+        ids = packing.pack(input_ids)[None]
+        positions = packing.positions
+        embeddings = self.base.embeddings
+        if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa's follow the padding token's id
+            positions = packing.pack(embeddings.create_position_ids_from_input_ids(input_ids, embeddings.padding_idx))
+        # without explicit types a sequence could be no longer than the positions of one caption
+        output = self.base(
+            input_ids=ids, position_ids=positions[None], token_type_ids=torch.zeros_like(ids), packing=packing
+        )
+        x = packing.unpack(output.last_hidden_state[0])
+        return self.base.pooler(x) if self.pooling == "pooler" else self._pool(x, attention_mask)
+
+    def _grouped(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int]) -> Tensor:
+        groups = length_groups(token_counts, 1024 if input_ids.is_cuda else 16)
+        order = torch.tensor(list(itertools.chain(*groups)))
+        back, order = to_device(torch.stack([order.argsort(), order]), input_ids.device)
+        parts = []
+        for group, rows in zip(groups, order.split([len(group) for group in groups]), strict=True):
+            longest = token_counts[group[-1]]
+            parts.append(self._padded(input_ids[rows, :longest], attention_mask[rows, :longest]))
+        return torch.cat(parts)[back]
+
+    def _pool(self, x: Tensor, attention_mask: Tensor) -> Tensor:
         return x[:, 0] if self.pooling == "cls" else masked_mean(x, attention_mask.bool()).to(x.dtype)
 
 

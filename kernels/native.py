@@ -9,7 +9,6 @@ so it may be used before and after a fork (data workers) and from several thread
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import math
 import os
 import sys
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastclap.kernels.logmel import LogMelSpec, _check, _scaled, mel_bank, window
+from fastclap.kernels.logmel import LogMelSpec, _check, _scaled, mel_bank, normalised, window
 
 LIBRARY_VARIABLE = "FASTCLAP_NATIVE_LIBRARY"
 _LIBRARY_NAME = "libfastclap_native.dylib" if sys.platform == "darwin" else "libfastclap_native.so"
@@ -130,8 +129,8 @@ def _plan(spec: LogMelSpec, simd: str) -> _Plan | str:
         floor=spec.floor,
         log_padding=spec.log_padding,
         dynamic_range=-1.0 if spec.dynamic_range is None else spec.dynamic_range,
-        mean=spec.mean,
-        std=spec.std,
+        mean=spec.mean if _one_affine(spec) else 0.0,
+        std=spec.std if _one_affine(spec) else 1.0,
     )
     handle = ctypes.c_void_p()
     message = ctypes.create_string_buffer(_MESSAGE_SIZE)
@@ -156,9 +155,9 @@ def _raise(code: int, message: ctypes.Array[ctypes.c_char]) -> None:
         raise kind(f"native log-mel engine: {message.value.decode()}")
 
 
-@lru_cache(maxsize=64)
-def _of_scaled_samples(spec: LogMelSpec) -> LogMelSpec:
-    return dataclasses.replace(spec, dither=0.0, input_scale=1.0)
+def _one_affine(spec: LogMelSpec) -> bool:
+    """Whether the library normalises; for a mean or deviation of each mel, torch does after it."""
+    return isinstance(spec.mean, float) and isinstance(spec.std, float)
 
 
 @lru_cache(maxsize=1)
@@ -166,7 +165,17 @@ def _say_once() -> None:
     warnings.warn(
         f"log-mel features are computed with torch, several times slower than by the native engine: {description()}",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
+    )
+
+
+def plain(waveform: Tensor) -> bool:
+    """Whether engines other than torch can follow this tensor: no forward-mode or functorch transform, no trace."""
+    return not (
+        type(waveform) is not Tensor
+        or torch.jit.is_tracing()
+        or torch._C._functorch.is_functorch_wrapped_tensor(waveform)
+        or forward_ad.unpack_dual(waveform).tangent is not None
     )
 
 
@@ -179,12 +188,9 @@ def usable(waveform: Tensor, spec: LogMelSpec) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or type(waveform) is not Tensor
         or waveform.device.type != "cpu"
         or (waveform.requires_grad and torch.is_grad_enabled())
-        or torch.jit.is_tracing()
-        or torch._C._functorch.is_functorch_wrapped_tensor(waveform)
-        or forward_ad.unpack_dual(waveform).tangent is not None
+        or not plain(waveform)
     ):
         return False
     if not available():
@@ -201,7 +207,7 @@ def log_mel_native(
     simd: str = "auto",
     threads: int | None = None,  # None: torch.get_num_threads()
 ) -> tuple[Tensor, Tensor]:
-    """`fastclap.kernels.logmel.log_mel` without gradients: (features [B, frames, n_mels] float32, frame_lengths [B]).
+    """`fastclap.kernels.logmel.log_mel` without gradients: (features [B, frames, n_mels], frame_lengths [B]).
 
     The result does not depend on `threads`. `simd` names one of `simd_paths()`; they differ by float32 rounding. Float
     samples far above full scale (1e17) may overflow to infinite features.
@@ -215,11 +221,11 @@ def log_mel_native(
     library, text = _load()
     if library is None:
         raise RuntimeError(f"no native log-mel engine: {text}")
-    lengths = _check(waveform, lengths)
+    lengths, _ = _check(waveform, lengths)
     if waveform.device.type != "cpu":
         raise ValueError(f"waveform must be on the CPU, got {waveform.device}")
     if spec.dither:
-        waveform, spec = _scaled(waveform, spec), _of_scaled_samples(spec)
+        waveform, spec = _scaled(waveform, spec), spec.noiseless
     plan = _plan(spec, simd)
     if isinstance(plan, str):
         raise NotImplementedError(f"native log-mel engine: {plan}")
@@ -252,4 +258,6 @@ def log_mel_native(
         _MESSAGE_SIZE,
     )
     _raise(code, message)
-    return features, frame_lengths
+    if not _one_affine(spec):
+        features = normalised(features, spec)
+    return features.to(getattr(torch, spec.dtype)), frame_lengths

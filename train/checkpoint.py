@@ -18,16 +18,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fastclap.errors import ModelError, TrainingError
 from fastclap.files import fsync
 from fastclap.model import CLAP, WEIGHTS_FILE, check_weights, load_state_dict_file
 from fastclap.train.averaging import WeightAverage, applied
+from fastclap.train.distributed import World, placed_like, whole
 
 FORMAT = 1
 _STATE = "state.json"
 _TRAINER = "trainer.safetensors"
 _TEMPORARY = ".writing-"
+_OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # AdamW's
 
 
 def save_checkpoint(
@@ -38,26 +41,41 @@ def save_checkpoint(
     average: WeightAverage | None,
     state: dict[str, Any],
     keep: int,
-) -> Path:
+    world: World,
+) -> None:
     """Write ``checkpoints/step-<step>`` and then remove all but the ``keep`` newest.
 
     ``model.safetensors`` holds the weights to use (the moving average where there is one), ``trainer.safetensors`` the
-    optimizer's state and, with an average, the weights under training.
+    optimizer's state and, with an average, the weights under training. The main rank writes; every rank calls this,
+    because sharded tensors are put together here.
 
     Raises:
         TrainingError: the disk refused the write. What was there before is untouched and the partial folder removed.
     """
-    root = run_dir / "checkpoints"
+    with applied(average):
+        weights = whole(model.state_dict())
+        tensors = whole(optimizer_tensors(model, optimizer))
+        if average is not None:  # at the moment it holds the weights under training
+            tensors |= {f"weights/{name}": tensor for name, tensor in whole(average.tensors).items()}
+        if world.is_main:
+            _write(run_dir / "checkpoints", step, model, weights, tensors, state, keep)
+
+
+def _write(
+    root: Path,
+    step: int,
+    model: CLAP,
+    weights: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
+) -> None:
     final = root / f"step-{step}"
     partial = root / f"{_TEMPORARY}step-{step}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
-        with applied(average, model):
-            model.save_pretrained(partial)
-        tensors = optimizer_tensors(model, optimizer)
-        if average is not None:
-            tensors |= {f"weights/{name}": tensor for name, tensor in model.state_dict().items()}
+        model.save_pretrained(partial, state_dict=weights)
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial / _TRAINER)
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         (partial / _STATE).write_text(json.dumps({"format": FORMAT, "step": step, "files": sizes, **state}, indent=1))
@@ -72,9 +90,8 @@ def save_checkpoint(
         raise TrainingError(
             f"{final}: the checkpoint could not be written ({error}); older ones are untouched"
         ) from error
-    for old in checkpoints(run_dir)[:-keep]:
+    for old in checkpoints(root.parent)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -127,33 +144,37 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]] |
     return None
 
 
-def restore(path: Path, model: CLAP, optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> None:
-    """Load weights, optimizer state and moving average of a checkpoint in place, bit for bit.
+def restore_weights(path: Path, model: CLAP, averaged: bool) -> None:
+    """Load the weights under training of a checkpoint in place, bit for bit.
 
     Raises:
-        ModelError: the checkpoint belongs to another model (its tensors have other names or shapes).
+        ModelError: the checkpoint belongs to another model (its tensors have other names or shapes), or was saved with
+            weight averaging and ``averaged`` is off, or the other way round.
     """
-    weights = load_state_dict_file(path / WEIGHTS_FILE)
     trainer = load_state_dict_file(path / _TRAINER)
     under_training = {name[8:]: value for name, value in trainer.items() if name.startswith("weights/")}
-    if (average is not None) != bool(under_training):
+    if averaged != bool(under_training):
         raise ModelError(
             f"{path}: saved {'with' if under_training else 'without'} weight averaging; "
             "set --optimizer.ema-decay as it was"
         )
-    check_weights(model, under_training or weights, path)
-    model.load_state_dict(under_training or weights)
+    weights = under_training or load_state_dict_file(path / WEIGHTS_FILE)
+    check_weights(model, weights, path)
+    model.load_state_dict(weights)
+
+
+def restore_trainer(path: Path, model: CLAP, optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> None:
+    """Load optimizer state and moving average of a checkpoint in place, bit for bit; sharded as the model is."""
+    trainer = load_state_dict_file(path / _TRAINER)
     if average is not None:
-        average.load(weights)
+        average.load(load_state_dict_file(path / WEIGHTS_FILE))
     for name, parameter in model.named_parameters():
-        entries = {
-            key: trainer.pop(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in trainer
-        }
+        entries = {key: trainer[f"{key}/{name}"] for key in _OPTIMIZER_STATE if f"{key}/{name}" in trainer}
         if entries:
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entries.items()}
+            optimizer.state[parameter] = {key: placed_like(parameter, value) for key, value in entries.items()}
 
 
-def optimizer_tensors(model: CLAP, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(model: CLAP, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's state as tensors named ``step|exp_avg|exp_avg_sq/<parameter name>``."""
     tensors = {}
     for name, parameter in model.named_parameters():

@@ -7,7 +7,7 @@ Nothing here imports torch, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,9 @@ class DataConfig:
     """Longest stretch of a clip that is trained on; longer clips are cropped at random."""
     bucket_by_length: bool = True
     """Batch clips of like length together, to save padding."""
+    batch_seconds: float | None = None
+    """Seconds of padded audio in a global batch: short clips then come in larger batches than long ones, of at most
+    `batch_size` clips."""
     workers: int = 2
     """Decoding processes (0: decode in the training process)."""
     prefetch: int = 4
@@ -116,15 +119,24 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 32
-    """Global batch: pairs contrasted with each other, over all processes."""
-    chunk_size: int = 0
-    """Gradient caching: clips that go through the towers at once, so that the batch need not fit (0: no caching)."""
+    """Global batch: pairs contrasted with each other, over all processes. With `data.batch_seconds`, at most these."""
+    chunk_size: int | Literal["auto"] = 0
+    """Gradient caching: clips that go through the towers at once, so that the batch need not fit (0: no caching). auto
+    begins with the whole batch and halves the chunk, never the batch, whenever memory runs out."""
     accumulate: int = 1
     """Batches whose gradients are averaged into one step; unlike caching, each is contrasted within itself only."""
     seed: int = 0
     """Seed of weights, data order, crops, captions and dropout."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
+    matmul_precision: Literal["highest", "high"] = "high"
+    """Matrix products that stay in float32 on a GPU: high is TF32, highest full precision."""
+    compile: bool = False
+    """Compile the layers of the towers (torch.compile): faster steps after a slow start."""
+    checkpoint_activations: bool = False
+    """Recompute the layers of the towers in the backward pass: less memory, about a third more work."""
+    shard: bool = False
+    """Split the towers' weights, gradients and optimizer state over the processes (FSDP2)."""
     device: str = "auto"
     """cuda, cpu or auto."""
     threads: int = 0
@@ -143,6 +155,8 @@ class TrainConfig:
     """Newest checkpoints kept."""
     max_bad_steps: int = 10
     """Steps in a row with a non-finite loss or gradient, each of them skipped, before the run stops."""
+    profile: bool = False
+    """Write a trace of three steps (the sixth to eighth of this start) to the run folder, with its longest kernels."""
     tensorboard: bool = False
     """Also write TensorBoard event files (needs tensorboard)."""
     wandb: bool = False
@@ -160,13 +174,20 @@ class TrainConfig:
             ),
             (self.steps >= 1, f"--steps is {self.steps}; it must be at least 1"),
             (self.batch_size >= 2, f"--batch-size is {self.batch_size}; a contrastive loss needs at least 2 pairs"),
-            (self.chunk_size >= 0, f"--chunk-size is {self.chunk_size}; use 0 to switch gradient caching off"),
+            (
+                self.chunk_size == "auto" or self.chunk_size >= 0,
+                f"--chunk-size is {self.chunk_size}; use 0 to switch gradient caching off, or auto",
+            ),
             (self.accumulate >= 1, f"--accumulate is {self.accumulate}; it must be at least 1"),
             (self.log_every >= 1, f"--log-every is {self.log_every}; it must be at least 1"),
             (self.save_every >= 1, f"--save-every is {self.save_every}; it must be at least 1"),
             (self.keep >= 1, f"--keep is {self.keep}; at least one checkpoint has to stay"),
             (self.max_bad_steps >= 1, f"--max-bad-steps is {self.max_bad_steps}; it must be at least 1"),
             (self.data.crop_seconds > 0, f"--data.crop-seconds is {self.data.crop_seconds}; it must be positive"),
+            (
+                self.data.batch_seconds is None or self.data.bucket_by_length,
+                "--data.batch-seconds needs --data.bucket-by-length",
+            ),
             (
                 0 <= self.data.max_bad_share <= 1,
                 f"--data.max-bad-share is {self.data.max_bad_share}; it is a share between 0 and 1",
@@ -209,15 +230,18 @@ def load_config(path: str | Path, defaults: TrainConfig) -> TrainConfig:
         except yaml.YAMLError as error:
             raise ConfigError(f"{path}: not valid YAML: {error}") from error
     try:
-        return read_dataclass(TrainConfig, _overlay(defaults.to_dict(), values))
+        return read_dataclass(TrainConfig, _overlay(defaults, values))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
 def _overlay(base: Any, values: Any) -> Any:
-    if not (isinstance(base, dict) and isinstance(values, dict)):
+    """Plain data of ``base`` with ``values`` in place of its fields; a free-form mapping is replaced as a whole."""
+    if not (is_dataclass(base) and isinstance(values, dict)):
         return values
-    return {**base, **{key: _overlay(base.get(key), value) for key, value in values.items()}}
+    known = {member.name: getattr(base, member.name) for member in fields(base)}
+    plain = {name: asdict(value) if is_dataclass(value) else value for name, value in known.items()}  # type: ignore[arg-type]
+    return {**plain, **{name: _overlay(known.get(name), value) for name, value in values.items()}}
 
 
 def _yaml_loader() -> Any:

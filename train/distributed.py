@@ -1,26 +1,34 @@
-"""One process or many: the same loop, with gradients averaged once a step.
+"""One process or many: the same loop, with gradients averaged while the backward pass still runs.
 
 The loop does not wrap the model in DistributedDataParallel. With gradient caching most backward passes must not
-communicate at all, and the step needs three more numbers agreed across ranks (is every loss finite, does someone want
-to stop); so gradients are flattened per dtype and averaged in one all-reduce at the end of the step, the flags riding
-along. The order of summation is fixed, which keeps resumed runs bit-identical.
+communicate at all, and the step needs more numbers agreed across ranks (is every loss finite, does someone want to
+stop, the norm of sharded gradients); `Gradients` does all of it. Buckets and their order are fixed, so the order of
+summation is too, which keeps resumed runs bit-identical.
+
+Towers that do not fit into one device can be sharded (FSDP2): each rank then holds one part of their weights, gradients
+and optimizer state. Everything else is replicated as before.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastclap.errors import ConfigError
 
 T = TypeVar("T")
+
+_BUCKET_BYTES = 25 << 20  # as in DistributedDataParallel: large enough for full bandwidth, small enough to overlap
+_LAYERS = ("layers", "layer", "blocks")  # what encoders call the list of their transformer layers
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,16 @@ def join(device: str = "auto") -> World:
         torch.cuda.set_device(chosen)
     if size == 1:
         return World(0, 1, chosen, None)
+    # Processes that torchrun starts again must not find the addresses of those before them.
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30), device_id=chosen if on_gpu else None
+        "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(minutes=30),
+        device_id=chosen if on_gpu else None,
     )
     return World(rank, size, chosen, dist.group.WORLD)
 
@@ -69,6 +85,12 @@ def leave(world: World) -> None:
         dist.destroy_process_group()
 
 
+def is_lost_connection(error: RuntimeError, world: World) -> bool:
+    """Whether a collective failed because another process is gone."""
+    signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
+    return world.group is not None and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
+
+
 def broadcast_weights(model: nn.Module, world: World) -> None:
     """Give every rank the weights and buffers of rank 0."""
     if world.group is not None:
@@ -76,36 +98,182 @@ def broadcast_weights(model: nn.Module, world: World) -> None:
             dist.broadcast(tensor, src=0, group=world.group)
 
 
-def average_gradients(parameters: Iterable[nn.Parameter], flags: Tensor, world: World) -> Tensor:
-    """Average ``.grad`` over the ranks in place and return the flags summed over the ranks.
+class _Bucket:
+    """Gradients that are averaged together: views of one flat buffer."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        first = parameters[0]
+        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+        self.views = [
+            piece.view_as(p)
+            for p, piece in zip(parameters, self.flat.split([p.numel() for p in parameters]), strict=True)
+        ]
+        self.waiting = len(parameters)
+        self.work: Any = None
+
+
+class Gradients:
+    """The gradients of a step: averaged over the ranks, measured, clipped, cleared.
+
+    In several processes the gradients live in a few flat buffers, and each buffer's all-reduce starts as soon as the
+    backward pass has filled it. Inside `held()` nothing is sent: gradients of several backward passes add up, and the
+    last pass, outside of it, sends their sum. Sharded parameters are averaged by FSDP itself.
 
     Args:
         parameters: every parameter under training, in the same order on each rank. A parameter that took no part on
             this rank counts as a zero gradient, and receives the average all the same.
-        flags: float32 vector on the training device, summed across ranks.
+        world: this process.
+        sharded: modules under `shard`, to be told when not to communicate.
     """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], world: World, sharded: Iterable[Any] = ()) -> None:
+        self._parameters = list(parameters)
+        self._world = world
+        self._sharded = list(sharded)
+        self._held = 0
+        self._buckets: list[_Bucket] = []
+        self._next = 0  # first bucket that has not been sent; the order is the same on every rank
+        if world.group is None:
+            return
+        open_buckets: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+        # The last layers come first in a backward pass.
+        for parameter in reversed([p for p in self._parameters if not is_sharded(p)]):
+            members = open_buckets.setdefault((parameter.dtype, parameter.device), [])
+            members.append(parameter)
+            if sum(p.numel() * p.element_size() for p in members) >= _BUCKET_BYTES:
+                self._buckets.append(_Bucket(open_buckets.pop((parameter.dtype, parameter.device))))
+        self._buckets += [_Bucket(members) for members in open_buckets.values()]
+        for bucket in self._buckets:
+            for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
+                parameter.grad = view
+                parameter.register_post_accumulate_grad_hook(self._noted_in(bucket))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Backward passes inside the block add to the gradients without sending them."""
+        self._held += 1
+        self._tell_sharded(False)
+        try:
+            yield
+        finally:
+            self._held -= 1
+            self._tell_sharded(not self._held)
+
+    def finish(self, flags: Tensor) -> tuple[Tensor, Tensor]:
+        """Complete the averages. Returns (flags summed over the ranks, norm of all gradients), on the device.
+
+        Args:
+            flags: float32 vector on the training device, summed across ranks.
+        """
+        while self._next < len(self._buckets):
+            self._send_next()
+        for bucket in self._buckets:
+            bucket.work.wait()
+            bucket.flat.div_(self._world.size)
+        shards = [local(p.grad) for p in self._parameters if p.grad is not None and is_sharded(p)]
+        whole = [bucket.flat for bucket in self._buckets] or [
+            p.grad for p in self._parameters if p.grad is not None and not is_sharded(p)
+        ]
+        if self._world.group is not None:
+            sums = torch.cat([flags, _square_sum(shards, flags.device).reshape(1)])
+            dist.all_reduce(sums, group=self._world.group)
+            flags, of_shards = sums[:-1], sums[-1]
+        else:
+            of_shards = torch.zeros((), device=flags.device)
+        return flags, (_square_sum(whole, flags.device) + of_shards).sqrt()
+
+    def clip_(self, norm: Tensor, largest: float) -> None:
+        """Scale all gradients so that their norm is at most ``largest``."""
+        gradients = [local(p.grad) for p in self._parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
+
+    def clear(self) -> None:
+        """Forget the gradients of the step."""
+        for bucket in self._buckets:
+            bucket.flat.zero_()
+            bucket.waiting, bucket.work = len(bucket.parameters), None
+        self._next = 0
+        for parameter in self._parameters:
+            if not self._buckets or is_sharded(parameter):
+                parameter.grad = None
+
+    def _noted_in(self, bucket: _Bucket) -> Any:
+        def note(parameter: nn.Parameter) -> None:
+            if self._held:
+                return
+            bucket.waiting -= 1
+            while self._next < len(self._buckets) and not self._buckets[self._next].waiting:
+                self._send_next()
+
+        return note
+
+    def _send_next(self) -> None:
+        bucket = self._buckets[self._next]
+        # Whoever set a gradient aside and put another tensor in its place (a retry after running out of memory) has
+        # left the buffer.
+        for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
+            if parameter.grad is not view:
+                view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
+                parameter.grad = view
+        bucket.work = dist.all_reduce(bucket.flat, group=self._world.group, async_op=True)
+        self._next += 1
+
+    def _tell_sharded(self, send: bool) -> None:
+        for module in self._sharded:
+            module.set_requires_gradient_sync(send)
+
+
+def _square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:
+    if not tensors:
+        return torch.zeros((), device=device)
+    return torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).square().sum()
+
+
+def shard(towers: Iterable[nn.Module], world: World) -> list[Any]:
+    """Split the parameters of each tower over the ranks (FSDP2): layer by layer, then what is left. Returns them.
+
+    Raises:
+        ConfigError: there is only one process.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     if world.group is None:
-        return flags
-    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        by_dtype.setdefault(parameter.dtype, []).append(parameter)
-    pending = []
-    for group in by_dtype.values():
-        gradients = [parameter.grad for parameter in group if parameter.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        pending.append((gradients, flat, dist.all_reduce(flat, group=world.group, async_op=True)))
-    flags = flags.clone()
-    dist.all_reduce(flags, group=world.group)
-    for gradients, flat, work in pending:
-        work.wait()
-        flat.div_(world.size)
-        pieces = flat.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(
-            gradients, [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)]
-        )
-    return flags
+        raise ConfigError("--shard splits the towers over several processes; start them with torchrun")
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    sharded: list[Any] = []
+    for tower in towers:
+        for name, module in list(tower.named_modules()):
+            if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in _LAYERS:
+                for layer in module:
+                    fully_shard(layer, mesh=mesh)
+        # Without resharding, an evaluation with averaged weights would leave copies of them behind.
+        sharded.append(fully_shard(tower, mesh=mesh, reshard_after_forward=True))
+    return sharded
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with sharded ones put together. Where some are, every rank has to call this."""
+    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+
+
+def placed_like(model: Tensor, value: Tensor) -> Tensor:
+    """``value``, whole and the same on every rank, as a tensor that is placed and sharded as ``model`` is."""
+    value = value.to(model.device)
+    if isinstance(model, DTensor) and value.shape == model.shape:
+        return distribute_tensor(value, model.device_mesh, model.placements, src_data_rank=None)
+    return value
 
 
 def agree(value: T, world: World) -> T:

@@ -9,9 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,30 +73,6 @@ class Journal:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-class Stopwatch:
-    """Clips per second since the last lap, and the time left at that rate."""
-
-    def __init__(self) -> None:
-        self._start, self._clips = time.perf_counter(), 0
-
-    def add(self, clips: int) -> None:
-        self._clips += clips
-
-    def lap(self) -> dict[str, float]:
-        """Figures for the ``time`` key of a record; starts the next lap."""
-        now = time.perf_counter()
-        seconds, clips = now - self._start, self._clips
-        self._start, self._clips = now, 0
-        return {"seconds": round(seconds, 4), "clips_per_second": round(clips / max(seconds, 1e-9), 2)}
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside the block (a validation, a save) does not count as training time."""
-        begin = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - begin
 
 
 def clock(seconds: float) -> str:

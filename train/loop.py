@@ -16,26 +16,31 @@ import hashlib
 import math
 import random
 import signal
-from collections.abc import Generator, Iterable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastclap.data import Batch, BatchSampler, ClipDataset, Manifest, Quarantine, load_manifest, make_loader
 from fastclap.errors import ConfigError, TrainingError
 from fastclap.evaluation import ClassificationTask, evaluate, write_report
+from fastclap.files import write_atomic
 from fastclap.model import CLAP
 from fastclap.prompts import load_prompts
 from fastclap.train import checkpoint, distributed
 from fastclap.train.averaging import WeightAverage, applied
 from fastclap.train.config import OptimizerConfig, TrainConfig
 from fastclap.train.distributed import World
-from fastclap.train.journal import Journal, Stopwatch, clock
+from fastclap.train.journal import Journal, clock
+from fastclap.train.meter import FlopCount, Meter, peak_flops
 from fastclap.train.objective import Objective
 from fastclap.train.setup import (
     build_model,
@@ -61,7 +66,22 @@ def train(config: TrainConfig) -> Path:
     try:
         if config.threads:
             torch.set_num_threads(config.threads)
+        if world.device.type == "cuda":
+            torch.set_float32_matmul_precision(config.matmul_precision)
         return _train(config, world)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of memory on {world.device} (rank {world.rank}): {error}. Continue with --resume and less at a time: "
+            "a smaller --chunk-size (auto finds one by itself in a single process), --checkpoint-activations, "
+            "--shard over several processes, or a shorter --data.crop-seconds"
+        ) from error
+    except RuntimeError as error:
+        if not distributed.is_lost_connection(error, world):
+            raise
+        raise TrainingError(
+            f"rank {world.rank} lost the connection to another process ({str(error).splitlines()[0]}). That one's own "
+            "last message says why; --resume continues, and torchrun --max-restarts N does so by itself"
+        ) from error
     finally:
         distributed.leave(world)
 
@@ -97,6 +117,7 @@ def _train(config: TrainConfig, world: World) -> Path:
         config.batch_size,
         seed=config.seed,
         bucket_by_length=config.data.bucket_by_length,
+        batch_seconds=config.data.batch_seconds,
         max_seconds=config.data.crop_seconds,
         rank=world.rank,
         world_size=world.size,
@@ -106,6 +127,8 @@ def _train(config: TrainConfig, world: World) -> Path:
 
     # Model, optimizer, and the state they continue from.
     model = build_model(config, manifest, resume_path).to(world.device)
+    if resume_path is not None:
+        checkpoint.restore_weights(resume_path, model, averaged=config.optimizer.ema_decay > 0)
     distributed.broadcast_weights(model, world)
     dataset = ClipDataset(
         manifest,
@@ -115,17 +138,27 @@ def _train(config: TrainConfig, world: World) -> Path:
         caption=config.data.captions,
         cache_mb=config.data.cache_mb,
         file_statistics=config.model.audio.kind == "wav2vec2",
+        tokenize=tokenizer_of(model),
     )
     if resume_path is None:
         fit_feature_statistics(model, dataset, world)
+    meter = build_meter(config, model, world)
+    towers: list[Any] = [model.audio_branch, model.text_branch]
+    for tower in towers:
+        tower.prepare_training(compile=config.compile, checkpoint=config.checkpoint_activations)
+    sharded = distributed.shard(towers, world) if config.shard else []
     optimizer = build_optimizer(model, config.optimizer)
     average = WeightAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     if resume_path is not None:
-        checkpoint.restore(resume_path, model, optimizer, average)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        checkpoint.restore_trainer(resume_path, model, optimizer, average)
+    gradients = distributed.Gradients(
+        [parameter for group in optimizer.param_groups for parameter in group["params"]], world, sharded
+    )
 
     bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
-    objective = Objective(model, config.loss, config.chunk_size, torch.bfloat16 if bf16 else None, world)
+    chunk = first_chunk(config, state, world)
+    autocast = torch.bfloat16 if bf16 else None
+    objective = Objective(model, config.loss, chunk, autocast, world, gradients.held, in_step=config.shard)
     totals = Totals(world.device, state["totals"] if state else None)
 
     journal = None
@@ -151,9 +184,10 @@ def _train(config: TrainConfig, world: World) -> Path:
     )
     batches = on_device(loader, world.device, quarantine)
     interrupt = Interrupt()
-    watch = Stopwatch()
+    profiler = Profiler(run_dir, world) if config.profile and world.is_main else None
     model.train()
     step = start_step
+    pending: LogStep | None = None
     try:
         while step < config.steps:
             step += 1
@@ -163,54 +197,65 @@ def _train(config: TrainConfig, world: World) -> Path:
                 group["lr"] = learning_rate
 
             loss = torch.zeros((), device=world.device)
-            for _ in range(config.accumulate):
-                batch = next(batches)
-                loss += objective(batch, weight=1 / config.accumulate) / config.accumulate
+            for remaining in reversed(range(config.accumulate)):
+                with meter.waiting():
+                    batch = next(batches)
+                with gradients.held() if remaining else nullcontext():
+                    loss += objective(batch, weight=1 / config.accumulate) / config.accumulate
+                meter.add(len(batch.rows) * world.size, batch.samples, batch.tokens)
 
             # Every rank must take or skip the step alike: the flags are summed together with the gradients.
-            flags = torch.stack([(~loss.isfinite()).float(), torch.tensor(float(interrupt.wanted)).to(world.device)])
-            flags = distributed.average_gradients(parameters, flags, world)
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            flags = torch.stack([(~loss.isfinite()).float(), interrupt.flag(world.device)])
+            flags, norm = gradients.finish(flags)
             if config.optimizer.clip_norm:
-                nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip_norm, norm)
+                gradients.clip_(norm, config.optimizer.clip_norm)
             skip = (flags[0] > 0) | ~norm.isfinite()
             setattr(optimizer, "found_inf", skip.float())  # noqa: B010 - read by the fused kernel, unknown to its class
             optimizer.step()
-            optimizer.zero_grad()
+            gradients.clear()
             model.clamp_logit_scale_()
             if average is not None:
-                average.update(model, step)
+                average.update(step)
             totals.add(loss, norm, skip)
-            watch.add(config.batch_size * config.accumulate)
             stop = interrupt.agreed(flags[1], world)
+            if profiler is not None:
+                profiler.step()
 
+            # On a GPU a line is written a step late: its figures have arrived by then, and the device has more to do.
+            if pending is not None:
+                report(pending, config, journal, meter)
+                pending = None
             if step % config.log_every == 0 or step == config.steps:
-                record = totals.harvest(model.logit_scale)
-                if record.pop("worst_run") >= config.max_bad_steps:
-                    raise TrainingError(
-                        f"step {step}: {config.max_bad_steps} steps in a row had a non-finite loss or gradient. The "
-                        "weights are those before them; look at the last batches, or lower --optimizer.learning-rate"
-                    )
-                if journal is not None:
-                    lap = watch.lap()
-                    record = {
-                        "kind": "train",
-                        "step": step,
-                        "epoch": batch.epoch,
-                        "learning_rate": learning_rate,
-                        **record,
-                    }
-                    journal.write({**record, "time": lap}, log_line(record, lap, config))
+                pending = LogStep(step, batch.epoch, learning_rate, totals.harvest(model.logit_scale))
+                meter.mark()
+            save_now = step % config.save_every == 0 and step != config.steps and not stop
+            valid_now = bool(config.valid_every) and step % config.valid_every == 0 and step != config.steps
+            on_time = world.device.type == "cpu" or save_now or valid_now or stop or step == config.steps
+            if pending is not None and on_time:
+                report(pending, config, journal, meter)
+                pending = None
             if journal is not None:
                 journal.advance(step)
-            if valid is not None and step != config.steps and config.valid_every and step % config.valid_every == 0:
-                with watch.paused():
+            if valid is not None and valid_now:
+                with meter.paused():
                     validate(config, model, average, valid, step, journal, world)
-            if step % config.save_every == 0 and step != config.steps and not stop:
-                with watch.paused():
-                    save(config, run_dir, step, model, optimizer, average, totals, journal, world, required=False)
+            if save_now:
+                with meter.paused():
+                    save(
+                        config,
+                        run_dir,
+                        step,
+                        model,
+                        optimizer,
+                        average,
+                        objective,
+                        totals,
+                        journal,
+                        world,
+                        required=False,
+                    )
             if stop:
-                save(config, run_dir, step, model, optimizer, average, totals, journal, world, required=True)
+                save(config, run_dir, step, model, optimizer, average, objective, totals, journal, world, required=True)
                 if journal is not None:
                     journal.say(f"stopped by {interrupt.name or 'another process'} at step {step}; --resume continues")
                 return run_dir / "model"
@@ -218,9 +263,9 @@ def _train(config: TrainConfig, world: World) -> Path:
         if step > start_step or not (run_dir / "model").exists():
             if valid is not None:
                 validate(config, model, average, valid, step, journal, world)
-            save(config, run_dir, step, model, optimizer, average, totals, journal, world, required=True)
+            save(config, run_dir, step, model, optimizer, average, objective, totals, journal, world, required=True)
+            export(run_dir, model, average, world)
             if world.is_main:
-                export(run_dir, model, average)
                 write_report(run_dir / "report", run=run_dir)
         if journal is not None:
             journal.say(f"model: {run_dir / 'model'}   report: {run_dir / 'report' / 'report.html'}")
@@ -229,8 +274,55 @@ def _train(config: TrainConfig, world: World) -> Path:
     finally:
         interrupt.restore()
         batches.close()
+        if profiler is not None:
+            profiler.close()
         if journal is not None:
             journal.close()
+
+
+class HostCopy:
+    """A tensor on its way from the device to the host; reading it waits for no later work."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = tensor.detach()
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor.detach(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
+class LogStep(NamedTuple):
+    """A step whose line of the log is still to be written."""
+
+    step: int
+    epoch: int
+    learning_rate: float
+    totals: HostCopy
+
+
+def report(pending: LogStep, config: TrainConfig, journal: Journal | None, meter: Meter) -> None:
+    """Write the line of a log step.
+
+    Raises:
+        TrainingError: too many steps in a row were not finite; on every rank alike.
+    """
+    record = Totals.figures(pending.totals)
+    if record.pop("worst_run") >= config.max_bad_steps:
+        raise TrainingError(
+            f"step {pending.step}: {config.max_bad_steps} steps in a row had a non-finite loss or gradient. The "
+            "weights are those before them; look at the last batches, or lower --optimizer.learning-rate"
+        )
+    if journal is not None:
+        lap = meter.lap()
+        head = {"kind": "train", "step": pending.step, "epoch": pending.epoch, "learning_rate": pending.learning_rate}
+        journal.write({**head, **record, "time": lap}, log_line({**head, **record}, lap, config))
 
 
 class Totals:
@@ -241,6 +333,7 @@ class Totals:
     def __init__(self, device: torch.device, saved: dict[str, float] | None) -> None:
         start = [(saved or {}).get(name, 0.0) for name in self._NAMES]
         self._sums = torch.tensor(start, dtype=torch.float64, device=device)
+        self._kept = torch.tensor([name in ("skipped_in_all", "run") for name in self._NAMES], device=device)
 
     def add(self, loss: Tensor, norm: Tensor, skip: Tensor) -> None:
         loss_sum, norm_sum, taken, skipped, in_all, run, worst = self._sums.unbind()
@@ -258,16 +351,22 @@ class Totals:
             ]
         )
 
-    def harvest(self, logit_scale: Tensor) -> dict[str, Any]:
-        """Means of the interval, with one copy off the device; the interval starts anew."""
-        values = torch.cat([self._sums, logit_scale.detach().double().reshape(1)]).tolist()
-        sums = dict(zip(self._NAMES, values, strict=False))
-        self._sums = self._sums * torch.tensor([0, 0, 0, 0, 1, 1, 0], device=self._sums.device)
+    def harvest(self, logit_scale: Tensor) -> HostCopy:
+        """The sums and the logit scale, on their way off the device; the interval starts anew."""
+        copy = HostCopy(torch.cat([self._sums, logit_scale.detach().double().reshape(1)]))
+        self._sums = torch.where(self._kept, self._sums, 0.0)
+        return copy
+
+    @classmethod
+    def figures(cls, copy: HostCopy) -> dict[str, Any]:
+        """Means of the interval."""
+        *values, logit_scale = copy.read().tolist()
+        sums = dict(zip(cls._NAMES, values, strict=True))
         taken = sums["taken"]
         return {
             "loss": sums["loss"] / taken if taken else None,
             "grad_norm": sums["grad_norm"] / taken if taken else None,
-            "logit_scale": values[-1],
+            "logit_scale": logit_scale,
             "skipped_steps": int(sums["skipped_in_all"]),
             "worst_run": int(sums["worst_run"]),
         }
@@ -282,7 +381,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.wanted = False
         self.name: str | None = None
-        self._last_flag: Tensor | None = None
+        self._earlier: deque[HostCopy] = deque()
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -290,12 +389,15 @@ class Interrupt:
             raise KeyboardInterrupt
         self.wanted, self.name = True, signal.Signals(number).name
 
-    def agreed(self, flag: Tensor, world: World) -> bool:
-        """Whether all ranks stop now. Of several ranks: the summed flag of the step before, so nobody waits."""
+    def flag(self, device: torch.device) -> Tensor:
+        return torch.full((), float(self.wanted), device=device)
+
+    def agreed(self, flags: Tensor, world: World) -> bool:
+        """Whether all ranks stop now. Of several ranks: the summed flag of two steps before, so nobody waits."""
         if world.group is None:
             return self.wanted
-        last, self._last_flag = self._last_flag, flag.to("cpu", non_blocking=True)
-        return last is not None and bool(last > 0)
+        self._earlier.append(HostCopy(flags))
+        return len(self._earlier) > 2 and bool(self._earlier.popleft().read() > 0)
 
     def restore(self) -> None:
         for number, handler in self._before.items():
@@ -322,24 +424,86 @@ def scheduled(config: OptimizerConfig, step: int, total: int) -> float:
     return config.learning_rate * (config.final_share + (1 - config.final_share) * remaining)
 
 
+class Profiler:
+    """Traces steps 6 to 8 of this start: ``profile/trace.json`` for a viewer and ``profile/longest.txt`` to read."""
+
+    def __init__(self, run_dir: Path, world: World) -> None:
+        self._folder = run_dir / "profile"
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if world.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._order = f"self_{world.device.type}_time_total"
+        self._profile = torch.profiler.profile(
+            activities=activities,
+            schedule=torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1),
+            on_trace_ready=self._write,
+        )
+        self._profile.start()
+
+    def step(self) -> None:
+        self._profile.step()
+
+    def close(self) -> None:
+        self._profile.stop()
+
+    def _write(self, profile: torch.profiler.profile) -> None:
+        self._folder.mkdir(exist_ok=True)
+        profile.export_chrome_trace(str(self._folder / "trace.json"))
+        table = profile.key_averages().table(sort_by=self._order, row_limit=25, max_name_column_width=80)
+        write_atomic(self._folder / "longest.txt", table.encode())
+
+
 def on_device(loader: Iterable[Batch], device: torch.device, quarantine: Quarantine) -> Generator[Batch, None, None]:
-    """Batches on the training device; unusable clips found on the way are set aside on disk."""
+    """Batches on the training device; unusable clips found on the way are set aside on disk.
+
+    The host is ahead of the device, so on a stream of its own a copy runs beside the step before.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     for batch in loader:
         if batch.bad:
             quarantine.add(batch.bad)
-        yield batch.to(device, non_blocking=True)
+        with torch.cuda.stream(stream):
+            moved = batch.to(device, non_blocking=True)
+        if stream is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_stream(stream)
+            moved.record_stream(current)
+        yield moved
+
+
+def tokenizer_of(model: CLAP) -> Callable[[list[str]], dict[str, Tensor]] | None:
+    """What loader processes tokenize with."""
+    return None if model.tokenizer is None else partial(model.tokenizer, max_tokens=model.config.text.max_tokens)
+
+
+def first_chunk(config: TrainConfig, state: dict[str, Any] | None, world: World) -> int | list[int]:
+    """Clips that go through the towers at once: as configured, or as an earlier start has found out."""
+    if config.chunk_size != "auto":
+        return config.chunk_size
+    return (state or {}).get("chunk_sizes") or config.batch_size // world.size
+
+
+def build_meter(config: TrainConfig, model: CLAP, world: World) -> Meter:
+    """A meter that knows the model's FLOPs where they can be compared with the device's."""
+    if peak_flops(world.device) is None:
+        return Meter(world)
+    longest = round(config.data.crop_seconds * model.sampling_rate)
+    model.eval()
+    return Meter(world, FlopCount(model, longest, config.model.text.max_tokens))
 
 
 def log_line(record: dict[str, Any], lap: dict[str, float], config: TrainConfig) -> str:
     rate = lap["clips_per_second"]
-    left = (config.steps - record["step"]) * config.batch_size * config.accumulate / max(rate, 1e-9)
+    left = (config.steps - record["step"]) * lap["seconds"] / config.log_every
     loss = "none taken" if record["loss"] is None else f"{record['loss']:.4f}"
     norm = "-" if record["grad_norm"] is None else f"{record['grad_norm']:.2f}"
     skipped = f"  skipped {record['skipped_steps']}" if record["skipped_steps"] else ""
+    gpu = f"  mfu {lap['mfu']:.0%}" if "mfu" in lap else ""
+    gpu += f"  {lap['watts']:.0f} W  {lap['joules_per_clip']:.2f} J/clip" if "watts" in lap else ""
     return (
         f"step {record['step']}/{config.steps}  epoch {record['epoch']}  loss {loss}  "
         f"scale {record['logit_scale']:.2f}  lr {record['learning_rate']:.2e}  |g| {norm}  "
-        f"{rate:.1f} clips/s  left {clock(left)}{skipped}"
+        f"{rate:.1f} clips/s  waiting {lap['waiting']:.0%}{gpu}  left {clock(left)}{skipped}"
     )
 
 
@@ -352,16 +516,20 @@ def validate(
     journal: Journal | None,
     world: World,
 ) -> None:
-    """Retrieval and zero-shot classification with the weights to use; on the main rank, the others wait."""
-    if journal is not None:
+    """Retrieval and zero-shot classification with the weights to use; on the main rank, the others wait.
+
+    Of sharded towers each rank holds a part, so that all of them take part.
+    """
+    if world.is_main or config.shard:
         columns = [c for c in config.valid.classify if c in manifest.columns or c == "classification_tag"]
         if not any(row.classification_tag for row in manifest):
             columns = [column for column in columns if column != "classification_tag"]
         prompts = {c: load_prompts(config.valid.prompts, c) for c in columns} if config.valid.prompts else {}
         tasks = [ClassificationTask(c, config.valid.template, prompts.get(c) or None) for c in columns]
-        with applied(average, model):
+        with applied(average):
             figures = evaluate(model, manifest, tasks=tasks, batch_size=config.valid.batch_size)
-        journal.write({"kind": "valid", "step": step, **figures}, valid_line(step, figures))
+        if journal is not None:
+            journal.write({"kind": "valid", "step": step, **figures}, valid_line(step, figures))
     distributed.barrier(world)
 
 
@@ -384,30 +552,40 @@ def save(
     model: CLAP,
     optimizer: torch.optim.Optimizer,
     average: WeightAverage | None,
+    objective: Objective,
     totals: Totals,
     journal: Journal | None,
     world: World,
     *,
     required: bool,
 ) -> None:
-    """Write a checkpoint on the main rank. One that fails is reported; only a required one ends the run."""
-    if journal is None:
-        return
-    journal.sync()
-    state = {"config": config.to_dict(), "world_size": world.size, "totals": totals.state()}
+    """Write a checkpoint (every rank calls this). One that fails is reported; only a required one ends the run."""
+    if journal is not None:
+        journal.sync()
+    state = {
+        "config": config.to_dict(),
+        "world_size": world.size,
+        "totals": totals.state(),
+        "chunk_sizes": objective.chunk_sizes,
+    }
     try:
-        checkpoint.save_checkpoint(run_dir, step, model, optimizer, average, state, config.keep)
+        checkpoint.save_checkpoint(run_dir, step, model, optimizer, average, state, config.keep, world)
     except TrainingError as error:
-        if required:
+        if required or journal is None:
             raise
         journal.say(f"warning: {error}; training goes on")
 
 
-def export(run_dir: Path, model: CLAP, average: WeightAverage | None) -> None:
+def export(run_dir: Path, model: CLAP, average: WeightAverage | None, world: World) -> None:
     """Write ``run_dir/model``; an older export stays until the new one is complete."""
     final = run_dir / "model"
-    try:
-        with applied(average, model):
-            model.save_pretrained(final)
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(f"{final}: the model could not be written ({error}); the checkpoints hold it") from error
+    with applied(average):
+        weights = distributed.whole(model.state_dict())
+        if not world.is_main:
+            return
+        try:
+            model.save_pretrained(final, state_dict=weights)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"{final}: the model could not be written ({error}); the checkpoints hold it"
+            ) from error

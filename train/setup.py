@@ -23,7 +23,7 @@ from fastclap.tokenizer import train_tokenizer
 from fastclap.towers import LogMelTower
 from fastclap.train import checkpoint, distributed
 from fastclap.train.config import OptimizerConfig, TrainConfig
-from fastclap.train.distributed import World
+from fastclap.train.distributed import World, is_sharded
 
 _STATISTICS_CLIPS = 512  # plenty for a mean and a deviation
 
@@ -42,6 +42,11 @@ _MAY_CHANGE = [
     "wandb",
     "device",
     "max_bad_steps",
+    "chunk_size",
+    "compile",
+    "checkpoint_activations",
+    "shard",
+    "profile",
     "data.workers",
     "data.prefetch",
     "data.cache_mb",
@@ -137,8 +142,13 @@ def build_optimizer(model: CLAP, config: OptimizerConfig) -> torch.optim.AdamW:
     }
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for name, p in trainable if name in decayed_names], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in trainable if name not in decayed_names], "weight_decay": 0.0},
+        {
+            # The fused kernel takes tensors of one kind at a time.
+            "params": [p for name, p in trainable if (name in decayed_names) == decayed and is_sharded(p) == sharded],
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        for decayed in (True, False)
+        for sharded in (True, False)
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

@@ -1,10 +1,11 @@
-"""From manifests to batches: rows, their order, decoding, and the embedded demo voices."""
+"""From manifests to batches: rows, their order, decoding, packed folders, and the embedded demo voices."""
 
 from __future__ import annotations
 
 from fastclap.data.dataset import BadClip, Batch, ClipDataset, Quarantine, eval_batches, make_loader
 from fastclap.data.manifest import Manifest, Row, load_manifest
 from fastclap.data.sampler import BatchSampler
+from fastclap.data.shards import open_clip, pack
 
 __all__ = [
     "BadClip",
@@ -17,4 +18,6 @@ __all__ = [
     "eval_batches",
     "load_manifest",
     "make_loader",
+    "open_clip",
+    "pack",
 ]

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from multiprocessing import connection
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,14 +24,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastclap.audio import INT16_SCALE, AudioError, AudioFile
+from fastclap.audio import MIN_SECONDS, AudioError, Clip, whole_clip
 from fastclap.data.manifest import Manifest, Row
 from fastclap.data.sampler import BatchSampler, clip_durations, draw
-from fastclap.errors import DataError
+from fastclap.data.shards import open_clip
+from fastclap.data.workers import describe_deaths, fork_server, start_worker
+from fastclap.errors import DataError, TrainingError
 
-MIN_SECONDS = 0.1
 _MAX_REPLACEMENTS = 64
-_GRACE_SECONDS = 30
 
 # What a hash is drawn for, so that the crop of a row tells nothing about its caption.
 _CROP, _CAPTION, _REPLACEMENT = 1, 2, 3
@@ -62,6 +60,14 @@ class Batch:
     caption_ids: Tensor  # int64 [B], equal for equal captions on every rank
     rows: list[int]  # the rows that were used, replacements included
     bad: list[BadClip]  # the rows that could not be used
+    text: dict[str, Tensor] | None = None  # tokenized distinct captions [U, tokens], in the order of their first clips
+    text_rows: Tensor | None = None  # int64 [B], which of those each clip has; None unless the data set tokenizes
+    tokens: list[int] = field(default_factory=list)  # how many each distinct caption has
+    samples: list[int] = field(default_factory=list)  # ``lengths``, to be read without waiting for a device
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            self.samples = self.lengths.tolist()
 
     def pin_memory(self) -> Batch:
         return self._map(Tensor.pin_memory)
@@ -70,15 +76,22 @@ class Batch:
         """The batch with its tensors on ``device``; asynchronous from pinned memory with ``non_blocking``."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def _map(self, function: Any) -> Batch:
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that work queued on ``stream`` reads the tensors."""
 
+        def note(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
 
-class _Clip(NamedTuple):
-    wave: np.ndarray  # int16 [n]
-    mean: float
-    std: float
+        self._map(note)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        mapped: dict[str, Any] = {
+            name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        if self.text is not None:
+            mapped["text"] = {name: function(tensor) for name, tensor in self.text.items()}
+        return replace(self, **mapped)
 
 
 class ClipDataset(Dataset[Batch]):
@@ -90,13 +103,16 @@ class ClipDataset(Dataset[Batch]):
     Args:
         manifest: the rows; its tensors are shared, not copied, with loader processes.
         sampling_rate: rate in Hz to resample to.
-        crop_seconds: longer clips are cropped to this length at a random place. Only the crop is decoded, unless
-            ``file_statistics`` or ``cache_mb`` ask for the whole file.
+        crop_seconds: longer clips are cropped to this length at a random place. Only the crop is read, unless
+            ``cache_mb``, or ``file_statistics`` of a file that is not packed, ask for the whole clip.
         seed: fixes crops, captions and replacements, together with epoch and row.
         caption: which descriptions one is drawn from: "global", "fine", or "both", which first draws the kind (half and
             half) and then the description. A row without one kind uses the other under "both".
         file_statistics: fill ``Batch.mean`` and ``Batch.std``, for towers that normalise a file before it is cropped.
         cache_mb: each process keeps up to this many MB of decoded clips, so that a small set is decoded only once.
+        tokenize: fill ``Batch.text`` and ``Batch.text_rows`` with what this makes of the distinct captions of a batch,
+            so that loader processes tokenize. It must be picklable, as ``functools.partial(tokenizer, max_tokens=77)``
+            of a :class:`~fastclap.tokenizer.Tokenizer` is.
 
     Raises:
         DataError: a row has no caption of the wanted kind; on indexing: no usable replacement was found.
@@ -112,6 +128,7 @@ class ClipDataset(Dataset[Batch]):
         caption: Literal["global", "fine", "both"] = "global",
         file_statistics: bool = False,
         cache_mb: float = 0,
+        tokenize: Callable[[list[str]], dict[str, Tensor]] | None = None,
     ) -> None:
         self.manifest = manifest
         self.sampling_rate = sampling_rate
@@ -119,6 +136,7 @@ class ClipDataset(Dataset[Batch]):
         self.seed = seed
         self.caption = caption
         self.file_statistics = file_statistics
+        self.tokenize = tokenize
         self._cache = _ClipCache(round(cache_mb * 1e6))
         if crop_seconds < MIN_SECONDS:
             raise DataError(f"crop_seconds={crop_seconds}: a clip needs at least {MIN_SECONDS} s")
@@ -132,13 +150,19 @@ class ClipDataset(Dataset[Batch]):
         step, epoch, wanted = item
         used = set(wanted)
         rows: list[int] = []
-        clips: list[_Clip] = []
+        clips: list[Clip] = []
         bad: list[BadClip] = []
         for row in wanted:
             used_row, clip = self._usable(epoch, row, used, bad)
             rows.append(used_row)
             clips.append(clip)
         captions = [self._draw_caption(epoch, row) for row in rows]
+        text, text_rows, tokens = None, None, []
+        if self.tokenize is not None:
+            distinct = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
+            text = self.tokenize(list(distinct))
+            text_rows = torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64)
+            tokens = text["attention_mask"].sum(1).tolist()
         audio, lengths = pad([clip.wave for clip in clips])
         return Batch(
             step=step,
@@ -149,11 +173,14 @@ class ClipDataset(Dataset[Batch]):
             std=torch.tensor([clip.std for clip in clips]) if self.file_statistics else None,
             captions=captions,
             caption_ids=torch.tensor([text_id(caption) for caption in captions], dtype=torch.int64),
+            text=text,
+            text_rows=text_rows,
+            tokens=tokens,
             rows=rows,
             bad=bad,
         )
 
-    def _usable(self, epoch: int, row: int, used: set[int], bad: list[BadClip]) -> tuple[int, _Clip]:
+    def _usable(self, epoch: int, row: int, used: set[int], bad: list[BadClip]) -> tuple[int, Clip]:
         """The clip of ``row``, or of the first row that is drawn in its place and can be used."""
         first, last = self._source_range(self.manifest[row].source)
         candidate, reason = row, None
@@ -169,6 +196,8 @@ class ClipDataset(Dataset[Batch]):
                 reason = str(error)
                 bad.append(BadClip(candidate, error.path, error.reason, self.manifest[candidate].origin))
                 continue
+            except DataError:
+                raise
             except Exception as error:
                 clip_row = self.manifest[candidate]
                 raise RuntimeError(f"{clip_row.origin}: {clip_row.audio}: {type(error).__name__}: {error}") from error
@@ -183,18 +212,20 @@ class ClipDataset(Dataset[Batch]):
         first = sum(self.manifest.source_sizes[:source])
         return first, first + self.manifest.source_sizes[source]
 
-    def _load(self, epoch: int, row: int) -> _Clip:
-        path = self.manifest[row].audio
-        clip = self._cache.get(path)
+    def _load(self, epoch: int, row: int) -> Clip:
+        clip_row = self.manifest[row]
+        key = (clip_row.audio, -1) if clip_row.packed is None else (clip_row.packed.shard, clip_row.packed.offset)
+        clip = self._cache.get(key)
         if clip is None:
-            with AudioFile(path, self.sampling_rate) as file:
+            with open_clip(clip_row, self.sampling_rate) as file:
                 length = file.num_samples
-                if self.crop and length > self.crop and not (self.file_statistics or self._cache.budget):
+                known = file.statistics or (None if self.file_statistics else (math.nan, math.nan))
+                if self.crop and length > self.crop and known and not self._cache.budget:
                     wave = file.read(self._crop_start(epoch, row, length), self.crop)
                     if wave.any():
-                        return _Clip(wave, math.nan, math.nan)
-                clip = _whole_clip(file)
-            self._cache.put(path, clip)
+                        return Clip(wave, *known)
+                clip = whole_clip(file)
+            self._cache.put(key, clip)
         wave = clip.wave
         if self.crop and len(wave) > self.crop:
             start = self._crop_start(epoch, row, len(wave))
@@ -218,39 +249,23 @@ class ClipDataset(Dataset[Batch]):
 
 
 class _ClipCache:
-    """Whole decoded clips by path, up to a budget in bytes; what came first stays. Loader processes start it empty."""
+    """Whole clips by path and offset, up to a budget in bytes; what came first stays. A loader process starts empty."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self._left = budget
-        self._clips: dict[str, _Clip] = {}
+        self._clips: dict[tuple[str, int], Clip] = {}
 
-    def get(self, path: str) -> _Clip | None:
-        return self._clips.get(path)
+    def get(self, key: tuple[str, int]) -> Clip | None:
+        return self._clips.get(key)
 
-    def put(self, path: str, clip: _Clip) -> None:
+    def put(self, key: tuple[str, int], clip: Clip) -> None:
         if clip.wave.nbytes <= self._left:
             self._left -= clip.wave.nbytes
-            self._clips[path] = clip
+            self._clips[key] = clip
 
     def __reduce__(self) -> tuple[type[_ClipCache], tuple[int]]:
         return _ClipCache, (self.budget,)
-
-
-def _whole_clip(file: AudioFile) -> _Clip:
-    """A whole file with its statistics, or an AudioError if it is of no use for training."""
-    wave = file.read()
-    if len(wave) < MIN_SECONDS * file.sampling_rate:
-        seconds = len(wave) / file.sampling_rate
-        raise AudioError(file.path, f"too short: {seconds:.3f} s, at least {MIN_SECONDS} s are needed; remove its row")
-    # Sums of integers are exact, so the statistics do not depend on the order of summation.
-    wide = wave.astype(np.int64)
-    total, squares = int(wide.sum()), int(wide @ wide)
-    if not squares:
-        raise AudioError(file.path, "all samples are zero: the recording is silent; replace it or remove its row")
-    mean = total / len(wave)
-    variance = (squares - total * mean) / len(wave)
-    return _Clip(wave, mean / INT16_SCALE, math.sqrt(max(variance, 0.0)) / INT16_SCALE)
 
 
 def pad(waves: list[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -349,10 +364,28 @@ class Loader:
         self._loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
-        for item in self._loader:
-            if isinstance(item, DataError):
-                raise item
-            yield item
+        batches = iter(self._loader)
+        try:
+            for item in batches:
+                if isinstance(item, DataError):
+                    raise item
+                yield item
+        except (RuntimeError, EOFError, OSError) as error:
+            # What torch raises depends on what the process was doing when it died: all of these were seen, and none
+            # says how it died. So the processes are asked, which may be known a moment later than the error.
+            processes = getattr(batches, "_workers", [])
+            connection.wait([process.sentinel for process in processes], timeout=1 if processes else 0)
+            ended = [(process.pid, process.exitcode) for process in processes if not process.is_alive()]
+            if not ended:
+                raise
+            raise TrainingError(
+                f"a data loading process is gone: {describe_deaths(ended)}. Continue the run (--resume) with less "
+                "memory in loader processes: fewer of them (--data.workers), fewer batches ahead (--data.prefetch) "
+                "or a smaller cache (--data.cache-mb); with --data.workers 0 a clip that crashes a decoder shows up"
+            ) from error
+        finally:
+            # Not left to the garbage collector: an error keeps its frames, and so the processes, until the very end.
+            getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def make_loader(
@@ -373,11 +406,8 @@ def make_loader(
 
     Raises:
         DataError: while iterating, what a loader process met; the message is the same as without processes.
+        TrainingError: while iterating, a loader process was killed or crashed; noticed within a few seconds.
     """
-    context = None
-    if num_workers:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
     return Loader(
         DataLoader(
             _Relay(dataset),
@@ -387,34 +417,16 @@ def make_loader(
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
             pin_memory=pin_memory,
-            multiprocessing_context=context,
+            multiprocessing_context=fork_server() if num_workers else None,
             # torch draws a seed for its workers; from the default generator, that would shift what a resumed run draws.
             generator=torch.Generator(),
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
         )
     )
 
 
 def _identity(item: Any) -> Any:
     return item
-
-
-def _start_worker(worker: int) -> None:
-    """Tie this loader process to its parent.
-
-    It ends when the parent ends; torch watches the fork server instead, which outlives a killed run. And it outlives a
-    signal to the whole process group (Ctrl-C, a scheduler's SIGTERM), so that the parent can finish its step and save.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_SECONDS))  # then SIGALRM ends it
-
-    def wait() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def eval_batches(
@@ -442,13 +454,13 @@ def eval_batches(
         DataError: a clip is unusable and ``bad`` is None.
     """
 
-    def load(row: int) -> tuple[int, _Clip | BadClip]:
-        path = manifest[row].audio
+    def load(row: int) -> tuple[int, Clip | BadClip]:
+        clip_row = manifest[row]
         try:
-            with AudioFile(path, sampling_rate) as file:
-                return row, _whole_clip(file)
+            with open_clip(clip_row, sampling_rate) as file:
+                return row, whole_clip(file)
         except AudioError as error:
-            return row, BadClip(row, path, error.reason, manifest[row].origin)
+            return row, BadClip(row, error.path, error.reason, clip_row.origin)
 
     order = np.argsort(-clip_durations(manifest), kind="stable").tolist()
     limit = None if max_seconds is None else round(max_seconds * sampling_rate)
@@ -460,7 +472,7 @@ def eval_batches(
             ahead = [pool.submit(load, row) for row in order[begin + batch_size : begin + 2 * batch_size]]
             rows, clips = [], []
             for row, clip in (future.result() for future in current):
-                if isinstance(clip, _Clip):
+                if isinstance(clip, Clip):
                     rows.append(row)
                     clips.append(clip)
                 elif bad is None:

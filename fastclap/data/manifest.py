@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, TextIO, overload
 import torch
 from torch import Tensor
 
+from fastclap.data.shards import CLIP_COLUMN, PackedClip, is_pack, read_pack
 from fastclap.errors import DataError
 
 Mix = Literal["concat", "interleave"]
@@ -38,7 +39,7 @@ _NOT_TAGS = frozenset((*_PATH_COLUMNS, *_CAPTION_COLUMNS, "classification_tag", 
 class Row(NamedTuple):
     """One clip of a manifest."""
 
-    audio: str  # path of the audio file
+    audio: str  # path of the audio file; of a packed row, the one it was packed from (see ``open_clip``)
     captions: tuple[str, ...]  # global descriptions; empty only if captions were not required
     fine_captions: tuple[str, ...]  # fine-grained descriptions, often none
     tags: dict[str, tuple[str, ...]]  # every tag column that the row fills
@@ -47,6 +48,7 @@ class Row(NamedTuple):
     style_prompt: str | None
     origin: str  # where the row was read, "FILE:LINE"
     source: int  # index of the manifest among those loaded together
+    packed: PackedClip | None = None  # where the samples are, if the row is of a packed folder
 
 
 class Manifest(Sequence[Row]):
@@ -137,8 +139,8 @@ def load_manifest(
 
     Args:
         sources: one or more of: a .jsonl, .json (an array of objects), .csv, .tsv or .parquet file; a folder written by
-            ``datasets.save_to_disk``; "hf:NAME" or "hf:NAME:SPLIT" for ``datasets.load_dataset``, split "train" if not
-            given.
+            ``fastclap pack`` or ``datasets.save_to_disk``; "hf:NAME" or "hf:NAME:SPLIT" for ``datasets.load_dataset``,
+            split "train" if not given.
         audio_root: folder that relative paths are relative to.
         columns: our column name → the name the files use for it. A file without their name may still use ours.
         mix: "concat" shuffles all rows together; "interleave" alternates between sources, see
@@ -152,7 +154,7 @@ def load_manifest(
     """
     names = [sources] if isinstance(sources, str) else list(sources)
     if not names:
-        raise DataError("no manifest given; name at least one file, datasets folder or hf:NAME")
+        raise DataError("no manifest given; name at least one file, packed or datasets folder, or hf:NAME")
     _check_mix(names, mix, probabilities)
     for ours in columns or {}:
         if ours not in _KNOWN_COLUMNS:
@@ -315,9 +317,13 @@ class _Checker:
         captions = _as_captions(*get("text_description"))
         if not captions and "text_description" in self.required:
             raise _RowError(f"column {get('text_description')[0]!r} has an empty caption; write one or remove the row")
-        path = next((pair for pair in map(get, _PATH_COLUMNS) if pair[1] is not None), get("audio"))
+        path = _as_path(*next((pair for pair in map(get, _PATH_COLUMNS) if pair[1] is not None), get("audio")))
+        packed = record.get(CLIP_COLUMN)
+        if not isinstance(packed, PackedClip):
+            packed = None
+            path = self._resolve(path, tags.get("source", ("",))[0])
         return Row(
-            self._resolve(_as_path(*path), tags.get("source", ("",))[0]),
+            path,
             captions,
             _as_captions(*get("fine_description")),
             tags,
@@ -326,6 +332,7 @@ class _Checker:
             _as_string(*get("text_style_prompt")),
             origin,
             self.index,
+            packed,
         )
 
     def _resolve(self, path: str, source: str) -> str:
@@ -425,7 +432,7 @@ def _open(name: str, errors: _Errors) -> tuple[Records, str | None]:
     if not os.path.exists(name):
         raise DataError(f"{name}: no such manifest; check the path (a Hugging Face name is written hf:NAME)")
     if os.path.isdir(name):
-        return _read_datasets_folder(name), name
+        return read_pack(name) if is_pack(name) else _read_datasets_folder(name), name
     readers: dict[str, Callable[[str, _Errors], Records]] = {
         ".jsonl": _read_jsonl,
         ".json": _read_json,
@@ -436,7 +443,9 @@ def _open(name: str, errors: _Errors) -> tuple[Records, str | None]:
     extension = os.path.splitext(name)[1].lower()
     if extension not in readers:
         known = ", ".join(readers)
-        raise DataError(f"{name}: unknown manifest type {extension!r}; use one of {known} or a datasets folder")
+        raise DataError(
+            f"{name}: unknown manifest type {extension!r}; use one of {known}, or a packed or datasets folder"
+        )
     return readers[extension](name, errors), os.path.dirname(name)
 
 
@@ -526,7 +535,9 @@ def _read_datasets_folder(name: str) -> Records:
     try:
         data = datasets.load_from_disk(name)
     except FileNotFoundError as error:
-        raise DataError(f"{name}: not a folder of datasets.save_to_disk; name a manifest file instead") from error
+        raise DataError(
+            f"{name}: not a folder of `fastclap pack` or datasets.save_to_disk; name a manifest file instead"
+        ) from error
     if isinstance(data, datasets.DatasetDict):
         raise DataError(f"{name}: holds several splits; name one, such as {os.path.join(name, next(iter(data)))}")
     return _read_dataset(data)

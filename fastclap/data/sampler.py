@@ -7,12 +7,14 @@ needs to store no more than the step.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fastclap.audio import AudioError, audio_info
+from fastclap.audio import MIN_SECONDS, AudioError, audio_info
 from fastclap.data.manifest import Manifest
 from fastclap.errors import DataError
 
@@ -67,22 +69,32 @@ class BatchSampler:
     The global batch is cut into ``world_size`` equal contiguous parts, of which this sampler yields part ``rank``; the
     global batches do not depend on the world size.
 
+    With ``batch_seconds``, batches hold as many clips as fit into a budget of padded audio instead: rows of a sorted
+    window are added, shortest first, while clips × longest clip stays within the budget and there are at most
+    ``batch_size`` of them; then the batch is cut to a multiple of ``world_size``. What was cut off begins the next
+    batch, and rows that do not fill the last batch of a window go to the next window; only the last batch of an epoch
+    can be far from full. Fewer than ``world_size`` rows are left out of an epoch. Epochs differ a little in their
+    number of batches, and other world sizes make other batches.
+
     Args:
         manifest: rows to draw from; also says how sources are mixed.
-        batch_size: rows of a global batch.
+        batch_size: rows of a global batch; with ``batch_seconds``, the most that it may have.
         seed: fixes the order, together with the step.
         bucket_by_length: make batches of clips of similar duration. Durations that the manifest lacks are read from the
             files' headers, once, in threads.
         max_seconds: clips are cropped to this length later, so longer ones count as equally long.
+        batch_seconds: padded audio of a global batch, at most; by the clips' durations, which a replacement of an
+            unusable clip may exceed. Needs ``bucket_by_length``.
         rank, world_size: which part of each global batch to yield.
         start_step: first step of the iteration, for instance the step of a checkpoint.
         stop_step: the step before which iteration ends.
 
     Attributes:
-        batches_per_epoch: number of batches in every epoch.
+        batches_per_epoch: number of batches in every epoch; with ``batch_seconds``, in the first one.
 
     Raises:
-        DataError: the manifest fills no batch, or the batch cannot be divided over the ranks.
+        DataError: the manifest fills no batch, the batch cannot be divided over the ranks, or ``batch_seconds`` is less
+            than the longest clip on every rank takes.
     """
 
     def __init__(
@@ -93,6 +105,7 @@ class BatchSampler:
         seed: int,
         bucket_by_length: bool = True,
         max_seconds: float | None = None,
+        batch_seconds: float | None = None,
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
@@ -110,11 +123,12 @@ class BatchSampler:
         self.world_size = world_size
         self.start_step = start_step
         self.stop_step = stop_step
+        self.batch_seconds = batch_seconds
         self._counts = _draws_per_source(manifest)
-        self.batches_per_epoch = sum(self._counts) // batch_size
-        if not self.batches_per_epoch:
+        least = batch_size if batch_seconds is None else world_size
+        if sum(self._counts) < least:
             raise DataError(
-                f"{', '.join(manifest.source_names)}: {sum(self._counts)} clips do not fill one batch of {batch_size}; "
+                f"{', '.join(manifest.source_names)}: {sum(self._counts)} clips do not fill one batch of {least}; "
                 f"set batch_size to at most {sum(self._counts)} or add data"
             )
         self._durations: np.ndarray | None = None
@@ -122,15 +136,21 @@ class BatchSampler:
             self._durations = clip_durations(manifest)
             if max_seconds is not None:
                 np.minimum(self._durations, max_seconds, out=self._durations)
+        if batch_seconds is not None:
+            self._check_budget(batch_seconds)
         self._cached_epoch = -1
-        self._cached_order = np.empty(0, np.int64)
+        self._cached_plan = np.empty(0, np.int64), np.empty(0, np.int64)
+        self._first_steps = [0]  # of the epochs from 0 on, as far as they were needed; with batch_seconds only
+        self.batches_per_epoch = sum(self._counts) // batch_size if batch_seconds is None else len(self._plan(0)[1]) - 1
 
     def batch(self, step: int) -> tuple[int, list[int]]:
         """(epoch, rows of this rank) of a step; any step, in any order, but fastest within one epoch."""
-        epoch, index = divmod(step, self.batches_per_epoch)
-        local = self.batch_size // self.world_size
-        begin = index * self.batch_size + self.rank * local
-        return epoch, self._order(epoch)[begin : begin + local].tolist()
+        epoch, index = self._position(step)
+        order, bounds = self._plan(epoch)
+        begin, end = bounds[index : index + 2].tolist()
+        local = (end - begin) // self.world_size
+        begin += self.rank * local
+        return epoch, order[begin : begin + local].tolist()
 
     def __iter__(self) -> Iterator[tuple[int, int, list[int]]]:
         step = self.start_step
@@ -138,14 +158,28 @@ class BatchSampler:
             yield step, *self.batch(step)
             step += 1
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """All rows of an epoch, batch after batch. int64 [batches_per_epoch · batch_size]."""
+    def _position(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and which of its batches the step is."""
+        if self.batch_seconds is None:
+            return divmod(step, self.batches_per_epoch)
+        first_steps = self._first_steps
+        while first_steps[-1] <= step:
+            first_steps.append(first_steps[-1] + len(self._plan(len(first_steps) - 1)[1]) - 1)
+        epoch = bisect_right(first_steps, step) - 1
+        return epoch, step - first_steps[epoch]
+
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """All rows of an epoch, batch after batch, int64 [rows], and where batches begin and end, int64 [batches+1]."""
         if epoch != self._cached_epoch:
-            order = self._mixed(epoch)[: self.batches_per_epoch * self.batch_size]
-            if self._durations is not None:
-                order = self._bucketed(order, self._durations, epoch)
-            self._cached_epoch, self._cached_order = epoch, order
-        return self._cached_order
+            order = self._mixed(epoch)
+            if self.batch_seconds is not None:
+                plan = self._budgeted(order, self.batch_seconds, epoch)
+            else:
+                bounds = np.arange(self.batches_per_epoch + 1) * self.batch_size
+                order = order[: bounds[-1]]
+                plan = order if self._durations is None else self._bucketed(order, self._durations, epoch), bounds
+            self._cached_epoch, self._cached_plan = epoch, plan
+        return self._cached_plan
 
     def _mixed(self, epoch: int) -> np.ndarray:
         manifest, seed = self.manifest, self.seed
@@ -171,6 +205,45 @@ class BatchSampler:
         batches = np.concatenate([part[np.argsort(durations[part], kind="stable")] for part in parts])
         shuffled = permutation(self.batches_per_epoch, self.seed, epoch, -2)
         return batches.reshape(-1, self.batch_size)[shuffled].reshape(-1)
+
+    def _check_budget(self, batch_seconds: float) -> None:
+        if self._durations is None:
+            raise DataError("batch_seconds needs bucket_by_length: unsorted batches would mostly be padding")
+        row = int(self._durations.argmax())
+        longest = float(self._durations[row])
+        if not self.world_size * longest <= batch_seconds:
+            raise DataError(
+                f"{self.manifest[row].origin}: a clip of {longest:.2f} s for each of {self.world_size} processes is "
+                f"more than batch_seconds={batch_seconds:g}; set it to at least "
+                f"{math.ceil(self.world_size * longest)}, or crop clips shorter"
+            )
+
+    def _budgeted(self, order: np.ndarray, batch_seconds: float, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Batches within the budget, shuffled: their rows, and where they begin and end."""
+        assert self._durations is not None
+        multiple = self.world_size
+        order = order[: len(order) // multiple * multiple]
+        mean = max(float(self._durations[order].mean()), MIN_SECONDS)
+        usual = max(multiple, min(self.batch_size, int(batch_seconds / mean)) // multiple * multiple)
+        window = usual * max(1, min(_MAX_BUCKET_WINDOW, len(order) // usual // 4))
+        batches: list[np.ndarray] = []
+        left = order[:0]
+        for begin in range(0, len(order), window):
+            part = np.concatenate([left, order[begin : begin + window]])
+            part = part[np.argsort(self._durations[part], kind="stable")]
+            seconds = self._durations[part]
+            first = 0
+            while first < len(part):
+                longest = seconds[first : first + self.batch_size]
+                padded = np.arange(1, len(longest) + 1) * longest  # ascending, as both factors are
+                count = int(np.searchsorted(padded, batch_seconds, side="right")) // multiple * multiple
+                if first + count == len(part) and begin + window < len(order):
+                    break
+                batches.append(part[first : first + count])
+                first += count
+            left = part[first:]
+        batches = [batches[index] for index in permutation(len(batches), self.seed, epoch, -2)]
+        return np.concatenate(batches), np.cumsum([0, *map(len, batches)])
 
 
 def clip_durations(manifest: Manifest, threads: int = 8) -> np.ndarray:

@@ -60,7 +60,7 @@ void check(Input in) {
     fastclap_log_mel_config c;
     c.n_fft = in.one_in(3) ? 2 * (1 + in.below(1100)) : sizes[in.below(15)];
     c.win_length = in.one_in(2) ? c.n_fft : 1 + in.below(static_cast<int>(c.n_fft));
-    c.hop_length = 1 + in.below(700);
+    c.hop_length = in.one_in(2) ? 16 * (1 + in.below(12)) : 1 + in.below(700);
     c.n_mels = 1 + in.below(in.one_in(8) ? 200 : 20);
     c.offset = in.below(5000) - 2500;
     c.edge = in.below(3);

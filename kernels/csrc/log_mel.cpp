@@ -16,6 +16,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "fastclap_native.h"
 #include "log_mel_kernel.h"
 
@@ -234,6 +238,19 @@ Range make_rows(const fastclap_log_mel_plan &plan, const Batch &batch, std::int6
     return range;
 }
 
+// Features are as a rule fresh memory. In pages of 4 KB, mapping and clearing it adds a third to the time of the whole
+// call; so whatever lies in whole pages of 2 MB asks for those.
+void ask_for_huge_pages(float *values, std::size_t count) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t page = std::uintptr_t{2} << 20;
+    const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(values), end = begin + count * sizeof(float);
+    const std::uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+    if (first < last) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);  // or not: the same values
+#else
+    (void)values, (void)count;
+#endif
+}
+
 int run(const fastclap_log_mel_plan &plan, const Batch &batch, int threads, char *message, std::int64_t size) {
     const std::int64_t tasks_per_clip = (batch.frames + kTaskFrames - 1) / kTaskFrames;
     const std::int64_t tasks = batch.clips * tasks_per_clip;
@@ -249,6 +266,7 @@ int run(const fastclap_log_mel_plan &plan, const Batch &batch, int threads, char
     const auto release = [=](float *p) { ::operator delete(p, cache_line); };
     const std::unique_ptr<float, decltype(release)> owner(scratch, release);
 
+    ask_for_huge_pages(batch.features, static_cast<std::size_t>(batch.clips * batch.frames) * plan.tables.n_mels);
     const bool clamp = plan.tables.clamp;
     std::vector<Range> ranges(static_cast<std::size_t>(clamp ? tasks : 0));
     std::vector<std::atomic<std::int64_t>> unfinished(static_cast<std::size_t>(clamp ? batch.clips : 0));

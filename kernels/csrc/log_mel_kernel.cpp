@@ -33,6 +33,7 @@ namespace {
 
 constexpr int W = FASTCLAP_LANES;
 constexpr int kCacheLine = 64;
+constexpr int kPairsPerPrefetch = 8;
 constexpr bool kFusedMultiplyAdd = FASTCLAP_FMA;
 
 typedef float V __attribute__((vector_size(4 * W)));
@@ -91,9 +92,20 @@ struct OddGroups {
     static constexpr int at(int l) { return EvenGroups::at(l) + 4; }
 };
 
+// All lanes of a but the lowest, then lane At of b.
+template <int At>
+struct NextLanes {
+    static constexpr int at(int l) { return l < W - 1 ? l + 1 : W + At; }
+};
+
 template <class Index>
 INLINE V shuffle(V a, V b) {
     return shuffle<Index>(a, b, Lanes{});
+}
+
+template <int... At>
+INLINE void next_lanes(V r[W], V fresh, std::integer_sequence<int, At...>) {
+    ((r[At] = shuffle<NextLanes<At>>(r[At], fresh)), ...);
 }
 
 INLINE void transpose(V r[W]) {
@@ -270,11 +282,25 @@ std::size_t scratch_size(const Tables &t) {
     return static_cast<std::size_t>(W) * (round_up(t.n_fft) + round_up(t.n_mels) + round_up(t.win_length));
 }
 
-// Samples of W frames, one frame a lane, times the window.
+// Samples of W frames, one frame a lane, times the window. `in_place`: the frames lie in the clip, a hop apart.
 template <class Sample>
-INLINE void load_windowed(const Tables &t, const Sample *const frame[W], const float *window, V *z) {
+INLINE void load_windowed(const Tables &t, const Sample *const frame[W], bool in_place, const float *window, V *z) {
     V r[W];
     int begin = 0;
+    // Where frames overlap, their samples a hop further on are those of the lane above, and the last lane's are new: one
+    // shuffle, where a row of a transposition takes four of 16 lanes (of fewer lanes, fewer).
+    if (W == 16 && in_place && t.hop_length < t.win_length && t.hop_length % W == 0 && t.win_length % W == 0) {
+        const int hop = static_cast<int>(t.hop_length);
+        for (; begin < hop; begin += W) {
+            load_transposed(frame, begin, r);
+            for (int i = 0; i < W; ++i) z[begin + i] = r[i] * window[begin + i];
+            for (int at = begin + hop; at < t.win_length; at += hop) {
+                next_lanes(r, load(frame[W - 1] + at), Lanes{});
+                for (int i = 0; i < W; ++i) z[at + i] = r[i] * window[at + i];
+            }
+        }
+        return;
+    }
     for (; begin + W <= t.win_length; begin += W) {
         load_transposed(frame, begin, r);
         for (int i = 0; i < W; ++i) z[begin + i] = r[i] * window[begin + i];
@@ -321,22 +347,22 @@ INLINE void load_filtered(const Tables &t, const Sample *const frame[W], const f
 }
 
 template <class Sample>
-INLINE void load_frames(const Tables &t, const Sample *const frame[W], V *z) {
+INLINE void load_frames(const Tables &t, const Sample *const frame[W], bool in_place, V *z) {
     const float *window = t.window[sizeof(Sample) == sizeof(std::int16_t)];
     if (t.remove_dc || t.preemphasis != 0.0)
         load_filtered(t, frame, window, z);
     else
-        load_windowed(t, frame, window, z);
+        load_windowed(t, frame, in_place, window, z);
     for (int i = t.win_length; i < t.n_fft; ++i) z[i] = V{};
 }
 
-// Fetches a range of memory into the cache bit by bit: all at once would be more than can be under way. Addresses, as
-// the last line may end past what a pointer may point to.
+// Fetches a range of memory into the cache bit by bit: more than a few lines at once would wait for one another.
+// Addresses, as the last line may end past what a pointer may point to.
 struct Prefetch {
     std::uintptr_t at, end, step;
     void operator()() {
         for (const std::uintptr_t stop = at + step; at < stop && at < end; at += kCacheLine)
-            __builtin_prefetch(reinterpret_cast<const void *>(at), 0, 2);
+            __builtin_prefetch(reinterpret_cast<const void *>(at), 0, 3);
     }
 };
 
@@ -348,8 +374,10 @@ INLINE V spectrum(const Tables &t, V *z, Prefetch prefetch) {
         const Group group = t.groups[g];
         prefetch();
         finish_part(t, z, group.part);
+        prefetch();
         if (group.mirror_part != group.part) finish_part(t, z, group.mirror_part);
         for (int i = group.pair_begin; i < group.pair_end; ++i) {
+            if (i % kPairsPerPrefetch == 0) prefetch();
             const Pair pair = t.pairs[i];
             const C a = {z[pair.slot], z[pair.slot + 1]}, b = {z[pair.mirror], z[pair.mirror + 1]};
             const C e = {a.re + b.re, a.im - b.im};
@@ -397,6 +425,7 @@ Range frames(const Tables &t, const Sample *clip, std::int64_t length, std::int6
     for (std::int64_t done = 0; done < count; done += W) {
         const int valid = static_cast<int>(count - done < W ? count - done : W);
         const Sample *frame[W];
+        bool in_place = valid == W;
         for (int l = 0; l < W; ++l) {
             if (l >= valid) {
                 frame[l] = frame[valid - 1];
@@ -407,6 +436,7 @@ Range frames(const Tables &t, const Sample *clip, std::int64_t length, std::int6
                 frame[l] = clip + start;
                 continue;
             }
+            in_place = false;
             Sample *copy = edges + l * padded;
             for (int i = 0; i < padded; ++i) {
                 const std::int64_t from = i < t.win_length ? source(start + i, length, t.edge) : -1;
@@ -416,7 +446,7 @@ Range frames(const Tables &t, const Sample *clip, std::int64_t length, std::int6
         }
         for (std::int64_t i = 0; i < valid * t.n_mels; i += kCacheLine / sizeof(float))
             __builtin_prefetch(rows + done * t.n_mels + i, 1, 2);
-        load_frames(t, frame, z);
+        load_frames(t, frame, in_place, z);
         if (t.stage_count) run_stage(z, 1, t.stages[0]);
         // The samples that the next block adds.
         const std::int64_t next = (first + done + W - 1) * t.hop_length - t.offset + t.win_length;
@@ -424,7 +454,8 @@ Range frames(const Tables &t, const Sample *clip, std::int64_t length, std::int6
         if (next >= 0 && next + W * t.hop_length <= length) {
             const std::uintptr_t bytes = static_cast<std::uintptr_t>(W * t.hop_length) * sizeof(Sample);
             const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(clip + next);
-            prefetch = {begin, begin + bytes, bytes / t.group_count + kCacheLine};
+            const int calls = 2 * t.group_count + t.groups[t.group_count - 1].pair_end / kPairsPerPrefetch;
+            prefetch = {begin, begin + bytes, bytes / calls + kCacheLine};
         }
         const V constant = spectrum(t, z, prefetch);
         const I finite = (constant < 0.0f ? -constant : constant) <= 3.402823466e38f;

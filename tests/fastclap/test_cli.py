@@ -59,6 +59,18 @@ def test_eval_prints_json_and_nothing_else(model: str, voices: str, capfd: Any) 
     assert result["classification"] == {}
 
 
+def test_eval_and_classify_read_a_packed_folder(model: str, voices: str, tmp_path: Path, capfd: Any) -> None:
+    packed = str(tmp_path / "packed")
+    assert main(["pack", voices, "--out", packed, "--workers", "0"]) == 0
+    for command, figures in (("eval", "retrieval"), ("classify", "classification")):
+        found = []
+        for data in (voices, packed):
+            capfd.readouterr()
+            assert main([command, "--model", model, "--data", data, "--json"]) == 0
+            found.append(json.loads(capfd.readouterr().out))
+        assert (found[0]["clips"], found[0][figures]) == (found[1]["clips"], found[1][figures])
+
+
 def test_eval_prints_a_table_and_writes_a_report(model: str, voices: str, tmp_path: Path, capfd: Any) -> None:
     out = tmp_path / "report"
     assert main(["eval", "--model", model, "--data", voices, "--captions", "both", "--out", str(out)]) == 0
@@ -131,7 +143,7 @@ def test_mistakes_in_data_and_model_are_one_line(model: str, voices: str, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evil"], "there is no command 'evil'; choose one of: eval, classify, report, doctor"),
+        (["evil"], "there is no command 'evil'; choose one of: eval, classify, report, pack, doctor"),
         ([], "usage: fastclap COMMAND"),
     ],
 )

@@ -25,7 +25,7 @@ from torch import Tensor
 from torchaudio.compliance import kaldi
 from transformers import ASTFeatureExtractor, ClapFeatureExtractor, WhisperFeatureExtractor
 
-from fastclap.features import PRESETS, LogMel
+from fastclap.features import PRESETS, LogMel, SpecAugment
 from fastclap.kernels.logmel import log_mel_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter")
@@ -282,3 +282,68 @@ def test_numpy_style_lengths_are_taken() -> None:
     a, _ = LogMel("kaldi")(waveform, torch.tensor([3000, 1000]))
     b, _ = LogMel("kaldi")(waveform, np.array([3000, 1000]))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "front_end",
+    [LogMel("whisper"), LogMel("kaldi", dtype="bfloat16", mean=[0.5] * 80), LogMel("clsp", dither=1e-3)],
+    ids=repr,
+)
+def test_compiles_to_one_graph_with_the_operator(front_end: LogMel) -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(front_end, fullgraph=True, backend=keep)
+    lengths = torch.tensor([3000, 1000])
+    for samples in (3000, 4000):
+        waveform = (0.1 * torch.randn(2, samples)).requires_grad_()
+        torch.manual_seed(0)
+        features, frame_lengths = compiled(waveform, lengths)
+        (gradient,) = torch.autograd.grad(features.float().square().sum(), waveform)
+        torch.manual_seed(0)
+        expected, expected_lengths = front_end(waveform, lengths)
+        (expected_gradient,) = torch.autograd.grad(expected.float().square().sum(), waveform)
+        # The eager gradient is torch's, and the operator may compute with another engine.
+        rounding = 1e-2 if features.dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(features, expected, rtol=rounding, atol=1e-3)
+        torch.testing.assert_close(
+            gradient, expected_gradient, rtol=1e-2, atol=1e-2 * float(expected_gradient.abs().max())
+        )
+        assert torch.equal(frame_lengths, expected_lengths)
+    assert all("fastclap.log_mel" in graph.code for graph in graphs)
+
+
+def test_spec_augment_masks_each_clip_within_its_own_frames() -> None:
+    augment = SpecAugment(time_masks=3, time_width=0.3, mel_masks=2, mel_width=9)
+    front_end = LogMel("kaldi", spec_augment=augment)
+    waveform, lengths = 0.1 * torch.randn(64, 16000), torch.tensor([16000, 4000] * 32)
+    plain, frame_lengths = LogMel("kaldi")(waveform, lengths)
+    torch.manual_seed(0)
+    features, _ = front_end(waveform, lengths)
+    torch.manual_seed(0)
+    assert torch.equal(front_end(waveform, lengths)[0], features)
+    time, mel = augment.masks(frame_lengths, 80)
+    assert time is not None and mel is not None and time.shape == (64, 3, 2) and mel.shape == (64, 2, 2)
+    widths = time[..., 1] - time[..., 0]
+    assert (widths >= 0).all() and (time[..., 0] >= 0).all() and (time[..., 1] <= frame_lengths[:, None]).all()
+    assert (widths[0::2] <= 0.3 * frame_lengths[0]).all() and (widths[1::2] <= 0.3 * frame_lengths[1]).all()
+    assert widths[0::2].float().mean() > 2 * widths[1::2].float().mean()
+    assert (mel[..., 1] - mel[..., 0]).max() <= 9 and mel[..., 1].max() <= 80
+    hidden = features != plain
+    assert 0.05 < hidden.float().mean() < 0.6
+    assert (features[hidden] == front_end.silence).all()
+    front_end.eval()
+    assert torch.equal(front_end(waveform, lengths)[0], plain)
+    with pytest.raises(ValueError, match="time_width=2"):
+        SpecAugment(time_width=2)
+
+
+def test_silence_of_each_mel() -> None:
+    front_end = LogMel("kaldi", n_mels=3, mean=[1.0, 2.0, 3.0], std=2.0)
+    log_floor = front_end.spec.log_padding
+    assert front_end.silence == pytest.approx(((log_floor - 1) / 2, (log_floor - 2) / 2, (log_floor - 3) / 2))
+    features, frame_lengths = front_end(torch.zeros(1, 4000), torch.tensor([1000]))
+    torch.testing.assert_close(features[0, frame_lengths:], torch.tensor(front_end.silence).expand(19, 3))

@@ -427,3 +427,70 @@ def test_dither_is_kaldis_in_distribution() -> None:
     # Standard error of a mean over about 400 independent frames: below 0.06 in the narrowest filter.
     torch.testing.assert_close(ours[0].mean(0), theirs.mean(0), atol=0.25, rtol=0)
     torch.testing.assert_close(ours[0].std(0), theirs.std(0), atol=0.25, rtol=0)
+
+
+# --- crops, masks, statistics of each mel, output types, the operator ------------------------------------------------
+
+
+@every_preset
+def test_a_crop_has_the_features_of_its_samples_alone(preset: str) -> None:
+    spec, waveform = PRESETS[preset], noise(3, 6000)
+    offsets, lengths = torch.tensor([0, 1234, 5990]), torch.tensor([6000, 2000, 10])
+    features, frame_lengths = log_mel(waveform, lengths, spec, offsets=offsets)
+    without, _ = log_mel(waveform, None, spec, offsets=offsets)
+    for row, (first, length) in enumerate(zip(offsets, lengths, strict=True)):
+        for found, clip in ((features, waveform[row, first : first + length]), (without, waveform[row, first:])):
+            alone, count = log_mel(clip[None], None, spec)
+            assert largest_difference(found[row, :count], alone[0, :count]) < 1e-5
+    assert torch.equal(frame_lengths, spec.frame_lengths(lengths))
+
+
+def test_wrong_crops_masks_and_statistics_are_named() -> None:
+    spec, waveform = PRESETS["kaldi"], noise(2, 1000)
+    with pytest.raises(ValueError, match=r"lengths\[1\]=900: .*1000 samples a clip, from offsets\[1\]=200 on"):
+        log_mel(waveform, torch.tensor([900, 900]), spec, offsets=torch.tensor([100, 200]))
+    with pytest.raises(ValueError, match=r"offsets\[0\]=-1"):
+        log_mel(waveform, None, spec, offsets=torch.tensor([-1, 0]))
+    with pytest.raises(ValueError, match=r"masks of mels must be int64 \[2, spans, 2\], got torch.int32"):
+        log_mel(waveform, None, spec, masks=(None, torch.zeros(2, 1, 2, dtype=torch.int32)))
+    for change, message in (
+        ({"mean": (1.0,)}, "mean has 1 numbers for n_mels=80"),
+        ({"std": [1.0] * 79 + [0.0]}, "must be above 0"),
+        ({"mean": "0"}, "expected float or 80 floats, got str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(spec, **change)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="backend='triton' needs a waveform on a GPU"):
+        log_mel(waveform, None, spec, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_masks_and_statistics_of_each_mel(dtype: str) -> None:
+    plain = dataclasses.replace(PRESETS["kaldi"], floor=1e-10)
+    mean, std = torch.linspace(-3, 3, 80), torch.linspace(1, 2, 80)
+    spec = dataclasses.replace(plain, mean=tuple(mean.tolist()), std=tuple(std.tolist()), dtype=dtype)  # type: ignore[arg-type]
+    waveform = noise(2, 5000)
+    time, mel = torch.tensor([[[1, 4], [9, 9]], [[0, 1], [20, 99]]]), torch.tensor([[[70, 80]], [[0, 5]]])
+    features, _ = log_mel(waveform, None, spec, masks=(time, mel))
+    expected = (log_mel(waveform, None, plain)[0] - mean) / std
+    silence = (spec.log_padding - mean) / std
+    for row in range(2):
+        for begin, end in time[row]:
+            expected[row, begin:end] = silence
+        for begin, end in mel[row]:
+            expected[row, :, begin:end] = silence[begin:end]
+    assert features.dtype == getattr(torch, dtype)
+    torch.testing.assert_close(features.float(), expected, rtol=1e-2 if dtype != "float32" else 1e-5, atol=1e-3)
+    leaf = waveform.clone().requires_grad_()
+    everything = torch.tensor([[[0, 99]]] * 2)
+    (gradient,) = torch.autograd.grad(log_mel(leaf, None, spec, masks=(everything, None))[0].float().sum(), leaf)
+    assert not gradient.any()
+
+
+def test_the_operator_is_registered_properly() -> None:
+    lengths, offsets = torch.tensor([1500, 700]), torch.tensor([0, 800])
+    spans = torch.tensor([[[1, 3]], [[0, 2]]])
+    assert logmel._spec_of(PRESETS["ast"].key) == PRESETS["ast"]
+    for waveform in (noise(2, 1500).requires_grad_(), noise(2, 1500), (noise(2, 1500) * 3e4).short()):
+        for options in ((lengths, offsets, spans, spans), (None, None, None, None)):
+            torch.library.opcheck(torch.ops.fastclap.log_mel, (waveform, *options, PRESETS["whisper"].key, "auto"))

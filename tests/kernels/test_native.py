@@ -213,6 +213,27 @@ def test_a_clip_has_the_same_features_alone_padded_and_in_a_batch(preset: str) -
 
 
 @needs_library
+@every_path
+@pytest.mark.parametrize("int16", [False, True])
+@pytest.mark.parametrize(
+    ("win_length", "hop_length"),
+    [(400, 160), (1024, 480), (64, 16), (48, 32), (400, 400), (400, 416), (400, 150), (380, 160)],
+)
+def test_a_frame_is_the_same_among_overlapping_ones_and_alone(
+    win_length: int, hop_length: int, int16: bool, simd: str
+) -> None:
+    n_fft = 512 if win_length == 380 else win_length
+    spec = LogMelSpec(16000, n_fft, win_length, hop_length, 20, framing="snip_edges", floor=1e-20)
+    waveform = noise(1, 36 * hop_length + win_length + 15)
+    waveform = (32768 * waveform).clamp(-32768, 32767).to(torch.int16) if int16 else waveform
+    together, _ = log_mel_native(waveform, None, spec, simd=simd)
+    alone, _ = log_mel_native(waveform[0].unfold(0, win_length, hop_length), None, spec, simd=simd)
+    assert alone.shape == (37, 1, 20) and torch.equal(together[0], alone[:, 0])
+    truth, _ = log_mel_reference(waveform, None, spec)
+    assert (together - truth).abs().max() < 1e-3
+
+
+@needs_library
 @every_preset
 @every_path
 def test_silence_is_the_log_of_the_floor(preset: str, simd: str) -> None:

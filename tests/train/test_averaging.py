@@ -19,15 +19,15 @@ def test_average_follows_its_definition_and_swap_is_exact() -> None:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
         model(torch.randn(8, 3))  # moves the BatchNorm statistics and its integer counter
-        average.update(model, step)
+        average.update(step)
         decay = min(0.9, (1 + step) / (10 + step))
         for name, tensor in model.state_dict().items():
             moved = decay * expected[name] + (1 - decay) * tensor.double()
             expected[name] = moved if tensor.is_floating_point() else tensor.double()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    average.swap(model)
+    average.swap()
     for name, tensor in model.state_dict().items():
         assert_close_rel(name, expected[name], tensor, 1e-5)
-    average.swap(model)
+    average.swap()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])

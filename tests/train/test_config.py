@@ -65,7 +65,8 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         config.data.train = ["a.jsonl"]
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(config.to_dict()))
-        assert load_config(path, TrainConfig()) == config
+        for other in (TrainConfig, *RECIPES.values()):
+            assert load_config(path, other()) == config
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 import multiprocessing
 import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import fastclap
 from fastclap.data import BatchSampler, ClipDataset, load_manifest
+from fastclap.errors import ConfigError
 from fastclap.testing import assert_close_rel
 from fastclap.train import distributed
 from fastclap.train.config import LossConfig, TrainConfig
@@ -63,9 +71,9 @@ def gradients(
     sampler = BatchSampler(manifest, config.batch_size, seed=0, rank=world.rank, world_size=world.size)
     dataset = ClipDataset(manifest, 16000, crop_seconds=0.5, seed=0, caption="global")
     model.zero_grad()
-    Objective(model, loss, chunk, None, world)(dataset[(0, *sampler.batch(0))])
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    distributed.average_gradients(parameters, torch.zeros(1), world)
+    averaged = distributed.Gradients([parameter for parameter in model.parameters() if parameter.requires_grad], world)
+    Objective(model, loss, chunk, None, world, averaged.held)(dataset[(0, *sampler.batch(0))])
+    averaged.finish(torch.zeros(1))
 
 
 LOSSES = [LossConfig(), LossConfig(label_smoothing=0.1), LossConfig(share_equal_captions=False)]
@@ -77,7 +85,7 @@ def _gradients_on_a_rank(model: fastclap.CLAP, config: TrainConfig, expected: di
         gradients(model, config, LOSSES[index], chunk, world)
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None
-            assert_close_rel(f"{name} (loss {index}, chunk {chunk})", reference[name], parameter.grad, 1e-7)
+            assert_close_rel(f"{name} (loss {index}, chunk {chunk})", reference[name], parameter.grad, 3e-7)
     distributed.leave(world)
 
 
@@ -106,20 +114,100 @@ def test_averaged_gradients_are_those_of_one_process(tiny: Callable[..., TrainCo
     assert on_ranks(size, _gradients_on_a_rank, copy.deepcopy(model), config, expected) == [0] * size
 
 
+def torchrun(config: TrainConfig, *options: str) -> subprocess.Popen[str]:
+    """The real thing: two processes through the command line."""
+    file = Path(config.run_dir).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config.to_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
+    command += ["-m", "fastclap.train.cli", "small", "--config", str(file)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(run: subprocess.Popen[str]) -> tuple[str, str]:
+    out, error = run.communicate(timeout=180)
+    assert run.returncode == 0, error
+    return out, error
+
+
+def exported(config: TrainConfig) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.run_dir) / "model" / "model.safetensors")
+
+
 def test_two_processes_train_like_one(tiny: Callable[..., TrainConfig]) -> None:
-    """Twelve steps at one global batch, with gradient caching, weight averaging, validation and a resume in between."""
-    alone, shared = (without_dropout(tiny(name, chunk_size=3)) for name in ("alone", "shared"))
-    for config in (alone, shared):
+    """Twenty steps at one global batch: length buckets, gradient caching, averaging, validation, and a resume.
+
+    Replicated in each process, and sharded over both of them.
+    """
+    alone, replicated, sharded = (
+        without_dropout(tiny(name, chunk_size=3, steps=20)) for name in ("alone", "replicated", "sharded")
+    )
+    for config in (alone, replicated, sharded):
+        config.data.crop_seconds = 2.0
         config.optimizer.schedule = "constant"  # so that the first half does not depend on the total
         config.optimizer.eps = 1e-3  # Adam divides rounding noise by itself where a gradient is about zero
+    assert alone.data.bucket_by_length
     train(alone)
-    shared.steps = 6
-    assert on_ranks(2, train, shared) == [0, 0]
-    shared.steps, shared.resume = 12, True
-    assert on_ranks(2, train, shared) == [0, 0]
-    expected, actual = (load_file(Path(config.run_dir) / "model" / "model.safetensors") for config in (alone, shared))
-    for name, tensor in expected.items():
-        assert_close_rel(name, tensor, actual[name], 1e-4)
+    replicated.steps = 10
+    assert on_ranks(2, train, replicated) == [0, 0]
+    replicated.steps, replicated.resume = 20, True
+    assert on_ranks(2, train, replicated) == [0, 0]
+    sharded.steps, sharded.shard = 10, True
+    finish(torchrun(sharded))  # FSDP's hooks do not survive a fork
+    sharded.steps, sharded.resume = 20, True
+    finish(torchrun(sharded))
+    for config in (replicated, sharded):
+        for name, tensor in exported(alone).items():
+            assert_close_rel(f"{name} ({config.run_dir})", tensor, exported(config)[name], 1e-4)
+        assert last_record(config, "valid")["classification"] == last_record(alone, "valid")["classification"]
+
+
+def last_record(config: TrainConfig, kind: str) -> dict[str, Any]:
+    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind][-1]
+
+
+def test_each_rank_of_a_sharded_run_holds_its_part_only(tiny: Callable[..., TrainConfig]) -> None:
+    assert on_ranks(2, _hold_a_part, tiny()) == [0, 0]
+
+
+def _hold_a_part(config: TrainConfig) -> None:
+    world = distributed.join("cpu")
+    model = build_model(config, load_manifest(config.data.train), None)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    distributed.shard([model.audio_branch, model.text_branch], world)
+    held = sum(distributed.local(parameter).numel() for parameter in model.parameters())
+    assert 0.5 * whole <= held < 0.6 * whole
+    distributed.leave(world)
+
+
+def test_sharding_needs_several_processes(tiny: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"--shard.*torchrun"):
+        train(tiny(shard=True))
+
+
+def test_a_killed_rank_ends_the_others_and_torchrun_resumes(tiny: Callable[..., TrainConfig]) -> None:
+    """SIGKILL to rank 1: rank 0 says what happened, torchrun starts both again, the run ends as if nothing had been."""
+    whole, struck = (
+        tiny(name, steps=40, save_every=5, log_every=1, valid_every=0, resume=True) for name in ("whole", "struck")
+    )
+    finish(torchrun(whole))
+    run = torchrun(struck, "--max-restarts", "1")
+    metrics = Path(struck.run_dir) / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 12:
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.01)
+    for status in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            environment = status.read_bytes().split(b"\0")
+            if b"RANK=1" in environment and int((status.parent / "stat").read_text().split()[3]) == run.pid:
+                os.kill(int(status.parent.name), signal.SIGKILL)
+    out, error = finish(run)
+    assert "rank 0 lost the connection to another process" in error and "resumed at step" in out
+    assert all(torch.equal(tensor, exported(struck)[name]) for name, tensor in exported(whole).items())
+    steps = [
+        record["step"] for record in map(json.loads, metrics.read_text().splitlines()) if record["kind"] == "train"
+    ]
+    assert steps == list(range(1, 41))
 
 
 def test_batch_that_ranks_cannot_share(tiny: Callable[..., TrainConfig], capfd: pytest.CaptureFixture[str]) -> None:

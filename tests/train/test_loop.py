@@ -21,8 +21,8 @@ from fastclap.testing import assert_close_rel
 from fastclap.train.cli import main
 from fastclap.train.config import OptimizerConfig, TrainConfig, load_config
 from fastclap.train.distributed import World
-from fastclap.train.journal import Stopwatch
 from fastclap.train.loop import Totals, scheduled, seed_step, train
+from fastclap.train.meter import Meter
 from fastclap.train.objective import Objective
 from fastclap.train.setup import build_model, build_optimizer
 
@@ -83,14 +83,16 @@ def test_sigmoid_loss_without_a_bias_says_what_to_set(tiny: Build) -> None:
         train(config)
 
 
-def test_the_stopwatch_leaves_out_pauses_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 2.0, 7.0, 8.0])  # made, pause from 2 to 7, lap at 8
-    monkeypatch.setattr("fastclap.train.journal.time.perf_counter", lambda: next(now))
-    watch = Stopwatch()
-    watch.add(30)
-    with watch.paused():
+def test_the_meter_leaves_out_pauses_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 1.5, 2.0, 7.0, 8.0, 8.0])  # made, wait for data from 1 to 1.5, pause from 2 to 7, lap at 8
+    monkeypatch.setattr("fastclap.train.meter.time.perf_counter", lambda: next(now))
+    meter = Meter(ALONE)
+    meter.add(30)
+    with meter.waiting():
         pass
-    assert watch.lap() == {"seconds": 3.0, "clips_per_second": 10.0}
+    with meter.paused():
+        pass
+    assert meter.lap() == {"seconds": 3.0, "clips_per_second": 10.0, "waiting": 0.1667}
 
 
 def test_caching_changes_the_memory_and_not_the_gradient(tiny: Build) -> None:
@@ -207,10 +209,10 @@ def test_totals_against_plain_sums() -> None:
         totals.add(torch.tensor(loss), torch.tensor(norm), torch.tensor(skip))
     again = Totals(torch.device("cpu"), totals.state())
     for sums in (totals, again):
-        assert sums.harvest(torch.tensor(7.0)) == {
+        assert Totals.figures(sums.harvest(torch.tensor(7.0))) == {
             "loss": 2.0, "grad_norm": 3.0, "logit_scale": 7.0, "skipped_steps": 2, "worst_run": 2,
         }  # fmt: skip
-    assert totals.harvest(torch.tensor(7.0))["loss"] is None
+    assert Totals.figures(totals.harvest(torch.tensor(7.0)))["loss"] is None
 
 
 def test_weight_decay_spares_norms_biases_and_embeddings(tiny: Build) -> None:

@@ -24,10 +24,8 @@ from safetensors.torch import load_file
 import fastclap
 from fastclap.errors import ConfigError, ModelError, TrainingError
 from fastclap.train import checkpoint
-from fastclap.train.averaging import WeightAverage
 from fastclap.train.config import TrainConfig
 from fastclap.train.loop import train
-from fastclap.train.setup import build_optimizer
 
 Build = Callable[..., TrainConfig]
 FORK = multiprocessing.get_context("fork")
@@ -137,11 +135,11 @@ def _train_on_a_full_disk(config: TrainConfig) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     real = checkpoint.save_checkpoint
 
-    def save(run_dir: Path, step: int, *rest: object) -> Path:
+    def save(run_dir: Path, step: int, *rest: object) -> None:
         if step >= 6:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
         try:
-            return real(run_dir, step, *rest)
+            real(run_dir, step, *rest)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
@@ -195,8 +193,8 @@ def test_checkpoint_of_another_model(tiny: Build) -> None:
     train(first)
     train(other)
     model = fastclap.CLAP.from_pretrained(first.run_dir)
-    optimizer, foreign = build_optimizer(model, first.optimizer), checkpoint.checkpoints(Path(other.run_dir))[-1]
+    foreign = checkpoint.checkpoints(Path(other.run_dir))[-1]
     with pytest.raises(ModelError, match=r"not the weights of this configuration: .* has the shape"):
-        checkpoint.restore(foreign, model, optimizer, WeightAverage(model, 0.9))
+        checkpoint.restore_weights(foreign, model, averaged=True)
     with pytest.raises(ModelError, match="saved with weight averaging"):
-        checkpoint.restore(foreign, model, optimizer, None)
+        checkpoint.restore_weights(foreign, model, averaged=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -33,18 +35,23 @@ from fastclap.data import (
     make_loader,
 )
 from fastclap.data.dataset import text_id
-from fastclap.errors import DataError
+from fastclap.data.workers import describe_deaths
+from fastclap.errors import DataError, TrainingError
 from fastclap.testing import assert_close_rel
+from fastclap.tokenizer import train_tokenizer
 
 RATE = 16000
 MakeSet = Callable[..., str]
 
 
-def equal(first: Batch, second: Batch) -> bool:
-    def plain(batch: Batch) -> list[Any]:
-        return [value.tolist() if isinstance(value, torch.Tensor) else value for value in vars(batch).values()]
+def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return value.tolist() if isinstance(value, torch.Tensor) else value
 
-    return plain(first) == plain(second)
+
+def equal(first: Batch, second: Batch) -> bool:
+    return plain(vars(first)) == plain(vars(second))  # type: ignore[no-any-return]
 
 
 def damage(manifest: Manifest, row: int, kind: str) -> None:
@@ -80,7 +87,8 @@ def test_a_batch_holds_the_clips(make_set: MakeSet) -> None:
         assert not batch.audio[index, len(wave) :].any()
         assert batch.captions[index] in manifest[row].captions
         assert batch.caption_ids[index] == text_id(batch.captions[index])
-    assert batch.mean is batch.std is None
+    assert batch.samples == batch.lengths.tolist()
+    assert batch.mean is batch.std is batch.text is batch.text_rows is None
 
 
 def test_crop_is_a_part_of_the_clip_and_is_redrawn_each_epoch(make_set: MakeSet) -> None:
@@ -252,6 +260,34 @@ def test_loader_processes_change_nothing(make_set: MakeSet) -> None:
     assert all(map(equal, alone, together))
 
 
+def test_captions_are_tokenized_where_they_are_drawn(make_set: MakeSet) -> None:
+    manifest = load_manifest(
+        [make_set(7, text_description=["It is calm.", "It is loud, very loud."]), make_set(5, name="b")]
+    )
+    texts = [caption for row in manifest for caption in row.captions]
+    tokenizer = train_tokenizer(texts, 300)
+    dataset = ClipDataset(manifest, RATE, seed=0, tokenize=functools.partial(tokenizer, max_tokens=8))
+    sampler = BatchSampler(manifest, 6, seed=0, stop_step=6)
+    alone = list(make_loader(dataset, sampler))
+    for batch in alone:
+        distinct = list(dict.fromkeys(batch.captions))
+        assert batch.text is not None
+        assert batch.text_rows is not None
+        assert len(distinct) < len(batch.captions) or batch.text_rows.tolist() == list(range(6))
+        assert plain(batch.text) == plain(tokenizer(distinct, 8))
+        assert [distinct[row] for row in batch.text_rows] == batch.captions
+        assert batch.text_rows.dtype == torch.int64
+        assert batch.tokens == batch.text["attention_mask"].sum(1).tolist()
+    assert any(len(set(batch.captions)) < 6 for batch in alone)
+    together = list(make_loader(dataset, sampler, num_workers=1))
+    assert all(map(equal, alone, together))
+    moved = alone[0].to("meta")
+    assert moved.text is not None
+    assert moved.text_rows is not None
+    assert {tensor.device.type for tensor in (*moved.text.values(), moved.text_rows)} == {"meta"}
+    assert moved.samples == alone[0].samples
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_loading_draws_nothing_from_the_global_generators(make_set: MakeSet, num_workers: int) -> None:
     manifest = load_manifest(make_set(6))
@@ -273,6 +309,33 @@ def test_error_of_a_loader_process_arrives_unwrapped(make_set: MakeSet) -> None:
     assert "not readable as audio" in str(caught.value)
     assert ".wav" in str(caught.value)
     assert "Traceback" not in str(caught.value)
+
+
+def test_a_loader_process_that_dies_ends_the_run_with_its_cause(make_set: MakeSet) -> None:
+    manifest = load_manifest(make_set(6))
+    loader = make_loader(ClipDataset(manifest, RATE, seed=0), BatchSampler(manifest, 2, seed=0), num_workers=2)
+    before = set(multiprocessing.active_children())
+    batches = iter(loader)
+    next(batches)
+    killed, other = set(multiprocessing.active_children()) - before
+    os.kill(killed.pid or 0, signal.SIGKILL)
+    with pytest.raises(TrainingError) as caught:
+        for _ in batches:
+            pass
+    message = str(caught.value)
+    assert f"a data loading process is gone: process {killed.pid} was ended by SIGKILL, which is how the" in message
+    assert "Continue the run (--resume)" in message
+    assert "(--data.workers)" in message
+    assert str(other.pid) not in message
+    assert not other.is_alive()
+
+
+def test_deaths_in_words() -> None:
+    assert describe_deaths([(7, -signal.SIGBUS), (8, 1), (9, None)]) == (
+        "process 7 was ended by SIGBUS, which is what a full /dev/shm (shared memory) or a shrinking file leads to; "
+        "process 8 ended with status 1; process 9 ended"
+    )
+    assert describe_deaths([(7, -signal.SIGUSR1)]) == "process 7 was ended by SIGUSR1"
 
 
 KILLED = """
@@ -316,7 +379,7 @@ def read_stat(path: Path) -> str:
 
 def test_unexpected_error_names_the_clip(make_set: MakeSet, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = load_manifest(make_set(3))
-    monkeypatch.setattr("fastclap.data.dataset._whole_clip", lambda file: 1 / 0)
+    monkeypatch.setattr("fastclap.data.dataset.whole_clip", lambda file: 1 / 0)
     with pytest.raises(RuntimeError, match=r"set\.jsonl:2: .*/001\.wav: ZeroDivisionError: division by zero"):
         ClipDataset(manifest, RATE, seed=0)[0, 0, [1]]
 

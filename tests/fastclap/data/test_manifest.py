@@ -407,7 +407,7 @@ def test_byte_order_mark_is_ignored(folder: Path) -> None:
 
 
 def test_folder_that_is_no_data_set(folder: Path) -> None:
-    assert "not a folder of datasets.save_to_disk; name a manifest file" in error_of(str(folder))
+    assert "not a folder of `fastclap pack` or datasets.save_to_disk; name a manifest file" in error_of(str(folder))
 
 
 def test_data_set_with_several_splits(folder: Path) -> None:

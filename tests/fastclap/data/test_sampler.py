@@ -185,6 +185,103 @@ def test_batch_that_the_ranks_cannot_share(batch: int, world_size: int) -> None:
         BatchSampler(manifest_of(100), batch, seed=0, world_size=world_size)
 
 
+@given(
+    sizes=st.lists(st.integers(1, 120), min_size=1, max_size=3),
+    world_size=st.integers(1, 4),
+    local=st.integers(1, 12),
+    seconds=st.floats(20, 300),
+    mix=st.sampled_from(["concat", "interleave"]),
+    epoch=st.integers(0, 6),
+)
+@settings(max_examples=60, deadline=None)
+def test_budgeted_batches(sizes: list[int], world_size: int, local: int, seconds: float, mix: Mix, epoch: int) -> None:
+    manifest, most = manifest_of(*sizes, mix=mix), local * world_size
+    durations = np.minimum(manifest.durations.numpy(), 18)
+    budget = max(seconds, world_size * float(durations.max()))
+    if sum(sizes) < world_size:
+        return
+    ranks = [
+        BatchSampler(manifest, most, seed=4, max_seconds=18, batch_seconds=budget, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    draws = sum(sizes) if mix == "concat" else len(sizes) * max(sizes)
+    first = next(step for step in itertools.count() if ranks[0].batch(step)[0] == epoch)
+    seen: Counter[int] = Counter()
+    for step in itertools.count(first):
+        parts = [sampler.batch(step) for sampler in ranks]
+        if parts[0][0] != epoch:
+            assert {number for number, _ in parts} == {epoch + 1}
+            break
+        assert {(number, len(rows)) for number, rows in parts} == {(epoch, len(parts[0][1]))}
+        batch = [row for _, rows in parts for row in rows]
+        assert 0 < len(batch) <= most
+        assert len(batch) * durations[batch].max() <= budget
+        seen.update(batch)
+    assert seen.total() == draws // world_size * world_size
+    if mix == "concat":
+        assert set(seen.values()) == {1}
+    else:
+        assert max(seen.values()) <= -(-draws // min(sizes))
+
+
+def test_budgeted_batches_are_nearly_full_and_mix() -> None:
+    manifest = manifest_of(3000)
+    durations = manifest.durations.numpy()
+    sampler = BatchSampler(manifest, 64, seed=0, batch_seconds=200)
+    batches = [rows for _, _, rows in itertools.islice(sampler, sampler.batches_per_epoch)]
+    padded = np.array([len(batch) * durations[batch].max() for batch in batches])
+    assert np.median(padded) > 0.93 * 200
+    assert durations.sum() / padded.sum() > 0.95
+    assert len({len(batch) for batch in batches}) > 20
+    companions = []
+    for step, epoch, rows in sampler:
+        if 7 in rows:
+            companions.append(set(rows))
+        if epoch == 4:
+            break
+        assert step < 4000
+    assert len(set.union(*companions)) > 0.8 * sum(map(len, companions))
+
+
+def test_budgeted_batches_resume_at_any_step() -> None:
+    manifest = manifest_of(40, 25, mix="interleave")
+    options = {"seed": 3, "batch_seconds": 90.0, "world_size": 2, "rank": 1}
+    uninterrupted = list(BatchSampler(manifest, 12, stop_step=60, **options))  # type: ignore[arg-type]
+    assert uninterrupted[-1][1] >= 3
+    for start in (0, 1, 17, 18, 19, 20, 40, 59):
+        resumed = BatchSampler(manifest, 12, start_step=start, stop_step=60, **options)  # type: ignore[arg-type]
+        assert list(resumed) == uninterrupted[start:]
+    backwards = BatchSampler(manifest, 12, **options)  # type: ignore[arg-type]
+    assert [(step, *backwards.batch(step)) for step in reversed(range(60))] == uninterrupted[::-1]
+
+
+def test_no_clips_are_always_left_out_of_budgeted_batches() -> None:
+    sampler = BatchSampler(manifest_of(103), 16, seed=0, batch_seconds=120, world_size=4, rank=3)
+    seen: Counter[int] = Counter()
+    for rank in range(4):
+        sampler = BatchSampler(manifest_of(103), 16, seed=0, batch_seconds=120, world_size=4, rank=rank)
+        for _, epoch, rows in sampler:
+            if epoch == 12:
+                break
+            seen.update(rows)
+    assert seen.total() == 12 * 100
+    assert len(seen) == 103
+    assert min(seen.values()) >= 9
+
+
+def test_budget_that_cannot_be_kept() -> None:
+    manifest = manifest_of(20)
+    row = int(manifest.durations.argmax())
+    longest = float(manifest.durations[row])
+    with pytest.raises(DataError, match=rf"m:{row}: a clip of {longest:.2f} s for each of 2 processes is more than "):
+        BatchSampler(manifest, 4, seed=0, batch_seconds=30, world_size=2)
+    assert BatchSampler(manifest, 4, seed=0, batch_seconds=30, world_size=2, max_seconds=15).batch(0)[0] == 0
+    with pytest.raises(DataError, match="batch_seconds needs bucket_by_length"):
+        BatchSampler(manifest, 4, seed=0, batch_seconds=30, bucket_by_length=False)
+    with pytest.raises(DataError, match="1 clips do not fill one batch of 2"):
+        BatchSampler(manifest_of(1), 4, seed=0, batch_seconds=99, world_size=2)
+
+
 def test_unknown_durations_are_read_from_the_files(make_set: Callable[..., str], tmp_path: object) -> None:
     from fastclap.data import load_manifest
 

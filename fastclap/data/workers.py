@@ -1,0 +1,55 @@
+"""Helper processes: where they come from, how they begin, and what to say when one of them dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable
+from multiprocessing.context import BaseContext
+
+_GRACE_SECONDS = 30
+
+
+def fork_server() -> BaseContext:
+    """Processes from a server that has imported torch and this package once and holds no CUDA state."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastclap.data.dataset"])
+    return context
+
+
+def start_worker(worker: int = 0) -> None:
+    """Tie this helper process to its parent.
+
+    It ends when the parent ends; torch watches the fork server instead, which outlives a killed run. And it outlives a
+    signal to the whole process group (Ctrl-C, a scheduler's SIGTERM), so that the parent can finish its step and save.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_SECONDS))  # then SIGALRM ends it
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a thread for each core, in each process, is no gain
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def describe_deaths(ended: Iterable[tuple[int, int | None]]) -> str:
+    """(process id, exit code) of helper processes, in words, with what the signal that killed them means."""
+    found = []
+    for pid, code in ended:
+        if code is None or code >= 0:
+            found.append(f"process {pid} ended" + (f" with status {code}" if code is not None else ""))
+            continue
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        meaning = {
+            "SIGKILL": ", which is how the system ends processes when memory runs out",
+            "SIGBUS": ", which is what a full /dev/shm (shared memory) or a shrinking file leads to",
+            "SIGSEGV": ", a crash inside a decoder or another native library",
+        }.get(name, "")
+        found.append(f"process {pid} was ended by {name}{meaning}")
+    return "; ".join(found) or "a process ended"

@@ -1,0 +1,336 @@
+"""WavLM at training speed, and the convolution stack of the whole wav2vec2 family: other arithmetic, same parameters.
+
+The model stays transformers' own: its configuration, initialisation, loading and parameter names. :func:`accelerate`
+exchanges, inside a built model, the two parts that hold a GPU up, and both adopt the parameters that are there, so a
+state dict moves freely between an accelerated and a plain model.
+
+* Convolutions. transformers keeps [batch, channels, time] and transposes around each LayerNorm. Here rows stay
+  channels-last throughout and a convolution of kernel k and stride s ≤ k ≤ 2s is one GEMM over a view of s rows, plus
+  one GEMM over the next k − s rows that accumulates onto it. Nothing is unfolded but the waveform. Clips are padded to
+  a multiple of the total stride, so that the views run through the batch; the row that then reads across the border
+  between two clips is never valid, and is cut off at the end.
+* Attention. transformers asks for the attention weights and so leaves every fused kernel out, and repeats the position
+  bias over the batch, [batch · heads, T, T] in each layer. The bias depends on the distance j − i alone, up to a gate
+  for each query, so it is passed on as a table of 2T − 1 values a head and the gates. The table is looked up once a
+  forward pass.
+
+Lengths are tensors on the device and stay there; what is random follows torch's generators.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from fastclap.kernels.layer_norm_gelu import layer_norm_gelu
+from fastclap.kernels.toeplitz_attention import gated_toeplitz_attention
+
+
+def accelerate(model: Any, *, encoder: bool = True) -> None:
+    """Exchange parts of a wav2vec2-family model for faster ones that compute the same, in place.
+
+    The convolution stack is exchanged in every model whose ``feature_extractor`` has the family's shape (GELU, one norm
+    a layer or one GroupNorm in the first, kernels between one and two strides); the encoder in ``WavLMModel`` alone,
+    and not where the configuration wants attention weights or hidden states back. What is not exchanged stays
+    transformers' module. Where the encoder is exchanged, ``model(...)`` gives ``last_hidden_state`` and no more.
+
+    Args:
+        model: a model of transformers with ``feature_extractor`` and ``encoder``, such as ``WavLMModel``.
+        encoder: exchange the encoder too.
+    """
+    config = model.config
+    if _has_family_convolutions(getattr(model, "feature_extractor", None), config):
+        model.feature_extractor = ConvolutionStack(model.feature_extractor)
+    if encoder and _has_wavlm_encoder(config):
+        model.encoder = Encoder(model.encoder, config)
+    model.train(model.training)  # new modules start in training mode
+
+
+def _has_wavlm_encoder(config: Any) -> bool:
+    wants_more = getattr(config, "output_attentions", False) or getattr(config, "output_hidden_states", False)
+    if config.model_type != "wavlm" or wants_more:
+        return False
+    return config.max_bucket_distance > config.num_buckets // 4 > 0  # the logarithmic buckets are defined
+
+
+def encode(
+    model: Any,
+    waveform: Tensor,  # [B, samples], zeros past each end
+    frames: Tensor | None,  # int64 [B] valid frames; None: all
+) -> Tensor:  # [B, T, hidden]
+    """Last hidden state of an accelerated ``WavLMModel``, from lengths instead of a mask over samples."""
+    features = model.feature_extractor(waveform).transpose(1, 2)
+    hidden, _ = model.feature_projection(features)
+    return model.encoder.encode(hidden, frames)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# convolutions
+
+
+def _has_family_convolutions(module: nn.Module | None, config: Any) -> bool:
+    layers = list(getattr(module, "conv_layers", ()))
+    norms = [getattr(layer, "layer_norm", None) for layer in layers]
+    kinds = [type(norm) for norm in norms]
+    first_only = kinds == [nn.GroupNorm] + [type(None)] * (len(layers) - 1)
+    return (
+        bool(layers)
+        and config.feat_extract_activation == "gelu"
+        and (first_only or all(kind is nn.LayerNorm for kind in kinds))
+        and all(
+            isinstance(norm, nn.LayerNorm) or norm is None or norm.num_groups == norm.num_channels for norm in norms
+        )
+        and all(isinstance(layer.conv, nn.Conv1d) and layer.conv.groups == 1 for layer in layers)
+        and all(layer.conv.padding == (0,) and layer.conv.dilation == (1,) for layer in layers)
+        and layers[0].conv.in_channels == 1
+        and all(layer.conv.stride[0] <= layer.conv.kernel_size[0] <= 2 * layer.conv.stride[0] for layer in layers[1:])
+    )
+
+
+class ConvolutionStack(nn.Module):
+    """The family's strided convolutions on [rows, channels], with the parameters of transformers' feature encoder.
+
+    Args:
+        encoder: the module whose layers are adopted, so their parameter names stay.
+    """
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.conv_layers: Any = encoder.conv_layers
+        self.shapes = [(layer.conv.kernel_size[0], layer.conv.stride[0]) for layer in self.conv_layers]
+
+    def _freeze_parameters(self) -> None:
+        """What ``freeze_feature_encoder`` of transformers' models calls."""
+        self.requires_grad_(False)
+
+    def forward(
+        self,
+        waveform: Tensor,  # [B, samples]
+    ) -> Tensor:  # [B, channels, frames], a transposed view, as transformers' models expect it
+        """Features of every clip.
+
+        Raises:
+            ValueError: the waveform is too short for one frame.
+        """
+        batch, samples = waveform.shape
+        (kernel, stride), *following = self.shapes
+        frames = [(samples - kernel) // stride + 1]
+        for size, step in following:
+            frames.append((frames[-1] - size) // step + 1)
+        if frames[-1] < 1:
+            raise ValueError(f"{samples} samples are too few for one frame of these convolutions; pad the waveform")
+        total = math.prod(step for _, step in following)
+        rows = -(-frames[0] // total) * total
+        waveform = F.pad(waveform, (0, (rows - 1) * stride + kernel - samples))
+        # GEMMs on tensor cores want rows of a multiple of 16 bytes
+        windows = F.pad(waveform.unfold(1, kernel, stride), (0, -kernel % 8)).flatten(0, 1)
+        first = self.conv_layers[0].conv
+        weight = F.pad(first.weight.squeeze(1), (0, -kernel % 8))
+        x = _norm_gelu(self.conv_layers[0], F.linear(windows, weight, first.bias), batch, frames[0])
+        for layer, (_, step), count in zip(self.conv_layers[1:], following, frames[1:], strict=True):
+            conv = layer.conv
+            weight, bias = conv.weight.transpose(1, 2).flatten(1), conv.bias
+            if torch.is_autocast_enabled(x.device.type):
+                low = torch.get_autocast_dtype(x.device.type)
+                x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
+            x = _norm_gelu(layer, _RowConvolution.apply(x, weight, bias, step), batch, count)
+        return x.unflatten(0, (batch, -1))[:, : frames[-1]].transpose(1, 2)
+
+
+def _norm_gelu(
+    layer: Any,  # a convolution layer of transformers
+    x: Tensor,  # [B · rows, channels], its convolution's output
+    batch: int,
+    frames: int,  # valid rows of each clip
+) -> Tensor:  # [B · rows, channels]
+    norm = getattr(layer, "layer_norm", None)
+    if norm is None:
+        return F.gelu(x)
+    if isinstance(norm, nn.LayerNorm):
+        return layer_norm_gelu(x, norm.weight, norm.bias, norm.eps)
+    # GroupNorm with a group for each channel: statistics over time, from the valid rows
+    x = x.unflatten(0, (batch, -1)).to(torch.promote_types(x.dtype, torch.float32))
+    variance, mean = torch.var_mean(x[:, :frames], 1, correction=0, keepdim=True)
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    return F.gelu(torch.addcmul(norm.bias - mean * scale, x, scale)).flatten(0, 1).to(norm.weight.dtype)
+
+
+class _RowConvolution(torch.autograd.Function):
+    """Convolution along contiguous rows as GEMMs on views: y[n] = b + W · x[n·s : n·s + k], for s ≤ k ≤ 2s.
+
+    Autograd of the same two products would copy the whole gradient to accumulate onto a part of it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [N · s, C]
+        weight: Tensor,  # [D, k · C], the kernel's positions outermost
+        bias: Tensor | None,  # [D]
+        stride: int,
+    ) -> Tensor:  # [N, D]; the last row lacks what lies beyond the end of x
+        rows, own, rest = _row_views(x, weight, stride)
+        y = rows @ own.t() if bias is None else torch.addmm(bias, rows, own.t())
+        if rest.shape[1]:
+            y[:-1].addmm_(rows[1:, : rest.shape[1]], rest.t())
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.has_bias = stride, bias is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        rows, own, rest = _row_views(x, weight, ctx.stride)
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ own
+            if rest.shape[1]:
+                dx[1:, : rest.shape[1]].addmm_(dy[:-1], rest)
+            dx = dx.view_as(x)
+        if ctx.needs_input_grad[1]:
+            dweight = torch.cat([dy.t() @ rows, dy[:-1].t() @ rows[1:, : rest.shape[1]]], 1)
+        return dx, dweight, dy.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None, None
+
+
+def _row_views(x: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups of ``stride`` rows, the weights of a group's own rows, and those of the next group's first rows."""
+    width = stride * x.shape[1]
+    return x.view(-1, width), weight[:, :width], weight[:, width:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encoder
+
+
+class EncoderLayer(nn.Module):
+    """One transformer layer of WavLM, with the parameters of transformers' layer.
+
+    Args:
+        layer: the layer whose modules are adopted, so their parameter names stay.
+        stable: LayerNorm before attention and feed-forward (the large models) instead of after them.
+    """
+
+    def __init__(self, layer: Any, stable: bool) -> None:
+        super().__init__()
+        self.attention: Any = layer.attention
+        self.dropout = layer.dropout
+        self.layer_norm = layer.layer_norm
+        self.feed_forward = layer.feed_forward
+        self.final_layer_norm = layer.final_layer_norm
+        self.stable = stable
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, hidden]
+        table: Tensor,  # [heads, 2T − 1] position bias at the distances −(T−1) .. T−1
+        frames: Tensor | None,  # int64 [B] valid frames; None: all
+    ) -> Tensor:  # [B, T, hidden]
+        if self.stable:
+            x = x + self.dropout(self._attend(self.layer_norm(x), table, frames))
+            return x + self.feed_forward(self.final_layer_norm(x))
+        x = self.layer_norm(x + self.dropout(self._attend(x, table, frames)))
+        return self.final_layer_norm(x + self.feed_forward(x))
+
+    def _attend(self, x: Tensor, table: Tensor, frames: Tensor | None) -> Tensor:
+        """Gated relative-position attention (WavLM, Chen et al. 2022, equations 4 to 8)."""
+        attention = self.attention
+        q, k, v = (
+            projection(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        # each gate is the sum of four outputs of a linear layer, which is the output of one with summed weights
+        linear = attention.gru_rel_pos_linear
+        weight, bias = linear.weight.unflatten(0, (2, 4)).sum(1), linear.bias.view(2, 4).sum(1)
+        gates = F.linear(x.unflatten(-1, (attention.num_heads, -1)), weight, bias).to(table.dtype).sigmoid()
+        update, reset = gates.unbind(-1)  # [B, T, heads]
+        gate = update * (reset * attention.gru_rel_pos_const.flatten() - 1.0) + 2.0
+        dropout = float(attention.dropout) if self.training else 0.0
+        y = gated_toeplitz_attention(q, k, v, table, gate.transpose(1, 2), frames, dropout=dropout)
+        return attention.out_proj(y.transpose(1, 2).flatten(2))
+
+
+class Encoder(nn.Module):
+    """WavLM's encoder, with the parameters of transformers' ``WavLMEncoder`` or ``WavLMEncoderStableLayerNorm``.
+
+    Args:
+        encoder: the module whose parameters are adopted.
+        config: its ``WavLMConfig``.
+
+    Attributes:
+        checkpoint: in training, keep each layer's input only and compute the layer again in the backward pass.
+        compiled: the layers are compiled, which is for training alone: evaluation has batches of all shapes, and each
+            new one would take its place among the few versions that torch keeps of a piece of code.
+    """
+
+    buckets: Tensor
+
+    def __init__(self, encoder: Any, config: Any) -> None:
+        super().__init__()
+        self.pos_conv_embed = encoder.pos_conv_embed
+        self.layer_norm = encoder.layer_norm
+        self.dropout = encoder.dropout
+        self.stable = bool(config.do_stable_layer_norm)
+        self.layers = nn.ModuleList(EncoderLayer(layer, self.stable) for layer in encoder.layers)
+        self.layerdrop = float(config.layerdrop)
+        self.checkpoint = self.compiled = False
+        # all distances from max_bucket_distance on share a bucket
+        distances = torch.arange(-config.max_bucket_distance, config.max_bucket_distance + 1)
+        first = encoder.layers[0].attention
+        buckets = first._relative_positions_bucket(distances).to(first.rel_attn_embed.weight.device)
+        self.register_buffer("buckets", buckets, persistent=False)
+
+    def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
+        """Execution options without effect on results; see the attributes."""
+        self.checkpoint, self.compiled = checkpoint, compile
+        if compile:
+            for layer in self.layers:
+                layer.compile()  # one graph serves all layers
+
+    def position_table(self, frames: int) -> Tensor:  # float32 or float64 [heads, 2 · frames − 1]
+        """Position bias of every head at the distances −(frames − 1) .. frames − 1, before the gate."""
+        furthest = len(self.buckets) // 2
+        distances = torch.arange(1 - frames, frames, device=self.buckets.device).clamp(-furthest, furthest)
+        first: Any = self.layers[0]
+        values = first.attention.rel_attn_embed(self.buckets[distances + furthest])
+        return values.t().to(torch.promote_types(values.dtype, torch.float32)).contiguous()
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:
+        """What transformers' model calls, with a bool mask [B, T] of the valid frames."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        frames = None if attention_mask is None else attention_mask.sum(1)
+        return BaseModelOutput(last_hidden_state=self.encode(hidden_states, frames))
+
+    def encode(
+        self,
+        x: Tensor,  # [B, T, hidden]
+        frames: Tensor | None,  # int64 [B] valid frames; None: all
+    ) -> Tensor:  # [B, T, hidden]
+        """Output of the last layer; what lies past a clip's frames is finite and means nothing."""
+        if frames is not None:  # the positional convolution looks across the end
+            padding = torch.arange(x.shape[1], device=x.device) >= frames[:, None]
+            x = x.masked_fill(padding[..., None], 0.0)
+        x = x + self.pos_conv_embed(x)
+        x = self.dropout(x if self.stable else self.layer_norm(x))
+        table = self.position_table(x.shape[1])
+        # LayerDrop: drawn on the host, whose generator a gradient cache replays, and read without asking a device
+        drops = self.training and self.layerdrop > 0
+        draws = torch.rand(len(self.layers), device="cpu").tolist() if drops else [1.0] * len(self.layers)
+        eager = self.compiled and not self.training
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            for index, (layer, draw) in enumerate(zip(self.layers, draws, strict=True)):
+                if index > 0 and draw < self.layerdrop:
+                    continue
+                if self.checkpoint and self.training and torch.is_grad_enabled():
+                    x = checkpoint(layer, x, table, frames, use_reentrant=False)
+                else:
+                    x = layer(x, table, frames)
+        return self.layer_norm(x) if self.stable else x

@@ -1,0 +1,383 @@
+"""Self-attention with WavLM's gated relative-position bias (Chen et al. 2022, "WavLM", eq. 3 to 5).
+
+    bias[b, h, i, j] = gate[b, h, i] · table[h, j - i + T - 1]
+
+The bias of a head is a Toeplitz matrix, 2T - 1 numbers, times one gate a row, so it never has to exist as a matrix: the
+Triton engine (`fastclap.kernels.toeplitz_attention_triton`) forms it tile by tile inside a flash-attention kernel,
+forward and backward. The torch engine writes it out, [B, H, T, T] in the dtype of q, and hands it to torch's
+scaled_dot_product_attention; it is for CPUs, GPUs before sm_80, float64 and heads wider than 128.
+
+Dropout of the Triton engine comes from a counter, not from a stream: whether a probability is kept is a function of a
+seed and of (b, h, i, j), written out in `dropout_mask`, so every tile of every kernel finds the same answer for itself.
+The seed is drawn on the device from torch's generator, which costs no synchronisation; whoever restores the generator,
+as activation checkpointing and `fastclap.GradCache` do, gets the same mask again.
+
+Eager calls of the Triton engine go through an autograd.Function. Under torch.compile the same kernels are the operator
+`fastclap::gated_toeplitz_attention`, so that a graph stays whole.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+WIDEST_HEAD = 128  # of the Triton engine
+WIDEST_HEAD_TF32X3 = 64  # of it at float32 precision "highest": wider tiles, split in two, would not fit the registers
+MASK_ALIGNMENT = 8  # elements: rows of an additive mask of torch's memory-efficient kernel start at multiples of it
+ONCE = (
+    "the gradient of gated_toeplitz_attention cannot be differentiated again: call backward without create_graph=True, "
+    'or use backend="reference"'
+)
+
+Gradients = tuple["Tensor | None", ...]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The definition
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def toeplitz(table: Tensor, columns: int | None = None) -> Tensor:
+    """[H, T, T] with out[h, i, j] = table[h, j - i + T - 1], a table being [H, 2T - 1]; a view as far as possible.
+
+    ``columns`` beyond T are zero.
+    """
+    rows = (table.shape[1] + 1) // 2
+    columns = rows if columns is None else columns
+    return F.pad(table, (0, columns - rows)).unfold(1, columns, 1).flip(1)
+
+
+def gated_toeplitz_attention_reference(
+    q: Tensor,  # (B, H, T, d)
+    k: Tensor,  # (B, H, T, d)
+    v: Tensor,  # (B, H, T, d)
+    table: Tensor,  # (H, 2T - 1)
+    gate: Tensor,  # (B, H, T)
+    lengths: Tensor | None = None,  # (B,)
+    *,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    keep: Tensor | None = None,  # (B, H, T, T) bool
+) -> Tensor:
+    """The definition with all matrices in memory, in the dtype of its inputs; the oracle in float64.
+
+    ``keep`` says which probabilities dropout leaves; without it they are drawn from torch's generator.
+    See `gated_toeplitz_attention`.
+    """
+    logits = (q.shape[-1] ** -0.5 if scale is None else scale) * (q @ k.transpose(-1, -2))
+    logits = logits + (gate[..., None] * toeplitz(table)).to(logits.dtype)
+    if lengths is not None:
+        beyond = torch.arange(q.shape[2], device=q.device) >= lengths[:, None, None, None]
+        logits = logits.masked_fill(beyond, -math.inf)
+        logits = logits.where(lengths[:, None, None, None] > 0, 0.0)
+    p = logits.softmax(-1)
+    if lengths is not None:
+        p = p.where(lengths[:, None, None, None] > 0, 0.0)
+    p = F.dropout(p, dropout) if keep is None else p.where(keep, 0.0) / (1 - dropout)
+    return p @ v
+
+
+def dropout_mask(seed: Tensor, batch: int, heads: int, length: int, dropout: float) -> Tensor:
+    """Bool [batch, heads, length, length]: the probabilities that dropout of the Triton engine keeps.
+
+    ``seed`` is int64 [1]. Every (b, h) has two 32-bit keys mixed from the seed. One hash, of
+    key_0 + (i without its bit 3) · length + j with key_1 between its two rounds, serves two rows: i with bit 3 takes
+    its upper 16 bits, i without it the lower ones (a thread of a matrix instruction holds rows i and i + 8). Read as a
+    signed number they have to reach round(dropout · 2¹⁶) - 2¹⁵. The steps and constants of the mixing are those of
+    Wellons' "lowbias32" (2018, public domain).
+    """
+    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    head = torch.arange(batch * heads, device=seed.device)
+    key0 = _mix(_mix(low + head * 0x9E3779B9) ^ high)[:, None, None]
+    key1 = _mix(_mix(high + head * 0x85EBCA6B) ^ low)[:, None, None]
+    at = torch.arange(length, device=seed.device)
+    x = _mix(key0 + (at & ~8)[:, None] * length + at, key1)
+    half = torch.where((at & 8)[:, None] > 0, x >> 16, x & 0xFFFF)
+    signed = half - ((half >> 15) << 16)
+    return (signed >= round(dropout * 2**16) - 2**15).view(batch, heads, length, length)
+
+
+def _mix(x: Tensor, key: int | Tensor = 0) -> Tensor:
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15) ^ key) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The function
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gated_toeplitz_attention(
+    q: Tensor,  # (B, H, T, d)
+    k: Tensor,  # (B, H, T, d)
+    v: Tensor,  # (B, H, T, d)
+    table: Tensor,  # (H, 2T - 1)
+    gate: Tensor,  # (B, H, T)
+    lengths: Tensor | None = None,  # (B,)
+    *,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scale · q·kᵀ + gate · table) · v, the bias being gate[b, h, i] · table[h, j - i + T - 1].
+
+    Differentiable in q, k, v, table and gate; on the Triton engine once. Never waits for the device.
+
+    Args:
+        q, k, v: [B, H, T, d] of one floating dtype, any strides; views of [B, T, H, d] are read in place.
+        table: [H, 2T - 1], one value for each distance j - i, from -(T - 1) to T - 1. It may be float32 beside 16-bit
+            q, k and v.
+        gate: [B, H, T], a factor for each query; dtype as for table.
+        lengths: int [B] on the device of q, the number of valid keys of each row of the batch: keys at or past it get
+            no weight. Queries past it attend to the valid keys like all others, so that their values are finite. A
+            length is the caller's duty to keep in 0..T; for one of 0 the output is zero.
+        dropout: probability in [0, 1) with which a weight is set to zero; the others are divided by 1 - dropout. The
+            Triton engine rounds it to a multiple of 2⁻¹⁶.
+        scale: of q·kᵀ, by default d^-0.5.
+        backend: "triton", "torch", "reference", or "auto": Triton on CUDA devices from sm_80 on for float16, bfloat16
+            and float32 with d ≤ 128 (float32 at matmul precision "highest": d ≤ 64), else torch. On a CPU "triton"
+            needs TRITON_INTERPRET=1.
+
+    Returns:
+        [B, H, T, d] in the dtype of q; on the Triton engine a view of a contiguous [B, T, H, d]. Under autocast q, k
+        and v are taken to its dtype first, and the result has that dtype; table and gate are left as they are.
+        Products are accumulated in float32. For float32 the Triton engine multiplies as
+        torch.get_float32_matmul_precision() says: "highest" with the accuracy of float32, else in TF32.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, lengths are not integers, or dtypes differ.
+        ValueError: shapes, devices or values do not fit, or the backend is unknown or cannot take these tensors.
+        RuntimeError: at a second differentiation of the Triton engine.
+    """
+    device_type = q.device.type
+    if torch.is_autocast_enabled(device_type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check(q, k, v, table, gate, lengths, dropout, scale)
+    engine = _engine(q, backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if engine == "reference":
+        return gated_toeplitz_attention_reference(q, k, v, table, gate, lengths, dropout=dropout, scale=scale)
+    if engine == "torch":
+        return _torch_engine(q, k, v, table, gate, lengths, dropout, scale)
+    dropout = min(round(dropout * 2**16), 2**16 - 1) / 2**16
+    seed = torch.randint(0, 2**63 - 1, (1,), device=q.device) if dropout > 0 else None
+    if torch.compiler.is_compiling():
+        return torch.ops.fastclap.gated_toeplitz_attention(q, k, v, table, gate, lengths, seed, dropout, scale)[0]
+    return _Attention.apply(q, k, v, table, gate, lengths, seed, dropout, scale)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None, dropout: float,
+    scale: float | None,
+) -> None:  # fmt: skip
+    if q.dim() != 4:
+        raise ValueError(f"q must be [batch, heads, length, head width], is {list(q.shape)}")
+    batch, heads, length, width = q.shape
+    if length < 1 or width < 1:
+        raise ValueError(f"q has no positions or no width: {list(q.shape)}")
+    named = {"q": q, "k": k, "v": v, "table": table, "gate": gate}
+    shapes = {
+        "k": (batch, heads, length, width),
+        "v": (batch, heads, length, width),
+        "table": (heads, 2 * length - 1),
+        "gate": (batch, heads, length),
+    }
+    for name, shape in shapes.items():
+        if named[name].shape != shape:
+            raise ValueError(f"{name} must be {list(shape)} beside q {list(q.shape)}, is {list(named[name].shape)}")
+    for name, tensor in named.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor, is {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}; move it there first")
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise TypeError(f"q, k and v must have one dtype, have {q.dtype}, {k.dtype} and {v.dtype}")
+    if lengths is not None:
+        if lengths.shape != (batch,):
+            raise ValueError(f"lengths must be [{batch}], one for each row of the batch, is {list(lengths.shape)}")
+        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+            raise TypeError(f"lengths must be integers, are {lengths.dtype}")
+        if lengths.device != q.device:
+            raise ValueError(f"lengths are on {lengths.device}, q on {q.device}; move them there first")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), is {dropout}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, is {scale}")
+
+
+def _engine(q: Tensor, backend: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, is {backend!r}")
+    reason = _why_not_triton(q)
+    if backend == "auto":
+        return "torch" if reason or not q.is_cuda else "triton"
+    if backend == "triton" and reason:
+        raise ValueError(f'backend="triton" cannot be used: {reason}; use backend="auto"')
+    # Nothing to launch a kernel for.
+    return "torch" if backend == "triton" and q.numel() == 0 else backend
+
+
+def _why_not_triton(q: Tensor) -> str | None:
+    if q.dtype not in TRITON_DTYPES:
+        return f"q is {q.dtype}, not float16, bfloat16 or float32"
+    if q.shape[-1] > WIDEST_HEAD:
+        return f"heads are {q.shape[-1]} wide, more than {WIDEST_HEAD}"
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"q is on {q.device}; without a GPU set TRITON_INTERPRET=1 before the first import"
+    if q.is_cuda and _capability(q.device.index) < (8, 0):
+        return "the GPU is older than sm_80"
+    exact = q.dtype == torch.float32 and _float32_precision() == "highest"
+    if q.is_cuda and exact and q.shape[-1] > WIDEST_HEAD_TF32X3:
+        return (
+            f"heads are {q.shape[-1]} wide, more than {WIDEST_HEAD_TF32X3} in float32 at precision 'highest' "
+            "(torch.set_float32_matmul_precision('high') allows it)"
+        )
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _float32_precision() -> str:
+    return torch.get_float32_matmul_precision()
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Torch engine
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _torch_engine(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None, dropout: float, scale: float
+) -> Tensor:
+    length = q.shape[2]
+    padded = -(-length // MASK_ALIGNMENT) * MASK_ALIGNMENT
+    bias = (gate[..., None] * toeplitz(table, padded)).to(q.dtype)[..., :length]
+    if lengths is not None:
+        # A row without any key is left as it is and its result dropped: softmax and its gradient stay finite.
+        some = (lengths > 0)[:, None, None, None]
+        beyond = (torch.arange(length, device=q.device) >= lengths[:, None, None, None]) & some
+        # In place, so that rows stay aligned; the product's gradient does not need its result.
+        bias = bias.masked_fill_(beyond, -math.inf)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+    return out if lengths is None else out.where(some, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Triton engine: eager calls and the operator
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None, seed: Tensor | None,
+    dropout: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from fastclap.kernels import toeplitz_attention_triton as triton_engine
+
+    return triton_engine.forward(q, k, v, table, gate, lengths, seed, dropout, scale)
+
+
+def _backward(
+    upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None,
+    seed: Tensor | None, out: Tensor, log_sum: Tensor, dropout: float, scale: float, need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from fastclap.kernels import toeplitz_attention_triton as triton_engine
+
+    return triton_engine.backward(
+        upstream, q, k, v, table, gate, lengths, seed, out, log_sum, dropout, scale, tuple(need)
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """An eager call, without the tens of microseconds that an operator costs."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        out, log_sum = _forward(*inputs)
+        ctx.save_for_backward(*inputs[:7], out, log_sum)
+        ctx.options = inputs[7:]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Gradients:
+        return _gradients(_backward, ctx, upstream)
+
+
+def _gradients(compute: Any, ctx: Any, upstream: Tensor) -> Gradients:
+    if torch.is_grad_enabled():
+        raise RuntimeError(ONCE)
+    need = list(ctx.needs_input_grad[:5])
+    gradients = compute(upstream, *ctx.saved_tensors, *ctx.options, need)
+    return (*(x if wanted else None for x, wanted in zip(gradients, need, strict=True)), None, None, None, None)
+
+
+@torch.library.custom_op("fastclap::gated_toeplitz_attention", mutates_args=())
+def attention_op(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None, seed: Tensor | None,
+    dropout: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output, and the logarithm (to base 2) of every row's sum of exponentials, [B, H, T] float32."""
+    return _forward(q, k, v, table, gate, lengths, seed, dropout, scale)
+
+
+@torch.library.custom_op("fastclap::gated_toeplitz_attention_backward", mutates_args=())
+def attention_backward_op(
+    upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None,
+    seed: Tensor | None, out: Tensor, log_sum: Tensor, dropout: float, scale: float, need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, table and gate; an empty tensor for each that is not needed."""
+    return _backward(upstream, q, k, v, table, gate, lengths, seed, out, log_sum, dropout, scale, need)
+
+
+def like_projection(x: Tensor) -> Tensor:
+    """An uninitialised tensor of the shape of x, [B, H, T, d], laid out as [B, T, H, d]: what projections multiply."""
+    batch, heads, length, width = x.shape
+    return x.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+@attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return like_projection(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@attention_backward_op.register_fake
+def _(
+    upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None,
+    seed: Tensor | None, out: Tensor, log_sum: Tensor, dropout: float, scale: float, need: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    shaped = (like_projection(q), like_projection(k), like_projection(v), *map(_contiguous_like, (table, gate)))
+    return tuple(x if wanted else x.new_empty(0) for x, wanted in zip(shaped, need, strict=True))
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.options = inputs[7:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _op_backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> Gradients:
+    return _gradients(torch.ops.fastclap.gated_toeplitz_attention_backward, ctx, upstream)
+
+
+attention_op.register_autograd(_op_backward, setup_context=_save)

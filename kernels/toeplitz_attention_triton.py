@@ -1,0 +1,619 @@
+"""Triton engine of gated-Toeplitz attention (see `fastclap.kernels.toeplitz_attention` for the definition).
+
+Flash attention whose bias is made inside the tile. With row block i and column block j of a [BM, BN] tile the bias is
+gate_i · table[j - i]: a tile needs BM + BN - 1 consecutive values of the table, which go through shared memory once and
+are gathered from there straight into the layout of the matrix instruction's result.
+
+* `_forward_kernel`: a block of queries against all keys with a running maximum; keeps log2 of each row's sum.
+* `_rows_kernel`: δ_i = Σ_c out_ic · dout_ic, for the gradient of the softmax, beside what else a row needs.
+* `_keys_kernel`: a block of keys against all queries, transposed tiles: dK and dV.
+* `_queries_kernel`: a block of queries against all keys: dQ and dgate_i = Σ_j ds_ij · table[j - i].
+* `_diagonals_kernel`: dtable[r] = Σ_b Σ_i ds_{i,i+r} · gate_i. The sum runs along diagonals, across the rows that the
+  other kernels keep apart, so a program takes one diagonal of tiles, of one head, for several clips. All of these tiles
+  look at the same values of the table; they are added element by element in registers, the bias being gathered only
+  once, and `_skew_kernel` sums the diagonals of the few results. That costs two of the backward pass's products again
+  and needs neither atomics nor memory that grows with the batch.
+
+Logits are in units of ln 2: table and scale are multiplied by log2(e). Every value is computed by one program in a
+fixed order: results are bit-identical from run to run. In the backward pass numbers of rows are padded to a multiple
+of the largest block, so that their loads need no masks; rows past T have log-sum +∞, so their probabilities are 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastclap.kernels.offline import Compilation
+from fastclap.kernels.toeplitz_attention import WIDEST_HEAD_TF32X3, like_projection
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2.0))
+INF = tl.constexpr(float("inf"))
+LARGEST_BLOCK = 128
+SLACK = tl.constexpr(2 * LARGEST_BLOCK)  # values after a row of the padded table that a window may reach into
+DIAGONAL_PROGRAMS = 2048  # at least so many programs share the work of dtable; each leaves one tile
+PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a tile, warps of a program, stages of its loop.
+
+    ``registers``: the limit a thread, where it lets more programs share an SM without a spill in the main loop.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+KERNELS = ("forward", "keys", "queries", "diagonals")
+# By offline compilation: no spill in a main loop with dropout and lengths, then the most warps on an SM. By
+# architecture, bytes of an element and (padded) width of a head, up to 64 or 128; in the order of KERNELS.
+TILES: dict[int, dict[tuple[int, int], tuple[Tile, Tile, Tile, Tile]]] = {
+    80: {
+        (2, 64): (Tile(128, 64, 8, 3, 128), Tile(32, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+        (2, 128): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
+        (4, 64): (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1)),
+        (4, 128): (Tile(64, 32, 4, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),
+    },
+    90: {
+        (2, 64): (Tile(128, 64, 8, 3, 128), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+        (2, 128): (Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+        (4, 64): (Tile(64, 32, 4, 2), Tile(32, 64, 8, 1), Tile(64, 32, 4, 2), Tile(32, 32, 8, 2)),
+        (4, 128): (Tile(64, 32, 4, 2), Tile(32, 64, 8, 1), Tile(64, 16, 4, 1), Tile(64, 64, 8, 1)),
+    },
+    100: {
+        (2, 64): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, 168), Tile(64, 64, 4, 2)),
+        (2, 128): (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+        (4, 64): (Tile(64, 32, 4, 2), Tile(32, 64, 8, 1), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        (4, 128): (Tile(64, 32, 4, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 1), Tile(64, 64, 8, 1)),
+    },
+}
+INTERPRETER_TILE = Tile(64, 32, 4, 1)
+ROWS = 32  # of a program that prepares the numbers of rows
+SUMMED_ROWS = 16  # of a step of the program that sums diagonals
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of the kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_rows(base, first, stride, limit, ROWS: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr):
+    """[ROWS, D] from row ``first`` on of a matrix of HEAD columns; zeros outside of it."""
+    row, at = tl.arange(0, ROWS)[:, None], tl.arange(0, D)[None, :]
+    mask = row < limit - first
+    if HEAD < D:
+        mask = mask & (at < HEAD)
+    return tl.load(base + first * stride + (row * stride + at), mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(base, first, stride, limit, value, ROWS: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr):
+    row, at = tl.arange(0, ROWS)[:, None], tl.arange(0, D)[None, :]
+    mask = row < limit - first
+    if HEAD < D:
+        mask = mask & (at < HEAD)
+    tl.store(base + first * stride + (row * stride + at), value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _valid(lengths, clip, length):
+    """Number of keys of a clip."""
+    if lengths is None:
+        return length
+    else:
+        return tl.minimum(tl.load(lengths + clip).to(tl.int32), length)
+
+
+@triton.jit
+def _table_tile(table, row, column, far, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """log2(e) · table[j - i] of the tile at (row, column): [BM, BN], TRANSPOSED [BN, BM]."""
+    WINDOW: tl.constexpr = 2 * BM if BM > BN else 2 * BN
+    window = tl.load(table + (far + column - row - BM) + tl.arange(0, WINDOW))
+    if TRANSPOSED:
+        at = tl.arange(0, BN)[:, None] - tl.arange(0, BM)[None, :] + BM
+        return tl.reshape(tl.gather(window, tl.reshape(at, (BM * BN,)), 0), (BN, BM))
+    else:
+        at = tl.arange(0, BN)[None, :] - tl.arange(0, BM)[:, None] + BM
+        return tl.reshape(tl.gather(window, tl.reshape(at, (BM * BN,)), 0), (BM, BN))
+
+
+@triton.jit
+def _mix(x, key):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15) ^ key) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _dropout_keys(seed, head):
+    """The two keys of a (clip, head); see `toeplitz_attention.dropout_mask`."""
+    if seed is None:
+        return 0, 0
+    else:
+        value = tl.load(seed)
+        low, high, head = value.to(tl.uint32), (value >> 32).to(tl.uint32), head.to(tl.uint32)
+        return _mix(_mix(low + head * 0x9E3779B9, 0) ^ high, 0), _mix(_mix(high + head * 0x85EBCA6B, 0) ^ low, 0)
+
+
+@triton.jit
+def _kept(key0, key1, row, column, i, j, length, threshold):
+    """Whether dropout keeps (row + i, column + j); i and j, ranges from 0, broadcast against each other."""
+    # Without bit 3 rows i and i + 8, which one thread holds, have the same hash: it is computed once.
+    shared = key0 + (row + (i - (i & 8))).to(tl.uint32) * length.to(tl.uint32)
+    x = _mix(shared + (column + j).to(tl.uint32), key1)
+    x = tl.where((i & 8) > 0, x, x << 16)
+    return x.to(tl.int32, bitcast=True) >= threshold
+
+
+def _launched(scalars: str) -> Any:
+    """triton.jit that compiles once whatever the sizes of the batch; strides it may specialise on."""
+    return triton.jit(do_not_specialize=scalars.split())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@_launched("heads length scale threshold gain")
+def _forward_kernel(
+    q, k, v, table, gate, lengths, seed, out, log_sum,
+    q_clip, q_head, q_row, k_clip, k_head, k_row, v_clip, v_head, v_row, out_clip, out_head, out_row,
+    heads, length, far, scale, threshold, gain,
+    HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(length, BM)
+    row, index = (tl.program_id(0) % blocks) * BM, tl.program_id(0) // blocks
+    clip, head = (index // heads).to(tl.int64), index % heads
+    valid = _valid(lengths, clip, length)
+    key0, key1 = _dropout_keys(seed, index)
+    k += clip * k_clip + head * k_head
+    v += clip * v_clip + head * v_head
+    table += head * (2 * far + SLACK)
+    rows, columns = tl.arange(0, BM), tl.arange(0, BN)
+    i = row + rows
+    at = index.to(tl.int64) * length + i
+    queries = _load_rows(q + clip * q_clip + head * q_head, row, q_row, length, BM, HEAD, D)
+    factor = tl.load(gate + at, mask=i < length, other=0.0)
+    maximum = tl.full((BM,), -INF, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    result = tl.zeros((BM, D), tl.float32)
+    whole = valid // BN * BN
+    for TAIL in tl.static_range(2):  # the tiles that all keys of are valid, then the last one if there is one more
+        for column in tl.range(whole if TAIL else 0, valid if TAIL else whole, BN):
+            x = tl.dot(queries, _load_rows(k, column, k_row, valid, BN, HEAD, D).T, input_precision=PRECISION)
+            x = x * scale + factor[:, None] * _table_tile(table, row, column, far, BM, BN, False)
+            if TAIL:
+                x = tl.where(columns[None, :] < valid - column, x, -INF)
+            larger = tl.maximum(maximum, tl.max(x, 1))
+            shrink = tl.exp2(maximum - larger)
+            p = tl.exp2(x - larger[:, None])
+            total = total * shrink + tl.sum(p, 1)
+            maximum = larger
+            if seed is not None:
+                kept = _kept(key0, key1, row, column, rows[:, None], columns[None, :], length, threshold)
+                p = tl.where(kept, p, 0.0)
+            values = _load_rows(v, column, v_row, valid, BN, HEAD, D)
+            result = tl.dot(p.to(values.dtype), values, result * shrink[:, None], input_precision=PRECISION)
+    total = tl.where(valid > 0, total, 1.0)
+    result *= (gain / total)[:, None]
+    tl.store(log_sum + at, tl.where(valid > 0, maximum + tl.log2(total), INF), mask=i < length)
+    _store_rows(out + clip * out_clip + head * out_head, row, out_row, length, result, BM, HEAD, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@_launched("heads length keep")
+def _rows_kernel(
+    gate, log_sum, out, upstream, rows_gate, rows_log_sum, rows_delta,
+    out_clip, out_head, out_row, up_clip, up_head, up_row, heads, length, far, keep,
+    HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Gate, log-sum and δ of a block of rows, padded with 0, +∞ and 0; δ times the probability that dropout keeps a
+    weight, by which all of ds is too large until the end."""
+    blocks = far // BM
+    row, index = (tl.program_id(0) % blocks) * BM, tl.program_id(0) // blocks
+    clip, head = (index // heads).to(tl.int64), index % heads
+    i = row + tl.arange(0, BM)
+    at = index.to(tl.int64) * length + i
+    to = index.to(tl.int64) * far + i
+    x = _load_rows(out + clip * out_clip + head * out_head, row, out_row, length, BM, HEAD, D)
+    y = _load_rows(upstream + clip * up_clip + head * up_head, row, up_row, length, BM, HEAD, D)
+    tl.store(rows_delta + to, keep * tl.sum(x.to(tl.float32) * y.to(tl.float32), 1))
+    tl.store(rows_gate + to, tl.load(gate + at, mask=i < length, other=0.0))
+    tl.store(rows_log_sum + to, tl.load(log_sum + at, mask=i < length, other=INF))
+
+
+@_launched("heads length scale threshold gain")
+def _keys_kernel(
+    q, k, v, table, gate, lengths, seed, upstream, log_sum, delta, dk, dv,
+    q_clip, q_head, q_row, k_clip, k_head, k_row, v_clip, v_head, v_row, up_clip, up_head, up_row,
+    dk_clip, dk_head, dk_row, dv_clip, dv_head, dv_row,
+    heads, length, far, scale, threshold, gain,
+    HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(length, BN)
+    column, index = (tl.program_id(0) % blocks) * BN, tl.program_id(0) // blocks
+    clip, head = (index // heads).to(tl.int64), index % heads
+    valid = _valid(lengths, clip, length)
+    key0, key1 = _dropout_keys(seed, index)
+    q += clip * q_clip + head * q_head
+    upstream += clip * up_clip + head * up_head
+    table += head * (2 * far + SLACK)
+    rows, columns = tl.arange(0, BM), tl.arange(0, BN)
+    gate += index.to(tl.int64) * far
+    log_sum += index.to(tl.int64) * far
+    delta += index.to(tl.int64) * far
+    keys = _load_rows(k + clip * k_clip + head * k_head, column, k_row, valid, BN, HEAD, D)
+    values = _load_rows(v + clip * v_clip + head * v_head, column, v_row, valid, BN, HEAD, D)
+    key_gradient = tl.zeros((BN, D), tl.float32)
+    value_gradient = tl.zeros((BN, D), tl.float32)
+    for row in tl.range(0, length if column < valid else 0, BM):
+        queries = _load_rows(q, row, q_row, length, BM, HEAD, D)
+        x = tl.dot(keys, queries.T, input_precision=PRECISION)
+        factor = tl.load(gate + row + rows)
+        x = x * scale + factor[None, :] * _table_tile(table, row, column, far, BM, BN, True)
+        p = tl.exp2(x - tl.load(log_sum + row + rows)[None, :])
+        out_gradient = _load_rows(upstream, row, up_row, length, BM, HEAD, D)
+        ds = tl.dot(values, out_gradient.T, input_precision=PRECISION)
+        weight = p
+        if seed is not None:
+            kept = _kept(key0, key1, row, column, rows[None, :], columns[:, None], length, threshold)
+            weight = tl.where(kept, p, 0.0)
+            ds = tl.where(kept, ds, 0.0)
+        value_gradient = tl.dot(weight.to(q.dtype.element_ty), out_gradient, value_gradient, input_precision=PRECISION)
+        ds = p * (ds - tl.load(delta + row + rows)[None, :])
+        key_gradient = tl.dot(ds.to(q.dtype.element_ty), queries, key_gradient, input_precision=PRECISION)
+    # Columns past the last key hold whatever their logits of 0 led to.
+    inside = (columns < valid - column)[:, None]
+    key_gradient = tl.where(inside, key_gradient * (gain * scale * LN2), 0.0)
+    value_gradient = tl.where(inside, value_gradient * gain, 0.0)
+    _store_rows(dk + clip * dk_clip + head * dk_head, column, dk_row, length, key_gradient, BN, HEAD, D)
+    _store_rows(dv + clip * dv_clip + head * dv_head, column, dv_row, length, value_gradient, BN, HEAD, D)
+
+
+@_launched("heads length scale threshold gain")
+def _queries_kernel(
+    q, k, v, table, gate, lengths, seed, upstream, log_sum, delta, dq, dgate,
+    q_clip, q_head, q_row, k_clip, k_head, k_row, v_clip, v_head, v_row, up_clip, up_head, up_row,
+    dq_clip, dq_head, dq_row,
+    heads, length, far, scale, threshold, gain,
+    HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(length, BM)
+    row, index = (tl.program_id(0) % blocks) * BM, tl.program_id(0) // blocks
+    clip, head = (index // heads).to(tl.int64), index % heads
+    valid = _valid(lengths, clip, length)
+    key0, key1 = _dropout_keys(seed, index)
+    k += clip * k_clip + head * k_head
+    v += clip * v_clip + head * v_head
+    table += head * (2 * far + SLACK)
+    rows, columns = tl.arange(0, BM), tl.arange(0, BN)
+    at = index.to(tl.int64) * far + row + rows
+    queries = _load_rows(q + clip * q_clip + head * q_head, row, q_row, length, BM, HEAD, D)
+    out_gradient = _load_rows(upstream + clip * up_clip + head * up_head, row, up_row, length, BM, HEAD, D)
+    factor, shift, change = tl.load(gate + at), tl.load(log_sum + at), tl.load(delta + at)
+    query_gradient = tl.zeros((BM, D), tl.float32)
+    gate_gradient = tl.zeros((BM,), tl.float32)
+    whole = valid // BN * BN
+    for TAIL in tl.static_range(2):
+        for column in tl.range(whole if TAIL else 0, valid if TAIL else whole, BN):
+            keys = _load_rows(k, column, k_row, valid, BN, HEAD, D)
+            x = tl.dot(queries, keys.T, input_precision=PRECISION)
+            distance = _table_tile(table, row, column, far, BM, BN, False)
+            x = x * scale + factor[:, None] * distance
+            if TAIL:
+                x = tl.where(columns[None, :] < valid - column, x, -INF)
+            p = tl.exp2(x - shift[:, None])
+            values = _load_rows(v, column, v_row, valid, BN, HEAD, D)
+            ds = tl.dot(out_gradient, values.T, input_precision=PRECISION)
+            if seed is not None:
+                kept = _kept(key0, key1, row, column, rows[:, None], columns[None, :], length, threshold)
+                ds = tl.where(kept, ds, 0.0)
+            ds = p * (ds - change[:, None])
+            gate_gradient += tl.sum(ds * distance, 1)
+            query_gradient = tl.dot(ds.to(keys.dtype), keys, query_gradient, input_precision=PRECISION)
+    query_gradient *= gain * scale * LN2
+    _store_rows(dq + clip * dq_clip + head * dq_head, row, dq_row, length, query_gradient, BM, HEAD, D)
+    at = index.to(tl.int64) * length + row + rows
+    tl.store(dgate + at, gate_gradient * (gain * LN2), mask=rows < length - row)
+
+
+@_launched("clips heads length scale threshold groups")
+def _diagonals_kernel(
+    q, k, v, table, gate, lengths, seed, upstream, log_sum, delta, parts,
+    q_clip, q_head, q_row, k_clip, k_head, k_row, v_clip, v_head, v_row, up_clip, up_head, up_row,
+    clips, heads, length, far, scale, threshold, groups,
+    HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ gate · ds over the tiles (row + n·BM, column + n·BM) of clips group, group + groups, …: [BM, BM] to parts.
+
+    The long diagonals come first: 0, -1, 1, -2, 2, …
+    """
+    tiles = tl.cdiv(length, BM)
+    rank, rest = tl.program_id(0) // (heads * groups), tl.program_id(0) % (heads * groups)
+    head, group = rest % heads, rest // heads
+    diagonal = (rank + 1) // 2 * (1 - 2 * (rank % 2))
+    first_row, first_column = tl.maximum(-diagonal, 0) * BM, tl.maximum(diagonal, 0) * BM
+    count = tiles - (rank + 1) // 2
+    rows = tl.arange(0, BM)
+    distance = _table_tile(table + head * (2 * far + SLACK), first_row, first_column, far, BM, BM, False)
+    total = tl.zeros((BM, BM), tl.float32)
+    for step in tl.range(0, tl.cdiv(clips - group, groups) * count):
+        clip = (group + step // count * groups).to(tl.int64)
+        row, column = first_row + step % count * BM, first_column + step % count * BM
+        index = clip * heads + head
+        valid = _valid(lengths, clip, length)
+        at = index * far + row + rows
+        queries = _load_rows(q + clip * q_clip + head * q_head, row, q_row, length, BM, HEAD, D)
+        keys = _load_rows(k + clip * k_clip + head * k_head, column, k_row, valid, BM, HEAD, D)
+        x = tl.dot(queries, keys.T, input_precision=PRECISION)
+        factor = tl.load(gate + at)
+        x = x * scale + factor[:, None] * distance
+        p = tl.exp2(x - tl.load(log_sum + at)[:, None])
+        out_gradient = _load_rows(upstream + clip * up_clip + head * up_head, row, up_row, length, BM, HEAD, D)
+        values = _load_rows(v + clip * v_clip + head * v_head, column, v_row, valid, BM, HEAD, D)
+        ds = tl.dot(out_gradient, values.T, input_precision=PRECISION)
+        if seed is not None:
+            key0, key1 = _dropout_keys(seed, index)
+            kept = _kept(key0, key1, row, column, rows[:, None], rows[None, :], length, threshold)
+            ds = tl.where(kept, ds, 0.0)
+        ds = p * (ds - tl.load(delta + at)[:, None])
+        total += tl.where(rows[None, :] < valid - column, ds * factor[:, None], 0.0)
+    parts += ((group * heads + head).to(tl.int64) * (2 * tiles - 1) + diagonal + tiles - 1) * BM * BM
+    tl.store(parts + rows[:, None] * BM + rows[None, :], total)
+
+
+@_launched("heads length groups gain")
+def _skew_kernel(parts, dtable, heads, length, groups, gain, BM: tl.constexpr, ROWS: tl.constexpr):
+    """dtable of the distances d = diagonal·BM + 0 … BM - 1: every row of the tiles of that diagonal and the next has
+    one element at distance d."""
+    tiles = tl.cdiv(length, BM)
+    diagonal, head = tl.program_id(0) % (2 * tiles) - tiles, tl.program_id(0) // (2 * tiles)
+    ahead = tl.arange(0, BM)
+    total = tl.zeros((ROWS, BM), tl.float32)
+    for step in tl.range(0, groups * (BM // ROWS)):
+        group, row = step // (BM // ROWS), step % (BM // ROWS) * ROWS + tl.arange(0, ROWS)
+        column = row[:, None] + ahead[None, :]
+        tile = diagonal + column // BM
+        at = ((group * heads + head).to(tl.int64) * (2 * tiles - 1) + tile + tiles - 1) * BM + row[:, None]
+        total += tl.load(parts + at * BM + column % BM, mask=(tile > -tiles) & (tile < tiles), other=0.0)
+    at = diagonal * BM + ahead + length - 1
+    value = (tl.sum(total, 0) * gain).to(dtable.dtype.element_ty)
+    tl.store(dtable + head * (2 * length - 1) + at, value, mask=(at >= 0) & (at < 2 * length - 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Host
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tile_for(arch: int, dtype: torch.dtype, width: int, kernel: str) -> Tile:
+    """The configuration of a kernel for a padded head width; sm_80's, the smallest, where the architecture has none of
+    its own: the GPUs for desks have less shared memory."""
+    if arch == 0:
+        return INTERPRETER_TILE
+    family = arch // 10 * 10 if arch // 10 * 10 in TILES else 80
+    return TILES[family][dtype.itemsize, 64 if width <= 64 else 128][KERNELS.index(kernel)]
+
+
+@lru_cache
+def _architecture(index: int | None) -> int:
+    """80, 90, 100, …; 0 in the interpreter."""
+    if index is None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor
+
+
+class Launch:
+    """What the launches of one call share; 16-bit and 32-bit table and gate become float32."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None,
+        seed: Tensor | None, dropout: float, scale: float,
+    ) -> None:  # fmt: skip
+        self.index = q.device.index if q.is_cuda else None
+        if q.is_cuda and self.index is None:
+            self.index = torch.cuda.current_device()
+        self.arch, self.dtype = _architecture(self.index), q.dtype
+        self.clips, self.heads, self.length, self.width = q.shape
+        self.far = triton.cdiv(self.length, LARGEST_BLOCK) * LARGEST_BLOCK
+        self.padded_table = q.new_zeros(self.heads, 2 * self.far + SLACK.value, dtype=torch.float32)
+        inside = self.padded_table[:, self.far - self.length + 1 : self.far + self.length]
+        torch.mul(table.detach().float(), LOG2E.value, out=inside)
+        self.gate = gate.detach().float().contiguous()
+        self.q, self.k, self.v = _rows_of(q), _rows_of(k), _rows_of(v)
+        self.lengths = None if lengths is None else lengths.contiguous()
+        self.seed, self.scale = seed, scale * LOG2E.value
+        self.threshold, self.gain = (round(dropout * 2**16) - 2**15) << 16, 1.0 / (1.0 - dropout)
+        self.precision = "tf32"
+        if q.dtype == torch.float32:
+            self.precision = PRECISIONS[torch.get_float32_matmul_precision()]
+
+    def inputs(self, gate: Tensor) -> tuple[Any, ...]:
+        return (self.q, self.k, self.v, self.padded_table, gate, self.lengths, self.seed)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return (*self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3])
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        return (self.heads, self.length, self.far, self.scale, self.threshold)
+
+    def tile(self, kernel: str) -> Tile:
+        return tile_for(self.arch, self.dtype, padded_width(self.width), kernel)
+
+    def programs(self, block: int) -> tuple[int]:
+        return (self.clips * self.heads * triton.cdiv(self.length, block),)
+
+    def on_device(self) -> contextlib.AbstractContextManager[Any]:
+        """The device's context, which costs a few microseconds, unless it is the current one."""
+        if self.index is None or self.index == torch.cuda.current_device():
+            return contextlib.nullcontext()
+        return torch.cuda.device(self.index)
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    x = x.detach()
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def padded_width(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def constants(tile: Tile, width: int, precision: str, square: bool = False) -> dict[str, Any]:
+    """Constants and options of a kernel; ``square``: of the one whose tiles are."""
+    sides = {"BM": tile.rows} if square else {"BM": tile.rows, "BN": tile.columns}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.registers is not None:
+        options["maxnreg"] = tile.registers
+    return {"HEAD": width, "D": padded_width(width), **sides, "PRECISION": precision, **options}
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None, seed: Tensor | None,
+    dropout: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output, and log2 of the rows' sums of exponentials, [B, H, T] float32 (+∞ for a clip without keys)."""
+    launch = Launch(q, k, v, table, gate, lengths, seed, dropout, scale)
+    out, log_sum = like_projection(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    tile = launch.tile("forward")
+    with launch.on_device():
+        _forward_kernel[launch.programs(tile.rows)](
+            *launch.inputs(launch.gate), out, log_sum, *launch.strides, *out.stride()[:3], *launch.sizes, launch.gain,
+            **constants(tile, launch.width, launch.precision),
+        )  # fmt: skip
+    return out, log_sum
+
+
+def backward(
+    upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None,
+    seed: Tensor | None, out: Tensor, log_sum: Tensor, dropout: float, scale: float, need: tuple[bool, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, table and gate; an empty tensor for each that ``need`` does not ask for."""
+    launch = Launch(q, k, v, table, gate, lengths, seed, dropout, scale)
+    upstream = _rows_of(upstream)
+    rows = q.new_empty(3, launch.clips * launch.heads, launch.far, dtype=torch.float32)
+    dq, dk, dv, dtable, dgate = (x.new_empty(0) for x in (q, k, v, table, gate))
+    inputs = (*launch.inputs(rows[0]), upstream, rows[1], rows[2])
+    strides = (*launch.strides, *upstream.stride()[:3])
+    with launch.on_device():
+        _rows_kernel[(launch.clips * launch.heads * launch.far // ROWS,)](
+            launch.gate, log_sum, out, upstream, *rows, *out.stride()[:3], *upstream.stride()[:3],
+            launch.heads, launch.length, launch.far, 1.0 / launch.gain,
+            HEAD=launch.width, D=padded_width(launch.width), BM=ROWS,
+        )  # fmt: skip
+        if need[1] or need[2]:
+            dk, dv = like_projection(k), like_projection(v)
+            tile = launch.tile("keys")
+            _keys_kernel[launch.programs(tile.columns)](
+                *inputs, dk, dv, *strides, *dk.stride()[:3], *dv.stride()[:3], *launch.sizes,
+                launch.gain, **constants(tile, launch.width, launch.precision),
+            )  # fmt: skip
+        if need[0] or need[4]:
+            dq, gate_gradient = like_projection(q), torch.empty_like(launch.gate)
+            tile = launch.tile("queries")
+            _queries_kernel[launch.programs(tile.rows)](
+                *inputs, dq, gate_gradient, *strides, *dq.stride()[:3], *launch.sizes,
+                launch.gain, **constants(tile, launch.width, launch.precision),
+            )  # fmt: skip
+            dgate = gate_gradient.to(gate.dtype)
+        if need[3]:
+            dtable = torch.empty_like(table, memory_format=torch.contiguous_format)
+            _table_gradient(launch, inputs, strides, dtable)
+    gradients = (dq, dk, dv, dtable, dgate)
+    return tuple(x if wanted else x.new_empty(0) for x, wanted in zip(gradients, need, strict=True))  # type: ignore[return-value]
+
+
+def _table_gradient(launch: Launch, inputs: tuple[Any, ...], strides: tuple[int, ...], dtable: Tensor) -> None:
+    tile = launch.tile("diagonals")
+    tiles = triton.cdiv(launch.length, tile.rows)
+    diagonals = 2 * tiles - 1
+    groups = min(launch.clips, triton.cdiv(DIAGONAL_PROGRAMS, launch.heads * diagonals))
+    parts = dtable.new_empty(groups, launch.heads, diagonals, tile.rows, tile.rows, dtype=torch.float32)
+    _diagonals_kernel[(diagonals * launch.heads * groups,)](
+        *inputs, parts, *strides, launch.clips, *launch.sizes, groups,
+        **constants(tile, launch.width, launch.precision, square=True),
+    )  # fmt: skip
+    _skew_kernel[(2 * tiles * launch.heads,)](
+        parts, dtable, launch.heads, launch.length, groups, launch.gain, BM=tile.rows, ROWS=SUMMED_ROWS
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Everything that the launchers may ask Triton to compile
+# ---------------------------------------------------------------------------------------------------------------------
+
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+FUNCTIONS = dict(zip(KERNELS, (_forward_kernel, _keys_kernel, _queries_kernel, _diagonals_kernel), strict=True))
+
+
+def compilations(arch: int, widths: tuple[int, ...] = (64, 80)) -> Iterator[Compilation]:
+    """Every (kernel, configuration, dtype, flags) that the launchers may pick on an architecture, for heads of some
+    widths; others take the configuration of the next power of two."""
+    both = (False, True)
+    for width, (dtype, name) in product(widths, TYPES.items()):
+        precisions: tuple[str, ...] = ("tf32",)
+        if dtype == torch.float32 and width <= WIDEST_HEAD_TF32X3:
+            precisions = ("tf32x3", "tf32")
+        for precision, kernel, dropout, lengths in product(precisions, KERNELS, both, both):
+            tile = tile_for(arch, dtype, padded_width(width), kernel)
+            options = constants(tile, width, precision, square=kernel == "diagonals")
+            label = f"{name} {precision}" if dtype == torch.float32 else name
+            on = f"{' dropout' if dropout else ''}{' lengths' if lengths else ''}"
+            absent = (() if dropout else ("seed",)) + (() if lengths else ("lengths",))
+            # Below 64 rows of the result a GPU's own instruction gives way to that of sm_80.
+            own = arch == 80 or (tile.columns if kernel == "keys" else tile.rows) >= 64
+            title = f"attention {kernel} {width} {label}{on}"
+            yield _compilation(title, FUNCTIONS[kernel], name, options, absent, own)
+        options = {"HEAD": width, "D": padded_width(width), "BM": ROWS}
+        yield _compilation(f"attention rows {width} {name}", _rows_kernel, name, options, (), False)
+    sides = {tiles[KERNELS.index("diagonals")].rows for tiles in TILES[arch].values()}
+    for side, gradient in product(sorted(sides), TYPES.values()):
+        options = {"BM": side, "ROWS": SUMMED_ROWS}
+        yield _compilation(f"attention skew {side} {gradient}", _skew_kernel, gradient, options, (), False)
+
+
+def _compilation(
+    name: str, function: Any, dtype: str, options: dict[str, Any], absent: tuple[str, ...], matrix_instruction: bool
+) -> Compilation:
+    constexprs = dict(options)
+    warps, stages = constexprs.pop("num_warps", 4), constexprs.pop("num_stages", 3)  # else Triton's defaults
+    maxnreg = constexprs.pop("maxnreg", None)
+    constexprs |= dict.fromkeys(absent)
+    types = dict.fromkeys(("q", "k", "v", "out", "upstream", "dq", "dk", "dv", "dtable"), f"*{dtype}")
+    types |= dict.fromkeys(("table", "gate", "log_sum", "delta", "dgate", "parts"), "*fp32")
+    types |= dict.fromkeys(("rows_gate", "rows_log_sum", "rows_delta"), "*fp32")
+    types |= dict.fromkeys(("lengths", "seed"), "*i64") | dict.fromkeys(("scale", "gain", "keep"), "fp32")
+    signature = {
+        p.name: "constexpr" if p.is_constexpr or p.name in absent else types.get(p.name, "i32") for p in function.params
+    }
+    aligned: dict[tuple[int, ...], Any] = {
+        (index,): [["tt.divisibility", 16]]
+        for index, p in enumerate(function.params)
+        if signature[p.name] != "constexpr" and not p.do_not_specialize
+    }
+    return Compilation(name, function, signature, constexprs, aligned, warps, stages, matrix_instruction, maxnreg)

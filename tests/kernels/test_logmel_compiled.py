@@ -1,0 +1,44 @@
+"""The Triton kernels of the log-mel, compiled for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("triton")
+from fastclap.kernels.logmel_triton import compilations
+from fastclap.kernels.offline import ARCHITECTURES, compile_offline, problems
+
+# The interpreter's kernels cannot be compiled, and one process has either those or the others.
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1")
+
+MOST_USED = (
+    "log-mel whisper fp32 to fp32 lengths",
+    "log-mel kaldi 128 i16 to bf16 lengths offsets masks",
+    "range to bf16 masks",
+    "sample gradients kaldi fp32",
+)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_most_used_kernels_compile_without_a_problem(arch: int) -> None:
+    found = list(compilations(arch))
+    assert max(Counter(c.name for c in found).values()) == 1
+    by_name = {c.name: c for c in found}
+    for name in MOST_USED:
+        compiled = compile_offline(by_name[name], arch)
+        assert problems(by_name[name], compiled, arch) == [], name
+        assert compiled.loop_spills == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_all_kernels_compile_without_a_problem(arch: int) -> None:
+    found = {}
+    for compilation in compilations(arch):
+        wrong = problems(compilation, compile_offline(compilation, arch), arch)
+        if wrong:
+            found[compilation.name] = wrong
+    assert found == {}

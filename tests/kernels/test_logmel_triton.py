@@ -1,0 +1,305 @@
+"""The Triton log-mel against its float64 definition: on a GPU, or in Triton's interpreter (`TRITON_INTERPRET=1`).
+
+The interpreter's products are exact float32 whatever the precision asked for; what float16 cut off is not, so fp16x3 is
+tested as it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastclap.features import PRESETS, LogMel, SpecAugment
+from fastclap.kernels.logmel import LogMelSpec, log_mel, log_mel_reference
+from fastclap.testing import assert_close_rel
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or TRITON_INTERPRET=1 (`make test` runs it)"
+)
+DEVICE = "cpu" if INTERPRETED else "cuda"
+SHORT = {name: dataclasses.replace(spec, num_frames=spec.num_frames and 14) for name, spec in PRESETS.items()}
+every_preset = pytest.mark.parametrize("preset", SHORT)
+TINY = LogMelSpec(16000, 64, 50, 20, 12, floor=1e-6)  # quick in the interpreter
+
+
+def noise(batch: int, samples: int, seed: int = 0) -> Tensor:
+    return 0.1 * torch.randn(batch, samples, generator=torch.Generator().manual_seed(seed))
+
+
+def run(waveform: Tensor, lengths: Tensor | None, spec: LogMelSpec, **options: object) -> tuple[Tensor, Tensor]:
+    """The Triton engine; results on the CPU."""
+    moved = {
+        name: tuple(None if x is None else x.to(DEVICE) for x in value)
+        if isinstance(value, tuple)
+        else value.to(DEVICE)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in options.items()
+    }
+    lengths = None if lengths is None else lengths.to(DEVICE)
+    features, frame_lengths = log_mel(waveform.to(DEVICE), lengths, spec, backend="triton", **moved)  # type: ignore[arg-type]
+    return features.cpu(), frame_lengths.cpu()
+
+
+def rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def signals(sampling_rate: int) -> dict[str, Tensor]:
+    samples = int(0.04 * sampling_rate)
+    t = torch.arange(samples, dtype=torch.float64) / sampling_rate
+    white = noise(1, samples)[0] * 10
+    hum = 0.9 * torch.sin(2 * torch.pi * 50 * t).float()
+    clicks = torch.zeros(samples)
+    clicks[samples // 3], clicks[samples // 2] = 1.0, -1.0
+    return {
+        "silence": torch.zeros(samples),
+        "full-scale tone": torch.sin(2 * torch.pi * 1000 * t).float(),
+        "hum and noise 60 dB down": hum + 1e-3 * white,
+        "hum and noise 80 dB down": hum + 1e-4 * white,
+        "clicks": clicks,
+        "noise on an offset": 0.5 + 0.01 * white,
+        "faint noise": 1e-5 * white,
+        "loud then faint": torch.cat((white[: samples // 2], 1e-4 * white[samples // 2 :])),
+    }
+
+
+@pytest.mark.parametrize("preset", ["whisper", "kaldi", "clap"])
+def test_error_is_of_the_size_of_a_float32_ffts(preset: str) -> None:
+    spec = SHORT[preset]
+    clips = signals(spec.sampling_rate)
+    waveform = torch.stack(list(clips.values()))
+    features, _ = run(waveform, None, spec)
+    with_fft, _ = log_mel(waveform, None, spec, backend="torch")
+    truth, _ = log_mel_reference(waveform, None, spec)
+    for index, kind in enumerate(clips):
+        ours, theirs = rms(features[index] - truth[index]), rms(with_fft[index] - truth[index])
+        # A constant that is not removed stands in every partial sum, and a plain sum rounds more often than an FFT.
+        factor = 4.5 if kind == "noise on an offset" and not spec.remove_dc else 2.5
+        assert ours <= factor * theirs + 4e-6, f"{kind}: rms error {ours:.1e}, the FFT's {theirs:.1e}"
+
+
+@every_preset
+def test_lengths_offsets_and_integer_samples(preset: str) -> None:
+    spec = SHORT[preset]
+    samples = 3 * spec.win_length // 2
+    waveform = (noise(4, samples) * 32767).short()
+    lengths = torch.tensor([samples - 40, samples // 2, samples // 3, 0])
+    offsets = torch.tensor([40, 11, samples - samples // 3, 5])
+    features, frame_lengths = run(waveform, lengths, spec, offsets=offsets)
+    spoilt = torch.full((4, samples), float("nan"))  # what lies outside of a clip must not matter
+    moved = torch.zeros(4, samples)
+    for row, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
+        clip = waveform[row, offset : offset + length].float() / 32768
+        spoilt[row, offset : offset + length] = moved[row, :length] = clip
+    expected, expected_lengths = log_mel_reference(moved, lengths, spec)
+    assert torch.equal(frame_lengths, expected_lengths)
+    assert_close_rel("features", expected, features, 1e-5)
+    assert torch.equal(run(spoilt, lengths, spec, offsets=offsets)[0].isnan(), torch.zeros_like(features, dtype=bool))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"framing": "snip_edges", "remove_dc": True, "preemphasis": 0.97},
+        {"framing": "no_snip_edges", "remove_dc": True, "window": "povey"},
+        {"framing": "no_snip_edges", "preemphasis": 1.0, "win_length": 51, "window": "hann_symmetric"},
+        {"win_length": 20, "hop_length": 30},  # no second fold, frames that do not overlap
+        {"power": 1.0, "dynamic_range": 2.0, "log": "log10", "mean": -1.0, "std": 2.0},
+        {"n_mels": 1, "log": "db", "drop_last_frame": True},
+        {"n_mels": 70, "mel_scale": "slaney", "mel_norm": "slaney", "num_frames": 40, "padding_value": 0.5},
+        {"n_fft": 420, "win_length": 90, "hop_length": 70, "n_mels": 2},  # a mel of several blocks of bins
+    ],
+    ids=str,
+)
+def test_any_parameters_and_their_gradient(change: dict[str, object]) -> None:
+    spec = dataclasses.replace(TINY, **change)  # type: ignore[arg-type]
+    waveform, lengths = noise(4, 200), torch.tensor([200, 117, 17, 0])
+    leaf = waveform.to(DEVICE).requires_grad_()
+    features, frame_lengths = log_mel(leaf, lengths.to(DEVICE), spec, backend="triton")
+    upstream = torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad(features, leaf, upstream.to(DEVICE))
+    double = waveform.double().requires_grad_()
+    expected, expected_lengths = log_mel_reference(double, lengths, spec)
+    (expected_gradient,) = torch.autograd.grad(expected, double, upstream.double())
+    assert torch.equal(frame_lengths.cpu(), expected_lengths)
+    assert (features.detach().cpu() - expected.detach()).abs().max() < 2e-2
+    assert_close_rel("features", expected.detach(), features.detach().cpu(), 1e-4)
+    # d log(mel) = d mel / mel: in clips of a few samples the weakest bands are rounding.
+    assert_close_rel("gradient", expected_gradient[:2], gradient.cpu()[:2], 2e-3)
+    assert gradient.isfinite().all() and not gradient[3].any()
+    for row, length in zip(gradient, lengths, strict=True):
+        assert not row[length:].any()
+
+
+@pytest.mark.parametrize("preset", ["whisper", "kaldi"])
+def test_gradient_is_as_accurate_as_autograds(preset: str) -> None:
+    spec, waveform, lengths = PRESETS[preset], noise(2, 1000), torch.tensor([950, 400])
+    offsets = torch.tensor([50, 600])
+    upstream = torch.randn(2, spec.frames(1000), spec.n_mels, generator=torch.Generator().manual_seed(1))
+    gradients = {}
+    for backend in ("triton", "torch"):
+        leaf = waveform.to(DEVICE).requires_grad_()
+        features, _ = log_mel(leaf, lengths.to(DEVICE), spec, offsets=offsets.to(DEVICE), backend=backend)
+        gradients[backend] = torch.autograd.grad(features, leaf, upstream.to(DEVICE))[0].cpu()
+    for row, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
+        clip = waveform[row : row + 1, offset : offset + length].double().requires_grad_()
+        features, _ = log_mel_reference(clip, None, spec)
+        frames = features.shape[1]
+        silent = torch.full((upstream.shape[1] - frames, spec.n_mels), spec.log_padding, dtype=torch.float64)
+        if spec.dynamic_range is not None:  # padding is raised to the maximum less the range, and so has a gradient
+            top = features.amax() * spec.std + spec.mean
+            silent = (silent.clamp(min=0) + top - spec.dynamic_range - spec.mean) / spec.std
+        out = torch.cat((features[0], silent))
+        (expected,) = torch.autograd.grad((out * upstream[row]).sum(), clip)
+        for backend, gradient in gradients.items():
+            assert_close_rel(backend, expected[0], gradient[row, offset : offset + length], 1e-4)
+
+
+def test_a_clip_of_one_sample() -> None:
+    for framing in ("center", "snip_edges", "no_snip_edges"):
+        spec = dataclasses.replace(TINY, framing=framing, n_fft=16, win_length=16)  # type: ignore[arg-type]
+        leaf, double = (
+            x.requires_grad_() for x in (torch.tensor([[0.3]], device=DEVICE), torch.tensor([[0.3]]).double())
+        )
+        features, expected = log_mel(leaf, None, spec, backend="triton")[0], log_mel_reference(double, None, spec)[0]
+        assert (features.detach().cpu() - expected.detach()).abs().max() < 1e-3
+        gradients = [
+            torch.autograd.grad(x[..., :2].sum(), y)[0].cpu() for x, y in ((features, leaf), (expected, double))
+        ]
+        assert_close_rel(framing, gradients[1], gradients[0], 1e-3)
+
+
+def test_masks_statistics_of_each_mel_and_output_types() -> None:
+    mean = tuple(float(x) for x in torch.linspace(-1, 1, 12))
+    std = tuple(float(x) for x in torch.linspace(1, 2, 12))
+    time = torch.tensor([[[1, 4], [7, 7]], [[0, 2], [3, 300]]])
+    mel = torch.tensor([[[0, 1]], [[5, 9]]])
+    for change in ({}, {"dynamic_range": 1.5}, {"dtype": "float16"}, {"dtype": "bfloat16", "dynamic_range": 1.5}):
+        spec = dataclasses.replace(TINY, mean=mean, std=std, **change)  # type: ignore[arg-type]
+        for masks in ((time, mel), (None, mel), None):
+            waveform, lengths = noise(2, 300), torch.tensor([300, 200])
+            features, _ = run(waveform, lengths, spec, masks=masks)
+            expected, _ = log_mel(waveform, lengths, spec, masks=masks, backend="torch")
+            assert features.dtype == expected.dtype == getattr(torch, spec.dtype)
+            tolerance = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}[spec.dtype]
+            assert_close_rel("features", expected.double(), features.double(), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_waveforms_of_other_types_and_layouts(dtype: torch.dtype) -> None:
+    waveform = noise(4, 600).to(dtype)
+    transposed = waveform.t().contiguous().t()
+    for view in (waveform, waveform[::2, ::2], waveform[:, 3:], transposed, waveform[:1].expand(3, -1)):
+        features, _ = run(view, None, TINY)
+        assert torch.equal(features, run(view.float().contiguous(), None, TINY)[0])
+    leaf = waveform.to(DEVICE).requires_grad_()
+    log_mel(leaf, None, TINY, backend="triton")[0].sum().backward()
+    assert leaf.grad is not None and leaf.grad.dtype == dtype
+
+
+def test_a_clip_does_not_depend_on_the_batch_nor_on_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastclap.kernels import logmel_triton
+
+    waveform, lengths = noise(3, 900), torch.tensor([900, 500, 333])
+    together, _ = run(waveform, lengths, TINY)
+    assert torch.equal(together, run(waveform, lengths, TINY)[0])
+    for row in range(3):
+        alone, count = run(waveform[row : row + 1], lengths[row : row + 1], TINY)
+        assert torch.equal(alone[0, :count], together[row, :count])
+
+    def gradient() -> Tensor:
+        leaf = waveform.to(DEVICE).requires_grad_()
+        log_mel(leaf, lengths.to(DEVICE), TINY, backend="triton")[0].square().sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    whole = gradient()
+    monkeypatch.setattr(logmel_triton, "GRADIENT_CHUNK", 1)
+    assert torch.equal(whole, gradient())  # one clip at a time
+    monkeypatch.setattr(logmel_triton, "ENOUGH_PROGRAMS", 0)
+    assert torch.equal(together, run(waveform, lengths, TINY)[0])
+
+
+def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def poisoned(*args: object, **options: object) -> Tensor:
+        tensor = empty(*args, **options)  # type: ignore[call-overload]
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    for change in ({}, {"dynamic_range": 1.0}, {"num_frames": 50}):
+        spec = dataclasses.replace(TINY, **change)  # type: ignore[arg-type]
+        leaf = noise(2, 300).to(DEVICE).requires_grad_()
+        features, frame_lengths = log_mel(leaf, torch.tensor([300, 0], device=DEVICE), spec, backend="triton")
+        features.sum().backward()
+        assert leaf.grad is not None and leaf.grad.isfinite().all()
+        assert features.isfinite().all() and (frame_lengths >= 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_sample_spoils_its_own_frames_only(bad: float) -> None:
+    clean = noise(2, 900)
+    spoilt = clean.clone()
+    spoilt[1, 450] = bad
+    for dynamic_range in (None, 2.0):
+        spec = dataclasses.replace(TINY, dynamic_range=dynamic_range)
+        a, b = run(clean, None, spec)[0], run(spoilt, None, spec)[0]
+        starts = torch.arange(a.shape[1]) * spec.hop_length - spec.offset
+        touched = (starts < 450) & (starts + spec.win_length > 450)
+        assert torch.equal(a[0], b[0])
+        if dynamic_range is None:
+            assert b[1, touched].isnan().all() and torch.equal(a[1, ~touched], b[1, ~touched])
+        else:
+            assert b[1].isnan().all()
+
+
+def test_loud_and_faint_samples_of_any_scale() -> None:
+    for scale in (1e-12, 1e6):
+        spec = dataclasses.replace(TINY, floor=1e-30)
+        waveform = noise(1, 400) * scale
+        assert_close_rel(str(scale), log_mel_reference(waveform, None, spec)[0], run(waveform, None, spec)[0], 1e-5)
+
+
+def test_operator_is_registered_properly() -> None:
+    lengths, offsets = torch.tensor([300, 100], device=DEVICE), torch.tensor([0, 100], device=DEVICE)
+    spans = torch.tensor([[[1, 3]], [[0, 2]]], device=DEVICE)
+    leaf = noise(2, 300).to(DEVICE).requires_grad_()
+    for given in ((lengths, offsets, spans, spans), (None, None, None, None)):
+        torch.library.opcheck(torch.ops.fastclap.log_mel, (leaf, *given, TINY.key, "triton"))
+
+
+def test_module_in_training() -> None:
+    front_end = LogMel("kaldi", n_mels=20, spec_augment=SpecAugment(time_width=0.5), dtype="bfloat16")
+    if INTERPRETED:
+        pytest.skip("a module's tensors go to Triton on a GPU only")
+    features, _ = front_end(noise(3, 4000).cuda(), torch.tensor([4000, 2000, 1000]).cuda())
+    assert features.dtype == torch.bfloat16 and features.isfinite().all()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("preset", ["whisper", "kaldi"])
+def test_a_cuda_graph_replays_it(preset: str) -> None:
+    waveform, lengths = noise(4, 16000).cuda(), torch.tensor([16000, 9000, 500, 0]).cuda()
+    expected, _ = log_mel(waveform, lengths, PRESETS[preset])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, _ = log_mel(waveform, lengths, PRESETS[preset])
+    graph.replay()
+    assert torch.equal(captured, expected)
+
+
+def test_says_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="n_fft of at most 4096"):
+        run(noise(1, 300), None, dataclasses.replace(TINY, n_fft=8192))
+    with pytest.raises(ValueError, match="backend='cuda': choose one of"):
+        log_mel(noise(1, 300), None, TINY, backend="cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a waveform on a GPU, got cpu"):
+        log_mel(noise(1, 300), None, TINY, backend="triton")

@@ -1,0 +1,192 @@
+"""How fast a run is: clips per second, model FLOPs utilisation, power and energy a clip, time spent waiting for data.
+
+Nothing here waits for the device: clocks run on the host, FLOPs are counted once before the first step, and the energy
+counter is read from the driver, at log lines only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastclap.model import CLAP
+from fastclap.train.distributed import World
+
+# Dense bf16 matrix throughput in FLOP/s, from the vendors' data sheets, by a part of the device's name.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+}
+
+
+class Meter:
+    """Figures of the time between two log lines, for the ``time`` key of a record.
+
+    Args:
+        world: this process; figures are those of all processes together, on the assumption that they are alike.
+        flops: of the model, None to leave the utilisation out.
+    """
+
+    def __init__(self, world: World, flops: FlopCount | None = None) -> None:
+        self._world = world
+        self._flops = flops
+        self._energy = EnergyCounter(world.device) if world.device.type == "cuda" else None
+        self._peak = peak_flops(world.device)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start, self._clips, self._waited, self._work = time.perf_counter(), 0, 0.0, 0.0
+        self._joules = self._energy.joules() if self._energy is not None else None
+        self._marked: tuple[int, float] | None = None
+
+    def mark(self) -> None:
+        """The next lap counts what has been added up to here; what is added later belongs to the one after it."""
+        self._marked = self._clips, self._work
+
+    def add(self, clips: int, samples: Sequence[int] = (), tokens: Sequence[int] = ()) -> None:
+        """Count clips of the global batch, and what this process computed: samples a clip, tokens a caption."""
+        self._clips += clips
+        if self._flops is not None and self._peak is not None:
+            self._work += 3 * (self._flops.audio(samples) + self._flops.text(tokens))  # backward is twice forward
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The block waits for data."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside the block (a validation, a save) does not count as training time."""
+        begin, joules = time.perf_counter(), self._energy.joules() if self._energy is not None else None
+        yield
+        self._start += time.perf_counter() - begin
+        if self._energy is not None and joules is not None and self._joules is not None:
+            self._joules += (self._energy.joules() or joules) - joules
+
+    def lap(self) -> dict[str, float]:
+        """Figures since the last lap; starts the next one.
+
+        seconds, clips_per_second, waiting (share of the time); on a GPU that is known, mfu (share of its bf16 peak
+        that the model's own FLOPs reach; recomputation does not count) and, where the driver tells, watts (of one GPU)
+        and joules_per_clip.
+        """
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        clips, work = self._marked or (self._clips, self._work)
+        later = self._clips - clips, self._work - work
+        figures = {
+            "seconds": round(seconds, 4),
+            "clips_per_second": round(clips / seconds, 2),
+            "waiting": round(self._waited / seconds, 4),
+        }
+        if work and self._peak is not None:
+            figures["mfu"] = round(work / seconds / self._peak, 4)
+        now = self._energy.joules() if self._energy is not None else None
+        if now is not None and self._joules is not None:
+            joules = now - self._joules
+            figures["watts"] = round(joules / seconds, 1)
+            figures["joules_per_clip"] = round(joules * self._world.size / max(clips, 1), 4)
+        self._reset()
+        self._clips, self._work = later
+        return figures
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a device, None if it is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+class EnergyCounter:
+    """Energy that a GPU has used, from the driver (nvidia-ml-py); says None where the driver does not tell."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._handle: Any = None
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+            self._library = pynvml
+        except (ImportError, AttributeError):
+            return
+        except pynvml.NVMLError:
+            return
+
+    def joules(self) -> float | None:
+        if self._handle is None:
+            return None
+        try:
+            return float(self._library.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000.0
+        except self._library.NVMLError:
+            self._handle = None
+            return None
+
+
+class FlopCount:
+    """Forward FLOPs of the towers by length, counted by torch in a few forward passes of one clip and one caption.
+
+    A transformer costs a + b·n + c·n² in its length n, so three lengths determine every other. Operators that torch
+    knows no formula for, such as an FFT, do not count.
+
+    Args:
+        model: in evaluation mode, not compiled.
+        longest_samples, longest_tokens: of a clip and of a caption.
+    """
+
+    def __init__(self, model: CLAP, longest_samples: int, longest_tokens: int) -> None:
+        device = model.device
+
+        def audio(samples: int) -> float:
+            waveform, length = torch.zeros(1, samples, device=device), torch.full((1,), samples, device=device)
+            return _count(lambda: model.encode_audio(waveform, length))
+
+        def text(tokens: int) -> float:
+            ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+            return _count(lambda: model.encode_text(ids, torch.ones_like(ids)))
+
+        least = max(model.audio_branch.min_samples, longest_samples // 8)
+        self._audio = _quadratic(audio, least, max(longest_samples, least + 2))
+        self._text = _quadratic(text, 2, max(longest_tokens, 4))
+
+    def audio(self, samples: Sequence[int]) -> float:
+        """FLOPs of clips of these lengths."""
+        return _evaluate(self._audio, samples)
+
+    def text(self, tokens: Sequence[int]) -> float:
+        """FLOPs of captions of these lengths."""
+        return _evaluate(self._text, tokens)
+
+
+def _count(call: Any) -> float:
+    # The formulas of the fused attention kernels do not cover all devices.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        call()
+    return float(counter.get_total_flops())
+
+
+def _quadratic(count: Any, least: int, most: int) -> np.ndarray:
+    points = np.array([least, (least + most) // 2, most])
+    return np.polyfit(points / most, [count(int(n)) for n in points], 2) / most ** np.array([2.0, 1.0, 0.0])
+
+
+def _evaluate(polynomial: np.ndarray, lengths: Sequence[int]) -> float:
+    return float(np.polyval(polynomial, np.asarray(lengths, dtype=np.float64)).sum())
