@@ -26,6 +26,7 @@ from fastclap import wavlm
 from fastclap.config import AudioTowerConfig, TextTowerConfig
 from fastclap.errors import ConfigError, ModelError
 from fastclap.features import LogMel
+from fastclap.kernels.waveform import normalize_waveform
 from fastclap.packing import Packing, is_sharded, length_groups, longest_of, to_device, use_packed_attention
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,19 +59,13 @@ def as_float(audio: Tensor) -> Tensor:
 def prepare_waveform(
     audio: Tensor,  # int16 or float [B, T]
     lengths: Tensor | None,  # [B]
-    min_samples: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
-    """Float32 waveform in ±1 with zeros past each end, at least ``min_samples`` long.
-
-    A clip shorter than ``min_samples`` counts as zero-extended to it, so that every layer sees at least one frame.
-    """
+    """Float32 waveform in ±1 with zeros past each end, and the lengths, at least 1, on its device."""
     waveform = as_float(audio)
     if lengths is not None:
         lengths = lengths.to(waveform.device)
         waveform = waveform.masked_fill(~length_mask(lengths, waveform.shape[1]), 0.0)
-        lengths = lengths.clamp(min=min_samples)
-    if waveform.shape[1] < min_samples:
-        waveform = F.pad(waveform, (0, min_samples - waveform.shape[1]))
+        lengths = lengths.clamp(min=1)
     return waveform, lengths
 
 
@@ -525,26 +520,27 @@ class Wav2Vec2Tower(AudioTower):
         std: Tensor | None = None,
         host_lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        waveform, padded = prepare_waveform(audio, lengths, self.min_samples)
-        mask = None if padded is None else length_mask(padded, waveform.shape[1])
-        if self.normalize:
-            if mean is None or std is None:
-                # a clip that was extended to min_samples is measured with its zeros: padded is its length from here on
-                mean = masked_mean(waveform[..., None], mask).squeeze(1)
-                std = masked_mean((waveform - mean[:, None]).square()[..., None], mask).squeeze(1).sqrt()
-            # the feature extractors' formula, epsilon included
-            waveform = (waveform - mean.float()[:, None]) / (std.float()[:, None].square() + 1e-7).sqrt()
-            if mask is not None:
-                waveform = waveform.masked_fill(~mask, 0.0)
-        self._frames = padded
+        if not self.normalize:
+            mean, std = (torch.full(audio.shape[:1], value, device=audio.device) for value in (0.0, 1.0))
+        dtype = self.base.dtype
+        waveform = normalize_waveform(
+            audio,
+            lengths,
+            mean,
+            std,
+            min_samples=self.min_samples,
+            epsilon=1e-7 if self.normalize else 0.0,  # the feature extractors'
+            dtype=torch.float32 if dtype == torch.float64 else dtype,
+        ).to(dtype)
+        # a clip that was extended to min_samples has this length from here on
+        self._frames = padded = None if lengths is None else lengths.to(waveform.device).clamp(min=self.min_samples)
         if self._frames is not None:
             for kernel, stride in self.convolutions:
                 self._frames = (self._frames - kernel) // stride + 1
-        waveform = waveform.to(self.base.dtype)
         if isinstance(self.base.encoder, wavlm.Encoder):
             hidden = wavlm.encode(self.base, waveform, self._frames)
         else:
-            attention_mask = None if mask is None else mask.long()
+            attention_mask = None if padded is None else length_mask(padded, waveform.shape[1]).long()
             hidden = self.base(waveform, attention_mask=attention_mask).last_hidden_state
         valid = None if self._frames is None else length_mask(self._frames, hidden.shape[1])
         self._frames = None

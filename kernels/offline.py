@@ -29,7 +29,7 @@ _ASSERTION = re.compile(r"\b__assertfail\b[^;]*;\s*\}[^\n]*\n\s*trap;")
 _LOCAL_ACCESS = re.compile(r"\b(?:LDL|STL)\b((?:\.\w+)*)")
 _SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _MATRIX_SASS = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
-_BRANCH_SASS = re.compile(r"^@\S+\s+BRA\b.*?0x([0-9a-f]+)")  # a loop's end; waits return by an unconditional one
+_BRANCH_SASS = re.compile(r"^(@\S+\s+)?BRA\b.*?0x([0-9a-f]+)")
 
 
 @dataclass(frozen=True)
@@ -182,14 +182,20 @@ def _local_bytes(cubin: bytes) -> tuple[int, int]:
     widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
     code = [(int(at, 16), text) for at, text in _SASS.findall(_cuobjdump(cubin, "-sass"))]
     products = [at for at, text in code if _MATRIX_SASS.search(text)]
-    loops = []
+    loops: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
     for at, text in code:
         branch = _BRANCH_SASS.search(text)
-        if branch is not None and int(branch[1], 16) < at:
-            loops.append((int(branch[1], 16), at))
+        if branch is not None and int(branch[2], 16) < at:
+            loops[branch[1] is not None].append((int(branch[2], 16), at))
     # The smallest loop around each product; a program's outer loop over its tiles is none of the main loops.
-    around = [[loop for loop in loops if loop[0] <= product <= loop[1]] for product in products]
-    main = {min(candidates, key=lambda loop: loop[1] - loop[0]) for candidates in around if candidates}
+    # A loop ends in a conditional branch or, where there is none, in a plain one, which is otherwise a wait's return.
+    main = set()
+    for product in products:
+        for conditional in (True, False):
+            around = [loop for loop in loops[conditional] if loop[0] <= product <= loop[1]]
+            if around:
+                main.add(min(around, key=lambda loop: loop[1] - loop[0]))
+                break
     total = in_loop = 0
     for at, text in code:
         for suffixes in _LOCAL_ACCESS.findall(text):

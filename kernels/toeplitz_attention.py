@@ -18,18 +18,16 @@ Eager calls of the Triton engine go through an autograd.Function. Under torch.co
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "torch", "reference")
+from fastclap.kernels import dispatch
+
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 WIDEST_HEAD = 128  # of the Triton engine
 WIDEST_HEAD_TF32X3 = 64  # of it at float32 precision "highest": wider tiles, split in two, would not fit the registers
 MASK_ALIGNMENT = 8  # elements: rows of an additive mask of torch's memory-efficient kernel start at multiples of it
@@ -165,7 +163,7 @@ def gated_toeplitz_attention(
         dtype = torch.get_autocast_dtype(device_type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, table, gate, lengths, dropout, scale)
-    engine = _engine(q, backend)
+    engine = dispatch.engine(q, backend, _why_not_triton(q))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if engine == "reference":
         return gated_toeplitz_attention_reference(q, k, v, table, gate, lengths, dropout=dropout, scale=scale)
@@ -217,29 +215,11 @@ def _check(
         raise ValueError(f"scale must be finite, is {scale}")
 
 
-def _engine(q: Tensor, backend: str) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, is {backend!r}")
-    reason = _why_not_triton(q)
-    if backend == "auto":
-        return "torch" if reason or not q.is_cuda else "triton"
-    if backend == "triton" and reason:
-        raise ValueError(f'backend="triton" cannot be used: {reason}; use backend="auto"')
-    # Nothing to launch a kernel for.
-    return "torch" if backend == "triton" and q.numel() == 0 else backend
-
-
 def _why_not_triton(q: Tensor) -> str | None:
     if q.dtype not in TRITON_DTYPES:
         return f"q is {q.dtype}, not float16, bfloat16 or float32"
     if q.shape[-1] > WIDEST_HEAD:
         return f"heads are {q.shape[-1]} wide, more than {WIDEST_HEAD}"
-    if not HAS_TRITON:
-        return "Triton is not installed"
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"q is on {q.device}; without a GPU set TRITON_INTERPRET=1 before the first import"
-    if q.is_cuda and _capability(q.device.index) < (8, 0):
-        return "the GPU is older than sm_80"
     exact = q.dtype == torch.float32 and _float32_precision() == "highest"
     if q.is_cuda and exact and q.shape[-1] > WIDEST_HEAD_TF32X3:
         return (
@@ -252,11 +232,6 @@ def _why_not_triton(q: Tensor) -> str | None:
 @torch.compiler.assume_constant_result
 def _float32_precision() -> str:
     return torch.get_float32_matmul_precision()
-
-
-@torch.compiler.assume_constant_result
-def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -126,7 +126,9 @@ def _train(config: TrainConfig, world: World) -> Path:
     )
 
     # Model, optimizer, and the state they continue from.
-    model = build_model(config, manifest, resume_path).to(world.device)
+    model = build_model(config, manifest, resume_path)
+    meter = build_meter(config, model, world)
+    model = model.to(world.device)
     if resume_path is not None:
         checkpoint.restore_weights(resume_path, model, averaged=config.optimizer.ema_decay > 0)
     distributed.broadcast_weights(model, world)
@@ -142,7 +144,6 @@ def _train(config: TrainConfig, world: World) -> Path:
     )
     if resume_path is None:
         fit_feature_statistics(model, dataset, world)
-    meter = build_meter(config, model, world)
     towers: list[Any] = [model.audio_branch, model.text_branch]
     for tower in towers:
         tower.prepare_training(compile=config.compile, checkpoint=config.checkpoint_activations)
@@ -484,7 +485,7 @@ def first_chunk(config: TrainConfig, state: dict[str, Any] | None, world: World)
 
 
 def build_meter(config: TrainConfig, model: CLAP, world: World) -> Meter:
-    """A meter that knows the model's FLOPs where they can be compared with the device's."""
+    """A meter that knows the model's FLOPs, where they can be compared with the device's. The model is on the CPU."""
     if peak_flops(world.device) is None:
         return Meter(world)
     longest = round(config.data.crop_seconds * model.sampling_rate)

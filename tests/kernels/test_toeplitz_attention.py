@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclap.kernels import toeplitz_attention
+from fastclap.kernels import dispatch
 from fastclap.kernels.toeplitz_attention import (
     dropout_mask,
     gated_toeplitz_attention,
@@ -190,9 +190,9 @@ def test_errors_say_what_is_wrong(name: str) -> None:
 
 def test_triton_on_a_cpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(toeplitz_attention, "HAS_TRITON", True)
-    with pytest.raises(ValueError, match=r'backend="triton" cannot be used: q is on cpu.*TRITON_INTERPRET=1'):
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    with pytest.raises(ValueError, match=r'backend="triton" cannot be used: the tensor is on cpu.*TRITON_INTERPRET=1'):
         gated_toeplitz_attention(*case(1, 1, 3, 8).leaves, backend="triton")
-    monkeypatch.setattr(toeplitz_attention, "HAS_TRITON", False)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="Triton is not installed"):
         gated_toeplitz_attention(*case(1, 1, 3, 8).leaves, backend="triton")
