@@ -55,6 +55,7 @@ STORED_SHARE = 0.25  # of the free memory that stored exponentials may take
 ALWAYS_STORED = 256 << 20  # bytes of exponentials that are stored without asking how much memory is free
 LOST_BITS = 40  # a term that underflows is below 2^-40 of its row's best
 LARGEST_CHUNK = 8448
+LARGEST_CHUNK_BYTES = 16 << 30  # reached by a wave of rows beyond a million columns only
 
 
 @dataclass(frozen=True)
@@ -691,12 +692,14 @@ def tile_for(arch: int, dtype: torch.dtype) -> Tile:
     return TILES[max(known)][dtype]
 
 
-def chunk_rows(arch: int, multiprocessors: int, depth: int) -> int:
+def chunk_rows(arch: int, multiprocessors: int, depth: int, row_bytes: int = 0) -> int:
     """Rows of A at a time: G·B and Gᵀ·A then fill one wave of 128×256 tiles (8448 / 5632 / 4224 rows at D = 512 / 768 /
-    1024 on 132 multiprocessors)."""
+    1024 on 132 multiprocessors). Where rows of the matrix are so long, ``row_bytes``, that a chunk would take more than
+    `LARGEST_CHUNK_BYTES`, it has fewer."""
     if arch == 0:
         return 2 * INTERPRETER_TILE.rows
-    return min(LARGEST_CHUNK, max(1024, multiprocessors * 128 * 256 // depth // 128 * 128))
+    wave = min(LARGEST_CHUNK, max(1024, multiprocessors * 128 * 256 // depth // 128 * 128))
+    return max(128, min(wave, LARGEST_CHUNK_BYTES // max(row_bytes, 1) // 128 * 128))
 
 
 def stores_exponentials(num_bytes: int, device: torch.device) -> bool:
@@ -920,7 +923,7 @@ def _launch(operands: Operands) -> Launch:
     precision = "tf32"
     if operands.a.dtype == torch.float32:
         precision = PRECISIONS[torch.get_float32_matmul_precision()]
-    chunk = chunk_rows(arch, multiprocessors, operands.a.shape[1])
+    chunk = chunk_rows(arch, multiprocessors, operands.a.shape[1], operands.b.shape[0] * operands.a.element_size())
     return Launch(tile_for(arch, operands.a.dtype), precision, chunk, multiprocessors, arch)
 
 

@@ -116,7 +116,7 @@ def compile_offline(c: Compilation, arch: int) -> Compiled:
     ptx, cubin, metadata = kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata
     usage = _resource_usage(cubin, metadata.name)
     registers, stack = usage["REG"], usage["STACK"] + usage["LOCAL"]
-    spills, loop_spills = _local_bytes(cubin) if stack else (0, 0)
+    spills, loop_spills = _local_bytes(cubin, arch) if stack else (0, 0)
     tensor_memory = getattr(metadata, "tmem_size", None) or 0
     return Compiled(
         ptx=ptx,
@@ -174,7 +174,7 @@ def _resource_usage(cubin: bytes, kernel: str) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line[1])}
 
 
-def _local_bytes(cubin: bytes) -> tuple[int, int]:
+def _local_bytes(cubin: bytes, arch: int) -> tuple[int, int]:
     """Bytes of local loads and stores, in all and in the innermost loops around matrix instructions.
 
     cuobjdump has no count of spilled bytes: the accesses themselves, 4 bytes unless their suffix says otherwise.
@@ -188,10 +188,10 @@ def _local_bytes(cubin: bytes) -> tuple[int, int]:
         if branch is not None and int(branch[2], 16) < at:
             loops[branch[1] is not None].append((int(branch[2], 16), at))
     # The smallest loop around each product; a program's outer loop over its tiles is none of the main loops.
-    # A loop ends in a conditional branch or, where there is none, in a plain one, which is otherwise a wait's return.
+    # A loop ends in a conditional branch or, before sm_90, in a plain one: there it is no return from a barrier's wait.
     main = set()
     for product in products:
-        for conditional in (True, False):
+        for conditional in (True, False) if arch < 90 else (True,):
             around = [loop for loop in loops[conditional] if loop[0] <= product <= loop[1]]
             if around:
                 main.add(min(around, key=lambda loop: loop[1] - loop[0]))

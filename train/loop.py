@@ -204,6 +204,7 @@ def _train(config: TrainConfig, world: World) -> Path:
                 with gradients.held() if remaining else nullcontext():
                     loss += objective(batch, weight=1 / config.accumulate) / config.accumulate
                 meter.add(len(batch.rows) * world.size, batch.samples, batch.tokens)
+                meter.loaded(len(batch.rows), batch.seconds, config.data.workers)
 
             # Every rank must take or skip the step alike: the flags are summed together with the gradients.
             flags = torch.stack([(~loss.isfinite()).float(), interrupt.flag(world.device)])
@@ -500,11 +501,12 @@ def log_line(record: dict[str, Any], lap: dict[str, float], config: TrainConfig)
     norm = "-" if record["grad_norm"] is None else f"{record['grad_norm']:.2f}"
     skipped = f"  skipped {record['skipped_steps']}" if record["skipped_steps"] else ""
     gpu = f"  mfu {lap['mfu']:.0%}" if "mfu" in lap else ""
+    loader = f" (loader {lap['loader_clips_per_second']:.0f})" if "loader_clips_per_second" in lap else ""
     gpu += f"  {lap['watts']:.0f} W  {lap['joules_per_clip']:.2f} J/clip" if "watts" in lap else ""
     return (
         f"step {record['step']}/{config.steps}  epoch {record['epoch']}  loss {loss}  "
         f"scale {record['logit_scale']:.2f}  lr {record['learning_rate']:.2e}  |g| {norm}  "
-        f"{rate:.1f} clips/s  waiting {lap['waiting']:.0%}{gpu}  left {clock(left)}{skipped}"
+        f"{rate:.1f} clips/s{loader}  waiting {lap['waiting']:.0%}{gpu}  left {clock(left)}{skipped}"
     )
 
 

@@ -50,8 +50,14 @@ class Meter:
 
     def _reset(self) -> None:
         self._start, self._clips, self._waited, self._work = time.perf_counter(), 0, 0.0, 0.0
+        self._loaded, self._loading = 0, 0.0
         self._joules = self._energy.joules() if self._energy is not None else None
         self._marked: tuple[int, float] | None = None
+
+    def loaded(self, clips: int, seconds: float, workers: int) -> None:
+        """Count clips that this process received, and the seconds that one of its loader processes took for them."""
+        self._loaded += clips
+        self._loading += seconds / max(workers, 1)
 
     def mark(self) -> None:
         """The next lap counts what has been added up to here; what is added later belongs to the one after it."""
@@ -82,7 +88,8 @@ class Meter:
     def lap(self) -> dict[str, float]:
         """Figures since the last lap; starts the next one.
 
-        seconds, clips_per_second, waiting (share of the time); on a GPU that is known, mfu (share of its bf16 peak
+        seconds, clips_per_second, waiting (share of the time), loader_clips_per_second (what the loader processes would
+        deliver if nobody waited for them to be asked); on a GPU that is known, mfu (share of its bf16 peak
         that the model's own FLOPs reach; recomputation does not count) and, where the driver tells, watts (of one GPU)
         and joules_per_clip.
         """
@@ -94,6 +101,8 @@ class Meter:
             "clips_per_second": round(clips / seconds, 2),
             "waiting": round(self._waited / seconds, 4),
         }
+        if self._loading:
+            figures["loader_clips_per_second"] = round(self._loaded / self._loading * self._world.size, 2)
         if work and self._peak is not None:
             figures["mfu"] = round(work / seconds / self._peak, 4)
         now = self._energy.joules() if self._energy is not None else None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -64,6 +65,7 @@ class Batch:
     text_rows: Tensor | None = None  # int64 [B], which of those each clip has; None unless the data set tokenizes
     tokens: list[int] = field(default_factory=list)  # how many each distinct caption has
     samples: list[int] = field(default_factory=list)  # ``lengths``, to be read without waiting for a device
+    seconds: float = 0.0  # that a loader process took to make it
 
     def __post_init__(self) -> None:
         if not self.samples:
@@ -351,10 +353,13 @@ class _Relay(Dataset[Any]):
         self.dataset = dataset
 
     def __getitem__(self, item: tuple[int, int, list[int]]) -> Batch | DataError:
+        begin = time.perf_counter()
         try:
-            return self.dataset[item]
+            batch = self.dataset[item]
         except DataError as error:
             return error
+        batch.seconds = time.perf_counter() - begin
+        return batch
 
 
 class Loader:

@@ -179,6 +179,22 @@ def load_manifest(
     return manifest
 
 
+def read_records(name: str) -> list[tuple[int, Record]]:
+    """The records of any table that a manifest may be, each with its line (or number), whatever its columns.
+
+    In CSV and TSV an empty cell is None and a cell that holds a list becomes that list; other cells stay text.
+
+    Raises:
+        DataError: the file is missing, of an unknown type or damaged, or has no record.
+    """
+    errors = _Errors()
+    records = list(_open(name, errors)[0])
+    errors.raise_if_any()
+    if not records:
+        raise DataError(f"{name}: the table is empty; it needs at least one row")
+    return records
+
+
 class _Errors:
     """Collects the errors of all sources, keeping the first few."""
 

@@ -42,7 +42,7 @@ import numpy as np
 from fastclap.audio import AudioError, AudioFile, whole_clip
 from fastclap.data.workers import fork_server, start_worker
 from fastclap.errors import ConfigError, DataError
-from fastclap.files import fsync, write_atomic
+from fastclap.files import fsync, locked, write_atomic
 
 if TYPE_CHECKING:
     from fastclap.data.manifest import Manifest, Row
@@ -304,7 +304,7 @@ def pack(
         "shard_mb": float(shard_mb),
         "input": _fingerprint(manifest, sampling_rate, shard_mb),
     }
-    with _locked(folder):
+    with locked(folder, "packing into"):
         _claim(folder, header)
         if "index" not in _read_header(folder):
             clip_of_row, rows = _distinct(manifest)
@@ -630,21 +630,3 @@ def _writing(folder: Path) -> Iterator[None]:
             f"{error.filename or folder}: cannot be written: {error.strerror or error}; make room or choose another "
             "folder; the same command goes on behind the last finished shard"
         ) from error
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of the folder, where the file system knows locks."""
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{folder}: another process is packing into it; wait for it, or end it") from error
-        except OSError:  # some network file systems have no locks on folders
-            pass
-        yield
-    finally:
-        os.close(descriptor)

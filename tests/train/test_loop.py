@@ -88,11 +88,17 @@ def test_the_meter_leaves_out_pauses_only(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("fastclap.train.meter.time.perf_counter", lambda: next(now))
     meter = Meter(ALONE)
     meter.add(30)
+    meter.loaded(30, seconds=1.0, workers=2)
     with meter.waiting():
         pass
     with meter.paused():
         pass
-    assert meter.lap() == {"seconds": 3.0, "clips_per_second": 10.0, "waiting": 0.1667}
+    assert meter.lap() == {
+        "seconds": 3.0,
+        "clips_per_second": 10.0,
+        "waiting": 0.1667,
+        "loader_clips_per_second": 60.0,
+    }
 
 
 def test_caching_changes_the_memory_and_not_the_gradient(tiny: Build) -> None:
