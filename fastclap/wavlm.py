@@ -287,6 +287,12 @@ class Encoder(nn.Module):
         buckets = first._relative_positions_bucket(distances).to(first.rel_attn_embed.weight.device)
         self.register_buffer("buckets", buckets, persistent=False)
 
+    @property
+    def used_from_outside(self) -> list[nn.Parameter]:
+        """Parameters of the layers that are read outside of their forward pass, so not to be sharded with them."""
+        first: Any = self.layers[0]
+        return [first.attention.rel_attn_embed.weight]
+
     def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
         """Execution options without effect on results; see the attributes."""
         self.checkpoint, self.compiled = checkpoint, compile

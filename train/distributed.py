@@ -245,12 +245,13 @@ def shard(towers: Iterable[nn.Module], world: World) -> list[Any]:
     mesh = init_device_mesh(world.device.type, (world.size,))
     sharded: list[Any] = []
     for tower in towers:
+        replicated = {p for module in tower.modules() for p in getattr(module, "used_from_outside", ())}
         for name, module in list(tower.named_modules()):
             if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in _LAYERS:
                 for layer in module:
-                    fully_shard(layer, mesh=mesh)
+                    fully_shard(layer, mesh=mesh, ignored_params=replicated)
         # Without resharding, an evaluation with averaged weights would leave copies of them behind.
-        sharded.append(fully_shard(tower, mesh=mesh, reshard_after_forward=True))
+        sharded.append(fully_shard(tower, mesh=mesh, reshard_after_forward=True, ignored_params=replicated))
     return sharded
 
 

@@ -587,7 +587,7 @@ def export(run_dir: Path, model: CLAP, average: WeightAverage | None, world: Wor
         if not world.is_main:
             return
         try:
-            model.save_pretrained(final, state_dict=weights)
+            model.save_pretrained(final, state_dict=weights, run=run_dir)
         except (OSError, SafetensorError) as error:
             raise TrainingError(
                 f"{final}: the model could not be written ({error}); the checkpoints hold it"

@@ -22,7 +22,8 @@ import yaml
 from safetensors.torch import load_file
 
 import fastclap
-from fastclap.data import BatchSampler, ClipDataset, load_manifest
+from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
+from fastclap.data import Batch, BatchSampler, ClipDataset, load_manifest
 from fastclap.errors import ConfigError
 from fastclap.testing import assert_close_rel
 from fastclap.train import distributed
@@ -30,8 +31,19 @@ from fastclap.train.config import LossConfig, TrainConfig
 from fastclap.train.loop import train
 from fastclap.train.objective import Objective
 from fastclap.train.setup import build_model
+from tests.train.test_speed import WAVLM, XLM_R
 
 FORK = multiprocessing.get_context("fork")
+NO_DROPOUT = {
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "layerdrop": 0.0,
+    "apply_spec_augment": False,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 
 
 def on_ranks(size: int, function: Callable[..., None], *arguments: Any) -> list[int | None]:
@@ -166,17 +178,52 @@ def last_record(config: TrainConfig, kind: str) -> dict[str, Any]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind][-1]
 
 
-def test_each_rank_of_a_sharded_run_holds_its_part_only(tiny: Callable[..., TrainConfig]) -> None:
-    assert on_ranks(2, _hold_a_part, tiny()) == [0, 0]
+def test_sharded_towers_of_transformers_have_the_gradients_of_replicated_ones(tiny: Callable[..., TrainConfig]) -> None:
+    assert on_ranks(2, _compare_sharded_with_replicated, tiny()) == [0, 0]
 
 
-def _hold_a_part(config: TrainConfig) -> None:
+def _compare_sharded_with_replicated(config: TrainConfig) -> None:
     world = distributed.join("cpu")
-    model = build_model(config, load_manifest(config.data.train), None)
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    distributed.shard([model.audio_branch, model.text_branch], world)
-    held = sum(distributed.local(parameter).numel() for parameter in model.parameters())
+    torch.manual_seed(0)
+    replicated = fastclap.CLAP(
+        CLAPConfig(
+            audio=AudioTowerConfig(kind="wav2vec2", hf_config={**WAVLM, **NO_DROPOUT}),
+            text=TextTowerConfig(kind="hf", hf_config={**XLM_R, **NO_DROPOUT}, pooling="cls"),
+            head=HeadConfig(kind="linear", dim=16),
+        )
+    )
+    sharded = copy.deepcopy(replicated)
+    parts = distributed.shard([sharded.audio_branch, sharded.text_branch], world)
+    whole, held = (sum(distributed.local(p).numel() for p in m.parameters()) for m in (replicated, sharded))
     assert 0.5 * whole <= held < 0.6 * whole
+    torch.manual_seed(world.rank)
+    batch = Batch(
+        step=0,
+        epoch=0,
+        audio=torch.randint(-3000, 3000, (4, 8000), dtype=torch.int16),
+        lengths=torch.tensor([8000, 5000, 6000, 7000]),
+        mean=None,
+        std=None,
+        captions=[],
+        caption_ids=torch.tensor([0, 1, 2, 3]),
+        rows=[],
+        bad=[],
+        text={"input_ids": torch.randint(3, 300, (4, 5)), "attention_mask": torch.ones(4, 5, dtype=torch.int64)},
+        text_rows=torch.arange(4),
+        tokens=[5] * 4,
+    )
+    norms = []
+    for model, modules in ((replicated, []), (sharded, parts)):
+        averaged = distributed.Gradients([p for p in model.parameters() if p.requires_grad], world, modules)
+        Objective(model, LossConfig(), 2, None, world, averaged.held, in_step=True)(batch)
+        norms.append(averaged.finish(torch.zeros(1))[1])
+    assert_close_rel("norm of all gradients", norms[0], norms[1], 1e-5)
+    other = dict(sharded.named_parameters())
+    for name, parameter in replicated.named_parameters():
+        if parameter.grad is not None:
+            gradient = other[name].grad
+            gradient = torch.zeros_like(parameter) if gradient is None else distributed.whole({"": gradient})[""]
+            assert_close_rel(name, parameter.grad, gradient, 1e-4)
     distributed.leave(world)
 
 
