@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -102,6 +102,41 @@ def matmul_rate(n: int, device: torch.device, dtype: torch.dtype, seconds: float
         product()
     figures = timing.interleaved({"matmul": product}, device, seconds, most=100)["matmul"]
     return 2 * n**3 / figures.median_ms / 1e9, figures
+
+
+def copy_rate(nbytes: int, device: torch.device, seconds: float) -> tuple[float, timing.Timing]:
+    """GB/s of one copy of random float32 numbers, read and written."""
+    source = torch.randn(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    figures = timing.interleaved({"copy": lambda: target.copy_(source)}, device, seconds, most=50)["copy"]
+    return 2 * source.nbytes / figures.median_ms / 1e6, figures
+
+
+def time_in_turn(
+    results: Mapping[str, Row],
+    calls: Mapping[str, Callable[[], object]],
+    first_ms: Mapping[str, float],
+    device: torch.device,
+    seconds: float,
+    left: float,
+    work: Callable[[float], Row],
+) -> None:
+    """Times warmed-up calls in turn and adds the figures, and ``work`` of the median ms, to their rows of the results.
+
+    Where three rounds of one form would take half of the seconds of all, its one call so far has to do.
+    """
+    slow = {name for name, ms in first_ms.items() if 3e-3 * ms > seconds / 2}
+    figures = {name: timing.Timing.of([first_ms[name]]) for name in slow}
+    quick = {name: call for name, call in calls.items() if name not in slow}
+    measured, reason = timing.attempt(
+        lambda: timing.interleaved(quick, device, min(seconds, max(0.1, left))) if quick else {}, max(5.0, left)
+    )
+    figures |= measured or {}
+    for name, row in results.items():
+        if name in figures:
+            row |= figures[name].as_dict() | work(figures[name].median_ms)
+        elif "reason" not in row:
+            row["reason"] = reason
 
 
 def rates(rows: int, dim: int, median_ms: float, peak_tflops: float | None) -> dict[str, float]:

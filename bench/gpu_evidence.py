@@ -1,16 +1,19 @@
-"""Everything that only a GPU can show about the contrastive loss, inside ten minutes and in one record.
+"""Everything that only a GPU can show about the kernels, inside ten minutes and in one record.
 
     python -m bench.gpu_evidence --out bench/records/NAME [--seconds 560] [--only SECTION ...]
+    python -m bench.gpu_evidence --out DIR --only log_mel attention    # these sections, with all of the time
     python -m bench.gpu_evidence --out DIR --dry-run        # the same code at tiny sizes on a CPU
 
-Correctness comes first: the Triton engine's own tests, its errors against float64, and two runs bit for bit. Then every
-benchmark beside its peers. Each section is a process of its own with a share of the time: a peer that hangs or crashes
-ends its section and nothing else, and every figure is in ``record.json`` as soon as it exists. Plots come last.
+Correctness comes first: the tests of the loss' engine, its errors against float64, and two runs bit for bit; the
+sections of the other kernels (`bench.kernel_sections`) begin with theirs. Then every benchmark beside its peers. Last,
+where time is left, ``kernel_tests`` runs the other kernels' own tests; alone it has all of the time. Each section is a
+process of its own with a share of the time: a peer that hangs or crashes ends its section and nothing else, and every
+figure is in ``record.json`` as soon as it exists. Plots come last.
 
-How figures are taken: see `bench.timing`. What is counted: T = 2·N²·D flops is one matmul pass. ``useful_tflops``
-counts 3 passes for every form (the least with the matrix of logits in memory), ``tflops_4t`` counts 4 (the least
-without). ``share_of_peak`` is the former over the rate of one large bf16 product in the same run. Memory is the highest
-point of a call above its inputs, gradients included.
+How figures are taken: see `bench.timing`. What is counted for the loss: T = 2·N²·D flops is one matmul pass.
+``useful_tflops`` counts 3 passes for every form (the least with the matrix of logits in memory), ``tflops_4t`` counts 4
+(the least without). ``share_of_peak`` is the former over the rate of one large bf16 product in the same run. Memory is
+the highest point of a call above its inputs, gradients included.
 """
 
 from __future__ import annotations
@@ -38,13 +41,24 @@ import torch
 from torch import Tensor
 
 import fastclap
-from bench import peers, timing
-from bench.comparison import SCALE, Comparison, Row, dtype_name, matmul_rate, rates, significant
+from bench import kernel_sections, peers, timing
+from bench.comparison import (
+    SCALE,
+    Comparison,
+    Row,
+    copy_rate,
+    dtype_name,
+    matmul_rate,
+    rates,
+    significant,
+    time_in_turn,
+)
 from fastclap.files import write_atomic
 from fastclap.losses import info_nce, sigmoid_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 RESERVE = 15  # seconds kept for the plots
+TIME_UP = 124  # exit code of tests that were stopped
 # Relative error that is always accepted; above it, the error of the materialised form on the same numbers is the bound.
 BOUND = {torch.bfloat16: 2e-3, torch.float32: 1e-5}
 LATENCY_FORMS = ("fastclap Triton", "fastclap torch", "materialised, compiled", "materialised", "open_clip")
@@ -103,13 +117,14 @@ class Run:
 
     def ceiling(self, what: str, unit: str) -> float | None:
         """What a large "matmul" or "copy" reached in this run."""
-        rows = self.record.content["sections"].get("ceilings", {}).get("rows", [])
-        return next((float(row[unit]) for row in rows if row["what"] == what), None)
+        rows = (row for section in self.record.content["sections"].values() for row in section["rows"])
+        return next((float(row[unit]) for row in rows if row.get("what") == what), None)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    tests: tuple[str, str]  # of the engine: path, keyword
+    tests: tuple[str, str]  # of the loss' engine: path, keyword
+    kernel_tests: tuple[tuple[str, str], ...]  # of the other kernels
     accuracy: tuple[tuple[int, int], ...]  # (N, D)
     matmul: int
     copy_bytes: int
@@ -126,6 +141,10 @@ class Sizes:
 
 GPU_SIZES = Sizes(
     tests=("tests/kernels/test_contrastive_triton.py", ""),
+    kernel_tests=tuple(
+        (f"tests/kernels/test_{name}.py", "")
+        for name in ("layer_norm_gelu_triton", "waveform_triton", "toeplitz_attention_triton", "logmel_triton")
+    ),
     accuracy=((1000, 512), (4096, 768), (16384, 768), (8191, 1024)),
     matmul=8192,
     copy_bytes=4 << 30,
@@ -141,6 +160,7 @@ GPU_SIZES = Sizes(
 )
 CPU_SIZES = Sizes(
     tests=("tests/kernels/test_contrastive.py", "without_any_positive"),
+    kernel_tests=(("tests/kernels/test_waveform.py", "meaning_of_each_argument"),),
     accuracy=((257, 48), (64, 32)),
     matmul=256,
     copy_bytes=1 << 20,
@@ -173,6 +193,18 @@ def correctness(run: Run) -> None:
                 run.add({"what": "error", **case, **(row or {"passed": False, "reason": reason})})
                 same, reason = timing.attempt(lambda: _repeats_exactly(_engine(run, loss), inputs), run.left)  # noqa: B023
                 run.add({"what": "two runs bit for bit", **case, "passed": same is True, "reason": reason})
+    run.record.section(run.name, checked=True)
+
+
+def kernel_tests(run: Run) -> None:
+    """The tests of the kernels beside the loss, each file with an equal share of what is left."""
+    files = run.sizes.kernel_tests
+    for at, (path, keyword) in enumerate(files):
+        row = _engine_tests(path, keyword, seconds=run.left / (len(files) - at))
+        if row["exit_code"] == TIME_UP:  # says nothing about the kernel
+            row["passed"] = None
+        run.add(row)
+    run.record.section(run.name, checked=True)
 
 
 def _engine(run: Run, loss: str) -> peers.Loss:
@@ -204,7 +236,7 @@ def _engine_tests(path: str, keyword: str, seconds: float) -> Row:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, seconds))
         code, output = done.returncode, done.stdout
     except subprocess.TimeoutExpired as error:
-        code, output = 124, (error.stdout or b"").decode(errors="replace")
+        code, output = TIME_UP, (error.stdout or b"").decode(errors="replace")
     return {
         "what": "tests of the engine",
         "command": "python " + " ".join(command[1:]),
@@ -220,10 +252,7 @@ def ceilings(run: Run) -> None:
     tflops, figures = matmul_rate(n, run.device, run.dtype, min(3.0, run.left))
     row = {"what": "matmul", "size": n, "dtype": dtype_name(run.dtype), "tflops": significant(tflops)}
     run.add({**row, **figures.as_dict()})
-    source = torch.randn(run.sizes.copy_bytes // 4, device=run.device)
-    target = torch.empty_like(source)
-    figures = timing.interleaved({"copy": lambda: target.copy_(source)}, run.device, 2.0, most=50)["copy"]
-    gbytes = 2 * source.nbytes / figures.median_ms / 1e6  # a second, read and written
+    gbytes, figures = copy_rate(run.sizes.copy_bytes, run.device, 2.0)
     run.add({"what": "copy", "gbytes_s": significant(gbytes), **figures.as_dict()})
 
 
@@ -252,18 +281,12 @@ def _compare(run: Run, loss: str, rows: int, dim: int) -> None:
         return
     seconds = run.sizes.case_seconds
     case = Comparison(loss, rows, dim, run.device, run.dtype, run.sizes.warm_up_seconds, lambda: run.left)
-    # Where three rounds of one form would take half of the time of all, its one call so far has to do.
-    slow = {name for name, ms in case.first_ms.items() if 3e-3 * ms > seconds / 2}
-    figures = {name: timing.Timing.of([case.first_ms[name]]) for name in slow}
-    calls = {name: call for name, call in case.calls.items() if name not in slow}
-    measured, reason = timing.attempt(
-        lambda: timing.interleaved(calls, run.device, min(seconds, max(0.1, run.left))), max(5.0, run.left)
+    time_in_turn(
+        *(case.results, case.calls, case.first_ms, run.device, seconds, run.left),
+        lambda ms: rates(rows, dim, ms, run.ceiling("matmul", "tflops")),
     )
-    figures |= measured or {}
-    for name, row in case.results.items():
-        if name in figures:
-            row |= figures[name].as_dict() | rates(rows, dim, figures[name].median_ms, run.ceiling("matmul", "tflops"))
-        run.add(row if "median_ms" in row or "reason" in row else {**row, "reason": reason})
+    for row in case.results.values():
+        run.add(row)
 
 
 def stages(run: Run) -> None:
@@ -435,7 +458,7 @@ def latency(run: Run) -> None:
                 if form.run is None or form.name not in LATENCY_FORMS:
                     continue
                 call = timing.forward_backward(form.run, [inputs])
-                prepare = functools.partial(_three_times if mode == "eager" else _capture, call, run.device)
+                prepare = functools.partial(timing.warmed_up if mode == "eager" else timing.captured, call, run.device)
                 ready, reason = timing.attempt(prepare, min(run.sizes.warm_up_seconds, max(1.0, run.left)))
                 if ready is None:
                     run.add({**case, "peer": form.name, "reason": reason})
@@ -446,41 +469,23 @@ def latency(run: Run) -> None:
                 run.add({**case, "peer": name, **figures.as_dict()})
 
 
-def _three_times(call: Callable[[], Tensor], device: torch.device) -> Callable[[], object]:
-    for _ in range(3):
-        call()
-    return call
-
-
-def _capture(call: Callable[[], Tensor], device: torch.device) -> Callable[[], object]:
-    """One forward and backward pass as a graph; its inputs stay where they are, in the cache if they fit."""
-    if device.type != "cuda":
-        raise RuntimeError("a CPU has no CUDA graphs")
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        _three_times(call, device)
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
-
-    def replay(_: object = (call, kept)) -> None:  # the graph reads and writes the call's tensors: they must live on
-        graph.replay()
-
-    return replay
-
-
-SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {  # with the most seconds each may take
-    "correctness": (correctness, 110),
-    "ceilings": (ceilings, 20),
-    "main": (main_cases, 230),
-    "stages": (stages, 40),
-    "largest": (largest, 50),
-    "latency": (latency, 60),
-    "sigmoid": (sigmoid_cases, 40),
+SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {  # with the seconds each may take in a run of all
+    "correctness": (correctness, 90),
+    "ceilings": (ceilings, 15),
+    "main": (main_cases, 120),
+    "log_mel": (kernel_sections.log_mel_section, 90),
+    "attention": (kernel_sections.attention_section, 65),
+    "layer_norm_gelu": (kernel_sections.layer_norm_gelu_section, 25),
+    "normalize_waveform": (kernel_sections.normalize_waveform_section, 25),
+    "stages": (stages, 30),
+    "largest": (largest, 30),
+    "latency": (latency, 30),
+    "sigmoid": (sigmoid_cases, 25),
     "more": (more_cases, 600),
+    "kernel_tests": (kernel_tests, 600),
 }
+# Sections that check what they, and those that follow them, measure.
+CHECKED = ("correctness", "log_mel", "attention", "layer_norm_gelu", "normalize_waveform", "kernel_tests")
 GRACE = 10  # seconds past its time after which a section is killed
 
 
@@ -557,6 +562,15 @@ def _run_section(path: Path, name: str, dry_run: bool, seconds: float) -> None:
     record.section(name, seconds=round(time.monotonic() - start, 1))
 
 
+def _passed(section: dict[str, Any]) -> bool:
+    """Whether all checks of a section were made and none failed."""
+    return section.get("checked") is True and all(row.get("passed") is not False for row in section["rows"])
+
+
+def _not_reached(section: dict[str, Any]) -> bool:
+    return section["status"].startswith("not reached")
+
+
 def run_all(out: Path, seconds: float, dry_run: bool, only: Sequence[str]) -> dict[str, Any]:
     """Runs the sections in order and returns the record."""
     out.mkdir(parents=True, exist_ok=True)
@@ -564,7 +578,7 @@ def run_all(out: Path, seconds: float, dry_run: bool, only: Sequence[str]) -> di
     path.unlink(missing_ok=True)
     start = time.monotonic()
     Record(path).update(
-        what="contrastive loss: correctness and speed",
+        what="kernels: correctness and speed",
         hardware="CPU (dry run: tiny sizes, wall clock; says nothing about speed)" if dry_run else "GPU",
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=" ".join(["python -m bench.gpu_evidence", *sys.argv[1:]]),
@@ -572,16 +586,21 @@ def run_all(out: Path, seconds: float, dry_run: bool, only: Sequence[str]) -> di
         software=_software(),
         budget_s=seconds,
     )
+    share = max(1.0, (seconds - RESERVE) / sum(SECTIONS[name][1] for name in only))  # few sections: more time for each
     for name in only:
         left = seconds - RESERVE - (time.monotonic() - start)
         if left < 5:
             Record(path).section(name, status="not reached: no time left")
             continue
-        _run_section(path, name, dry_run, min(SECTIONS[name][1], left - 1))
+        _run_section(path, name, dry_run, min(share * SECTIONS[name][1], left - 1))
     record = Record(path)
-    checks = record.content["sections"].get("correctness", {"rows": [], "status": "not run"})
-    correct = checks["status"] == "done" and all(row["passed"] for row in checks["rows"]) and bool(checks["rows"])
-    record.update(correct=correct, left_s=round(seconds - (time.monotonic() - start), 1))
+    sections = record.content["sections"]
+    # The figures of the loss rest on "correctness"; a run of all may have no time for "kernel_tests".
+    needed = dict.fromkeys(name if name in CHECKED else "correctness" for name in only if name != "ceilings")
+    reached = [name for name in needed if name != "kernel_tests" or not _not_reached(sections[name])]
+    checks = {name: name in only and _passed(sections[name]) for name in reached}
+    correct = bool(checks) and all(checks.values())
+    record.update(correct=correct, checks=checks, left_s=round(seconds - (time.monotonic() - start), 1))
     from bench.tables import plots
 
     for file, draw in plots(record.content):

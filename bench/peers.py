@@ -37,22 +37,22 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """One form of the loss.
+    """One form of the loss, or of another kernel (`bench.kernel_peers`).
 
     Attributes:
         name: of the row in a table.
         package: what pip calls it.
         version: None where it is not installed.
-        run: (a, b, scale) -> loss; None where it cannot run here.
+        run: (a, b, scale) -> loss, or what else the kernel takes and returns; None where it cannot run here.
         notes: how it is called and what it leaves out, or why it cannot run.
-        passes: matmul passes of a forward and backward pass.
+        passes: matmul passes of a forward and backward pass of the loss; 0 for another kernel.
         scale_gradient: whether the scale gets a gradient.
     """
 
     name: str
     package: str
     version: str | None
-    run: Loss | None
+    run: Callable[..., Any] | None
     notes: str
     passes: int
     scale_gradient: bool = True
@@ -115,7 +115,7 @@ def _never_storing(run: Loss) -> Loss:
     return lean
 
 
-def _compiled(function: Loss, device: torch.device) -> Loss:
+def _compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     if device.type != "cuda":
         raise UnavailableError("compiled forms are measured on a GPU only")
     return torch.compile(function, dynamic=False, fullgraph=True)
@@ -140,7 +140,7 @@ def _open_clip(device: torch.device, compiled: bool) -> Loss:
 
 
 def _inf_cl(device: torch.device) -> Loss:
-    cal_flash_loss = _on_gpu("inf_cl", device).cal_flash_loss
+    cal_flash_loss = on_gpu("inf_cl", device).cal_flash_loss
 
     def run(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         a, b = normalized(a, b)
@@ -153,28 +153,28 @@ def _inf_cl(device: torch.device) -> Loss:
 
 def _memeff(device: torch.device, scale: float) -> Loss:
     # stable=True, its default, multiplies the gradients by another factor: a different training step.
-    criterion = _on_gpu("memeff", device).MemoryEfficientCLIPLoss(temperature=1 / scale, stable=False)
+    criterion = on_gpu("memeff", device).MemoryEfficientCLIPLoss(temperature=1 / scale, stable=False)
     return lambda a, b, _: criterion(a, b)
 
 
 def _quack(device: torch.device) -> Loss:
-    function = _on_gpu("quack.linear_cross_entropy", device).chunked_linear_cross_entropy
+    function = on_gpu("quack.linear_cross_entropy", device).chunked_linear_cross_entropy
     return two_calls(lambda hidden, weight, labels: function(hidden, weight, labels, chunk_size=4096))
 
 
 def _cut_cross_entropy(device: torch.device, exact: bool) -> Loss:
-    function = _on_gpu("cut_cross_entropy", device).linear_cross_entropy
+    function = on_gpu("cut_cross_entropy", device).linear_cross_entropy
     options: dict[str, Any] = {"filter_eps": None} if exact else {}
     return two_calls(lambda hidden, weight, labels: function(hidden, weight, labels, **options))
 
 
 def _liger(device: torch.device) -> Loss:
-    function = _on_gpu("liger_kernel.ops.fused_linear_cross_entropy", device).LigerFusedLinearCrossEntropyFunction
+    function = on_gpu("liger_kernel.ops.fused_linear_cross_entropy", device).LigerFusedLinearCrossEntropyFunction
     return two_calls(lambda hidden, weight, labels: function.apply(hidden, weight, labels)[0])
 
 
 def _siglip_kernel(device: torch.device) -> Loss:
-    function = _on_gpu("siglip_kernel", device).fused_siglip_loss
+    function = on_gpu("siglip_kernel", device).fused_siglip_loss
 
     def run(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         a, b = normalized(a, b)
@@ -183,7 +183,7 @@ def _siglip_kernel(device: torch.device) -> Loss:
     return run
 
 
-def _on_gpu(module: str, device: torch.device) -> Any:
+def on_gpu(module: str, device: torch.device) -> Any:
     if device.type != "cuda":
         if importlib.util.find_spec(module.partition(".")[0]) is None:
             raise ModuleNotFoundError(module)
@@ -191,9 +191,10 @@ def _on_gpu(module: str, device: torch.device) -> Any:
     return importlib.import_module(module)
 
 
-def _load(
-    name: str, package: str, passes: int, notes: str, make: Callable[[], Loss], scale_gradient: bool = True
+def load(
+    name: str, package: str, passes: int, notes: str, make: Callable[[], Any], scale_gradient: bool = True
 ) -> Peer:
+    """The form that ``make`` returns, or the reason why there is none."""
     known, run = {"fastclap": fastclap.__version__, "torch": torch.__version__}, None
     version = known.get(package)
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -215,43 +216,43 @@ def info_nce_peers(device: torch.device, scale: float) -> list[Peer]:
     """
     both = "one direction, called twice"
     return [
-        _load(
+        load(
             *("fastclap Triton", "fastclap", 4, "3 passes where exponentials fit into a quarter of the free memory"),
             lambda: _fastclap(info_nce, "triton", device),
         ),
-        _load(
+        load(
             *("fastclap Triton, 4 passes", "fastclap", 4, "never stores exponentials"),
             lambda: _never_storing(_fastclap(info_nce, "triton", device)),
         ),
-        _load(
+        load(
             "fastclap torch",
             "fastclap",
             4,
             "the same algorithm in plain torch",
             lambda: _fastclap(info_nce, "torch", device),
         ),
-        _load(
+        load(
             "materialised, compiled", "torch", 3, "one S for both directions", lambda: _compiled(materialised, device)
         ),
-        _load("materialised", "torch", 3, "one S for both directions, eager", lambda: materialised),
-        _load("open_clip", "open-clip-torch", 6, "ClipLoss, eager", lambda: _open_clip(device, False)),
-        _load("open_clip, compiled", "open-clip-torch", 6, "ClipLoss, compiled", lambda: _open_clip(device, True)),
-        _load("inf_cl", "inf-cl", 10, f"cal_flash_loss, {both}", lambda: _inf_cl(device)),
-        _load(
+        load("materialised", "torch", 3, "one S for both directions, eager", lambda: materialised),
+        load("open_clip", "open-clip-torch", 6, "ClipLoss, eager", lambda: _open_clip(device, False)),
+        load("open_clip, compiled", "open-clip-torch", 6, "ClipLoss, compiled", lambda: _open_clip(device, True)),
+        load("inf_cl", "inf-cl", 10, f"cal_flash_loss, {both}", lambda: _inf_cl(device)),
+        load(
             *("memeff", "memeff", 5, "MemoryEfficientCLIPLoss(stable=False); the temperature is a constant"),
             lambda: _memeff(device, scale),
             scale_gradient=False,
         ),
-        _load("quack", "quack-kernels", 6, f"chunked_linear_cross_entropy, {both}", lambda: _quack(device)),
-        _load(
+        load("quack", "quack-kernels", 6, f"chunked_linear_cross_entropy, {both}", lambda: _quack(device)),
+        load(
             *("cut-cross-entropy", "cut-cross-entropy", 8, f"{both}; skips gradients below its default threshold"),
             lambda: _cut_cross_entropy(device, exact=False),
         ),
-        _load(
+        load(
             *("cut-cross-entropy, exact", "cut-cross-entropy", 8, f"{both}; filter_eps=None"),
             lambda: _cut_cross_entropy(device, exact=True),
         ),
-        _load("liger-kernel", "liger-kernel", 6, f"fused linear cross-entropy, {both}", lambda: _liger(device)),
+        load("liger-kernel", "liger-kernel", 6, f"fused linear cross-entropy, {both}", lambda: _liger(device)),
     ]
 
 
@@ -263,11 +264,11 @@ def sigmoid_peers(device: torch.device) -> list[Peer]:
         return lambda a, b, scale: run(a, b, scale, SIGMOID_BIAS)
 
     return [
-        _load("fastclap Triton", "fastclap", 3, "fused kernels", lambda: ours("triton")),
-        _load("fastclap torch", "fastclap", 3, "in plain torch", lambda: ours("torch")),
-        _load("materialised, compiled", "torch", 3, "one matrix", lambda: _compiled(materialised_sigmoid, device)),
-        _load("materialised", "torch", 3, "eager", lambda: materialised_sigmoid),
-        _load("siglip-kernel", "siglip-kernel", 3, "fused_siglip_loss", lambda: _siglip_kernel(device)),
+        load("fastclap Triton", "fastclap", 3, "fused kernels", lambda: ours("triton")),
+        load("fastclap torch", "fastclap", 3, "in plain torch", lambda: ours("torch")),
+        load("materialised, compiled", "torch", 3, "one matrix", lambda: _compiled(materialised_sigmoid, device)),
+        load("materialised", "torch", 3, "eager", lambda: materialised_sigmoid),
+        load("siglip-kernel", "siglip-kernel", 3, "fused_siglip_loss", lambda: _siglip_kernel(device)),
     ]
 
 

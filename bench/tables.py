@@ -16,6 +16,15 @@ from typing import Any
 Record = dict[str, Any]
 Row = dict[str, Any]
 
+# Sections of the kernels beside the loss, with the fields that tell their cases apart.
+KERNELS = {
+    "log_mel": ("front_end", "audio", "dtype"),
+    "attention": ("batch", "passes"),
+    "layer_norm_gelu": ("passes",),
+    "normalize_waveform": ("statistics",),
+}
+KERNEL_SIZES = ("clips", "seconds", "heads", "frames", "head_width", "rows", "channels")
+
 
 def tables(record: Record) -> str:
     """All tables of a record, each under a line that says what it shows."""
@@ -24,11 +33,15 @@ def tables(record: Record) -> str:
     device = f"{machine.get('device', 'unknown device')} ({record['hardware']})"
     parts = [f"{device}, {versions}, commit {record['commit']}, {record['date']}."]
     if record.get("correct") is not True:
-        parts.append("**The checks of this record did not all pass: its figures are not for use.**")
+        failed = ", ".join(name for name, passed in record.get("checks", {}).items() if not passed) or "none was made"
+        parts.append(f"**Checks did not all pass ({failed}): the figures that rest on them are not for use.**")
     unfinished = [f"{name} ({s['status']})" for name, s in record["sections"].items() if s["status"] != "done"]
     if unfinished:
         parts.append("Sections that did not finish: " + ", ".join(unfinished) + ".")
     parts += [*_speed(record), *_errors(record), *_stages(record), *_latency(record), *_largest(record)]
+    for section in KERNELS:
+        parts += _kernel(record, section)
+    parts += _kernel_tests(record)
     return "\n\n".join(parts)
 
 
@@ -40,6 +53,10 @@ def plots(record: Record) -> Iterator[tuple[str, Callable[[Path], None]]]:
     measured = [row for row in _rows(record, "stages") if row.get("floor_ms")]
     if measured:
         yield "stages.png", lambda path: _plot_stages(measured, path)
+    kernels = {name: [row for row in _kernel_cases(record, name) if "median_ms" in row] for name in KERNELS}
+    kernels = {name: rows for name, rows in kernels.items() if rows}
+    if kernels:
+        yield "kernels.png", lambda path: _plot_kernels(kernels, path)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -152,6 +169,56 @@ def _largest(record: Record) -> Iterator[str]:
             yield f"N = {row['rows']:,}, D = {row['dim']}, one step: {row['median_ms'] / 1e3:.3g} s{memory}."
 
 
+def _kernel_cases(record: Record, section: str) -> list[Row]:
+    return [row for row in _rows(record, section) if row.get("peer")]
+
+
+def _kernel(record: Record, section: str) -> Iterator[str]:
+    checks = [row for row in _rows(record, section) if "passed" in row]
+    cases = _kernel_cases(record, section)
+    if checks:
+        passed = sum(row["passed"] is True for row in checks)
+        yield f"`{section}`: {passed} of {len(checks)} checks on the device passed."
+    if cases:
+        fixed = [f"{name} {cases[0][name]}" for name in KERNEL_SIZES if name in cases[0]]
+        yield (
+            f"`{section}`{': ' * bool(fixed)}{', '.join(fixed)}. Median ms (middle 80 %), memory above the inputs, the "
+            "floor of bytes or flops at the measured rates, its share of the time, relative error against float64 (the "
+            "largest of output and gradients)."
+        )
+        yield markdown(
+            ["case", "form", "ms", "GB", "floor ms", "floor / ms", "error"],
+            [[_kernel_case(section, row), row["peer"], *_kernel_cells(row)] for row in cases],
+        )
+
+
+def _kernel_case(section: str, row: Row) -> str:
+    return ", ".join(f"B = {row[name]}" if name == "batch" else str(row[name]) for name in KERNELS[section])
+
+
+def _kernel_cells(row: Row) -> tuple[str, ...]:
+    if "median_ms" not in row:
+        return (_cell(row), "", "", "", "")
+    errors = [error for name, error in (row.get("errors") or {}).items() if name != "largest"]
+    return (
+        f"{row['median_ms']:.3g} ({row['p10_ms']:.3g}-{row['p90_ms']:.3g})",
+        "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e9:.2f}",
+        *(f"{row['floor_ms']:.3g}", f"{row['share_of_floor']:.0%}"),
+        f"{max(errors):.1e}" if errors else "",
+    )
+
+
+def _kernel_tests(record: Record) -> Iterator[str]:
+    rows = _rows(record, "kernel_tests")
+    if rows:
+        said = {True: "passed", False: "**failed**", None: "stopped for lack of time"}
+        yield "The kernels' own tests on the device."
+        yield markdown(
+            ["command", "", "last line"],
+            [[f"`{row['command']}`", said[row["passed"]], (row["output"] or [""])[-1]] for row in rows],
+        )
+
+
 def _axes(count: int) -> Any:
     import matplotlib
 
@@ -186,6 +253,20 @@ def _plot_stages(rows: Sequence[Row], path: Path) -> None:
         axis.barh(names, [_ms(row) for row in chosen], color="tab:blue", label="measured")
         axis.barh(names, [row["floor_ms"] for row in chosen], height=0.35, color="tab:orange", label="floor")
         axis.set(xlabel="ms", title=f"N = {case[0]:,}, D = {case[1]}")
+    axes[0][0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def _plot_kernels(sections: dict[str, list[Row]], path: Path) -> None:
+    figure, axes = _axes(len(sections))
+    figure.set_size_inches(7 * len(sections), max(4.5, 0.22 * max(map(len, sections.values()))))
+    for axis, (section, rows) in zip(axes[0], sections.items(), strict=True):
+        names = [f"{_kernel_case(section, row)}: {row['peer']}" for row in rows]
+        axis.barh(names, [row["median_ms"] for row in rows], color="tab:blue", label="measured")
+        axis.barh(names, [row["floor_ms"] for row in rows], height=0.35, color="tab:orange", label="floor")
+        axis.invert_yaxis()
+        axis.set(xlabel="ms", xscale="log", title=section)
+        axis.tick_params(axis="y", labelsize="x-small")
     axes[0][0].legend()
     figure.savefig(path, dpi=120)
 

@@ -1,137 +1,114 @@
-"""Log-mel front-ends side by side: fastclap, torchaudio, transformers.
+"""Log-mel front-ends side by side: fastclap and every library that has one, on this machine.
 
-    OMP_NUM_THREADS=1 pytest bench/test_logmel.py --benchmark-only --benchmark-group-by=group
+    pytest bench/test_logmel.py --benchmark-only --benchmark-group-by=group -rs
 
-Every engine gets the same float32 batch of noise and makes the same features: 8 clips of 10 s by default, on the CPU.
-FASTCLAP_BENCH_CLIPS, FASTCLAP_BENCH_SECONDS and FASTCLAP_BENCH_DEVICE change that. The figure to read is the minimum or
-the median; `ms_per_clip` is the median over the number of clips.
+Four front-ends (Whisper's 80 mels, Kaldi's 80, CLSP's 128, LAION-CLAP's 64 at 48 kHz), with float32 samples and
+features and with int16 samples and bf16 features; ours also in the two mixtures. The forms, and what each leaves out,
+are those of `bench.kernel_peers`; one that is not there is skipped with the reason (``-rs``). On a GPU 1024 clips of
+10 s, on a CPU 8; FASTCLAP_BENCH_CLIPS, FASTCLAP_BENCH_SECONDS, FASTCLAP_BENCH_DEVICE and FASTCLAP_BENCH_ROUNDS change
+that. Before every timed round another form of the group runs, in turn, so that all see the same machine; a call on a
+GPU ends with a synchronisation. The ``extra_info`` of ``--benchmark-json`` has `ms_per_clip`, the median over the
+number of clips; `least_bytes`, samples in and features out; `bytes_per_second`, that over the median; and the relative
+error against float64 of the forms that compute the same features.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-import torchaudio
 from torch import Tensor
-from torchaudio.compliance import kaldi
 
-from fastclap.features import LogMel
+from bench import timing
+from bench.kernel_peers import FRONT_ENDS, log_mel_forms
+from bench.peers import Peer
+from fastclap.kernels.logmel import LogMelSpec, log_mel_reference
+from fastclap.testing import relative_error
 
-CLIPS = int(os.environ.get("FASTCLAP_BENCH_CLIPS", "8"))
+DEVICE = torch.device(os.environ.get("FASTCLAP_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu"))
+ON_GPU = DEVICE.type == "cuda"
+CLIPS = int(os.environ.get("FASTCLAP_BENCH_CLIPS", "1024" if ON_GPU else "8"))
 SECONDS = float(os.environ.get("FASTCLAP_BENCH_SECONDS", "10"))
-DEVICE = torch.device(os.environ.get("FASTCLAP_BENCH_DEVICE", "cpu"))
+ROUNDS = int(os.environ.get("FASTCLAP_BENCH_ROUNDS", "15" if ON_GPU else "5"))
+WARM_UP_SECONDS = 60.0
+CPU = torch.device("cpu")
+# Ours by the rounding of the features; of the others only that they do the same work, some of it in TF32.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+SAME_WORK = 2e-2
+DTYPES = [(torch.float32, torch.float32), (torch.int16, torch.bfloat16)]
+MIXED = [(torch.float32, torch.bfloat16), (torch.int16, torch.float32)]
+
+Case = tuple[str, torch.dtype, torch.dtype]
+CASES: list[tuple[Case, str]] = [
+    ((name, audio, features), peer.name)
+    for audio, features in (*DTYPES, *MIXED)
+    for name, spec in FRONT_ENDS.items()
+    for peer, _ in log_mel_forms(spec, CPU, audio, features, ours_only=(audio, features) in MIXED)
+]
 
 
-def waveform(sampling_rate: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return 0.1 * torch.randn(CLIPS, int(SECONDS * sampling_rate), generator=generator).to(DEVICE)
+def samples(spec: LogMelSpec, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    wave = 0.1 * torch.randn(CLIPS, int(SECONDS * spec.sampling_rate), generator=generator, device=DEVICE)
+    return (wave * 32768).clamp_(-32768, 32767).to(torch.int16) if dtype == torch.int16 else wave
 
 
-def measure(benchmark, function: Callable[[], Tensor], agreement: Tensor | None = None) -> None:  # type: ignore[no-untyped-def]
-    def run() -> Tensor:
-        result = function()
-        if DEVICE.type == "cuda":
+Ready = tuple[Peer, LogMelSpec | None, Callable[[], Tensor] | None, str | None]
+
+
+@functools.lru_cache(maxsize=1)  # the tests of one case follow each other
+def prepared(case: Case) -> tuple[Tensor, dict[str, Ready]]:
+    """The batch, and by form what it computes and its call, warmed up; or in words why there is none."""
+    name, audio, features = case
+    spec = FRONT_ENDS[name]
+    clips = samples(spec, audio)
+    found: dict[str, Ready] = {}
+    for peer, computed in log_mel_forms(spec, DEVICE, audio, features, ours_only=(audio, features) in MIXED):
+        call, reason = None, peer.notes
+        if peer.run is not None:
+            call = functools.partial(peer.run, clips)
+            _, failed = timing.attempt(call, WARM_UP_SECONDS)
+            call, reason = (None, failed) if failed else (call, "")
+        found[peer.name] = (peer, computed, call, reason)
+    return clips, found
+
+
+@pytest.mark.parametrize(
+    ("case", "form"), CASES, ids=[f"{n}-{a}-to-{f}-{form}".replace("torch.", "") for (n, a, f), form in CASES]
+)
+def test_log_mel(benchmark: Any, case: Case, form: str) -> None:
+    name, audio, features = case
+    clips, forms = prepared(case)
+    peer, computed, call, reason = forms[form]
+    if call is None or peer.run is None:
+        pytest.skip(f"{form}: {reason}")
+    benchmark.group = f"{name}, {CLIPS} clips of {SECONDS:g} s, {audio} to {features}".replace("torch.", "")
+    others = itertools.cycle([other for key, (*_, other, _) in forms.items() if key != form and other] or [call])
+
+    def finished(run: Callable[[], Tensor]) -> Tensor:
+        value = run()
+        if ON_GPU:
             torch.cuda.synchronize()
-        return result
+        return value
 
-    result = benchmark.pedantic(run, rounds=15, warmup_rounds=3)
-    if benchmark.stats is not None:  # --benchmark-disable runs each engine once, without a clock
+    def another() -> None:
+        finished(next(others))
+
+    result = benchmark.pedantic(finished, (call,), setup=another, rounds=ROUNDS)
+    least = clips.numel() * audio.itemsize + result.numel() * features.itemsize
+    benchmark.extra_info.update(timing.machine(DEVICE), form=form, notes=peer.notes, least_bytes=least)
+    if benchmark.stats is not None:  # --benchmark-disable runs each form once, without a clock
         benchmark.extra_info["ms_per_clip"] = 1e3 * benchmark.stats.stats.median / CLIPS
-    benchmark.extra_info["device"] = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    if agreement is not None:  # the peer does the same work
-        assert (result.to(agreement.device) - agreement).abs().max() < 1e-2
-
-
-def ours(preset: str, **overrides: object) -> Callable[[], Tensor]:
-    front_end = LogMel(preset, **overrides)
-    clips = waveform(front_end.sampling_rate)
-    return lambda: front_end(clips)[0]
-
-
-class TestWhisper:
-    """16 kHz, n_fft 400, 80 mels."""
-
-    group = pytest.mark.benchmark(group="whisper, 16 kHz, 80 mels")
-
-    @group
-    def test_fastclap(self, benchmark) -> None:  # type: ignore[no-untyped-def]
-        measure(benchmark, ours("whisper"))
-
-    @group
-    def test_fastclap_int16_with_lengths(self, benchmark) -> None:  # type: ignore[no-untyped-def]
-        clips = (waveform(16000) * 32768).clamp(-32768, 32767).to(torch.int16)
-        lengths = torch.linspace(clips.shape[1] / 2, clips.shape[1], CLIPS).long().to(DEVICE)
-        front_end = LogMel("whisper")
-        measure(benchmark, lambda: front_end(clips, lengths)[0])
-
-    @group
-    def test_transformers(self, benchmark) -> None:  # type: ignore[no-untyped-def]
-        from transformers import WhisperFeatureExtractor
-
-        extractor = WhisperFeatureExtractor()
-        clips = list(waveform(16000).cpu().numpy())
-
-        def extract() -> Tensor:
-            features = extractor(
-                clips, sampling_rate=16000, padding="longest", return_tensors="pt", device=DEVICE.type
-            ).input_features
-            return features.to(DEVICE)
-
-        measure(benchmark, extract, ours("whisper")().mT)
-
-
-class TestTorchaudio:
-    """16 kHz, n_fft 400, hop 160, 80 HTK mels, natural log."""
-
-    group = pytest.mark.benchmark(group="torchaudio, 16 kHz, 80 mels")
-    overrides = {"hop_length": 160, "n_mels": 80}  # noqa: RUF012
-
-    @group
-    def test_fastclap(self, benchmark) -> None:  # type: ignore[no-untyped-def]
-        measure(benchmark, ours("torchaudio", **self.overrides))
-
-    @group
-    def test_torchaudio(self, benchmark) -> None:  # type: ignore[no-untyped-def]
-        transform = torchaudio.transforms.MelSpectrogram(**self.overrides).to(DEVICE)
-        clips = waveform(16000)
-        measure(benchmark, lambda: transform(clips).clamp(min=1e-10).log(), ours("torchaudio", **self.overrides)().mT)
-
-
-class TestKaldi:
-    """16 kHz, 400 of 512 samples, DC removal, pre-emphasis, 80 mels."""
-
-    group = pytest.mark.benchmark(group="kaldi, 16 kHz, 80 mels")
-
-    @group
-    def test_fastclap(self, benchmark) -> None:  # type: ignore[no-untyped-def]
-        measure(benchmark, ours("kaldi"))
-
-    @group
-    def test_torchaudio(self, benchmark) -> None:  # type: ignore[no-untyped-def]
-        clips = waveform(16000)
-        measure(
-            benchmark,
-            lambda: torch.stack([kaldi.fbank(clip[None], num_mel_bins=80) for clip in clips]),
-            ours("kaldi")(),
-        )
-
-
-class TestClap:
-    """48 kHz, n_fft 1024, 64 mels up to 14 kHz, decibels."""
-
-    group = pytest.mark.benchmark(group="clap-fusion, 48 kHz, 64 mels")
-
-    @group
-    def test_fastclap(self, benchmark) -> None:  # type: ignore[no-untyped-def]
-        measure(benchmark, ours("clap-fusion"))
-
-    @group
-    def test_torchaudio(self, benchmark) -> None:  # type: ignore[no-untyped-def]
-        mel = torchaudio.transforms.MelSpectrogram(48000, 1024, hop_length=480, n_mels=64, f_min=50, f_max=14000)
-        transform = torch.nn.Sequential(mel, torchaudio.transforms.AmplitudeToDB("power")).to(DEVICE)
-        clips = waveform(48000)
-        measure(benchmark, lambda: transform(clips), ours("clap-fusion")().mT)
+        benchmark.extra_info["bytes_per_second"] = least / benchmark.stats.stats.median
+    assert result.dtype == features and result.shape[::2] == (CLIPS, FRONT_ENDS[name].n_mels)
+    if computed is not None:
+        expected = log_mel_reference(clips[:1].cpu(), None, computed)[0]
+        frames = min(expected.shape[1], result.shape[1])  # some have one more
+        error = relative_error(expected[:, :frames], result[:1, :frames])
+        benchmark.extra_info["error"] = error
+        assert error < (TOLERANCE[features] if form.startswith("fastclap") else SAME_WORK)

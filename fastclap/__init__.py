@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastclap.losses import info_nce as info_nce
     from fastclap.losses import sigmoid_loss as sigmoid_loss
     from fastclap.model import CLAP as CLAP
+    from fastclap.scoring import reward as reward
 
 _PUBLIC = {
     "info_nce": "fastclap.losses",
@@ -29,9 +30,10 @@ _PUBLIC = {
     "LogMel": "fastclap.features",
     "GradCache": "fastclap.grad_cache",
     "CLAP": "fastclap.model",
+    "reward": "fastclap.scoring",
 }
 
-__all__ = ["CLAP", "ClipLoss", "GradCache", "LogMel", "SigLipLoss", "drop_in", "info_nce", "sigmoid_loss"]
+__all__ = ["CLAP", "ClipLoss", "GradCache", "LogMel", "SigLipLoss", "drop_in", "info_nce", "reward", "sigmoid_loss"]
 
 try:
     __version__ = _version("fastclap")

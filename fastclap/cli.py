@@ -1,5 +1,7 @@
 """The ``fastclap`` command: what can be done with a trained model, and packing of the data to train on.
 
+The measuring and packing commands are here, those that put a model to use (embed, search, ...) in ``cli_apps``.
+
 Each command is a dataclass whose fields are its flags. torch is imported after the arguments have been understood, so
 that ``--help`` and mistyped flags answer at once. Figures go to stdout, as a table or with ``--json`` as JSON and
 nothing else; progress, notes and errors go to stderr. Exit status: 0 done, 1 ``doctor`` found a problem, 2 a mistake in
@@ -8,20 +10,20 @@ the arguments, the data or the model, told in one line.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from fastclap import cli_apps
+from fastclap.console import make_table, pick_device, progress
 from fastclap.errors import ConfigError, DataError, FastclapError
-from fastclap.prompts import DEFAULT_TEMPLATE, load_prompts
+from fastclap.prompts import DEFAULT_TEMPLATE, PROMPT_SETS, load_prompts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,7 +67,9 @@ class Classify(_OnData):
     template: list[str] = field(default_factory=lambda: [DEFAULT_TEMPLATE])
     """Prompts of every class, averaged: {} is the class name, {a} or {A} its article (a or an)."""
     prompts: str | None = None
-    """JSON file of prompts instead of the template: {"class": ["prompt", ...]}, or one such mapping for each column."""
+    """Prompts instead of the template: a JSON file with {"class": ["prompt", ...]}, or one such mapping for each
+    column; or a published set by name: paraspeechclap-pitch, -texture, -volume, -clarity, -rhythm or -situational,
+    clsp-emotion, -gender or -age."""
     classes: list[str] | None = None
     """Candidate classes (default: those of the prompts file, else all values of the column)."""
 
@@ -100,6 +104,45 @@ class Pack:
 
 
 @dataclass(kw_only=True)
+class Prepare:
+    dataset: Annotated[
+        Literal[
+            "paraspeechcaps", "fcaps", "promptspeech", "textrolspeech", "speechcraft", "ravdess", "crema-d", "iemocap"
+        ],
+        tyro.conf.Positional,
+    ]
+    """Which dataset it is."""
+    root: str
+    """Folder of its audio."""
+    out: str
+    """Manifest to write, a .jsonl file; with {split} in its name, one file a split."""
+    annotations: str | None = None
+    """File or folder of its captions and labels, or hf:NAME of the hub (default: the root)."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of its fields that differ in this copy, as pairs: PUBLISHED FOUND."""
+    json: bool = False
+    """Print the summary as JSON, and nothing else, on stdout."""
+
+
+@dataclass(kw_only=True)
+class Convert:
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """ParaSpeechCLAP .pth.tar, LAION-CLAP .pt, folder of a transformers CLAP, or the hub id of one of these."""
+    folder: Annotated[str, tyro.conf.Positional]
+    """Model folder to write."""
+    tokenizer: str | None = None
+    """Folder or hub id of the text tower's tokenizer (default: the published one's, from the hub)."""
+    audio_config: dict[str, str] = field(default_factory=dict)
+    """Entries of the audio tower's transformers configuration that are not as published, as pairs: NAME JSON."""
+    text_config: dict[str, str] = field(default_factory=dict)
+    """Likewise of the text tower."""
+    license: str | None = None
+    """Licence of the weights for the model card, by its name on the hub (for example cc-by-nc-sa-4.0)."""
+    json: bool = False
+    """Print the summary as JSON, and nothing else, on stdout."""
+
+
+@dataclass(kw_only=True)
 class Doctor:
     json: bool = False
     """Print JSON, and nothing else, on stdout."""
@@ -123,7 +166,31 @@ Examples:
   fastclap classify --model runs/demo --data test.jsonl --column sex --template "{A} {} speaker."
   fastclap classify --model runs/demo --data test.jsonl --template "A man sounds {}." "A woman sounds {}."
   fastclap classify --model runs/demo --data test.jsonl --prompts emotions.json --out report
+  fastclap classify --model runs/demo --data test.jsonl --prompts paraspeechclap-situational
+  fastclap classify --model runs/demo --data test.jsonl --column sex --prompts clsp-gender
   fastclap classify --model runs/demo --data test.jsonl --column intrinsic_tags --classes shrill nasal deep
+"""
+_PREPARE = """Write the manifest of a public dataset: audio, captions, tags, emotion, sex, age, durations, splits.
+
+Clips whose audio is missing or unreadable are left out and listed beside the manifest, in NAME-skipped.jsonl. Where to
+get each dataset, under which licence, and how its folder looks: docs/data.md.
+
+Examples:
+  fastclap prepare ravdess --root data/ravdess --out manifests/ravdess.jsonl
+  fastclap prepare iemocap --root data/IEMOCAP_full_release --out "manifests/iemocap-{split}.jsonl"
+  fastclap prepare paraspeechcaps --root data/audio --annotations hf:ajd12342/paraspeechcaps --out "psc-{split}.jsonl"
+  fastclap prepare promptspeech --root data/LibriTTS --annotations data/PromptSpeech --out promptspeech.jsonl --json
+"""
+_CONVERT = """Turn a checkpoint of another code into a model folder: safetensors, configuration, tokenizer, model card.
+
+Every command takes such checkpoints as they are too; a converted one loads without the hub and without unpickling.
+
+Examples:
+  fastclap convert paraspeechclap-intrinsic.pth.tar models/intrinsic
+  fastclap convert paraspeechclap-combined.pth.tar models/combined --tokenizer tokenizers/granite-278m
+  fastclap convert 630k-audioset-best.pt models/laion --license cc0-1.0
+  fastclap convert laion/clap-htsat-unfused models/htsat --json
+  fastclap convert own.pth.tar models/own --audio-config num_attention_heads 12 do_stable_layer_norm false
 """
 _REPORT = """Write the one-page report of a training run: curves, last validation, configuration.
 
@@ -150,7 +217,7 @@ Examples:
 _FLAGS = (tyro.conf.FlagCreatePairsOff,)  # no --no-json
 _USAGE = """usage: fastclap COMMAND [--flag value ...]
 
-Measure contrastive language-audio models and pack data (fastclap-train trains them). Commands:
+Measure and use contrastive language-audio models, and pack data (fastclap-train trains them). Commands:
 {commands}
 
   fastclap COMMAND --help   every flag of a command, with its default and examples
@@ -165,10 +232,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "classify": (Classify, _CLASSIFY, _classify),
         "report": (Report, _REPORT, _report),
         "pack": (Pack, _PACK, _pack),
+        **cli_apps.COMMANDS,
+        "prepare": (Prepare, _PREPARE, _prepare),
+        "convert": (Convert, _CONVERT, _convert),
         "doctor": (Doctor, _DOCTOR, _doctor),
     }
     usage = _USAGE.format(
-        commands="\n".join(f"  {name:<10}{text.splitlines()[0]}" for name, (_, text, _) in commands.items())
+        commands="\n".join(f"  {name:<12}{text.splitlines()[0]}" for name, (_, text, _) in commands.items())
     )
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage, end="", file=sys.stdout if arguments else sys.stderr)
@@ -207,13 +277,19 @@ def _eval(arguments: Eval) -> int:
 
 
 def _classify(arguments: Classify) -> int:
-    prompts = load_prompts(arguments.prompts, arguments.column) if arguments.prompts else None
-    if arguments.prompts and not prompts:
-        raise DataError(f"{arguments.prompts}: no prompts for the column {arguments.column!r}")
+    templates, prompts, classes = arguments.template, None, arguments.classes
+    if arguments.prompts in PROMPT_SETS:
+        published = PROMPT_SETS[arguments.prompts]
+        templates, prompts = [published.template or DEFAULT_TEMPLATE], published.prompts
+        classes = classes or (None if published.classes is None else list(published.classes))
+    elif arguments.prompts:
+        prompts = load_prompts(arguments.prompts, arguments.column)
+        if not prompts:
+            raise DataError(f"{arguments.prompts}: no prompts for the column {arguments.column!r}")
 
     from fastclap.evaluation import ClassificationTask, evaluate
 
-    task = ClassificationTask(arguments.column, arguments.template, prompts, arguments.classes)
+    task = ClassificationTask(arguments.column, templates, prompts, classes)
     model, manifest = _load(arguments, require_captions=False)
     result = evaluate(model, manifest, captions=[], tasks=[task], batch_size=arguments.batch_size, progress=True)
     figures = result["classification"][arguments.column]
@@ -239,6 +315,85 @@ def _report(arguments: Report) -> int:
     return 0
 
 
+def _prepare(arguments: Prepare) -> int:
+    from fastclap.prepare import prepare
+
+    with progress("preparing", "prepared", "clips") as advance:
+        summary = prepare(
+            arguments.dataset,
+            arguments.root,
+            arguments.out,
+            annotations=arguments.annotations,
+            columns=arguments.columns,
+            advance=advance,
+        )
+    if summary["skipped_file"]:
+        print(
+            f"fastclap: {summary['missing']} clips without audio and {summary['unreadable']} unreadable ones left out, "
+            f"see {summary['skipped_file']}",
+            file=sys.stderr,
+        )
+    if arguments.json:
+        print(json.dumps(summary, indent=1, ensure_ascii=False))
+        return 0
+    for reason, clips in summary["left_out"].items():
+        print(f"left out {clips}: {reason}")
+    if summary["repeated"]:
+        print(f"left out {summary['repeated']}: repeats of a row")
+    for split, figures in summary["splits"].items():
+        speakers = f", {figures['speakers']} speakers" if figures["speakers"] else ""
+        print(f"{split}: {figures['rows']} rows, {figures['hours']:.2f} h{speakers}")
+    print(f"split {summary['split_rule']}")
+    print(f"{summary['rows']} rows, {summary['hours']:.2f} h: {', '.join(summary['files'])}")
+    return 0
+
+
+def _convert(arguments: Convert) -> int:
+    def values(pairs: Mapping[str, str]) -> dict[str, Any]:
+        parsed: dict[str, Any] = {}
+        for name, value in pairs.items():
+            try:
+                parsed[name] = json.loads(value)
+            except ValueError:  # a bare word, such as a model type
+                parsed[name] = value
+        return parsed
+
+    if arguments.tokenizer is not None:  # a mistake in its name is better found before a large file is read
+        from fastclap.tokenizer import as_tokenizer
+
+        as_tokenizer(arguments.tokenizer)
+
+    from fastclap.checkpoints import find_checkpoint, read_checkpoint
+
+    found = find_checkpoint(arguments.checkpoint)
+    print(f"fastclap: reading {found}", file=sys.stderr)
+    model = read_checkpoint(
+        found,
+        tokenizer=arguments.tokenizer,
+        audio_config=values(arguments.audio_config),
+        text_config=values(arguments.text_config),
+    )
+    print(f"fastclap: writing {arguments.folder}", file=sys.stderr)
+    model.save_pretrained(arguments.folder, license=arguments.license)
+    summary: dict[str, Any] = {
+        "model": arguments.folder,
+        "audio": model.config.audio.kind,
+        "text": model.config.text.kind,
+        "dim": model.config.head.dim,
+        "sampling_rate": model.sampling_rate,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "logit_scale": model.logit_scale.item(),
+    }
+    if arguments.json:
+        print(json.dumps(summary, indent=1, ensure_ascii=False))
+    else:
+        print(
+            f"{summary['parameters'] / 1e6:.1f} million parameters, {summary['dim']} dimensions, "
+            f"{summary['sampling_rate']} Hz: {arguments.folder}"
+        )
+    return 0
+
+
 def _pack(arguments: Pack) -> int:
     from fastclap.data import load_manifest
     from fastclap.data.shards import pack
@@ -249,7 +404,7 @@ def _pack(arguments: Pack) -> int:
         arguments.manifests, audio_root=arguments.audio_root, columns=arguments.columns, require_captions=False
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with _packing_progress() as advance:
+    with progress("packing", "packed", "clips") as advance:
         summary = pack(
             manifest,
             arguments.out,
@@ -270,32 +425,7 @@ def _pack(arguments: Pack) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _packing_progress() -> Iterator[Callable[[int, int], None]]:
-    """A callable that is told the clips done and in all: a bar on a terminal, else a line now and then, on stderr."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("packing clips"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    last = time.monotonic()
-
-    def advance(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 10 or done == total:
-            last = time.monotonic()
-            print(f"packed {done} of {total} clips", file=sys.stderr, flush=True)
-
-    yield advance
-
-
 def _load(arguments: _OnData, *, require_captions: bool) -> tuple[CLAP, Manifest]:
-    import torch
-
     from fastclap.data import load_manifest
     from fastclap.model import CLAP
 
@@ -305,13 +435,7 @@ def _load(arguments: _OnData, *, require_captions: bool) -> tuple[CLAP, Manifest
         raise ConfigError("--data is empty: name at least one manifest")
     if arguments.out is not None:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)  # an unusable folder is better found now than at the end
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    device = pick_device(arguments.device)
     manifest = load_manifest(
         arguments.data,
         audio_root=arguments.audio_root,
@@ -349,7 +473,7 @@ def _present(arguments: _OnData, result: Mapping[str, Any], tables: Sequence[Tab
 
 
 def _retrieval_table(retrieval: Mapping[str, Any]) -> Table:
-    table = _table("Retrieval (chance in brackets)", "figure")
+    table = make_table("Retrieval (chance in brackets)", "figure")
     columns = []
     for captions, both in retrieval.items():
         for direction, title in (("audio_to_text", "audio → text"), ("text_to_audio", "text → audio")):
@@ -365,14 +489,14 @@ def _retrieval_table(retrieval: Mapping[str, Any]) -> Table:
 
 
 def _classification_tables(column: str, figures: Mapping[str, Any]) -> list[Table]:
-    per_class = _table(f"{column}, class by class", "class")
+    per_class = make_table(f"{column}, class by class", "class")
     for head in ("clips", "given", "recall %", "precision %", "F1 %"):
         per_class.add_column(head, justify="right")
     for row in figures["per_class"]:
         recall = "–" if row["recall"] is None else _percent(row["recall"])
         cells = (str(row["clips"]), str(row["given"]), recall, _percent(row["precision"]), _percent(row["f1"]))
         per_class.add_row(row["class"], *cells)
-    table = _table(f"Zero-shot {column}: {figures['clips']} clips, {len(figures['classes'])} classes", "figure")
+    table = make_table(f"Zero-shot {column}: {figures['clips']} clips, {len(figures['classes'])} classes", "figure")
     table.add_column("%", justify="right")
     table.add_column("to compare")
     majority = f"always the most frequent class: {_percent(figures['majority_accuracy'])}"
@@ -380,15 +504,6 @@ def _classification_tables(column: str, figures: Mapping[str, Any]) -> list[Tabl
     table.add_row("UAR (UA)", _percent(figures["uar"]), f"chance: {_percent(figures['chance'])}")
     table.add_row("macro-F1", _percent(figures["macro_f1"]), "")
     return [per_class, table]
-
-
-def _table(title: str, first: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    table.add_column(first)
-    return table
 
 
 def _percent(share: float) -> str:

@@ -115,13 +115,13 @@ class TextTowerConfig:
 class HeadConfig:
     """Projection of a tower's output into the shared space; both towers have one of this kind."""
 
-    kind: Literal["paraspeechclap", "clsp", "linear"] = "paraspeechclap"
+    kind: Literal["paraspeechclap", "clsp", "laion", "linear"] = "paraspeechclap"
     """paraspeechclap: LN(W1·x + dropout(W2·gelu(W1·x))). clsp: Linear-ReLU-Linear-Linear-ReLU-Dropout-Linear.
-    linear: one matrix."""
+    laion: Linear-ReLU-Linear. linear: one matrix."""
     dim: int = 256
     """Dimension of the shared embedding space."""
     dropout: float | None = None
-    """Dropout of the head; unset means the published value (paraspeechclap 0.5, clsp 0.1)."""
+    """Dropout of the head; unset means the published value (paraspeechclap 0.5, clsp 0.1; the others have none)."""
 
 
 @dataclass

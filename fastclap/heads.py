@@ -57,6 +57,26 @@ class CLSPHead(nn.Module):
         return self.transform(self.projection(x))
 
 
+class LAIONHead(nn.Module):
+    """Linear-ReLU-Linear (LAION-CLAP, arXiv 2211.06687).
+
+    Args:
+        in_dim: width of the tower.
+        dim: dimension of the shared space and of the hidden layer.
+    """
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(in_dim, dim)
+        self.linear2 = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, in_dim]
+    ) -> Tensor:  # [B, dim]
+        return self.linear2(F.relu(self.linear1(x)))
+
+
 def build_head(config: HeadConfig, in_dim: int) -> nn.Module:
     """Head of ``config.kind`` for a tower of width ``in_dim``.
 
@@ -68,6 +88,8 @@ def build_head(config: HeadConfig, in_dim: int) -> nn.Module:
         return ParaSpeechCLAPHead(in_dim, config.dim, **dropout)
     if config.kind == "clsp":
         return CLSPHead(in_dim, config.dim, **dropout)
+    if config.kind == "laion":
+        return LAIONHead(in_dim, config.dim)
     if config.kind == "linear":
         return nn.Linear(in_dim, config.dim, bias=False)
-    raise ConfigError(f"unknown projection head {config.kind!r}; known: paraspeechclap, clsp, linear")
+    raise ConfigError(f"unknown projection head {config.kind!r}; known: paraspeechclap, clsp, laion, linear")

@@ -3,7 +3,7 @@
 ``encode_audio`` and ``encode_text`` are what the training step calls: padded batches in, unnormalised embeddings out,
 no host sync. ``embed_audio`` and ``embed_text`` are what a user calls: files, arrays or strings in, unit vectors out in
 the order given; they sort by length so that little is computed on padding, and leave the model's mode as it was. Models
-are saved as safetensors only, and torch files are read without unpickling anything but tensors.
+are saved as safetensors only, and torch files are read without unpickling anything but tensors and numbers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,106 @@ from fastclap.config import FORMAT_VERSION, CLAPConfig
 from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.files import fsync
 from fastclap.heads import build_head
-from fastclap.tokenizer import TOKENIZER_FILE, Tokenizer
+from fastclap.model_card import card_of, published_at
+from fastclap.tokenizer import TOKENIZER_FILE, Tokenizer, as_tokenizer
 from fastclap.towers import as_float, build_audio_tower, build_text_tower
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-_MODEL_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE}
+CARD_FILE = "README.md"
+_MODEL_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CARD_FILE}
 
 
-class CLAP(nn.Module):
+class DualEncoder(nn.Module):
+    """Embeddings of clips and captions for users, on top of an encoder of padded batches."""
+
+    @property
+    def sampling_rate(self) -> int:
+        """Rate in Hz of the waveforms that :meth:`encode_audio` takes."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def encode_audio(
+        self,
+        audio: Tensor,  # int16 or float [B, T]
+        lengths: Tensor | None = None,  # [B]
+        mean: Tensor | None = None,  # [B]
+        std: Tensor | None = None,  # [B]
+        host_lengths: Sequence[int] | None = None,
+    ) -> Tensor:  # [B, D]
+        """Embeddings of a padded batch, not normalised."""
+        raise NotImplementedError
+
+    def embed_audio(
+        self,
+        audio: Sequence[Any] | np.ndarray | Tensor,
+        lengths: Sequence[int] | Tensor | None = None,
+        *,
+        sampling_rate: int = 16000,
+        batch_size: int = 32,
+    ) -> Tensor:
+        """Unit vectors of clips, in the order given.
+
+        Args:
+            audio: a list of paths and of 1-D arrays or tensors (int16, or float in ±1), or one padded [n, T] tensor.
+            lengths: valid samples of each row, for the padded form.
+            sampling_rate: of arrays and tensors, in Hz; resampled to the model's rate. Files know their own.
+            batch_size: clips encoded at a time.
+
+        Returns:
+            float32 [n, D] on the model's device.
+
+        Raises:
+            DataError: nothing to embed, or a clip that is empty, not 1-D, not finite or not readable; it is named.
+        """
+        clips = _as_clips(audio, lengths)
+        ratio = self.sampling_rate / sampling_rate
+        sizes = [_num_samples(index, clip, self.sampling_rate, ratio) for index, clip in enumerate(clips)]
+        order = sorted(range(len(clips)), key=sizes.__getitem__)
+        chunks = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+        with self._inference():
+            rows: dict[int, Tensor] = {}
+            for chunk in chunks:
+                waves = {index: _waveform(index, clips[index], self.sampling_rate, sampling_rate) for index in chunk}
+                for group in self._batches(waves):
+                    batch, sizes_of_group = _pad([waves[index] for index in group], self.device)
+                    host_lengths = [len(waves[index]) for index in group]
+                    encoded = self.encode_audio(batch, sizes_of_group, host_lengths=host_lengths)
+                    rows.update(zip(group, encoded, strict=True))
+            embeddings = F.normalize(torch.stack([rows[index] for index in range(len(clips))]).float(), dim=-1)
+        return embeddings.clone()  # outside of inference mode, so that the result can enter a graph
+
+    def _batches(self, waves: Mapping[int, Tensor]) -> list[list[int]]:
+        """Keys of the clips that may be padded to one batch."""
+        return [list(waves)]
+
+    def embed_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """Unit vectors of captions, in the order given: float32 [n, D] on the model's device."""
+        raise NotImplementedError
+
+    def similarity(
+        self, audio: Sequence[Any] | np.ndarray | Tensor, texts: Sequence[str], *, sampling_rate: int = 16000
+    ) -> Tensor:
+        """Cosines [n, m] between clips and captions; arguments and errors as for the two embedding methods."""
+        return self.embed_audio(audio, sampling_rate=sampling_rate) @ self.embed_text(texts).T
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+class CLAP(DualEncoder):
     """Contrastive language-audio model: two towers, two projection heads, a learned logit scale and maybe a bias.
 
     Args:
@@ -79,6 +171,7 @@ class CLAP(nn.Module):
                 f"the tokenizer has {tokenizer.vocab_size} ids but the text tower only {self.text_branch.vocab_size}"
             )
         self.tokenizer = tokenizer
+        self.card: str | None = None  # README.md that the model came with
         for branch, frozen in ((self.audio_branch, config.audio.freeze), (self.text_branch, config.text.freeze)):
             if frozen:
                 branch.requires_grad_(False)
@@ -99,11 +192,6 @@ class CLAP(nn.Module):
     def sampling_rate(self) -> int:
         """Rate in Hz of the waveforms that :meth:`encode_audio` takes."""
         return self.audio_branch.sampling_rate
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.log_logit_scale.device
 
     @property
     def logit_scale(self) -> Tensor:
@@ -191,53 +279,6 @@ class CLAP(nn.Module):
 
     # -- embeddings ----------------------------------------------------------------------------------------------------
 
-    def embed_audio(
-        self,
-        audio: Sequence[Any] | np.ndarray | Tensor,
-        lengths: Sequence[int] | Tensor | None = None,
-        *,
-        sampling_rate: int = 16000,
-        batch_size: int = 32,
-    ) -> Tensor:
-        """Unit vectors of clips, in the order given.
-
-        Args:
-            audio: a list of paths and of 1-D arrays or tensors (int16, or float in ±1), or one padded [n, T] tensor.
-            lengths: valid samples of each row, for the padded form.
-            sampling_rate: of arrays and tensors, in Hz; resampled to the model's rate. Files know their own.
-            batch_size: clips encoded at a time.
-
-        Returns:
-            float32 [n, D] on the model's device.
-
-        Raises:
-            DataError: nothing to embed, or a clip that is empty, not 1-D, not finite or not readable; it is named.
-        """
-        clips = _as_clips(audio, lengths)
-        ratio = self.sampling_rate / sampling_rate
-        sizes = [_num_samples(index, clip, self.sampling_rate, ratio) for index, clip in enumerate(clips)]
-        order = sorted(range(len(clips)), key=sizes.__getitem__)
-        chunks = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-        with self._inference():
-            rows: dict[int, Tensor] = {}
-            for chunk in chunks:
-                waves = {index: _waveform(index, clips[index], self.sampling_rate, sampling_rate) for index in chunk}
-                for group in self._batches(waves):
-                    batch, sizes_of_group = _pad([waves[index] for index in group], self.device)
-                    host_lengths = [len(waves[index]) for index in group]
-                    encoded = self.encode_audio(batch, sizes_of_group, host_lengths=host_lengths)
-                    rows.update(zip(group, encoded, strict=True))
-            embeddings = F.normalize(torch.stack([rows[index] for index in range(len(clips))]).float(), dim=-1)
-        return embeddings.clone()  # outside of inference mode, so that the result can enter a graph
-
-    def _batches(self, waves: Mapping[int, Tensor]) -> list[list[int]]:
-        if not self.audio_branch.equal_lengths_only:
-            return [list(waves)]
-        groups: dict[int, list[int]] = {}
-        for index, wave in waves.items():
-            groups.setdefault(len(wave), []).append(index)
-        return list(groups.values())
-
     def embed_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """Unit vectors of captions, in the order given.
 
@@ -263,29 +304,27 @@ class CLAP(nn.Module):
             embeddings = F.normalize(torch.cat(rows)[order.argsort().to(self.device)].float(), dim=-1)
         return embeddings.clone()
 
-    def similarity(
-        self, audio: Sequence[Any] | np.ndarray | Tensor, texts: Sequence[str], *, sampling_rate: int = 16000
-    ) -> Tensor:
-        """Cosines [n, m] between clips and captions; arguments and errors as for the two embedding methods."""
-        return self.embed_audio(audio, sampling_rate=sampling_rate) @ self.embed_text(texts).T
-
-    @contextlib.contextmanager
-    def _inference(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    def _batches(self, waves: Mapping[int, Tensor]) -> list[list[int]]:
+        if not self.audio_branch.equal_lengths_only:
+            return [list(waves)]
+        groups: dict[int, list[int]] = {}
+        for index, wave in waves.items():
+            groups.setdefault(len(wave), []).append(index)
+        return list(groups.values())
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        run: str | os.PathLike[str] | None = None,
+        license: str | None = None,
     ) -> None:
-        """Write ``config.json``, ``model.safetensors`` and ``tokenizer.json``, so that a crash leaves no half of them.
+        """Write ``config.json``, ``model.safetensors``, ``tokenizer.json`` and the model card ``README.md``.
+
+        A crash leaves no half of them.
 
         The files are written and fsynced in a temporary folder beside ``folder`` that is then renamed to it. An earlier
         export of the same name is replaced; a folder with other files in it is not touched.
@@ -293,13 +332,18 @@ class CLAP(nn.Module):
         Args:
             folder: where to.
             state_dict: the weights to write, by default the model's own (of sharded towers, the caller gathers them).
+            run: run folder whose training data and figures the model card tells. Without it the card that the model was
+                loaded with is kept, or one without them is written.
+            license: licence of the weights for the model card, by its name on the hub, such as apache-2.0.
 
         Raises:
             ModelError: ``folder`` holds files that are not a model's.
             OSError: the disk is full or the place is not writable; nothing is left behind.
         """
         target = Path(folder)
-        foreign = {item.name for item in target.iterdir()} - _MODEL_FILES if target.is_dir() else set()
+        names = {item.name for item in target.iterdir()} if target.is_dir() else set()
+        # without a model beside it, a README is somebody's own
+        foreign = names - (_MODEL_FILES if CONFIG_FILE in names else _MODEL_FILES - {CARD_FILE})
         if foreign or (target.exists() and not target.is_dir()):
             what = f"holds other files ({', '.join(sorted(foreign)[:3])})" if foreign else "is a file"
             raise ModelError(f"{target} {what}; save the model to a folder of its own")
@@ -310,6 +354,9 @@ class CLAP(nn.Module):
         try:
             temporary.mkdir()
             self._write(temporary, self.state_dict() if state_dict is None else state_dict)
+            (temporary / CARD_FILE).write_text(card_of(self, run, license), encoding="utf-8")
+            for item in (*temporary.iterdir(), temporary):
+                fsync(item)
             if target.is_dir():
                 shutil.rmtree(old, ignore_errors=True)
                 target.replace(old)
@@ -329,9 +376,51 @@ class CLAP(nn.Module):
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         if self.tokenizer is not None:
             self.tokenizer.save(folder / TOKENIZER_FILE)
-        for item in folder.iterdir():
-            fsync(item)
-        fsync(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        run: str | os.PathLike[str] | None = None,
+        license: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a fastclap model",
+    ) -> str:
+        """Upload the model's folder to the Hugging Face hub, whence :meth:`from_pretrained` reads it by ``repo_id``.
+
+        Args:
+            repo_id: ``owner/name``; made if it does not exist.
+            run, license: for the model card, as for :meth:`save_pretrained`.
+            private: whether a new repository is; the account's default when None.
+            token: of the hub; that of ``hf auth login`` when None.
+            commit_message: of the upload.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ModelError: ``repo_id`` is malformed, or the hub refused.
+        """
+        from huggingface_hub import HfApi
+
+        if not _is_hub_id(repo_id):
+            raise ModelError(f"{repo_id!r} is not a hub id; give owner/name")
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            self.save_pretrained(folder, run=run, license=license)
+            card = (folder / CARD_FILE).read_text(encoding="utf-8")
+            (folder / CARD_FILE).write_text(published_at(card, repo_id), encoding="utf-8")
+            try:
+                api = HfApi(token=token)
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+            except Exception as error:  # every failure of the network, the hub or the account ends here
+                raise ModelError(
+                    f"{repo_id}: could not be uploaded ({error}); log in with `hf auth login` or pass a token that may "
+                    "write there"
+                ) from error
+        return str(commit.commit_url)
 
     @classmethod
     def from_pretrained(
@@ -340,20 +429,32 @@ class CLAP(nn.Module):
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
     ) -> CLAP:
         """Read a model in evaluation mode.
 
         Args:
-            path: an exported folder, a run folder (its newest checkpoint is read), or a hub id.
+            path: an exported folder, a run folder (its newest checkpoint is read), a hub id, or a checkpoint of another
+                code (see :func:`fastclap.checkpoints.read_checkpoint`): a ParaSpeechCLAP ``.pth.tar``, a LAION-CLAP
+                ``.pt``, or the folder of a transformers ``ClapModel``.
             device: where to put it.
             dtype: of the parameters; float32 by default.
+            tokenizer: folder or hub id of a tokenizer, or one that is loaded. By default the model's own; checkpoints
+                of other codes hold none, and theirs comes from the hub.
 
         Raises:
             ModelError: there is no model, a file is damaged, or the weights are those of another architecture.
         """
-        folder = _find_model(path)
+        folder = find_model(path)
+        if is_foreign(folder):
+            from fastclap.checkpoints import read_checkpoint
+
+            return read_checkpoint(folder, tokenizer=tokenizer).to(device=device, dtype=dtype)
         config = _read_config(folder / CONFIG_FILE)
-        tokenizer = Tokenizer.load(folder) if (folder / TOKENIZER_FILE).exists() else None
+        if tokenizer is not None:
+            tokenizer = as_tokenizer(tokenizer)
+        elif (folder / TOKENIZER_FILE).exists():
+            tokenizer = Tokenizer.load(folder)
         weights = load_state_dict_file(folder / WEIGHTS_FILE)
         try:
             with torch.random.fork_rng(devices=[]):  # the random initialisation is about to be overwritten
@@ -362,14 +463,17 @@ class CLAP(nn.Module):
             raise ModelError(f"{folder / CONFIG_FILE}: {error}") from error
         check_weights(model, weights, folder / WEIGHTS_FILE)
         model.load_state_dict(weights)
+        card = folder / CARD_FILE
+        model.card = card.read_text(encoding="utf-8") if card.is_file() else None
         return model.to(device=device, dtype=dtype).eval()
 
 
 def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` file or of a file that ``torch.save`` wrote, on the CPU.
 
-    A torch file is read with ``weights_only=True``: a pickle that would run code is refused, and none of it is run. A
-    state dict under the key ``state_dict`` is taken out of its wrapping.
+    A torch file is read with ``weights_only=True``: a pickle that would run code is refused, and none of it is run; of
+    NumPy, plain numbers are let through, because training codes keep a loss or an epoch beside the weights. A state
+    dict under the key ``state_dict``, ``model`` or ``model_state_dict`` is taken out of its wrapping.
 
     Raises:
         ModelError: the file is missing, damaged, not a state dict, or a pickle that does more than hold tensors.
@@ -389,7 +493,8 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             size = path.stat().st_size
             raise ModelError(f"{path}: truncated or damaged ({error}; {size} bytes); copy or save it again") from error
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numpy_numbers()):
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{path}: refused, because it is damaged or its pickle asks to run code instead of holding tensors only; "
@@ -397,11 +502,19 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: not a readable torch file ({error}); copy or save it again") from error
-    if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
-        data = data["state_dict"]
+    for wrapping in ("state_dict", "model", "model_state_dict"):
+        if isinstance(data, Mapping) and isinstance(data.get(wrapping), Mapping):
+            data = data[wrapping]
     if not isinstance(data, Mapping) or not all(isinstance(value, Tensor) for value in data.values()):
         raise ModelError(f"{path}: holds no state dict (a mapping from names to tensors)")
     return dict(data)
+
+
+def _numpy_numbers() -> list[Any]:
+    """What the unpickling of a NumPy number calls: it makes a number of bytes and nothing else."""
+    scalar = np.float64(0).__reduce__()[0]  # NumPy 1 and 2 pickle it under different names
+    kinds = [type(np.dtype(kind)) for kind in ("?", "i4", "i8", "f4", "f8")]
+    return [np.dtype, *kinds, *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,11 +606,18 @@ def _no_grad_if(frozen: bool) -> contextlib.AbstractContextManager[Any]:
 # folders
 
 
-def _find_model(path: str | os.PathLike[str]) -> Path:
-    """The folder that holds the model files of an export, of a run, or of a hub id."""
+def find_model(path: str | os.PathLike[str]) -> Path:
+    """What holds the weights: the folder of an export or of a run's checkpoint, or a foreign checkpoint."""
     folder = Path(path)
     if not folder.exists():
-        return _download(os.fspath(path))
+        folder = _download(os.fspath(path))
+    if folder.is_file() or is_foreign(folder):
+        return folder
+    archives = sorted(folder.glob("*.pth.tar"))
+    if archives and not isinstance(_format_of(folder), int):
+        if len(archives) > 1:
+            raise ModelError(f"{folder}: name one of {', '.join(item.name for item in archives)}")
+        return archives[0]
     if (folder / CONFIG_FILE).is_file():
         return folder
     steps = {
@@ -510,13 +630,38 @@ def _find_model(path: str | os.PathLike[str]) -> Path:
     return steps[max(steps)]
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether this is a checkpoint that :mod:`fastclap.checkpoints` reads: a weights file, or a transformers CLAP."""
+    return path.is_file() or _format_of(path) == "clap"
+
+
+def _format_of(folder: Path) -> str | int | None:
+    """Format version of an export, model type of a transformers folder, None without a readable configuration."""
+    try:
+        data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data.get("format_version", data.get("model_type")) if isinstance(data, dict) else None
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+# of transformers' CLAP (its tokenizer) and of ParaSpeechCLAP
+_FOREIGN_FILES = {"tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "*.pth.tar"}
+
+
 def _download(name: str) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not _is_hub_id(name):
         raise ModelError(f"{name}: no such model folder")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=sorted(_MODEL_FILES)))
+        folder = Path(snapshot_download(name, allow_patterns=sorted(_MODEL_FILES | _FOREIGN_FILES)))
+        if _format_of(folder) == "clap" and not (folder / WEIGHTS_FILE).exists():
+            snapshot_download(name, allow_patterns=["pytorch_model*", "model*.safetensors*"])
+        return folder
     except Exception as error:  # every failure of the network, the hub or the name ends here
         raise ModelError(f"{name}: no such folder, and it cannot be fetched from the hub ({error})") from error
 

@@ -1,19 +1,61 @@
 """Class names as sentences: a zero-shot classifier compares a clip with texts, so every class needs a prompt.
 
-A template serves all classes alike; a prompts file gives each class sentences of its own. Nothing here imports torch:
-the command lines name the default template in their help.
+A template serves all classes alike; a prompts file gives each class sentences of its own; published sets of either are
+known by name. Nothing here imports torch: the command lines name the default template in their help.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastclap.errors import DataError
 
 DEFAULT_TEMPLATE = "A person is speaking in a {} style."
 """ParaSpeechCLAP's."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a published evaluation: one template for all classes, or sentences for each class."""
+
+    classes: Sequence[str] | None  # candidates; None: all values of the column
+    template: str | None = None
+    prompts: Mapping[str, Sequence[str]] | None = None
+
+
+PROMPT_SETS: dict[str, PromptSet] = {
+    **{
+        f"paraspeechclap-{name}": PromptSet(classes.split(), DEFAULT_TEMPLATE)
+        for name, classes in {
+            "pitch": "shrill nasal deep",
+            "texture": "silky husky raspy guttural vocal-fry",
+            "volume": "booming authoritative loud hushed soft",
+            "clarity": "crisp slurred lisp stammering",
+            "rhythm": "flowing punctuated hesitant singsong monotonous",
+            "situational": (
+                "angry guilt scared happy loud sarcastic sympathetic desirous enthusiastic saddened anxious sleepy "
+                "admiring disgusted awed pained fast calm whispered enunciated confused"
+            ),
+        }.items()
+    },
+    "clsp-emotion": PromptSet(None, "A speaker in a {} tone."),
+    "clsp-gender": PromptSet(None, prompts={"male": ["A male speaker."], "female": ["A female speaker."]}),
+    "clsp-age": PromptSet(
+        None,
+        prompts={
+            "child or young teenager": ["A child or young teenager speaker."],
+            "adult": ["An adult speaker."],
+            "middle-aged": ["A middle-aged speaker."],
+            "older or elder": ["An older or elder speaker."],
+        },
+    ),
+}
+"""Published prompt sets by name: those of ParaSpeechCLAP (arXiv 2603.28737) and CLSP (arXiv 2601.03065). CLSP publishes
+no names of its age classes; here they are the words of their prompts."""
 
 
 def fill_template(template: str, name: str) -> str:

@@ -7,6 +7,7 @@ padding included, is in one ``tokenizer.json``: an exported model reads text wit
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,6 +109,22 @@ class Tokenizer:
             raise ModelError(f"{name}: its tokenizer has {lacks}")
         backend.enable_padding(pad_id=source.pad_token_id, pad_token=source.pad_token)
         return cls(backend)
+
+
+def as_tokenizer(source: Tokenizer | str | os.PathLike[str]) -> Tokenizer:
+    """A tokenizer as it is, or that of a folder, a ``tokenizer.json`` or a hub id.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if isinstance(source, Tokenizer):
+        return source
+    path = Path(source)
+    # of a transformers folder, tokenizer.json alone does not always name the padding token
+    bare = (path / TOKENIZER_FILE).is_file() and not (path / "tokenizer_config.json").is_file()
+    if path.is_file() or bare:
+        return Tokenizer.load(path)
+    return Tokenizer.from_pretrained(os.fspath(source))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> Tokenizer:

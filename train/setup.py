@@ -112,6 +112,7 @@ def build_model(config: TrainConfig, manifest: Manifest, resume_path: Path | Non
     source = resume_path or config.init_from
     if source:
         model = CLAP.from_pretrained(source)
+        model.card = None  # it tells of the weights that training starts from
         config.model = model.config
         return model
     tokenizer = None

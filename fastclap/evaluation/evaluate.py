@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastclap import console
 from fastclap.data import BadClip, Manifest, eval_batches
 from fastclap.errors import DataError, ModelError
 from fastclap.evaluation.metrics import classification, prompt_ensemble, retrieval, unique_texts
-from fastclap.model import CLAP
+from fastclap.model import DualEncoder
 from fastclap.prompts import DEFAULT_TEMPLATE, fill_template
 
 Captions = Literal["global", "fine"]
@@ -46,7 +46,7 @@ class ClassificationTask:
 
 
 def evaluate(
-    model: CLAP,
+    model: DualEncoder,
     manifest: Manifest,
     *,
     captions: Sequence[Captions] | None = None,
@@ -117,7 +117,7 @@ def evaluate(
 
 
 def evaluate_retrieval(
-    model: CLAP,
+    model: DualEncoder,
     manifest: Manifest,
     *,
     captions: Captions = "global",
@@ -138,7 +138,7 @@ def evaluate_retrieval(
 
 
 def evaluate_classification(
-    model: CLAP,
+    model: DualEncoder,
     manifest: Manifest,
     *,
     column: str = "classification_tag",
@@ -154,17 +154,17 @@ def evaluate_classification(
 
 
 def _embed_audio(
-    model: CLAP, manifest: Manifest, batch_size: int, progress: bool
+    model: DualEncoder, manifest: Manifest, batch_size: int, progress: bool
 ) -> tuple[Tensor, list[int], list[BadClip]]:
     """Embeddings [clips, D] of the readable clips in the manifest's order, their rows, and the other clips."""
     found: list[Tensor] = []
     rows: list[int] = []
     skipped: list[BadClip] = []
-    with _progress(len(manifest), progress) as advance:
+    with console.progress("embedding", "embedded", "clips", progress) as advance:
         for batch, waves, lengths, _, _ in eval_batches(manifest, model.sampling_rate, batch_size, bad=skipped):
             rows += batch
             found.append(model.embed_audio(waves, lengths, sampling_rate=model.sampling_rate, batch_size=batch_size))
-            advance(len(rows) + len(skipped))
+            advance(len(rows) + len(skipped), len(manifest))
     if not rows:
         raise DataError(
             f"none of the {len(manifest)} clips can be used; the first: {skipped[0].path}: {skipped[0].reason}"
@@ -182,7 +182,7 @@ def _embed_audio(
 
 
 def _retrieval(
-    model: CLAP, audio: Tensor, captions: Sequence[Sequence[str]], name: str, captions_per_clip: CaptionsPerClip
+    model: DualEncoder, audio: Tensor, captions: Sequence[Sequence[str]], name: str, captions_per_clip: CaptionsPerClip
 ) -> dict[str, Any]:
     kept = [i for i, texts in enumerate(captions) if texts]
     if not kept:
@@ -199,7 +199,7 @@ def _retrieval(
 
 
 def _classification(
-    model: CLAP, audio: Tensor, tags: Sequence[Sequence[str]], task: ClassificationTask, classes: Sequence[str]
+    model: DualEncoder, audio: Tensor, tags: Sequence[Sequence[str]], task: ClassificationTask, classes: Sequence[str]
 ) -> dict[str, Any]:
     candidates = [[tag for tag in dict.fromkeys(values) if tag in set(classes)] for values in tags]
     kept = [i for i, found in enumerate(candidates) if len(found) == 1]
@@ -260,7 +260,7 @@ def _abridged(names: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _training_untouched(model: CLAP) -> Iterator[None]:
+def _training_untouched(model: DualEncoder) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module's flag and every generator is as it was."""
     modes = [(module, module.training) for module in model.modules()]
     python, numpy = random.getstate(), np.random.get_state()
@@ -274,28 +274,3 @@ def _training_untouched(model: CLAP) -> Iterator[None]:
             module.training = training
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-@contextlib.contextmanager
-def _progress(total: int, show: bool) -> Iterator[Any]:
-    """A callable that is told how many clips are done: a bar on a terminal, else a line now and then, on stderr."""
-    if not show:
-        yield lambda done: None
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("embedding clips"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda done: bar.update(task, completed=done)
-    else:
-        last = time.monotonic()
-
-        def advance(done: int) -> None:
-            nonlocal last
-            if time.monotonic() - last >= 10 or done == total:
-                last = time.monotonic()
-                print(f"embedded {done} of {total} clips", file=sys.stderr, flush=True)
-
-        yield advance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import peers, timing
+from bench import kernel_peers, peers, timing
 from bench.comparison import Comparison
+from fastclap.kernels.logmel import log_mel_reference
+from fastclap.testing import assert_close_rel
 
 CPU = torch.device("cpu")
 SCALE = 14.3
@@ -74,3 +77,50 @@ def test_comparison_holds_a_row_a_form_and_stops_for_lack_of_time() -> None:
     assert case.results["materialised"]["errors"]["da"] < 1e-5
     late = Comparison("sigmoid", 32, 16, CPU, torch.float32, left=lambda: 1.0)
     assert not late.calls and late.results["materialised"]["reason"] == "not reached: no time left"
+
+
+@pytest.mark.parametrize("name", kernel_peers.FRONT_ENDS)
+def test_log_mel_forms_match_float64_of_what_they_compute(name: str) -> None:
+    spec = kernel_peers.FRONT_ENDS[name]
+    clips = 0.1 * torch.randn(2, spec.sampling_rate // 10, generator=torch.Generator().manual_seed(0))
+    for audio, features, bound in ((torch.float32, torch.float32, 1e-5), (torch.int16, torch.bfloat16, 5e-3)):
+        given = (clips * 32768).to(torch.int16) if audio == torch.int16 else clips
+        forms = kernel_peers.log_mel_forms(spec, CPU, audio, features)
+        runnable = [(form, computed) for form, computed in forms if form.run is not None]
+        assert {"fastclap", "fastclap, lengths", "fastclap torch", "torchaudio"} <= {form.name for form, _ in runnable}
+        for form, computed in runnable:
+            assert form.run is not None
+            out = form.run(given)
+            assert out.dtype == features and out.shape[::2] == (2, spec.n_mels), form.name
+            if computed is not None:
+                expected = log_mel_reference(given, None, computed)[0]
+                assert_close_rel(form.name, expected[:, : out.shape[1]], out, bound)
+
+
+def test_absent_front_ends_are_named_as_pip_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str, *_: object) -> object:
+        raise ModuleNotFoundError(name)
+
+    def no_version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    monkeypatch.setattr(importlib.metadata, "version", no_version)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    found: dict[str, peers.Peer] = {}
+    for spec in kernel_peers.FRONT_ENDS.values():
+        for form, _ in kernel_peers.log_mel_forms(spec, CPU, torch.float32, torch.float32):
+            found[form.name] = form
+    for name in ("torchaudio", "torchaudio kaldi", "nnAudio", "flashmel", "torchlibrosa", "lhotse", "kaldifeat"):
+        package = name.partition(" ")[0]
+        assert found[name].run is None and found[name].package == package
+        assert found[name].notes.startswith(f"not installed (pip install {package})")
+    assert found["fastclap"].run is not None
+
+
+def test_kernel_forms_that_need_a_gpu_say_so() -> None:
+    forms = {form.name: form for form in [*kernel_peers.attention_forms(CPU), *kernel_peers.layer_norm_gelu_forms(CPU)]}
+    for name in ("FlexAttention", "torch.compile"):
+        assert forms[name].run is None and "GPU" in forms[name].notes
+    ours = [forms["fastclap"], *kernel_peers.waveform_forms(CPU, torch.float32)[:2]]
+    assert all(form.run is not None for form in ours)

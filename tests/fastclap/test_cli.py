@@ -96,6 +96,11 @@ def test_classify_by_tag_by_column_and_by_prompts(model: str, voices: str, tmp_p
     assert main([*common, "--column", "sex", "--prompts", str(prompts), "--json"]) == 0
     by_prompts = json.loads(capfd.readouterr().out)["classification"]["sex"]
     assert (by_prompts["classes"], by_prompts["chance"], by_prompts["templates"]) == (["female", "male"], 0.5, None)
+    assert main([*common, "--column", "sex", "--prompts", "clsp-gender", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["classification"]["sex"]["classes"] == ["male", "female"]
+    assert main([*common, "--prompts", "clsp-emotion", "--json"]) == 0
+    by_set = json.loads(capfd.readouterr().out)["classification"]["classification_tag"]
+    assert (by_set["templates"], expected in by_set["classes"]) == (["A speaker in a {} tone."], True)
     assert main([*common, "--column", "sex", "--classes", "male", "mal", "--template", "{A} {} voice.", "--json"]) == 0
     out, err = capfd.readouterr()
     figures = json.loads(out)["classification"]["sex"]
@@ -127,6 +132,9 @@ def test_mistakes_in_data_and_model_are_one_line(model: str, voices: str, tmp_pa
     assert "--batch-size is 0" in error_line(capfd, *evaluate, model, "--batch-size", "0")
     assert "--device gpu" in error_line(capfd, *evaluate, model, "--device", "gpu")
     assert "no column 'emotion'" in error_line(capfd, *classify, "--column", "emotion")
+    assert "none of the classes shrill, nasal, deep; it has" in error_line(
+        capfd, *classify, "--column", "sex", "--prompts", "paraspeechclap-pitch"
+    )
     assert "none of the classes glad; it has" in error_line(capfd, *classify, "--classes", "glad")
     assert "must contain {}" in error_line(capfd, *classify, "--template", "no name")
     (tmp_path / "p.json").write_text('{"age": {"old": "An old voice."}}')
@@ -143,7 +151,7 @@ def test_mistakes_in_data_and_model_are_one_line(model: str, voices: str, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evil"], "there is no command 'evil'; choose one of: eval, classify, report, pack, doctor"),
+        (["evil"], "there is no command 'evil'; choose one of: eval, classify, report, pack, embed"),
         ([], "usage: fastclap COMMAND"),
     ],
 )
@@ -206,7 +214,7 @@ def test_help_imports_nothing_heavy() -> None:
     script = """
 import sys
 from fastclap.cli import main
-for command in ("eval", "classify", "report", "doctor"):
+for command in ("eval", "classify", "report", "pack", "embed", "search", "rerank", "similarity", "convert", "doctor"):
     try:
         main([command, "--help"])
     except SystemExit as stop:
@@ -221,6 +229,8 @@ print("heavy:", sorted({"torch", "numpy", "transformers", "matplotlib", "sklearn
         'fastclap classify --model runs/demo --data test.jsonl --column sex --template "{A} {} speaker."' in done.stdout
     )
     assert "A person is speaking in a {} style." in done.stdout
+    assert done.stdout.count("Examples:") == 10
+    assert 'fastclap search runs/demo recordings.parquet "a calm female voice"' in done.stdout
 
 
 def test_the_module_is_the_command() -> None:

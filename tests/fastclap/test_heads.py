@@ -46,6 +46,15 @@ def test_clsp_head_is_its_formula() -> None:
     torch.testing.assert_close(head(x), linear(linear(y, "transform.0").clamp(min=0), "transform.3"))
 
 
+def test_laion_head_is_its_formula() -> None:
+    torch.manual_seed(0)
+    head = build_head(HeadConfig("laion", dim=6), 4).double()
+    w = head.state_dict()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    hidden = (x @ w["linear1.weight"].T + w["linear1.bias"]).clamp(min=0)
+    torch.testing.assert_close(head(x), hidden @ w["linear2.weight"].T + w["linear2.bias"])
+
+
 def test_linear_head_is_a_matrix() -> None:
     head = build_head(HeadConfig("linear", dim=3), 4)
     x = torch.randn(5, 4)

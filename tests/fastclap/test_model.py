@@ -334,7 +334,7 @@ def test_round_trip_is_exact(model: CLAP, tmp_path: Path) -> None:
     model.audio_branch.fit_feature_statistics([(torch.from_numpy(waves(9000)[0])[None], None)])  # type: ignore[operator]
     folder = tmp_path / "deep" / "model"
     model.save_pretrained(folder)
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
     assert os.listdir(folder.parent) == ["model"]  # nothing temporary is left
     with unchanged(model):
         loaded = CLAP.from_pretrained(folder)
@@ -420,6 +420,11 @@ def test_saving_never_touches_other_files(model: CLAP, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is a file"):
         model.save_pretrained(tmp_path / "thesis.tex")
     assert os.listdir(tmp_path) == ["thesis.tex"]
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/README.md").write_text("mine")
+    with pytest.raises(ModelError, match=r"holds other files \(README\.md\)"):
+        model.save_pretrained(tmp_path / "project")
+    assert (tmp_path / "project/README.md").read_text() == "mine"
 
 
 def test_a_run_folder_gives_its_newest_complete_checkpoint(model: CLAP, tmp_path: Path) -> None:
@@ -443,7 +448,7 @@ def test_a_hub_id_is_fetched(model: CLAP, tmp_path: Path, monkeypatch: pytest.Mo
     def fetch(name: str, allow_patterns: list[str]) -> str:
         if name != "someone/model":
             raise OSError("offline")
-        assert set(allow_patterns) == {"config.json", "model.safetensors", "tokenizer.json"}
+        assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(allow_patterns)
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
@@ -543,10 +548,12 @@ def test_state_dicts_are_read(tmp_path: Path) -> None:
 
     state = {"a": torch.arange(3.0), "b.c": torch.ones(2, 2, dtype=torch.bfloat16)}
     torch.save(state, tmp_path / "bare.pth.tar")
-    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "wrapped.pt")
+    loss = {"epoch": np.int64(3), "loss": np.float64(0.5)}  # as training codes keep them
+    torch.save({**loss, "state_dict": state}, tmp_path / "wrapped.pt")
+    torch.save({**loss, "model": state}, tmp_path / "model.pt")
     torch.save(state, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     save_file(state, tmp_path / "weights.safetensors")
-    for name in ("bare.pth.tar", "wrapped.pt", "legacy.pt", "weights.safetensors"):
+    for name in ("bare.pth.tar", "wrapped.pt", "model.pt", "legacy.pt", "weights.safetensors"):
         loaded = load_state_dict_file(tmp_path / name)
         assert loaded.keys() == state.keys()
         assert all(torch.equal(loaded[key], state[key]) for key in state), name

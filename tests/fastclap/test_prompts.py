@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastclap.errors import DataError
-from fastclap.prompts import DEFAULT_TEMPLATE, fill_template, load_prompts
+from fastclap.prompts import DEFAULT_TEMPLATE, PROMPT_SETS, fill_template, load_prompts
 
 
 def test_template_puts_in_the_class_and_its_article() -> None:
@@ -52,3 +52,23 @@ def test_bad_prompts_files_are_named(tmp_path: Path, content: str, message: str)
         load_prompts(path, "emotion")
     with pytest.raises(DataError, match="cannot read the prompts file"):
         load_prompts(tmp_path / "none.json", "emotion")
+
+
+def test_published_sets_are_whole() -> None:
+    counts = {name: len(found.classes or found.prompts or ()) for name, found in PROMPT_SETS.items()}
+    assert counts == {
+        "paraspeechclap-pitch": 3,
+        "paraspeechclap-texture": 5,
+        "paraspeechclap-volume": 5,
+        "paraspeechclap-clarity": 4,
+        "paraspeechclap-rhythm": 5,
+        "paraspeechclap-situational": 21,
+        "clsp-emotion": 0,
+        "clsp-gender": 2,
+        "clsp-age": 4,
+    }
+    for name, found in PROMPT_SETS.items():
+        classes = list(found.classes or found.prompts or ["happy"])
+        assert len(set(classes)) == len(classes)
+        assert (found.template is None) != (found.prompts is None), name
+        assert all(fill_template(found.template, c) for c in classes if found.template is not None)

@@ -46,6 +46,21 @@ SHAPES = {
 CLIPS = {"one frame": [400], "padded": [19999, 19400, 400, 9555], "equal": [5003, 5003, 5003]}
 
 
+@pytest.fixture(autouse=True)
+def gemms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arithmetic under test, also where a CPU would take its library's convolutions."""
+    monkeypatch.setattr(wavlm, "_gemms_pay", lambda waveform, layers: True)
+
+
+def test_library_convolutions_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fast = pair(**SHAPES["base"], **PLAIN)
+    waveform = torch.randn(2, 4000)
+    gemms = fast.feature_extractor(waveform)
+    monkeypatch.undo()
+    assert not wavlm._gemms_pay(waveform, fast.feature_extractor.conv_layers)
+    assert_close_rel("features", fast.feature_extractor(waveform), gemms, 1e-5)
+
+
 def pair(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, Any]:
     """transformers' model, and its accelerated copy."""
     from transformers import WavLMConfig, WavLMModel

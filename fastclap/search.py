@@ -1,0 +1,65 @@
+"""Exact nearest neighbours of a caption or a clip in an embedded collection.
+
+One matrix product and one stable sort: a million vectors of dimension 768 take a fraction of a second on a CPU, and
+equal cosines come in the order of the collection. faiss, where it is installed, does the same product
+(``IndexFlatIP``), with its own order of equal cosines.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastclap.embed import Index
+from fastclap.errors import ConfigError, DataError, ModelError
+
+
+def search(index: Index, query: Tensor, k: int = 10, *, engine: Literal["torch", "faiss"] = "torch") -> list[Any]:
+    """The ``k`` rows of highest cosine for each query, best first; all rows if there are fewer.
+
+    Args:
+        index: as of :func:`fastclap.embed.load_index`.
+        query: unit vectors [q, D].
+        engine: what computes the product.
+
+    Returns:
+        For each query a list of {"rank": from 1, "score": cosine, "path" or "text", "origin"}.
+
+    Raises:
+        ConfigError: ``k`` is not positive, or faiss is not installed.
+        DataError: the index has another dimension than the query.
+    """
+    if k < 1:
+        raise ConfigError(f"-k is {k}; it must be at least 1")
+    if query.shape[1] != index.vectors.shape[1]:
+        raise DataError(
+            f"the index holds vectors of dimension {index.vectors.shape[1]}, the model makes {query.shape[1]}; embed "
+            "the collection with this model"
+        )
+    k = min(k, len(index.names))
+    query = query.detach().float().cpu()
+    if engine == "faiss":
+        try:
+            import faiss
+        except ImportError as error:
+            raise ConfigError("--engine faiss: faiss is not installed (pip install faiss-cpu)") from error
+        flat = faiss.IndexFlatIP(index.vectors.shape[1])
+        flat.add(index.vectors.numpy())
+        scores, rows = map(torch.from_numpy, flat.search(query.numpy(), k))
+    else:
+        scores, rows = (query @ index.vectors.T).sort(dim=1, descending=True, stable=True)
+    return [
+        [
+            {"rank": rank, "score": score, **index.names[row]}
+            for rank, (score, row) in enumerate(zip(of_query[:k], of_rows[:k], strict=True), 1)
+        ]
+        for of_query, of_rows in zip(scores[:, :k].tolist(), rows[:, :k].tolist(), strict=True)
+    ]
+
+
+def check_same_model(index: Index, model: str, name: str) -> None:
+    """Raises ModelError when fastclap wrote the index with another model than that of fingerprint ``model``."""
+    if index.model is not None and index.model != model:
+        raise ModelError(f"{name}: was embedded by another model; embed the collection again with this one")

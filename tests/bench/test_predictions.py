@@ -1,0 +1,54 @@
+"""The page of predictions: reproducible, and its counts are those of the formulas that it states."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from bench import predictions
+from bench.kernel_peers import FRONT_ENDS
+
+pytest.importorskip("triton")  # whose tables the counts are of
+
+RECORD = Path(__file__).resolve().parents[2] / "bench" / "records" / "PREDICTED.md"
+ASSUMED = argparse.Namespace(name="H200", tflops=790.0, tbytes=4.3, gbytes=141.0)
+
+
+def test_the_page_in_the_records_is_what_the_script_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["predictions"])
+    predictions.main()
+    printed = capsys.readouterr().out
+    assert printed == RECORD.read_text(encoding="utf-8"), f"python -m bench.predictions > {RECORD}"
+    assert printed.startswith("# Predictions, not measurements")
+
+
+def test_log_mel_bytes_are_samples_and_features() -> None:
+    assert predictions.log_mel_gbytes(FRONT_ENDS["whisper-80"], 4, 4) == pytest.approx(
+        1e-9 * 1024 * 4 * (160000 + 1000 * 80)
+    )
+    assert predictions.log_mel_gbytes(FRONT_ENDS["clap-64"], 2, 2) == pytest.approx(
+        1e-9 * 1024 * 2 * (480000 + 1001 * 64)
+    )
+
+
+def test_log_mel_products_are_no_fewer_than_the_folded_transform_needs() -> None:
+    for name, n_fft in (("whisper-80", 400), ("kaldi-80", 512), ("clap-64", 1024)):
+        spec = FRONT_ENDS[name]
+        highest = int(spec.mel_f_max * n_fft / spec.sampling_rate)
+        lowest = int(spec.f_min * n_fft / spec.sampling_rate)
+        frames = 1024 * int(spec.frames(10 * spec.sampling_rate))
+        least = 2e-9 * frames * 3 * 2 * (highest - lowest) * n_fft / 4  # a bin: a cosine and a sine of n_fft/4 samples
+        assert least < predictions.log_mel_gflop(spec) < 4 * least
+
+
+def test_every_prediction_is_above_its_floor() -> None:
+    for *_, floor, gflop, peak, predicted in predictions.log_mel_rows(ASSUMED):
+        assert float(predicted.split()[0]) > max(float(floor), float(peak)) and gflop
+    for *floors, predicted in (row[2:] for row in predictions.attention_rows(ASSUMED)):
+        assert float(predicted.split()[0]) >= max(map(float, floors))
+    for *_, floor, predicted in predictions.tower_rows(ASSUMED):
+        assert float(predicted) > float(floor)
