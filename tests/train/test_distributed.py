@@ -130,7 +130,7 @@ def torchrun(config: TrainConfig, *options: str) -> subprocess.Popen[str]:
     """The real thing: two processes through the command line."""
     file = Path(config.run_dir).with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config.to_dict()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
     command += ["-m", "fastclap.train.cli", "small", "--config", str(file)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
