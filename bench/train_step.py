@@ -257,8 +257,8 @@ class Forms:
 
 def _materialised(objective: Objective, audio: Tensor, unique_text: Tensor) -> Tensor:
     """In place of the objective's loss: the same with the matrix of logits, row i's positive being column i."""
-    rows, _, weight = objective._batch
-    return weight * peers.materialised(audio, unique_text[rows], objective.model.logit_scale)
+    batch = objective._batch
+    return batch.weight * peers.materialised(audio, unique_text[batch.rows], objective.model.logit_scale)
 
 
 def _padded(encode: Callable[..., Tensor], token_counts: object = None, **inputs: Tensor) -> Tensor:

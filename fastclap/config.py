@@ -36,6 +36,8 @@ class AudioTowerConfig:
     """Keep the tower fixed: no gradient, evaluation mode (LiT)."""
     normalize_waveform: bool = True
     """wav2vec2: subtract the mean and divide by the standard deviation of the whole file."""
+    layer_weights: bool = False
+    """wav2vec2: embed the average of all layers with learned weights (softmax) instead of the last layer."""
 
     features: Literal["whisper", "kaldi", "clap", "clap-fusion", "ast", "beats", "clsp", "torchaudio"] = "kaldi"
     """log-mel: preset of fastclap.LogMel."""

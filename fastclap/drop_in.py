@@ -73,7 +73,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastclap.features import PRESETS
 from fastclap.kernels.logmel import LogMelSpec, log_mel, mel_bank
-from fastclap.losses import ClipLoss, SigLipLoss, info_nce
+from fastclap.losses import ClipLoss, SigLipLoss, info_nce, tag_loss
 
 IGNORED_TARGET = -100  # as torch.nn.functional.cross_entropy's ignore_index
 FUSED_SIMILARITIES = {"cos_sim": True, "pytorch_cos_sim": True, "dot_score": False}  # whether it normalises
@@ -268,14 +268,13 @@ def _tag_loss(
     tagged = [clip for clip, own in enumerate(tags_of_clips) if own]
     if not tagged:
         return audio.new_zeros(())
-    targets = torch.zeros(len(tagged), tags.shape[0], dtype=audio.dtype)
+    targets = torch.zeros(len(tagged), tags.shape[0], dtype=torch.bool)
     for row, clip in enumerate(tagged):
         for tag in tags_of_clips[clip] or ():
             if tag not in row_of_tag:
                 raise ValueError(f"tag {tag!r} of clip {clip} is not in tag_to_idx")
-            targets[row, row_of_tag[tag]] = 1
-    cosines = F.normalize(audio[tagged], dim=1) @ F.normalize(tags, dim=1).T
-    return F.binary_cross_entropy_with_logits(cosines, targets.to(cosines))
+            targets[row, row_of_tag[tag]] = True
+    return tag_loss(audio[tagged], tags, targets.to(audio.device))
 
 
 class ClapModelLoss(nn.Module):

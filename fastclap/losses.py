@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastclap.kernels.contrastive import (
@@ -179,6 +180,56 @@ def sigmoid_loss(
         a, b, logit_scale, logit_bias, a_ids=a_ids, b_ids=b_ids, normalize=normalize, group=process_group, error=error,
         engine=backend,
     )  # fmt: skip
+
+
+def tag_loss(
+    audio: Tensor,  # (N, D)
+    prompts: Tensor,  # (T, D)
+    targets: Tensor,  # (N, T)
+    *,
+    scale: float = 1.0,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Multi-label classification against the embeddings of one prompt per tag (ParaSpeechCLAP, arXiv 2603.28737).
+
+    The mean, over the clips that have a tag and over all tags, of the binary cross-entropy between the target and
+    σ(scale · cosine). Clips without a tag take no part; a batch without any gives 0.
+
+    Args:
+        audio: [N, D] embeddings of clips, not necessarily of unit length.
+        prompts: [T, D] embeddings of the prompts, likewise.
+        targets: bool [N, T], which clip has which tag.
+        scale: multiplier of the cosines; 1 is published. σ of a raw cosine stays between 0.27 and 0.73, so that the
+            loss keeps pulling on clips that are right; a larger scale lets them rest.
+        process_group: audio and targets are then this rank's rows, and prompts the same texts on every rank. The value
+            is that of all ranks' clips, and gradients are multiplied by the number of ranks, so that averaging
+            parameter gradients over ranks gives the gradient of the whole batch, as with `info_nce`.
+
+    Returns:
+        0-d float32 (float64 for float64 embeddings).
+
+    Raises:
+        ValueError: shapes do not match.
+    """
+    wanted = (audio.shape[0], prompts.shape[0])
+    if tuple(targets.shape) != wanted or audio.shape[1:] != prompts.shape[1:]:
+        raise ValueError(
+            f"targets have shape {list(targets.shape)}, audio {list(audio.shape)} and prompts {list(prompts.shape)}; "
+            "they must be [clips, tags], [clips, dim] and [tags, dim]"
+        )
+    dtype = torch.promote_types(audio.dtype, torch.float32)
+    unit_audio, unit_prompts = (F.normalize(x.to(dtype), dim=-1) for x in (audio, prompts))
+    logits = scale * unit_audio @ unit_prompts.t()
+    of_clips = F.binary_cross_entropy_with_logits(logits, targets.to(dtype), reduction="none").mean(1)
+    tagged = targets.any(1)
+    total, count = torch.where(tagged, of_clips, 0.0).sum(), tagged.sum().to(dtype)
+    if process_group is None:
+        return total / count.clamp(min=1)
+    both = torch.stack([total.detach(), count])
+    dist.all_reduce(both, group=process_group)
+    count = both[1].clamp(min=1)
+    own = total * dist.get_world_size(process_group) / count
+    return both[0] / count + (own - own.detach())
 
 
 class ClipLoss(nn.Module):

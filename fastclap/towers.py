@@ -450,7 +450,11 @@ def _clip_level(
 
 
 class Wav2Vec2Tower(AudioTower):
-    """Any wav2vec2-family encoder of transformers on the normalised waveform; masked mean of the last layer."""
+    """Any wav2vec2-family encoder of transformers on the normalised waveform; masked mean of the last layer.
+
+    With ``layer_weights`` the embedding is Σ_l α_l · mean_t h_t^l (ESS-CLAP, arXiv 2505.19437) over the input of every
+    layer and the last hidden state, with α = softmax(layer_weights) learned from equal weights on.
+    """
 
     base: Any
 
@@ -474,6 +478,8 @@ class Wav2Vec2Tower(AudioTower):
         self.convolutions = list(zip(model_config.conv_kernel, model_config.conv_stride, strict=True))
         for kernel, stride in reversed(self.convolutions):
             self.min_samples = (self.min_samples - 1) * stride + kernel
+        states = model_config.num_hidden_layers + 1
+        self.layer_weights = nn.Parameter(torch.zeros(states)) if config.layer_weights else None
         self.normalize = config.normalize_waveform
         self.equal_lengths_only = (
             model_config.model_type not in self._PADDING_SAFE or model_config.feat_extract_norm == "group"
@@ -481,6 +487,11 @@ class Wav2Vec2Tower(AudioTower):
         # an implementation that was asked for is transformers' business
         asked = {"attn_implementation", "_attn_implementation"} & set(config.hf_config or {})
         wavlm.accelerate(self.base, encoder=not asked)
+        if config.layer_weights and model_config.layerdrop and not isinstance(self.base.encoder, wavlm.Encoder):
+            raise ConfigError(
+                f"layer_weights needs the states of all layers, but {model_config.model_type} drops some in training; "
+                'set hf_config to {"layerdrop": 0.0}'
+            )
         self._frames: Tensor | None = None
         augment = getattr(model_config, "apply_spec_augment", True)
         if augment and (model_config.mask_time_prob > 0 or model_config.mask_feature_prob > 0):
@@ -537,14 +548,29 @@ class Wav2Vec2Tower(AudioTower):
         if self._frames is not None:
             for kernel, stride in self.convolutions:
                 self._frames = (self._frames - kernel) // stride + 1
+        means: list[Tensor] = []
+
+        def pool(hidden: Tensor) -> None:
+            valid = None if self._frames is None else length_mask(self._frames, hidden.shape[1])
+            means.append(masked_mean(hidden, valid))
+
         if isinstance(self.base.encoder, wavlm.Encoder):
-            hidden = wavlm.encode(self.base, waveform, self._frames)
+            hidden = wavlm.encode(self.base, waveform, self._frames, None if self.layer_weights is None else pool)
+            states = [] if self.layer_weights is not None else [hidden]
         else:
             attention_mask = None if padded is None else length_mask(padded, waveform.shape[1]).long()
-            hidden = self.base(waveform, attention_mask=attention_mask).last_hidden_state
-        valid = None if self._frames is None else length_mask(self._frames, hidden.shape[1])
+            all_layers = {} if self.layer_weights is None else {"output_hidden_states": True}
+            out = self.base(waveform, attention_mask=attention_mask, **all_layers)
+            hidden = out.last_hidden_state
+            # the last one with the encoder's final norm or without, as the version of transformers has it
+            states = [hidden] if self.layer_weights is None else [*out.hidden_states[:-1], hidden]
+        for state in states:
+            pool(state)
         self._frames = None
-        return masked_mean(hidden, valid).to(hidden.dtype)
+        if self.layer_weights is None:
+            return means[0].to(hidden.dtype)
+        weights = self.layer_weights.to(means[0].dtype).softmax(0)
+        return torch.einsum("l,lbh->bh", weights, torch.stack(means)).to(hidden.dtype)
 
 
 class WhisperTower(AudioTower):

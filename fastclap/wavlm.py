@@ -20,6 +20,7 @@ Lengths are tensors on the device and stay there; what is random follows torch's
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -64,11 +65,15 @@ def encode(
     model: Any,
     waveform: Tensor,  # [B, samples], zeros past each end
     frames: Tensor | None,  # int64 [B] valid frames; None: all
+    visit: Callable[[Tensor], None] | None = None,
 ) -> Tensor:  # [B, T, hidden]
-    """Last hidden state of an accelerated ``WavLMModel``, from lengths instead of a mask over samples."""
+    """Last hidden state of an accelerated ``WavLMModel``, from lengths instead of a mask over samples.
+
+    ``visit`` is called with the input of every layer, dropped ones among them, and with the result, as they arise.
+    """
     features = model.feature_extractor(waveform).transpose(1, 2)
     hidden, _ = model.feature_projection(features)
-    return model.encoder.encode(hidden, frames)
+    return model.encoder.encode(hidden, frames, visit)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,6 +334,7 @@ class Encoder(nn.Module):
         self,
         x: Tensor,  # [B, T, hidden]
         frames: Tensor | None,  # int64 [B] valid frames; None: all
+        visit: Callable[[Tensor], None] | None = None,  # is shown the input of every layer, and the result
     ) -> Tensor:  # [B, T, hidden]
         """Output of the last layer; what lies past a clip's frames is finite and means nothing."""
         if frames is not None:  # the positional convolution looks across the end
@@ -343,10 +349,15 @@ class Encoder(nn.Module):
         eager = self.compiled and not self.training
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             for index, (layer, draw) in enumerate(zip(self.layers, draws, strict=True)):
+                if visit is not None:
+                    visit(x)
                 if index > 0 and draw < self.layerdrop:
                     continue
                 if self.checkpoint and self.training and torch.is_grad_enabled():
                     x = checkpoint(layer, x, table, frames, use_reentrant=False)
                 else:
                     x = layer(x, table, frames)
-        return self.layer_norm(x) if self.stable else x
+        x = self.layer_norm(x) if self.stable else x
+        if visit is not None:
+            visit(x)
+        return x

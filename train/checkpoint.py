@@ -100,6 +100,38 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
+def average_checkpoints(run_dir: Path, last: int, target: Path) -> list[int]:
+    """Write a model whose weights are the mean of those of the ``last`` newest checkpoints; returns their steps.
+
+    Sums are in float64; tensors that are not floating are the newest ones.
+
+    Raises:
+        ModelError: there are fewer checkpoints, one is damaged, or ``target`` holds other files.
+        TrainingError: the disk refused the write.
+    """
+    paths = checkpoints(run_dir)[-last:]
+    if last < 1 or len(paths) < last:
+        found = ", ".join(path.name for path in paths) or "none"
+        raise ModelError(
+            f"{run_dir}: asked for the average of {last} checkpoints, found {found}; a run keeps as many as --keep says"
+        )
+    steps = [int(read_state(path)["step"]) for path in paths]
+    model = CLAP.from_pretrained(paths[-1])
+    newest = model.state_dict()
+    sums = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in newest.items() if x.is_floating_point()}
+    for path in paths:
+        weights = load_state_dict_file(path / WEIGHTS_FILE)
+        check_weights(model, weights, path)
+        for name, held in sums.items():
+            held += weights[name]
+    means = {name: (held / last).to(newest[name].dtype) for name, held in sums.items()}
+    try:
+        model.save_pretrained(target, state_dict={**newest, **means})
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{target}: the average could not be written ({error})") from error
+    return steps
+
+
 def remove_partial(run_dir: Path) -> None:
     """Clear away what a killed save left behind."""
     for path in (run_dir / "checkpoints").glob(f"{_TEMPORARY}*"):

@@ -5,34 +5,42 @@ torch is imported after the arguments have been understood, so that ``--help`` a
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fastclap.errors import FastclapError
 
-_USAGE = """usage: fastclap-train RECIPE [--config FILE] [--data.train MANIFEST ...] [--run-dir DIR] [...]
+_USAGE = """usage: fastclap-train RECIPE [--small] [--parity] [--config FILE] [--data.train MANIFEST ...] [...]
 
 Train a dual encoder. Recipes:
 {recipes}
 
   fastclap-train RECIPE --help      every flag of a recipe, with its default
+  --small                           the recipe with small towers from scratch, for a CPU
+  --parity                          the recipe as published where the default does better
+  fastclap-train average RUN        a model with the mean weights of the last checkpoints (average --help)
   --config FILE                     YAML or TOML file laid over the recipe; flags override it
 
 Examples:
   fastclap-train demo
   fastclap-train small --data.train train.jsonl --data.valid valid.jsonl --run-dir runs/first
   fastclap-train small --data.train train.jsonl --run-dir runs/first --resume
+  fastclap-train paraspeechclap-intrinsic --small --data.train train.jsonl --data.valid valid.jsonl
   torchrun --nproc-per-node 4 -m fastclap.train.cli small --data.train train.jsonl --batch-size 512
 """
 
 
 def parse(arguments: Sequence[str]) -> object:
     """The configuration that the arguments ask for; exits with status 0 (help) or 2 (mistakes) like argparse."""
-    from fastclap.train.recipes import RECIPES
+    from fastclap.train.recipes import FORMS, RECIPES
 
-    usage = _USAGE.format(recipes="\n".join(f"  {name:<10}{build.__doc__}" for name, build in RECIPES.items()))
+    usage = _USAGE.format(
+        recipes="\n".join(f"  {name:<28}{(build.__doc__ or '').splitlines()[0]}" for name, build in RECIPES.items())
+    )
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage, end="", file=sys.stdout if arguments else sys.stderr)
         raise SystemExit(0 if arguments else 2)
@@ -62,6 +70,10 @@ def parse(arguments: Sequence[str]) -> object:
         )
 
     defaults = RECIPES[recipe]()
+    for flag, change in FORMS.items():
+        if flag in rest:
+            defaults = change(defaults)
+            rest = [word for word in rest if word != flag]
     while "--config" in rest:
         at = rest.index("--config")
         if at + 1 == len(rest):
@@ -78,9 +90,31 @@ def parse(arguments: Sequence[str]) -> object:
     )
 
 
+def average(arguments: Sequence[str]) -> None:
+    """``fastclap-train average RUN --last N``: prints the model's folder and the steps that went into it, as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="fastclap-train average",
+        description="Write a model whose weights are the mean of those of a run's last checkpoints, as CLSP's.",
+        epilog="example: fastclap-train average runs/clsp-stage2 --last 5 --out runs/clsp-stage2/averaged",
+    )
+    parser.add_argument("run", help="run folder; it has as many checkpoints as --keep of the training says")
+    parser.add_argument("--last", type=int, default=2, help="number of newest checkpoints (default: %(default)s)")
+    parser.add_argument("--out", help="folder of the model (default: averaged in the run folder)")
+    options = parser.parse_args(arguments)
+    run = Path(options.run)
+    target = run / "averaged" if options.out is None else Path(options.out)
+    from fastclap.train.checkpoint import average_checkpoints
+
+    print(json.dumps({"model": str(target), "steps": average_checkpoints(run, options.last, target)}))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
+        if arguments and arguments[0] == "average":
+            average(arguments[1:])
+            return
+        config = parse(arguments)
         from fastclap.train.loop import train
 
         train(config)  # type: ignore[arg-type]

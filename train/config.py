@@ -34,10 +34,23 @@ class DataConfig:
     """How several training manifests are joined."""
     probabilities: list[float] | None = None
     """With `interleave`: the probability of each manifest (default: strict alternation until all are exhausted)."""
-    captions: Literal["global", "fine", "both"] = "global"
-    """Which captions a clip draws one from, each epoch anew: text_description, fine_description, or either."""
+    balance: Literal["none", "inverse", "sqrt", "log"] = "none"
+    """Draw clips with replacement, weighted by 1/n, 1/√n or 1/ln(n + 1) of the n clips that share their tags."""
+    tag_column: str | None = None
+    """Column of tags for `balance` and `loss.tag_weight`, such as intrinsic_tags."""
+    rare_clips: int = 2
+    """With `balance`: least number of clips in a global batch with a tag that less than 5 % of the clips have."""
+    captions: Literal["global", "fine", "both", "pair"] = "global"
+    """Which captions a clip draws one from, each epoch anew: text_description, fine_description, or either. pair: two
+    captions a clip (CLSP stage 2), at batch t both fine with probability min(0.05 + 0.45 t/10000, 0.5), else a global
+    and a fine one; a clip's own two are then its only positives."""
+    fine_characters: list[int] | None = None
+    """Shortest and longest fine caption that is trained on, in characters; clips that lose all of theirs are left
+    out."""
     crop_seconds: float = 10.0
     """Longest stretch of a clip that is trained on; longer clips are cropped at random."""
+    pad_to_crop: bool = False
+    """Pad every clip to `crop_seconds` with zeros that count as sound (how ParaSpeechCLAP was trained)."""
     bucket_by_length: bool = True
     """Batch clips of like length together, to save padding."""
     batch_seconds: float | None = None
@@ -63,6 +76,21 @@ class LossConfig:
     """Clips with the same caption text are positives of each other instead of false negatives."""
     label_smoothing: float = 0.0
     """Target mass spread over the whole batch (info_nce only)."""
+    teacher: str | None = None
+    """Self-distillation (RA-CLAP): folder of the stage-1 model, which stays fixed; init, the model that training starts
+    from (--init-from); or ema, the moving average of the weights under training. The teacher sees the same clips
+    without dropout and augmentation."""
+    teacher_weight: float = 0.5
+    """Share λ of the divergence from the teacher: (1-λ)·InfoNCE + λ·KL(teacher‖model), in each direction."""
+    teacher_temperature: float | None = None
+    """Temperature of the teacher's softmax, which multiplies its cosines by 1/temperature (unset: its own scale)."""
+    tag_weight: float = 0.0
+    """Weight of the multi-label tag loss beside the contrastive one (ParaSpeechCLAP Intrinsic: 1; 0: none)."""
+    tag_prompts: str | None = None
+    """JSON file of synonym prompts, {"tag": ["prompt", ...]}: each step draws one for each tag. Tags that it lacks get
+    "A person is speaking in a {} style."."""
+    tag_scale: float = 1.0
+    """Multiplier of the cosines in the tag loss; 1 as published."""
 
 
 @dataclass
@@ -71,6 +99,8 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
+    tower_lr_scale: float = 1.0
+    """Learning rate of both towers as a multiple of that of heads and logit scale."""
     weight_decay: float = 0.05
     """Decoupled weight decay of matrices (never of norms, biases, embeddings or the logit scale)."""
     beta1: float = 0.9
@@ -118,6 +148,8 @@ class TrainConfig:
     valid: ValidConfig = field(default_factory=ValidConfig)
     steps: int = 1000
     """Optimizer steps."""
+    epochs: int = 0
+    """Passes over the training manifest instead of `steps`, which are then counted from it (0: as `steps` says)."""
     batch_size: int = 32
     """Global batch: pairs contrasted with each other, over all processes. With `data.batch_seconds`, at most these."""
     chunk_size: int | Literal["auto"] = 0
@@ -173,6 +205,18 @@ class TrainConfig:
                 "--data.train is empty: name at least one training manifest",
             ),
             (self.steps >= 1, f"--steps is {self.steps}; it must be at least 1"),
+            (
+                self.data.fine_characters is None
+                or (
+                    len(self.data.fine_characters) == 2 and self.data.fine_characters[0] <= self.data.fine_characters[1]
+                ),
+                f"--data.fine-characters is {self.data.fine_characters}; give the shortest and the longest length",
+            ),
+            (self.epochs >= 0, f"--epochs is {self.epochs}; it must not be negative"),
+            (
+                self.optimizer.tower_lr_scale >= 0,
+                f"--optimizer.tower-lr-scale is {self.optimizer.tower_lr_scale}; it must not be negative",
+            ),
             (self.batch_size >= 2, f"--batch-size is {self.batch_size}; a contrastive loss needs at least 2 pairs"),
             (
                 self.chunk_size == "auto" or self.chunk_size >= 0,
@@ -200,6 +244,32 @@ class TrainConfig:
                 self.loss.kind == "info_nce" or self.loss.label_smoothing == 0,
                 "--loss.label-smoothing belongs to info_nce; the sigmoid loss has none",
             ),
+            (
+                self.data.tag_column is not None or (self.data.balance == "none" and self.loss.tag_weight == 0),
+                "--data.balance and --loss.tag-weight need --data.tag-column, such as intrinsic_tags",
+            ),
+            (
+                self.loss.teacher is None or self.loss.kind == "info_nce",
+                "--loss.teacher belongs to info_nce; the sigmoid loss has no distribution to learn from",
+            ),
+            (
+                self.loss.teacher != "init" or self.init_from is not None,
+                "--loss.teacher init is the model that training starts from: name it with --init-from",
+            ),
+            (
+                self.loss.teacher != "ema" or (self.optimizer.ema_decay > 0 and not self.shard),
+                "--loss.teacher ema is the moving average of whole weights: it needs --optimizer.ema-decay, such as "
+                "0.999, and no --shard",
+            ),
+            (
+                0 <= self.loss.teacher_weight <= 1,
+                f"--loss.teacher-weight is {self.loss.teacher_weight}; it is a share between 0 and 1",
+            ),
+            (
+                self.loss.teacher_temperature is None or self.loss.teacher_temperature > 0,
+                f"--loss.teacher-temperature is {self.loss.teacher_temperature}; it must be positive",
+            ),
+            (self.loss.tag_weight >= 0, f"--loss.tag-weight is {self.loss.tag_weight}; it must not be negative"),
         ]
         for holds, message in rules:
             if not holds:

@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastclap.data import Batch, BatchSampler, ClipDataset, Manifest, Quarantine, load_manifest, make_loader
+from fastclap.data.manifest import with_fine_captions
 from fastclap.errors import ConfigError, TrainingError
 from fastclap.evaluation import ClassificationTask, evaluate, write_report
 from fastclap.files import write_atomic
@@ -43,11 +44,14 @@ from fastclap.train.journal import Journal, clock
 from fastclap.train.meter import FlopCount, Meter, peak_flops
 from fastclap.train.objective import Objective
 from fastclap.train.setup import (
+    averaged_teacher,
     build_model,
     build_optimizer,
     describe,
     find_checkpoint,
+    find_tags,
     fit_feature_statistics,
+    load_teacher,
     make_demo_data,
     write_run_files,
 )
@@ -107,6 +111,8 @@ def _train(config: TrainConfig, world: World) -> Path:
         mix=config.data.mix,
         probabilities=config.data.probabilities,
     )
+    if config.data.fine_characters is not None:
+        manifest = with_fine_captions(manifest, *config.data.fine_characters)
     valid = (
         load_manifest(config.data.valid, audio_root=config.data.audio_root, columns=config.data.columns)
         if config.data.valid
@@ -119,11 +125,18 @@ def _train(config: TrainConfig, world: World) -> Path:
         bucket_by_length=config.data.bucket_by_length,
         batch_seconds=config.data.batch_seconds,
         max_seconds=config.data.crop_seconds,
+        balance=config.data.balance,
+        tag_column=config.data.tag_column,
+        rare_clips=config.data.rare_clips,
         rank=world.rank,
         world_size=world.size,
         start_step=start_step * config.accumulate,
-        stop_step=config.steps * config.accumulate,
     )
+    if config.epochs:
+        config.steps = max(1, config.epochs * sampler.batches_per_epoch // config.accumulate)
+    sampler.stop_step = config.steps * config.accumulate
+
+    tags = find_tags(config, manifest, state)
 
     # Model, optimizer, and the state they continue from.
     model = build_model(config, manifest, resume_path)
@@ -132,6 +145,7 @@ def _train(config: TrainConfig, world: World) -> Path:
     if resume_path is not None:
         checkpoint.restore_weights(resume_path, model, averaged=config.optimizer.ema_decay > 0)
     distributed.broadcast_weights(model, world)
+    teacher = load_teacher(config, model, world)
     dataset = ClipDataset(
         manifest,
         model.sampling_rate,
@@ -139,8 +153,11 @@ def _train(config: TrainConfig, world: World) -> Path:
         seed=config.seed,
         caption=config.data.captions,
         cache_mb=config.data.cache_mb,
-        file_statistics=config.model.audio.kind == "wav2vec2",
+        file_statistics=any(each.config.audio.kind == "wav2vec2" for each in (model, teacher) if each is not None),
         tokenize=tokenizer_of(model),
+        tags=tags,
+        repeats=config.data.balance != "none",
+        pad_to_crop=config.data.pad_to_crop,
     )
     if resume_path is None:
         fit_feature_statistics(model, dataset, world)
@@ -152,6 +169,8 @@ def _train(config: TrainConfig, world: World) -> Path:
     average = WeightAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     if resume_path is not None:
         checkpoint.restore_trainer(resume_path, model, optimizer, average)
+    if config.loss.teacher == "ema" and average is not None:
+        teacher = averaged_teacher(model, average)
     gradients = distributed.Gradients(
         [parameter for group in optimizer.param_groups for parameter in group["params"]], world, sharded
     )
@@ -159,7 +178,10 @@ def _train(config: TrainConfig, world: World) -> Path:
     bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
     chunk = first_chunk(config, state, world)
     autocast = torch.bfloat16 if bf16 else None
-    objective = Objective(model, config.loss, chunk, autocast, world, gradients.held, in_step=config.shard)
+    objective = Objective(
+        model, config.loss, chunk, autocast, world, gradients.held, in_step=config.shard, teacher=teacher
+    )
+    objective.vocabulary = None if tags is None else tags.vocabulary
     totals = Totals(world.device, state["totals"] if state else None)
 
     journal = None
@@ -195,7 +217,7 @@ def _train(config: TrainConfig, world: World) -> Path:
             seed_step(config, step, world)
             learning_rate = scheduled(config.optimizer, step, config.steps)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["lr_scale"]
 
             loss = torch.zeros((), device=world.device)
             for remaining in reversed(range(config.accumulate)):
@@ -570,6 +592,7 @@ def save(
         "world_size": world.size,
         "totals": totals.state(),
         "chunk_sizes": objective.chunk_sizes,
+        "tags": objective.vocabulary,
     }
     try:
         checkpoint.save_checkpoint(run_dir, step, model, optimizer, average, state, config.keep, world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import subprocess
@@ -16,12 +17,14 @@ from torch import nn
 import fastclap
 from fastclap.data import ClipDataset, Manifest
 from fastclap.data.demo_voices import write_demo
+from fastclap.data.tags import TagPrompts
 from fastclap.errors import ConfigError
 from fastclap.files import write_atomic
 from fastclap.model import CLAP
 from fastclap.tokenizer import train_tokenizer
 from fastclap.towers import LogMelTower
 from fastclap.train import checkpoint, distributed
+from fastclap.train.averaging import WeightAverage
 from fastclap.train.config import OptimizerConfig, TrainConfig
 from fastclap.train.distributed import World, is_sharded
 
@@ -33,6 +36,7 @@ _MAY_CHANGE = [
     "resume",
     "init_from",
     "steps",
+    "epochs",
     "log_every",
     "valid_every",
     "save_every",
@@ -83,7 +87,7 @@ def find_checkpoint(config: TrainConfig, run_dir: Path) -> tuple[Path, dict[str,
         f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
-        and not _may_change(name)
+        and not (_may_change(name) and not (name == "init_from" and config.loss.teacher == "init"))
         and not (config.init_from and name.startswith("model."))
     ]
     if changed:
@@ -107,6 +111,26 @@ def make_demo_data(config: TrainConfig, run_dir: Path, world: World) -> None:
     config.data.train, config.data.valid = [str(folder / "train.jsonl")], [str(folder / "valid.jsonl")]
 
 
+def find_tags(config: TrainConfig, manifest: Manifest, state: dict[str, Any] | None) -> TagPrompts | None:
+    """The vocabulary and prompts of the tag loss, if the run has one; on resume the vocabulary must be the saved one.
+
+    Raises:
+        ConfigError: the manifest's tags are no longer those of the checkpoint.
+        DataError: no clip has a tag, or the file of prompts is unusable.
+    """
+    if not config.loss.tag_weight or config.data.tag_column is None:
+        return None
+    tags = TagPrompts(manifest, config.data.tag_column, config.loss.tag_prompts, seed=config.seed)
+    before = set((state or {}).get("tags") or tags.vocabulary)
+    changed = sorted(before ^ set(tags.vocabulary))
+    if changed:
+        raise ConfigError(
+            f"--data.train: the tags in {config.data.tag_column} have changed since the checkpoint "
+            f"({', '.join(changed[:5])}); continue on the manifest of that run, or name another --run-dir"
+        )
+    return tags
+
+
 def build_model(config: TrainConfig, manifest: Manifest, resume_path: Path | None) -> CLAP:
     """The model to train; with ``init_from`` (and on resume) its architecture and vocabulary come from the folder."""
     source = resume_path or config.init_from
@@ -122,6 +146,36 @@ def build_model(config: TrainConfig, manifest: Manifest, resume_path: Path | Non
     return CLAP(config.model, tokenizer)
 
 
+def load_teacher(config: TrainConfig, model: CLAP, world: World) -> CLAP | None:
+    """The frozen teacher of a self-distillation, on the device; None: there is none, or it is the moving average.
+
+    Raises:
+        ConfigError: it takes audio of another sampling rate.
+    """
+    source = config.init_from if config.loss.teacher == "init" else config.loss.teacher
+    if source is None or source == "ema":
+        return None
+    teacher = CLAP.from_pretrained(source).to(world.device)
+    if teacher.sampling_rate != model.sampling_rate:
+        raise ConfigError(
+            f"--loss.teacher {source} takes audio at {teacher.sampling_rate} Hz and the model at "
+            f"{model.sampling_rate} Hz; both see the same clips, so choose a teacher of the same rate"
+        )
+    return frozen(teacher)
+
+
+def averaged_teacher(model: CLAP, average: WeightAverage) -> CLAP:
+    """A copy of the model that shares its weights with the moving average, and so follows it."""
+    teacher = copy.deepcopy(model)
+    teacher.load_state_dict(average.tensors, assign=True)
+    return frozen(teacher)
+
+
+def frozen(model: CLAP) -> CLAP:
+    model.requires_grad_(False)
+    return model.eval()
+
+
 def fit_feature_statistics(model: CLAP, dataset: ClipDataset, world: World) -> None:
     """Set a from-scratch tower's feature normalisation from clips spread over the manifest, alike on every rank."""
     tower = model.audio_branch
@@ -135,24 +189,32 @@ def fit_feature_statistics(model: CLAP, dataset: ClipDataset, world: World) -> N
 
 
 def build_optimizer(model: CLAP, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the parameters that train; weight decay on linear and convolution matrices only."""
+    """Fused AdamW over the parameters that train; weight decay on linear and convolution matrices only.
+
+    Each group's ``lr_scale`` is what the loop multiplies the scheduled learning rate by.
+    """
     decayed_names = {
         f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
     }
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    towers = () if config.tower_lr_scale == 1.0 else ("audio_branch.", "text_branch.")
+    kinds: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in trainable:
+        # The fused kernel takes tensors of one kind at a time.
+        kind = (name in decayed_names, is_sharded(parameter), name.startswith(towers))
+        kinds.setdefault(kind, []).append(parameter)
     groups = [
         {
-            # The fused kernel takes tensors of one kind at a time.
-            "params": [p for name, p in trainable if (name in decayed_names) == decayed and is_sharded(p) == sharded],
+            "params": parameters,
             "weight_decay": config.weight_decay if decayed else 0.0,
+            "lr_scale": config.tower_lr_scale if of_tower else 1.0,
         }
-        for decayed in (True, False)
-        for sharded in (True, False)
+        for (decayed, _, of_tower), parameters in sorted(kinds.items(), key=lambda kind: kind[0], reverse=True)
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

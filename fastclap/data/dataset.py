@@ -27,8 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastclap.audio import MIN_SECONDS, AudioError, Clip, whole_clip
 from fastclap.data.manifest import Manifest, Row
-from fastclap.data.sampler import BatchSampler, clip_durations, draw
+from fastclap.data.sampler import BatchSampler, clip_durations, draw, hash64
 from fastclap.data.shards import open_clip
+from fastclap.data.tags import TagPrompts
 from fastclap.data.workers import describe_deaths, fork_server, start_worker
 from fastclap.errors import DataError, TrainingError
 
@@ -57,13 +58,16 @@ class Batch:
     lengths: Tensor  # int64 [B], samples
     mean: Tensor | None  # float32 [B], of the whole file before the crop, full scale = ±1; None unless asked for
     std: Tensor | None  # float32 [B], population standard deviation, likewise
-    captions: list[str]
-    caption_ids: Tensor  # int64 [B], equal for equal captions on every rank
+    captions: list[str]  # of each clip; of pairs first those of all clips, then the second ones
+    caption_ids: Tensor  # int64 [captions], equal for equal captions on every rank
     rows: list[int]  # the rows that were used, replacements included
     bad: list[BadClip]  # the rows that could not be used
-    text: dict[str, Tensor] | None = None  # tokenized distinct captions [U, tokens], in the order of their first clips
-    text_rows: Tensor | None = None  # int64 [B], which of those each clip has; None unless the data set tokenizes
-    tokens: list[int] = field(default_factory=list)  # how many each distinct caption has
+    text: dict[str, Tensor] | None = None  # tokenized distinct captions and then prompts [U, tokens]
+    text_rows: Tensor | None = None  # int64 [captions], which of those each is; None unless the data set tokenizes
+    tokens: list[int] = field(default_factory=list)  # how many each distinct text has
+    prompts: list[str] = field(default_factory=list)  # one for each tag, the same on every rank
+    prompt_rows: Tensor | None = None  # int64 [tags], which of the distinct texts each prompt is
+    tags: Tensor | None = None  # bool [B, tags], which clip has which tag
     samples: list[int] = field(default_factory=list)  # ``lengths``, to be read without waiting for a device
     seconds: float = 0.0  # that a loader process took to make it
 
@@ -109,12 +113,19 @@ class ClipDataset(Dataset[Batch]):
             ``cache_mb``, or ``file_statistics`` of a file that is not packed, ask for the whole clip.
         seed: fixes crops, captions and replacements, together with epoch and row.
         caption: which descriptions one is drawn from: "global", "fine", or "both", which first draws the kind (half and
-            half) and then the description. A row without one kind uses the other under "both".
+            half) and then the description. A row without one kind uses the other under "both". "pair" draws two a
+            clip (CLSP stage 2, arXiv 2601.03065): at step t both fine with probability min(0.05 + 0.45 t/10⁴, 0.5), one
+            decision for the whole batch, else a global and a fine one. A clip with one fine caption always gets a
+            global one beside it.
         file_statistics: fill ``Batch.mean`` and ``Batch.std``, for towers that normalise a file before it is cropped.
         cache_mb: each process keeps up to this many MB of decoded clips, so that a small set is decoded only once.
         tokenize: fill ``Batch.text`` and ``Batch.text_rows`` with what this makes of the distinct captions of a batch,
             so that loader processes tokenize. It must be picklable, as ``functools.partial(tokenizer, max_tokens=77)``
             of a :class:`~fastclap.tokenizer.Tokenizer` is.
+        tags: fill ``Batch.tags`` and ``Batch.prompts``; the prompts are tokenized together with the captions.
+        pad_to_crop: every clip is padded to the crop length with zeros, and ``lengths`` count them as sound.
+        repeats: rows recur within an epoch, as a balanced sampler draws them: crops and captions are then drawn for
+            each step anew instead of for each epoch.
 
     Raises:
         DataError: a row has no caption of the wanted kind; on indexing: no usable replacement was found.
@@ -127,10 +138,13 @@ class ClipDataset(Dataset[Batch]):
         *,
         crop_seconds: float = math.inf,
         seed: int,
-        caption: Literal["global", "fine", "both"] = "global",
+        caption: Literal["global", "fine", "both", "pair"] = "global",
         file_statistics: bool = False,
         cache_mb: float = 0,
         tokenize: Callable[[list[str]], dict[str, Tensor]] | None = None,
+        tags: TagPrompts | None = None,
+        repeats: bool = False,
+        pad_to_crop: bool = False,
     ) -> None:
         self.manifest = manifest
         self.sampling_rate = sampling_rate
@@ -139,12 +153,17 @@ class ClipDataset(Dataset[Batch]):
         self.caption = caption
         self.file_statistics = file_statistics
         self.tokenize = tokenize
+        self.tags = tags
+        self.repeats = repeats
+        self.pad_to_crop = pad_to_crop
         self._cache = _ClipCache(round(cache_mb * 1e6))
+        if pad_to_crop and self.crop is None:
+            raise DataError("pad_to_crop needs crop_seconds, the length to pad to")
         if crop_seconds < MIN_SECONDS:
             raise DataError(f"crop_seconds={crop_seconds}: a clip needs at least {MIN_SECONDS} s")
-        if caption not in ("global", "fine", "both"):
-            raise DataError(f"caption={caption!r}: it is 'global', 'fine' or 'both'")
-        for row in manifest if caption == "fine" else ():
+        if caption not in ("global", "fine", "both", "pair"):
+            raise DataError(f"caption={caption!r}: it is 'global', 'fine', 'both' or 'pair'")
+        for row in manifest if caption in ("fine", "pair") else ():
             if not row.fine_captions:
                 raise DataError(f"{row.origin}: no fine_description; add one, or train with caption='global' or 'both'")
 
@@ -154,18 +173,28 @@ class ClipDataset(Dataset[Batch]):
         rows: list[int] = []
         clips: list[Clip] = []
         bad: list[BadClip] = []
+        occasion = step if self.repeats else epoch
         for row in wanted:
-            used_row, clip = self._usable(epoch, row, used, bad)
+            used_row, clip = self._usable(occasion, row, used, bad)
             rows.append(used_row)
             clips.append(clip)
-        captions = [self._draw_caption(epoch, row) for row in rows]
-        text, text_rows, tokens = None, None, []
+        if self.caption == "pair":
+            pairs = [self._draw_pair(step, occasion, row) for row in rows]
+            captions = [pair[which] for which in (0, 1) for pair in pairs]
+        else:
+            captions = [self._draw_caption(occasion, row) for row in rows]
+        prompts, tags = [], None
+        if self.tags is not None:
+            prompts, tags = self.tags.draw(step), self.tags.targets([self.manifest[row] for row in rows])
+        text, text_rows, prompt_rows, tokens = None, None, None, []
         if self.tokenize is not None:
-            distinct = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
-            text = self.tokenize(list(distinct))
-            text_rows = torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64)
+            distinct, text_rows, prompt_rows = distinct_texts(captions, prompts)
+            text = self.tokenize(distinct)
             tokens = text["attention_mask"].sum(1).tolist()
-        audio, lengths = pad([clip.wave for clip in clips])
+        waves = [clip.wave for clip in clips]
+        if self.pad_to_crop and self.crop is not None:
+            waves = [np.pad(wave, (0, self.crop - len(wave))) for wave in waves]
+        audio, lengths = pad(waves)
         return Batch(
             step=step,
             epoch=epoch,
@@ -178,6 +207,9 @@ class ClipDataset(Dataset[Batch]):
             text=text,
             text_rows=text_rows,
             tokens=tokens,
+            prompts=prompts,
+            prompt_rows=prompt_rows,
+            tags=tags,
             rows=rows,
             bad=bad,
         )
@@ -249,6 +281,21 @@ class ClipDataset(Dataset[Batch]):
         captions = choices[draw(len(choices), self.seed, epoch, row, _CAPTION)]
         return captions[draw(len(captions), self.seed, epoch, row, _CAPTION, 1)]
 
+    def _draw_pair(self, step: int, occasion: int, row: int) -> tuple[str, str]:
+        clip = self.manifest[row]
+        fine, own = clip.fine_captions, (self.seed, occasion, row, _CAPTION)
+        first = draw(len(fine), *own, 1)
+        both_fine = hash64(self.seed, step, _CAPTION) < both_fine_probability(step) * 2**64
+        if both_fine and len(fine) > 1:
+            other = draw(len(fine) - 1, *own, 2)
+            return fine[first], fine[other + (other >= first)]
+        return clip.captions[draw(len(clip.captions), *own, 3)], fine[first]
+
+
+def both_fine_probability(step: int) -> float:
+    """That a step contrasts two fine captions a clip instead of a global and a fine one (CLSP)."""
+    return min(0.05 + 0.45 * step / 10_000, 0.5)
+
 
 class _ClipCache:
     """Whole clips by path and offset, up to a budget in bytes; what came first stays. A loader process starts empty."""
@@ -278,6 +325,13 @@ def pad(waves: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     for index, wave in enumerate(waves):
         view[index, : len(wave)] = wave
     return audio, lengths
+
+
+def distinct_texts(captions: list[str], prompts: list[str]) -> tuple[list[str], Tensor, Tensor | None]:
+    """The distinct texts of a batch, and which of them each caption and each prompt is (None without prompts)."""
+    position = {text: index for index, text in enumerate(dict.fromkeys([*captions, *prompts]))}
+    rows, prompt_rows = (torch.tensor([position[text] for text in texts]) for texts in (captions, prompts))
+    return list(position), rows, prompt_rows if prompts else None
 
 
 def text_id(text: str) -> int:

@@ -114,6 +114,29 @@ class Manifest(Sequence[Row]):
         return f"Manifest({len(self)} rows from {', '.join(self.source_names)}; tags: {tags})"
 
 
+def with_fine_captions(manifest: Manifest, shortest: int, longest: int) -> Manifest:
+    """The manifest with only those fine captions that have ``shortest`` to ``longest`` characters.
+
+    Rows that lose all of theirs are left out; rows that never had any stay, for whoever needs one to name.
+
+    Raises:
+        DataError: no row of a source is left.
+    """
+    rows = []
+    for row in manifest:
+        fine = tuple(text for text in row.fine_captions if shortest <= len(text) <= longest)
+        if fine or not row.fine_captions:
+            rows.append(row._replace(fine_captions=fine))
+    left = {row.source for row in rows}
+    for source, name in enumerate(manifest.source_names):
+        if source not in left:
+            raise DataError(
+                f"{name}: no fine_description has {shortest} to {longest} characters; change the bounds "
+                "(--data.fine-characters)"
+            )
+    return Manifest(rows, source_names=manifest.source_names, mix=manifest.mix, probabilities=manifest.probabilities)
+
+
 def load_manifest(
     sources: str | Sequence[str],
     *,

@@ -7,10 +7,12 @@ needs to store no more than the step.
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import numpy as np
 
@@ -18,8 +20,11 @@ from fastclap.audio import MIN_SECONDS, AudioError, audio_info
 from fastclap.data.manifest import Manifest
 from fastclap.errors import DataError
 
+Balance = Literal["none", "inverse", "sqrt", "log"]
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_RARE_SHARE = 0.05  # of the clips; a tag that fewer have is rare (ParaSpeechCLAP)
 _MAX_BUCKET_WINDOW = 32  # batches that are sorted by length together
 
 
@@ -41,11 +46,20 @@ def draw(below: int, *values: int) -> int:
 
 def permutation(size: int, *values: int) -> np.ndarray:
     """A shuffle of 0 … size-1, fixed by ``values``: the argsort of hash64(*values, i). int64 [size]."""
+    return np.argsort(_hashes(size, *values), kind="stable")
+
+
+def uniform(size: int, *values: int) -> np.ndarray:
+    """Numbers from [0, 1), fixed by ``values``. float64 [size]."""
+    return (_hashes(size, *values) >> np.uint64(11)) * 2.0**-53
+
+
+def _hashes(size: int, *values: int) -> np.ndarray:
+    """hash64(*values, i) for i in 0 … size-1. uint64 [size]."""
     state = np.uint64((hash64(*values) + _GOLDEN) & _MASK) ^ np.arange(size, dtype=np.uint64)
     state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    state ^= state >> np.uint64(31)
-    return np.argsort(state, kind="stable")
+    return state ^ state >> np.uint64(31)
 
 
 class BatchSampler:
@@ -76,6 +90,11 @@ class BatchSampler:
     can be far from full. Fewer than ``world_size`` rows are left out of an epoch. Epochs differ a little in their
     number of batches, and other world sizes make other batches.
 
+    With ``balance``, rows are drawn with replacement by the weights of their tags (see
+    :func:`~fastclap.data.tags.balanced_weights`) instead, as many as fill the batches of an epoch, and a batch in which
+    fewer than ``rare_clips`` carry a rare tag (one that less than 5 % of all clips have) gets others that do, drawn
+    uniformly, in the place of its first clips that do not.
+
     Args:
         manifest: rows to draw from; also says how sources are mixed.
         batch_size: rows of a global batch; with ``batch_seconds``, the most that it may have.
@@ -85,6 +104,10 @@ class BatchSampler:
         max_seconds: clips are cropped to this length later, so longer ones count as equally long.
         batch_seconds: padded audio of a global batch, at most; by the clips' durations, which a replacement of an
             unusable clip may exceed. Needs ``bucket_by_length``.
+        balance: weights of tags that n clips have: "inverse" 1/n, "sqrt" 1/√n, "log" 1/ln(n + 1); "none" draws every
+            row once. Goes neither with mix "interleave" nor with ``batch_seconds``.
+        tag_column: the column whose tags are balanced.
+        rare_clips: clips with a rare tag in a global batch, at least, where the manifest has so many.
         rank, world_size: which part of each global batch to yield.
         start_step: first step of the iteration, for instance the step of a checkpoint.
         stop_step: the step before which iteration ends.
@@ -93,8 +116,8 @@ class BatchSampler:
         batches_per_epoch: number of batches in every epoch; with ``batch_seconds``, in the first one.
 
     Raises:
-        DataError: the manifest fills no batch, the batch cannot be divided over the ranks, or ``batch_seconds`` is less
-            than the longest clip on every rank takes.
+        DataError: the manifest fills no batch, the batch cannot be divided over the ranks, ``batch_seconds`` is less
+            than the longest clip on every rank takes, or ``balance`` goes with neither the mix nor the columns.
     """
 
     def __init__(
@@ -106,6 +129,9 @@ class BatchSampler:
         bucket_by_length: bool = True,
         max_seconds: float | None = None,
         batch_seconds: float | None = None,
+        balance: Balance = "none",
+        tag_column: str | None = None,
+        rare_clips: int = 2,
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
@@ -131,6 +157,7 @@ class BatchSampler:
                 f"{', '.join(manifest.source_names)}: {sum(self._counts)} clips do not fill one batch of {least}; "
                 f"set batch_size to at most {sum(self._counts)} or add data"
             )
+        self._weights = self._balanced(balance, tag_column, rare_clips) if balance != "none" else None
         self._durations: np.ndarray | None = None
         if bucket_by_length:
             self._durations = clip_durations(manifest)
@@ -177,12 +204,16 @@ class BatchSampler:
             else:
                 bounds = np.arange(self.batches_per_epoch + 1) * self.batch_size
                 order = order[: bounds[-1]]
-                plan = order if self._durations is None else self._bucketed(order, self._durations, epoch), bounds
+                if self._durations is not None:
+                    order = self._bucketed(order, self._durations, epoch)
+                plan = order if self._weights is None else self._with_rare(order, epoch), bounds
             self._cached_epoch, self._cached_plan = epoch, plan
         return self._cached_plan
 
     def _mixed(self, epoch: int) -> np.ndarray:
         manifest, seed = self.manifest, self.seed
+        if self._weights is not None:
+            return np.searchsorted(self._weights, uniform(len(manifest), seed, epoch), side="right")
         if manifest.mix == "concat":
             return permutation(len(manifest), seed, epoch)
         first_rows = np.cumsum((0, *manifest.source_sizes))
@@ -205,6 +236,39 @@ class BatchSampler:
         batches = np.concatenate([part[np.argsort(durations[part], kind="stable")] for part in parts])
         shuffled = permutation(self.batches_per_epoch, self.seed, epoch, -2)
         return batches.reshape(-1, self.batch_size)[shuffled].reshape(-1)
+
+    def _balanced(self, balance: Balance, column: str | None, rare_clips: int) -> np.ndarray:
+        """Cumulative weights of the rows, float64 [rows], up to 1; also notes the rows with rare tags."""
+        from fastclap.data.tags import balanced_weights, clip_tags  # which draws with this module's hashes
+
+        if balance not in ("inverse", "sqrt", "log"):
+            raise DataError(f"balance={balance!r}: it is 'none', 'inverse', 'sqrt' or 'log'")
+        if column is None:
+            raise DataError("balance needs a tag_column, such as intrinsic_tags (--data.tag-column)")
+        if self.manifest.mix != "concat" or self.batch_seconds is not None:
+            other = "batch_seconds" if self.batch_seconds is not None else f"mix={self.manifest.mix!r}"
+            raise DataError(f"balance={balance!r} draws single rows by weight and cannot follow {other}; leave one out")
+        weights, rare = balanced_weights(clip_tags(self.manifest, column), balance, _RARE_SHARE)
+        self._is_rare, self._rare_rows = rare, np.flatnonzero(rare)
+        self._rare_clips = min(rare_clips, len(self._rare_rows), self.batch_size)
+        cumulative = np.cumsum(weights)
+        cumulative /= cumulative[-1]
+        return cumulative
+
+    def _with_rare(self, order: np.ndarray, epoch: int) -> np.ndarray:
+        """Every batch has at least ``rare_clips`` rows with a rare tag."""
+        batches = order.reshape(-1, self.batch_size).copy()
+        rare = self._is_rare[batches]
+        for index in np.flatnonzero(rare.sum(1) < self._rare_clips):
+            lacking = self._rare_clips - int(rare[index].sum())
+            places = np.flatnonzero(~rare[index])[:lacking]
+            drawn: dict[int, None] = {}  # distinct rows; few of many, so that hardly any is drawn twice
+            for attempt in itertools.count():
+                if len(drawn) == lacking:
+                    break
+                drawn[draw(len(self._rare_rows), self.seed, epoch, -3, int(index), attempt)] = None
+            batches[index, places] = self._rare_rows[list(drawn)]
+        return batches.reshape(-1)
 
     def _check_budget(self, batch_seconds: float) -> None:
         if self._durations is None:

@@ -3,7 +3,7 @@
     python drop_in_ranks.py FOLDER
 
 writes what both ranks got; `test_drop_in.py` judges it, and calls the same cases in its own process. Only clients that
-are installed take part; FASTCLAP_PARASPEECHCLAP names a checkout of ParaSpeechCLAP, which is no package.
+are installed take part; FASTCLAP_REFERENCE names a checkout of ParaSpeechCLAP, which is no package.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ ROWS, DIM = 5, 12  # rows of each rank
 AVERAGED = "average over ranks of "  # a result that is compared only after averaging
 LEFT = "left to the client: "  # a case that the fused loss cannot express
 
-if os.environ.get("FASTCLAP_PARASPEECHCLAP"):
-    sys.path.append(os.environ["FASTCLAP_PARASPEECHCLAP"])
+if os.environ.get("FASTCLAP_REFERENCE"):
+    sys.path.append(os.environ["FASTCLAP_REFERENCE"])
 
 Results = dict[str, Tensor]
 Run = Callable[[], Results]

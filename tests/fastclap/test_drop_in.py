@@ -1,7 +1,7 @@
 """The drop-ins: adapters against the definitions, patches against the clients' own losses, and how patching behaves.
 
 Comparisons with a client run where it is installed, in this process and on two gloo ranks. One command runs them all,
-with FASTCLAP_PARASPEECHCLAP naming a checkout of ParaSpeechCLAP: ``pytest tests/fastclap/test_drop_in.py``.
+with FASTCLAP_REFERENCE naming a checkout of ParaSpeechCLAP: ``pytest tests/fastclap/test_drop_in.py``.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def judge(client: str, ranks: list[dict[str, tuple[dict[str, Tensor], dict[str, 
 
 def skip_unless_installed(client: str) -> None:
     if not script().installed(client):
-        where = "FASTCLAP_PARASPEECHCLAP names no checkout of it" if client == "paraspeechclap" else "not installed"
+        where = "FASTCLAP_REFERENCE names no checkout of it" if client == "paraspeechclap" else "not installed"
         pytest.skip(f"{client}: {where}")
 
 

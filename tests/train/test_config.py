@@ -14,6 +14,7 @@ import yaml
 from fastclap.errors import ConfigError, FastclapError
 from fastclap.train.cli import main, parse
 from fastclap.train.config import TrainConfig, load_config
+from fastclap.train.loop import scheduled
 from fastclap.train.recipes import RECIPES
 
 
@@ -96,6 +97,57 @@ def test_missing_configuration_file() -> None:
 def test_unknown_recipe_lists_the_known() -> None:
     with pytest.raises(FastclapError, match=r"no recipe 'smal'.*demo, small"):
         parse(["smal"])
+
+
+def test_published_hyper_parameters() -> None:
+    for name, steps, epochs in (("intrinsic", 4500, 0), ("situational", None, 25), ("combined", None, 5)):
+        config = parsed(f"paraspeechclap-{name}", "--data.train", "a.jsonl")
+        config.check()
+        assert (config.batch_size, config.seed, config.data.crop_seconds, config.epochs) == (128, 3407, 10.0, epochs)
+        assert steps is None or config.steps == steps
+        optimizer = config.optimizer
+        assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.clip_norm) == (1e-5, 0.0, 0.0)
+        assert {scheduled(optimizer, step, 4500) for step in (1, 2000, 4500)} == {1e-5}
+        assert config.model.audio.pretrained == "microsoft/wavlm-large" and config.model.head.dim == 768
+        assert (config.loss.tag_weight, config.data.balance) == (
+            (1.0, "inverse") if name == "intrinsic" else (0, "none")
+        )
+        assert config.data.mix == ("interleave" if name == "combined" else "concat")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("form", [[], ["--small"], ["--parity"], ["--small", "--parity"]])
+def test_every_form_of_every_recipe_is_possible(name: str, form: list[str]) -> None:
+    start = ["--init-from", "stage1"] if name in ("ra-clap", "clsp-stage2") else []
+    config = parsed(name, *form, "--data.train", "a.jsonl", *start)
+    config.check()
+    assert config.loss.share_equal_captions == ("--parity" not in form)
+    if "--small" in form:
+        assert config.model == RECIPES["small"]().model and (config.steps, config.batch_size) == (1000, 32)
+
+
+def test_second_stages_and_layer_weights() -> None:
+    assert parsed("ess-clap").model.audio.layer_weights
+    with pytest.raises(ConfigError, match="--init-from"):
+        parsed("ra-clap", "--data.train", "a.jsonl").check()
+    first, second = (parsed(f"clsp-stage{stage}", "--data.train", "a.jsonl") for stage in (1, 2))
+    assert (first.data.captions, second.data.captions) == ("global", "pair")
+    assert second.data.fine_characters == [128, 768] and second.model == first.model
+    assert first.optimizer.tower_lr_scale < second.optimizer.tower_lr_scale == 1.0
+    assert first.model.head.kind == "clsp" and first.model.text.pooling == "pooler"
+
+
+def test_small_and_parity_change_a_recipe_before_other_flags() -> None:
+    full = parsed("paraspeechclap-intrinsic", "--data.train", "a.jsonl")
+    little = parsed("paraspeechclap-intrinsic", "--steps", "7", "--small", "--data.train", "a.jsonl")
+    base = RECIPES["small"]()
+    assert little.model == base.model and little.optimizer == base.optimizer and little.batch_size == base.batch_size
+    assert little.steps == 7 and little.run_dir != full.run_dir
+    assert (little.loss, little.data.balance, little.seed) == (full.loss, full.data.balance, full.seed)
+    published = parsed("paraspeechclap-intrinsic", "--parity", "--data.train", "a.jsonl")
+    assert full.loss.share_equal_captions and not published.loss.share_equal_captions
+    assert published.data.pad_to_crop and not published.data.bucket_by_length
+    assert published.model == full.model and published.optimizer == full.optimizer
 
 
 def test_unknown_flag_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,14 +23,15 @@ from safetensors.torch import load_file
 
 import fastclap
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
-from fastclap.data import Batch, BatchSampler, ClipDataset, load_manifest
+from fastclap.data import Batch, BatchSampler, ClipDataset, Manifest, load_manifest
+from fastclap.data.tags import TagPrompts
 from fastclap.errors import ConfigError
 from fastclap.testing import assert_close_rel
 from fastclap.train import distributed
 from fastclap.train.config import LossConfig, TrainConfig
 from fastclap.train.loop import train
 from fastclap.train.objective import Objective
-from fastclap.train.setup import build_model
+from fastclap.train.setup import build_model, frozen
 from tests.train.test_speed import WAVLM, XLM_R
 
 FORK = multiprocessing.get_context("fork")
@@ -81,14 +82,22 @@ def gradients(
     """One step's averaged gradients, left in ``.grad``."""
     manifest = load_manifest(config.data.train)
     sampler = BatchSampler(manifest, config.batch_size, seed=0, rank=world.rank, world_size=world.size)
-    dataset = ClipDataset(manifest, 16000, crop_seconds=0.5, seed=0, caption="global")
+    # ranks have different numbers of clips with tags
+    manifest = Manifest(row._replace(tags={}) if index % 3 else row for index, row in enumerate(manifest))
+    tags = TagPrompts(manifest, "intrinsic_tags") if loss.tag_weight else None
+    captions: Any = "pair" if loss is PAIRS else "global"
+    dataset = ClipDataset(manifest, 16000, crop_seconds=0.5, seed=0, caption=captions, tags=tags)
     model.zero_grad()
     averaged = distributed.Gradients([parameter for parameter in model.parameters() if parameter.requires_grad], world)
-    Objective(model, loss, chunk, None, world, averaged.held)(dataset[(0, *sampler.batch(0))])
+    teacher = frozen(copy.deepcopy(model)) if loss.teacher else None  # of another temperature
+    Objective(model, loss, chunk, None, world, averaged.held, teacher=teacher)(dataset[(0, *sampler.batch(0))])
     averaged.finish(torch.zeros(1))
 
 
 LOSSES = [LossConfig(), LossConfig(label_smoothing=0.1), LossConfig(share_equal_captions=False)]
+LOSSES += [LossConfig(tag_weight=1.0), LossConfig(tag_weight=0.5, tag_scale=10.0)]
+PAIRS = LossConfig(label_smoothing=0.05)  # with two captions a clip
+LOSSES += [PAIRS, LossConfig(teacher="model", teacher_weight=0.4, teacher_temperature=0.5)]
 
 
 def _gradients_on_a_rank(model: fastclap.CLAP, config: TrainConfig, expected: dict[tuple[int, int], Any]) -> None:

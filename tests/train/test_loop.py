@@ -197,6 +197,27 @@ def test_the_demo_recipe_through_the_command_line(tmp_path: Path, capsys: pytest
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["train"] == [str(run / "data" / "train.jsonl")]
 
 
+def test_epochs_count_the_steps(tiny: Build) -> None:
+    config = tiny(epochs=2, steps=999)
+    train(config)
+    assert config.steps == records(config, "train")[-1]["step"] == 2 * (48 // 8)
+
+
+def test_towers_can_learn_more_slowly_than_the_heads(tiny: Build) -> None:
+    """The first step of Adam moves every weight by its learning rate, whatever the gradient."""
+    config = tiny(steps=1, precision="fp32")
+    config.optimizer = OptimizerConfig(learning_rate=1e-3, tower_lr_scale=0.25, weight_decay=0.0, warmup_steps=0,
+                                       schedule="constant", clip_norm=0.0, eps=1e-16)  # fmt: skip
+    torch.manual_seed(config.seed)
+    before = build_model(config, load_manifest(config.data.train), None).state_dict()
+    after = fastclap.CLAP.from_pretrained(train(config)).state_dict()
+    for name, share in (("audio_branch", 0.25), ("text_branch", 0.25), ("audio_projection", 1.0)):
+        moved = [
+            (after[key] - before[key]).abs().max() for key in before if key.startswith(name) and "feature" not in key
+        ]
+        assert max(moved).item() == pytest.approx(share * 1e-3, rel=1e-2)
+
+
 def test_schedule_follows_its_definition() -> None:
     config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_share=0.1)
     assert [scheduled(config, step, 20) for step in (1, 2, 4)] == [0.5, 1.0, 2.0]

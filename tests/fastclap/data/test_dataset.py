@@ -157,7 +157,7 @@ def test_kinds_of_captions(make_set: MakeSet) -> None:
     both = [ClipDataset(manifest, RATE, seed=0, caption="both")[0, epoch, [2]].captions[0] for epoch in range(60)]
     assert set(both) == {*manifest[2].captions, "fine 2"}
     assert 15 < both.count("fine 2") < 45
-    with pytest.raises(DataError, match="it is 'global', 'fine' or 'both'"):
+    with pytest.raises(DataError, match="it is 'global', 'fine', 'both' or 'pair'"):
         ClipDataset(manifest, RATE, seed=0, caption="coarse")  # type: ignore[arg-type]
 
 
@@ -490,3 +490,15 @@ def test_a_batch_moves_with_its_tensors(make_set: MakeSet) -> None:
     tensors = (moved.audio, moved.lengths, moved.mean, moved.std, moved.caption_ids)
     assert all(tensor is not None and tensor.device.type == "meta" for tensor in tensors)
     assert (moved.captions, moved.rows, moved.mean is None) == (batch.captions, batch.rows, False)
+
+
+def test_clips_can_be_padded_to_the_crop(make_set: MakeSet) -> None:
+    manifest = load_manifest(make_set(4))
+    plain, padded = (
+        ClipDataset(manifest, RATE, seed=0, crop_seconds=9, pad_to_crop=on)[0, 0, [1, 3]] for on in (False, True)
+    )
+    assert padded.audio.shape == (2, 9 * RATE) and padded.lengths.tolist() == padded.samples == [9 * RATE] * 2
+    width = plain.audio.shape[1]
+    assert width < 9 * RATE and torch.equal(padded.audio[:, :width], plain.audio) and not padded.audio[:, width:].any()
+    with pytest.raises(DataError, match="crop_seconds"):
+        ClipDataset(manifest, RATE, seed=0, pad_to_crop=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -319,3 +320,107 @@ def test_draws_are_uniform() -> None:
     counts = np.bincount([draw(7, 5, index) for index in range(14_000)], minlength=7)
     assert len(counts) == 7
     assert np.abs(counts - 2000).max() < 200  # 4.8 standard deviations
+
+
+def tagged(tags: Sequence[Sequence[str]], mix: Mix = "concat") -> Manifest:
+    rows = (
+        Row(f"{index}.wav", ("x",), (), {"style": tuple(own)} if own else {}, None, 1.0 + index % 7, None, "m:1", 0)
+        for index, own in enumerate(tags)
+    )
+    return Manifest(rows, source_names=["m"], mix=mix)
+
+
+# 400 clips: "calm" is common, "loud" less so, "husky" and "lisp" are rare (below 5 %), every tenth clip has no tag
+TAGS = [
+    ()
+    if i % 10 == 9
+    else ("Calm", *(["loud "] if i % 4 == 0 else []), *(["husky"] if i < 12 else []))
+    if i not in (50, 150, 250)
+    else ("lisp",)
+    for i in range(400)
+]
+
+
+def simulated_weights(weighting: str) -> np.ndarray:
+    """The published definition, written out."""
+    clean = [sorted({tag.strip().lower() for tag in own}) for own in TAGS]
+    frequency = Counter(itertools.chain(*clean))
+    weight = {}
+    for tag, n in frequency.items():
+        weight[tag] = {"inverse": 1 / n, "sqrt": 1 / np.sqrt(n), "log": 1 / np.log(n + 1)}[weighting]
+    total = sum(weight.values())
+    weight = {tag: value / total * len(weight) for tag, value in weight.items()}
+    least = min(weight.values())
+    of_clips = np.array([np.mean([weight[tag] for tag in own]) if own else least for own in clean])
+    return of_clips / of_clips.sum()
+
+
+@pytest.mark.parametrize("weighting", ["inverse", "sqrt", "log"])
+@pytest.mark.parametrize("bucket", [True, False])
+def test_balanced_draws_follow_the_definition(weighting: Any, bucket: bool) -> None:
+    """Observed counts of all clips against multinomial draws with the definition's weights: a chi-square test."""
+    sampler = BatchSampler(
+        tagged(TAGS), 20, seed=3, balance=weighting, tag_column="style", rare_clips=0, bucket_by_length=bucket
+    )
+    expected = simulated_weights(weighting)
+    epochs = 400
+    drawn = np.concatenate([np.ravel(epoch_of(sampler, epoch)) for epoch in range(epochs)])
+    assert len(drawn) == 400 * epochs
+    counts = np.bincount(drawn, minlength=400)
+    simulated = np.random.default_rng(0).multinomial(len(drawn), expected)
+    statistics = [
+        float((((c - len(drawn) * expected) ** 2) / (len(drawn) * expected)).sum()) for c in (counts, simulated)
+    ]
+    assert all(abs(value - 399) < 5 * np.sqrt(2 * 399) for value in statistics), statistics
+
+
+def test_balanced_batches_have_rare_tags() -> None:
+    sampler = BatchSampler(tagged(TAGS), 8, seed=1, balance="log", tag_column="style", rare_clips=2)
+    without = BatchSampler(tagged(TAGS), 8, seed=1, balance="log", tag_column="style", rare_clips=0)
+    rare = {i for i, own in enumerate(TAGS) if {"husky", "lisp"} & set(own)}
+    filled = 0
+    for batch, plain in zip(epoch_of(sampler, 0), epoch_of(without, 0), strict=True):
+        had = [row in rare for row in plain]
+        assert sum(row in rare for row in batch) == max(2, sum(had))
+        replaced = [i for i, (new, old) in enumerate(zip(batch, plain, strict=True)) if new != old]
+        first = [i for i, is_rare in enumerate(had) if not is_rare][: max(0, 2 - sum(had))]
+        assert replaced == first and len({batch[i] for i in replaced}) == len(replaced)
+        filled += bool(replaced)
+    assert filled > 10
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+def test_balanced_batches_do_not_depend_on_ranks_or_order(bucket: bool) -> None:
+    def sampler(rank: int = 0, size: int = 1) -> BatchSampler:
+        return BatchSampler(
+            tagged(TAGS), 12, seed=5, balance="inverse", tag_column="style", rank=rank, world_size=size,
+            bucket_by_length=bucket,
+        )  # fmt: skip
+
+    alone = sampler()
+    steps = [70, 3, 40, 0]
+    whole = {step: alone.batch(step) for step in steps}
+    for size in (2, 3, 4):
+        ranks = [sampler(rank, size) for rank in range(size)]
+        for step in reversed(steps):
+            assert [row for one in ranks for row in one.batch(step)[1]] == whole[step][1]
+    assert whole[0][1] != whole[3][1]
+    assert BatchSampler(tagged(TAGS), 12, seed=6, balance="inverse", tag_column="style").batch(0) != whole[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"balance": "inverse"}, "tag_column"),
+        ({"balance": "cubic", "tag_column": "style"}, "cubic"),
+        ({"balance": "log", "tag_column": "mood"}, r"no clip has a tag in column 'mood'; tag columns: style"),
+        ({"balance": "log", "tag_column": "style", "batch_seconds": 60.0}, "batch_seconds"),
+    ],
+)
+def test_balancing_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        BatchSampler(tagged(TAGS), 4, seed=0, **options)
+    if "mood" not in options.values():
+        return
+    with pytest.raises(DataError, match="interleave"):
+        BatchSampler(tagged(TAGS, "interleave"), 4, seed=0, balance="log", tag_column="style")

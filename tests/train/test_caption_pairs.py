@@ -1,0 +1,107 @@
+"""CLSP's second stage: two captions a clip, drawn on schedule, and the loss of the rectangular batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastclap.data import BatchSampler, ClipDataset, Manifest, load_manifest
+from fastclap.data.dataset import both_fine_probability
+from fastclap.data.manifest import with_fine_captions
+from fastclap.errors import ConfigError, DataError
+from fastclap.train.config import LossConfig, TrainConfig
+from fastclap.train.distributed import World
+from fastclap.train.loop import tokenizer_of, train
+from fastclap.train.objective import Objective
+from fastclap.train.setup import build_model
+
+Build = Callable[..., TrainConfig]
+ALONE = World(0, 1, torch.device("cpu"), None)
+
+
+def with_more_fine(manifest: Manifest, count: int = 3) -> Manifest:
+    return Manifest(
+        row._replace(fine_captions=tuple(f"{row.fine_captions[0]} ({number})" for number in range(count)))
+        for row in manifest
+    )
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_the_loss_is_the_formula(tiny: Build, chunk: int) -> None:
+    """a→t: mass ½ on each of a clip's two captions; t→a: one positive for each of the 2N captions; their mean."""
+    config = tiny()
+    manifest = with_more_fine(load_manifest(config.data.train))
+    torch.manual_seed(0)
+    model = build_model(config, manifest, None).double().eval()
+    tokenize = tokenizer_of(model)
+    rows = BatchSampler(manifest, 8, seed=0).batch(0)[1]
+    batch = ClipDataset(manifest, 16000, crop_seconds=0.5, seed=0, caption="pair", tokenize=tokenize)[0, 0, rows]
+    assert len(batch.captions) == 16
+    found = Objective(model, LossConfig(), chunk, None, ALONE)(batch)
+
+    audio = torch.nn.functional.normalize(model.encode_audio(batch.audio, batch.lengths), dim=1)
+    text = torch.nn.functional.normalize(model.encode_text(**model.tokenize(batch.captions)), dim=1)
+    logits = (model.logit_scale * audio @ text.T).tolist()
+    loss = 0.0
+    for clip, row in enumerate(logits):
+        total = math.log(sum(math.exp(x) for x in row))
+        for caption in (clip, clip + 8):
+            loss -= 0.5 * (0.5 * (row[caption] - total)) / 8
+    for caption in range(16):
+        column = [row[caption] for row in logits]
+        loss -= 0.5 * (column[caption % 8] - math.log(sum(math.exp(x) for x in column))) / 16
+    assert found.item() == pytest.approx(loss, rel=1e-7)
+
+
+def test_captions_are_drawn_on_schedule(tiny: Build) -> None:
+    manifest = with_more_fine(load_manifest(tiny().data.train))
+    dataset = ClipDataset(manifest, 16000, crop_seconds=0.1, seed=0, caption="pair")
+    rows = [3, 11]
+    for begin, expected in ((0, 0.05 + 0.45 * 250 / 1e4), (20_000, 0.5)):
+        both = 0
+        for step in range(begin, begin + 500):
+            captions = dataset[step, step, rows].captions
+            kinds = set()
+            for position, row in enumerate(rows):
+                first, second = captions[position], captions[position + 2]
+                assert second in manifest[row].fine_captions and first != second
+                assert first in (*manifest[row].captions, *manifest[row].fine_captions)
+                kinds.add(first in manifest[row].fine_captions)
+            assert len(kinds) == 1  # one decision a batch
+            both += kinds.pop()
+        assert abs(both / 500 - expected) < 4 * math.sqrt(expected * (1 - expected) / 500)
+    assert [both_fine_probability(step) for step in (0, 5000, 10_000, 99_999)] == [0.05, 0.275, 0.5, 0.5]
+
+
+def test_a_single_fine_caption_has_a_global_one_beside_it(tiny: Build) -> None:
+    manifest = load_manifest(tiny().data.train)
+    dataset = ClipDataset(manifest, 16000, crop_seconds=0.1, seed=0, caption="pair")
+    for step in range(30_000, 30_020):
+        first, second = dataset[step, step, [5]].captions
+        assert first in manifest[5].captions and (second,) == manifest[5].fine_captions
+
+
+def test_fine_captions_are_filtered_by_length(tiny: Build) -> None:
+    manifest = load_manifest(tiny().data.train)
+    lengths = [("x" * 127, "x" * 128), ("x" * 768, "x" * 769, "y" * 300), ("x" * 20,), ()]
+    rows = [row._replace(fine_captions=fine) for row, fine in zip(manifest[:4], lengths, strict=True)]
+    kept = with_fine_captions(Manifest(rows), 128, 768)
+    assert [[len(text) for text in row.fine_captions] for row in kept] == [[128], [768, 300], []]
+    assert [row.audio for row in kept] == [rows[0].audio, rows[1].audio, rows[3].audio]
+    with pytest.raises(DataError, match=r"no fine_description has 500 to 600 characters.*--data\.fine-characters"):
+        with_fine_captions(Manifest(rows[:3]), 500, 600)
+    with pytest.raises(DataError, match="no fine_description"):
+        ClipDataset(kept, 16000, seed=0, caption="pair")
+
+
+def test_pairs_train(tiny: Build) -> None:
+    config = tiny(steps=4, chunk_size=3)
+    config.data.captions, config.data.fine_characters = "pair", [10, 700]
+    assert (train(config) / "model.safetensors").exists()
+    config = tiny("other")
+    config.data.fine_characters = [700, 10]
+    with pytest.raises(ConfigError, match=r"--data\.fine-characters is \[700, 10\]"):
+        train(config)
