@@ -43,7 +43,8 @@ class _OnData:
     columns: dict[str, str] = field(default_factory=dict)
     """Column names of the manifests that differ, as pairs: OURS THEIRS (for example text_description caption)."""
     out: str | None = None
-    """Folder that receives report.html, its pictures and report.json."""
+    """Folder that receives report.html, its pictures (recall curves, confusion matrix, map of the embeddings) and
+    report.json."""
     json: bool = False
     """Print the whole result as JSON, and nothing else, on stdout."""
     device: str = "auto"
@@ -270,6 +271,7 @@ def _eval(arguments: Eval) -> int:
         captions=names,
         tasks=[],
         captions_per_clip=arguments.captions_per_clip,
+        embedding_map=arguments.out is not None,
         batch_size=arguments.batch_size,
         progress=True,
     )
@@ -291,7 +293,15 @@ def _classify(arguments: Classify) -> int:
 
     task = ClassificationTask(arguments.column, templates, prompts, classes)
     model, manifest = _load(arguments, require_captions=False)
-    result = evaluate(model, manifest, captions=[], tasks=[task], batch_size=arguments.batch_size, progress=True)
+    result = evaluate(
+        model,
+        manifest,
+        captions=[],
+        tasks=[task],
+        embedding_map=arguments.out is not None,
+        batch_size=arguments.batch_size,
+        progress=True,
+    )
     figures = result["classification"][arguments.column]
     notes = {
         "clips_without_class": "clips have none of the classes and were left out",

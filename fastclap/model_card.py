@@ -1,7 +1,8 @@
 """The model card: ``README.md`` of an exported model, in the form that the Hugging Face hub shows.
 
 It tells what the model itself knows (towers, sizes, how to use it) and, given a run folder, what it was trained on and
-how it scored at the last validation. Of manifests on a disk the file name alone is told: a card is meant for others.
+how it scored at the last validation, beside what chance would have scored. Of manifests and models on a disk the name
+alone is told: a card is meant for others. Whoever publishes a model names the licence of its weights.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,11 +66,16 @@ def model_card(model: CLAP, *, run: str | os.PathLike[str] | None = None, origin
         _table(("", "what it is"), facts.items()),
         "## Usage",
         _usage(model),
+        "The `fastclap` command takes the folder, or its name on the hub, wherever it asks for a model: "
+        "`fastclap classify`, `eval`, `embed`, `search`, `similarity` and `rerank`.",
         *(_training(Path(run)) if run is not None else ()),
         "## Limits",
         "It knows the voices, languages and descriptions of its training data. Judgements about speakers (age, sex, "
         "accent, emotion) are those of the captions it learned from and are wrong for many people; do not use them to "
         "decide about anyone.",
+        "## Licence",
+        "That of the weights is `license` in the header of this card; `unknown` says that nobody has named it. The "
+        "recordings and captions they were trained on, and the towers they started from, have licences of their own.",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -100,6 +106,8 @@ def _audio_tower(config: AudioTowerConfig) -> str:
 
 
 def _text_tower(config: TextTowerConfig) -> str:
+    if config.kind == "small" and not config.layers:
+        return f"token embeddings of width {config.width}, {config.pooling} pooling"
     if config.kind == "small":
         return f"transformer, {config.layers} layers of width {config.width}, {config.pooling} pooling"
     return f"{_transformers_tower('transformers', config)}, {config.pooling} pooling"
@@ -118,39 +126,89 @@ def _transformers_tower(kind: str, config: AudioTowerConfig | TextTowerConfig) -
 
 def _training(run: Path) -> Iterator[str]:
     config = _read_yaml(run / "config.yaml")
-    data = config.get("data", {})
-    if isinstance(data, dict) and data.get("train"):
-        sources = ", ".join(_public_name(str(source)) for source in data["train"])
-        optimizer = config.get("optimizer", {})
-        facts = {
-            "training data": sources,
-            "loss": config.get("loss", {}).get("kind"),
-            "global batch": config.get("batch_size"),
-            "steps": config.get("steps"),
-            "learning rate": optimizer.get("learning_rate"),
-            "seed": config.get("seed"),
-        }
+    facts = list(_training_facts(config))
+    if facts:
+        environment = _read_json(run / "environment.json")
+        packages = ("fastclap", "torch", "transformers")
+        versions = ", ".join(f"{name} {environment[name]}" for name in packages if environment.get(name))
         yield "## Training"
-        yield _table(("", "value"), ((name, value) for name, value in facts.items() if value is not None))
+        yield _table(("", "value"), [*facts, *([("made with", versions)] if versions else [])])
     record = _last_validation(run / "metrics.jsonl")
     rows = list(_figures(record))
     if rows:
+        clips = f" on {record['clips']} clips" if "clips" in record else ""
+        valid = _sources(_part(config, "data").get("valid"))
         yield "## Figures"
-        yield f"Validation at step {record['step']}, in per cent:"
-        yield _table(("figure", "%"), rows)
+        yield f"Validation at step {record['step']}{clips}{f' ({valid})' if valid else ''}, in per cent:"
+        yield _table(("figure", "%", "chance"), rows)
+        yield from _prompts(record)
 
 
-def _figures(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _training_facts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What of a run's configuration others need to know, where it is there."""
+    data, loss, optimizer = (_part(config, name) for name in ("data", "loss", "optimizer"))
+    if not data.get("train"):
+        return
+    mixed = f" ({data['mix']})" if data.get("mix") and len(data["train"]) > 1 else ""
+    balanced = f"{data.get('balance')} frequency of {data.get('tag_column')}"
+    teacher = loss.get("teacher")
+    facts = {
+        "training data": _sources(data["train"]) + mixed,
+        "captions": data.get("captions"),
+        "clips": f"cropped to {data['crop_seconds']:g} s at most" if data.get("crop_seconds") else None,
+        "drawn by": balanced if data.get("balance", "none") != "none" else None,
+        "started from": _model_name(str(config["init_from"])) if config.get("init_from") else None,
+        "loss": loss.get("kind"),
+        "tag loss": f"{loss['tag_weight']:g} · {data.get('tag_column')}" if loss.get("tag_weight") else None,
+        "teacher": f"{_model_name(str(teacher))}, weight {loss.get('teacher_weight')}" if teacher else None,
+        "global batch": config.get("batch_size"),
+        "steps": config.get("steps"),
+        "learning rate": optimizer.get("learning_rate"),
+        "averaged weights": f"decay {optimizer['ema_decay']:g}" if optimizer.get("ema_decay") else None,
+        "seed": config.get("seed"),
+    }
+    yield from ((name, value) for name, value in facts.items() if value is not None)
+
+
+def _figures(record: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     names = {"audio_to_text": "audio → text", "text_to_audio": "text → audio"}
     for captions, directions in record.get("retrieval", {}).items():
         for direction, title in names.items():
+            figures = directions.get(direction, {})
             for figure in ("R@1", "R@5", "R@10", "mAP@10"):
-                if figure in directions.get(direction, {}):
-                    yield f"{captions} captions, {title}, {figure}", f"{100 * directions[direction][figure]:.1f}"
+                if figure in figures:
+                    chance = figures.get("chance", {}).get(figure)
+                    yield f"{captions} captions, {title}, {figure}", _percent(figures[figure]), _percent(chance)
     for column, figures in record.get("classification", {}).items():
-        for figure, title in (("accuracy", "accuracy"), ("uar", "UAR"), ("macro_f1", "macro-F1")):
+        beside = {"accuracy": "majority_accuracy", "uar": "chance", "macro_f1": ""}
+        for (figure, chance), title in zip(beside.items(), ("accuracy", "UAR", "macro-F1"), strict=True):
             if figure in figures:
-                yield f"{column}, {title}", f"{100 * figures[figure]:.1f}"
+                yield f"{column}, {title}", _percent(figures[figure]), _percent(figures.get(chance))
+
+
+def _prompts(record: Mapping[str, Any]) -> Iterator[str]:
+    """The sentences that the zero-shot figures were made with, and what they are compared with."""
+    used = {
+        column: " · ".join(f"“{template}”" for template in figures["templates"])
+        for column, figures in record.get("classification", {}).items()
+        if figures.get("templates")
+    }
+    if used:
+        listed = "; ".join(f"{column} with {templates}" for column, templates in used.items())
+        yield f"Zero-shot: {listed}. Beside an accuracy stands that of the most frequent class."
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def _part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    part = config.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _sources(names: Any) -> str:
+    return ", ".join(_public_name(str(name)) for name in names or ())
 
 
 def _last_validation(path: Path) -> dict[str, Any]:
@@ -175,10 +233,26 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
 def _public_name(source: str) -> str:
     return source if source.startswith("hf:") else Path(source).name
 
 
-def _table(head: tuple[str, str], rows: Any) -> str:
-    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {str(value).replace('|', ' ')} |" for name, value in rows])
+def _model_name(source: str) -> str:
+    """A hub id as it is; of a folder its name, of the folder ``model`` in a run that of the run."""
+    path = Path(source)
+    if len(path.parts) == 2 and not path.is_absolute() and not path.exists():
+        return source
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return "\n".join(lines + [f"| {' | '.join(str(cell).replace('|', ' ') for cell in row)} |" for row in rows])

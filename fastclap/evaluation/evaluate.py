@@ -23,6 +23,7 @@ from fastclap import console
 from fastclap.data import BadClip, Manifest, eval_batches
 from fastclap.errors import DataError, ModelError
 from fastclap.evaluation.metrics import classification, prompt_ensemble, retrieval, unique_texts
+from fastclap.evaluation.projection import coordinates, even_selection, principal_components
 from fastclap.model import DualEncoder
 from fastclap.prompts import DEFAULT_TEMPLATE, fill_template
 
@@ -45,6 +46,15 @@ class ClassificationTask:
     classes: Sequence[str] | None = None
 
 
+@dataclass(frozen=True)
+class _Labelled:
+    """What a map shows of a classification."""
+
+    classes: list[str]
+    of_clip: list[str | None]  # of each readable clip; None: none of the classes, or several
+    prompts: Tensor  # [classes, D]
+
+
 def evaluate(
     model: DualEncoder,
     manifest: Manifest,
@@ -52,6 +62,7 @@ def evaluate(
     captions: Sequence[Captions] | None = None,
     tasks: Sequence[ClassificationTask] | None = None,
     captions_per_clip: CaptionsPerClip = "first",
+    embedding_map: bool = False,
     batch_size: int = 32,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -64,6 +75,7 @@ def evaluate(
         tasks: the columns to classify; default: classification_tag if the manifest has it.
         captions_per_clip: "first" pairs each clip with its first caption only; with "all" every caption of a clip is a
             text of its own, and a clip's rank is that of its best-ranked caption. Equal texts are one text either way.
+        embedding_map: also give `embeddings`, two principal components of the clips, to draw them.
         batch_size: clips embedded at a time.
         progress: show a bar on a terminal, lines otherwise, on stderr.
 
@@ -74,6 +86,12 @@ def evaluate(
         two evaluations of the same model). A clip without a caption of a set has no part in that retrieval
         (`clips_without_caption`). A clip has no part in a classification if its column names none of the classes
         (`clips_without_class`) or several (`clips_with_several`).
+
+        With `embedding_map` also `embeddings`, a map of at most 2,000 clips, evenly selected: `rows` (of the manifest),
+        `audio` (an [x, y] for each), `variance` (the share of the shown clips' variance along x and y) and `columns`,
+        by classified column: `classes`, `class_of` (of each shown clip the index of its class, null without one or with
+        several) and `prompts` (an [x, y] for each class). Clips and prompts are centred each on their own mean; the
+        components are those of the clips (see :mod:`fastclap.evaluation.projection`).
 
     Raises:
         DataError: the manifest is empty, lacks a column, captions or classes asked for, or has no readable clip.
@@ -105,13 +123,15 @@ def evaluate(
                 )
                 for name in captions
             },
-            "classification": {
-                task.column: _classification(
-                    model, audio, [_tags(manifest[row], task.column) for row in rows], task, names
-                )
-                for task, names in zip(tasks, candidates, strict=True)
-            },
+            "classification": {},
         }
+        labelled: dict[str, _Labelled] = {}
+        for task, names in zip(tasks, candidates, strict=True):
+            tags = [_tags(manifest[row], task.column) for row in rows]
+            figures, labelled[task.column] = _classification(model, audio, tags, task, names)
+            result["classification"][task.column] = figures
+        if embedding_map:
+            result["embeddings"] = _map(audio, rows, labelled)
     seconds = time.perf_counter() - start
     return {**result, "time": {"seconds": round(seconds, 3), "audio_seconds": round(audio_seconds, 3)}}
 
@@ -200,7 +220,7 @@ def _retrieval(
 
 def _classification(
     model: DualEncoder, audio: Tensor, tags: Sequence[Sequence[str]], task: ClassificationTask, classes: Sequence[str]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], _Labelled]:
     candidates = [[tag for tag in dict.fromkeys(values) if tag in set(classes)] for values in tags]
     kept = [i for i, found in enumerate(candidates) if len(found) == 1]
     if not kept:
@@ -209,11 +229,31 @@ def _classification(
     prompts = [task.prompts[name] for name in classes] if task.prompts else filled
     owner = [i for i, texts in enumerate(prompts) for _ in texts]
     class_emb = prompt_ensemble(model.embed_text([text for texts in prompts for text in texts]), owner, len(classes))
-    return {
+    figures = {
         "templates": None if task.prompts else list(task.templates),
         "clips_without_class": sum(not found for found in candidates),
         "clips_with_several": sum(len(found) > 1 for found in candidates),
         **classification(audio[kept], class_emb, [candidates[i][0] for i in kept], classes),
+    }
+    of_clip = [found[0] if len(found) == 1 else None for found in candidates]
+    return figures, _Labelled(list(classes), of_clip, class_emb)
+
+
+def _map(audio: Tensor, rows: Sequence[int], labelled: Mapping[str, _Labelled]) -> dict[str, Any]:
+    shown = even_selection(len(rows))
+    directions, variance = principal_components(audio[shown])
+    return {
+        "rows": [rows[i] for i in shown],
+        "audio": coordinates(audio[shown], directions),
+        "variance": [round(share, 4) for share in variance.tolist()],
+        "columns": {
+            column: {
+                "classes": its.classes,
+                "class_of": [None if (name := its.of_clip[i]) is None else its.classes.index(name) for i in shown],
+                "prompts": coordinates(its.prompts, directions),
+            }
+            for column, its in labelled.items()
+        },
     }
 
 

@@ -1,4 +1,4 @@
-"""One page about a model: figures beside their chance levels, curves, confusion matrices, configuration.
+"""One page about a model: figures beside their chance levels, curves, confusion matrices, a map of the embeddings.
 
 ``report.html`` holds its pictures inside itself, so it can be mailed or archived as one file; the same pictures lie
 beside it as PNG and the numbers as JSON. Pictures are drawn without pyplot, so no window system and no global state is
@@ -29,6 +29,8 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#C
 DIRECTIONS = {"audio_to_text": "audio → text", "text_to_audio": "text → audio"}
 RETRIEVAL = ("R@1", "R@5", "R@10", "mAP@10", "median_rank", "mean_rank")
 MAX_SKIPPED = 20  # clips listed on the page; report.json has all
+PALETTE = (BLUE, ORANGE, GREEN, RED, PINK, SKY, "#222222")  # of classes on a map; after these the markers change
+MARKERS = "osDv^PX<>h"
 MAX_ANNOTATED = 30  # classes up to which the cells of a confusion matrix hold their counts
 
 
@@ -116,6 +118,11 @@ def _pictures(
         for column, figures in results.get("classification", {}).items():
             name = re.sub(r"[^A-Za-z0-9_-]+", "_", column)
             pictures[f"confusion-{name}"] = _png(confusion_matrix(column, figures))
+        if results.get("embeddings"):
+            columns = results["embeddings"]["columns"]
+            for column in columns or [None]:
+                name = "embeddings" if column is None else "embeddings-" + re.sub(r"[^A-Za-z0-9_-]+", "_", column)
+                pictures[name] = _png(embedding_map(results["embeddings"], column))
     return pictures
 
 
@@ -224,6 +231,57 @@ def confusion_matrix(column: str, figures: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def embedding_map(embeddings: Mapping[str, Any], column: str | None = None) -> Figure:
+    """The clips along their two principal components, in the colours of a column's classes, whose prompts are stars."""
+    from matplotlib.patheffects import withStroke
+
+    x, y = zip(*embeddings["audio"], strict=True)
+    classes = [] if column is None else embeddings["columns"][column]["classes"]
+    class_of = [None] * len(x) if column is None else embeddings["columns"][column]["class_of"]
+    longest = max((len(name) for name in classes), default=0)
+    legend_columns = 1 + len(classes) // 22
+    figure = _figure(6.4 + (0.5 + 0.075 * longest) * legend_columns * bool(classes), 5.2)
+    axes = figure.subplots()
+    size = 22 if len(x) <= 500 else 9
+    halo = [withStroke(linewidth=2.5, foreground="white")]
+    unknown = [i for i, value in enumerate(class_of) if value is None]
+    if unknown:
+        colour, label = (BLUE, "clips") if column is None else ("#c8c8c8", "no or several classes")
+        axes.scatter(
+            [x[i] for i in unknown], [y[i] for i in unknown], size, colour, alpha=0.7, linewidths=0, label=label
+        )
+    for number, name in enumerate(classes):
+        mine = [i for i, value in enumerate(class_of) if value == number]
+        axes.scatter(
+            [x[i] for i in mine],
+            [y[i] for i in mine],
+            size,
+            PALETTE[number % len(PALETTE)],
+            marker=MARKERS[number // len(PALETTE) % len(MARKERS)],
+            alpha=0.7,
+            linewidths=0,
+            label=name,
+        )
+    for number, name in enumerate(classes):
+        place = embeddings["columns"][column]["prompts"][number]
+        colour = PALETTE[number % len(PALETTE)]
+        axes.scatter(*place, 190, colour, marker="*", edgecolors="white", linewidths=0.9, zorder=3)
+        if len(classes) <= MAX_ANNOTATED:
+            axes.annotate(name, place, (5, 5), textcoords="offset points", fontsize=8, path_effects=halo, zorder=4)
+    subject = f"{len(x)} clips" + (f" by {column}, prompts as stars" if column is not None else "")
+    axes.set_title(subject, loc="left")
+    first, second = (f"{100 * share:.0f} % of the variance" for share in embeddings["variance"])
+    axes.set_xlabel(f"first principal component ({first})")
+    axes.set_ylabel(f"second principal component ({second})")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e3e3e3", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_aspect("equal", adjustable="datalim")
+    if classes:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), ncols=legend_columns, handlelength=1)
+    return figure
+
+
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
@@ -297,9 +355,13 @@ def _page(results: Mapping[str, Any], details: Mapping[str, Any], pictures: Mapp
         parts += [_picture(name, png) for name, png in pictures.items() if name.startswith("confusion-")]
     if results.get("retrieval"):
         parts += ["<h2>Retrieval</h2>", _retrieval_table(results["retrieval"])]
-    for name, title in (("recall", ""), ("training", "<h2>Training</h2>")):
-        if name in pictures:
-            parts += [title, _picture(name, pictures[name])]
+    if "recall" in pictures:
+        parts.append(_picture("recall", pictures["recall"]))
+    maps = [_picture(name, png) for name, png in pictures.items() if name.startswith("embeddings")]
+    if maps:
+        parts += ["<h2>Embeddings</h2>", _MAP_NOTE, *maps]
+    if "training" in pictures:
+        parts += ["<h2>Training</h2>", _picture("training", pictures["training"])]
     skipped = results.get("skipped", [])
     if skipped:
         rows = [[clip["row"], clip["path"], clip["reason"]] for clip in skipped[:MAX_SKIPPED]]
@@ -429,6 +491,12 @@ def _finite(value: Any) -> Any:
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
+
+_MAP_NOTE = (
+    "<p class=note>The clips along the two directions in which they vary most. Texts lie apart from all clips (the "
+    "modality gap), so clips and prompts are centred each on their own mean: a star says where its class should lie, "
+    "not how near it is.</p>"
+)
 
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

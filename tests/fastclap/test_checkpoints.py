@@ -557,8 +557,9 @@ def test_the_card_tells_training_and_figures(paraspeechclap: CLAP, tmp_path: Pat
         "| training data | train.jsonl, hf:owner/data:train |",
         "| steps | 500 |",
         "Validation at step 500, in per cent:",
-        "| global captions, audio → text, R@1 | 25.0 |",
-        "| sex, UAR | 75.0 |",
+        "| global captions, audio → text, R@1 | 25.0 | – |",
+        "| sex, UAR | 75.0 | – |",
+        "## Licence",
     ):
         assert line in card.splitlines()
     assert "someone" not in card
@@ -571,6 +572,54 @@ def test_the_card_tells_training_and_figures(paraspeechclap: CLAP, tmp_path: Pat
     (tmp_path / "run/config.yaml").write_text("- no\n- mapping")
     assert "## Figures" not in model_card(paraspeechclap, run=tmp_path / "run")
     assert front_matter(model_card(paraspeechclap))["license"] == "unknown"
+
+
+def test_the_card_of_a_whole_run_tells_what_made_the_model_and_what_chance_scores(
+    paraspeechclap: CLAP, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    config = {
+        "data": {
+            "train": ["/home/someone/a.jsonl", "/home/someone/b"],
+            "valid": ["/home/someone/valid.jsonl"],
+            "mix": "interleave",
+            "captions": "pair",
+            "crop_seconds": 10.0,
+            "balance": "inverse",
+            "tag_column": "intrinsic_tags",
+        },
+        "loss": {"kind": "info_nce", "tag_weight": 1.0, "teacher": "init", "teacher_weight": 0.5},
+        "init_from": "/home/someone/runs/ess-clap/model",
+        "optimizer": {"ema_decay": 0.99},
+    }
+    (tmp_path / "run/config.yaml").write_text(json.dumps(config))
+    (tmp_path / "run/environment.json").write_text(
+        '{"fastclap": "0.1.0", "torch": "2.11", "command": ["/home/someone"]}'
+    )
+    uar = {"uar": 0.5, "accuracy": 0.75, "majority_accuracy": 0.6, "chance": 0.25, "templates": ["A {} | voice.", "{}"]}
+    figures = {"audio_to_text": {"R@1": 0.25, "chance": {"R@1": 0.0125}}}
+    record = {"kind": "valid", "step": 9, "clips": 78, "retrieval": {"fine": figures}, "classification": {"tag": uar}}
+    (tmp_path / "run/metrics.jsonl").write_text(json.dumps(record) + "\n")
+    card = model_card(paraspeechclap, run=tmp_path / "run")
+    for line in (
+        "| training data | a.jsonl, b (interleave) |",
+        "| captions | pair |",
+        "| clips | cropped to 10 s at most |",
+        "| drawn by | inverse frequency of intrinsic_tags |",
+        "| started from | ess-clap |",
+        "| tag loss | 1 · intrinsic_tags |",
+        "| teacher | init, weight 0.5 |",
+        "| averaged weights | decay 0.99 |",
+        "| made with | fastclap 0.1.0, torch 2.11 |",
+        "Validation at step 9 on 78 clips (valid.jsonl), in per cent:",
+        "| figure | % | chance |",
+        "| fine captions, audio → text, R@1 | 25.0 | 1.2 |",
+        "| tag, accuracy | 75.0 | 60.0 |",
+        "| tag, UAR | 50.0 | 25.0 |",
+        "Zero-shot: tag with “A {} | voice.” · “{}”. Beside an accuracy stands that of the most frequent class.",
+    ):
+        assert line in card.splitlines(), line
+    assert "someone" not in card
 
 
 def test_push_and_load(

@@ -78,6 +78,8 @@ def test_eval_prints_a_table_and_writes_a_report(model: str, voices: str, tmp_pa
     assert all(word in table for word in ("global", "fine", "R@10 %", "median rank", "12 clips, 0 skipped", str(out)))
     result = json.loads((out / "report.json").read_text())
     assert set(result["retrieval"]) == {"global", "fine"}
+    assert sorted(path.name for path in out.glob("*.png")) == ["embeddings.png", "recall.png"]
+    assert len(result["embeddings"]["audio"]) == 12
     for both in result["retrieval"].values():
         assert (
             f"{100 * both['text_to_audio']['R@10']:.1f} ({100 * both['text_to_audio']['chance']['R@10']:.1f})" in table
@@ -107,6 +109,18 @@ def test_classify_by_tag_by_column_and_by_prompts(model: str, voices: str, tmp_p
     assert (figures["classes"], figures["templates"]) == (["male", "mal"], ["{A} {} voice."])
     assert "no clip has the class mal;" in err
     assert f"{12 - figures['clips']} clips have none of the classes and were left out" in err
+
+
+def test_classify_draws_a_map_of_the_embeddings(model: str, voices: str, tmp_path: Path, capfd: Any) -> None:
+    out = tmp_path / "report"
+    flags = ["--data", voices, "--column", "sex", "--prompts", "clsp-gender", "--out", str(out), "--json"]
+    assert main(["classify", "--model", model, *flags]) == 0
+    found = json.loads(capfd.readouterr().out)["embeddings"]
+    assert found == json.loads((out / "report.json").read_text())["embeddings"]
+    assert sorted(path.name for path in out.glob("*.png")) == ["confusion-sex.png", "embeddings-sex.png"]
+    sexes = [json.loads(line)["sex"] for line in Path(voices).read_text().splitlines()]
+    assert found["columns"]["sex"]["class_of"] == [["male", "female"].index(sex) for sex in sexes]
+    assert "embeddings-sex" in (out / "report.html").read_text()
 
 
 def test_unreadable_clips_are_named_on_stderr(model: str, voices: str, tmp_path: Path, capfd: Any) -> None:

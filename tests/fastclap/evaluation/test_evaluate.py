@@ -18,6 +18,7 @@ from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerC
 from fastclap.data import Manifest, load_manifest
 from fastclap.errors import DataError, ModelError
 from fastclap.evaluation import ClassificationTask, evaluate, evaluate_classification, evaluate_retrieval
+from fastclap.evaluation.projection import even_selection
 from fastclap.model import CLAP
 from fastclap.tokenizer import train_tokenizer
 
@@ -126,6 +127,41 @@ def test_everything_at_once_embeds_the_audio_once(known: Any, manifest: Manifest
     alone = evaluate_classification(known, manifest, column="sex", templates=["{}"])
     assert alone["classification"]["sex"] == result["classification"]["sex"]
     assert alone["retrieval"] == {}
+
+
+def test_the_map_is_the_svd_of_the_clips_and_knows_their_classes(tiny_clap: CLAP, manifest: Manifest) -> None:
+    tasks = [ClassificationTask(), ClassificationTask("intrinsic_tags", ["{}"], classes=["shrill", "deep"])]
+    result = evaluate(tiny_clap, manifest, tasks=tasks, embedding_map=True)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    found = result["embeddings"]
+    assert found["rows"] == list(range(6))
+    assert found["columns"]["classification_tag"]["classes"] == ["calm", "happy", "sad"]
+    assert found["columns"]["classification_tag"]["class_of"] == [1, 1, 2, 2, 0, None]
+    assert found["columns"]["intrinsic_tags"]["class_of"] == [None, None, None, 1, 0, None], "the last clip has both"
+
+    clips = tiny_clap.embed_audio([row.audio for row in manifest]).double().numpy()
+    u, s, vt = np.linalg.svd(clips - clips.mean(axis=0), full_matrices=False)
+    signs = np.sign([row[np.abs(row).argmax()] for row in vt[:2]])
+    np.testing.assert_allclose(found["audio"], (u * s)[:, :2] * signs, atol=1e-4)
+    np.testing.assert_allclose(found["variance"], (s**2 / (s**2).sum())[:2], atol=1e-4)
+    prompts = tiny_clap.embed_text(["shrill", "deep"]).double().numpy()
+    expected = (prompts - prompts.mean(axis=0)) @ vt[:2].T * signs
+    np.testing.assert_allclose(found["columns"]["intrinsic_tags"]["prompts"], expected, atol=1e-4)
+
+    assert "embeddings" not in evaluate(tiny_clap, manifest), "a validation's record stays small"
+    assert evaluate(tiny_clap, manifest, tasks=[], embedding_map=True)["embeddings"]["columns"] == {}
+
+
+def test_the_map_shows_an_even_selection_of_the_readable_clips(
+    known: Any, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "1.wav").unlink()
+    monkeypatch.setitem(evaluate.__globals__, "even_selection", lambda count: even_selection(count, 3))
+    result = evaluate(known, manifest, tasks=[ClassificationTask(templates=["{}"])], embedding_map=True)
+    found = result["embeddings"]
+    assert found["rows"] == [0, 2, 4], "the positions 0, 1 and 3 of the readable rows 0, 2, 3, 4 and 5"
+    assert found["columns"]["classification_tag"]["class_of"] == [1, 2, 0]
+    assert len(found["audio"]) == 3
 
 
 def test_classification_of_a_single_valued_column(known: Any, manifest: Manifest) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from fastclap.errors import DataError
 from fastclap.evaluation import classification, retrieval, write_report
+from fastclap.evaluation.report import embedding_map
 from fastclap.files import write_atomic
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -99,6 +100,56 @@ def test_many_classes_and_one_class_can_be_drawn(tmp_path: Path) -> None:
         folder = tmp_path / str(classes)
         write_report(folder, results=results(classes=classes, clips=46))
         assert (folder / "confusion-sex.png").read_bytes().startswith(PNG)
+
+
+def embeddings(clips: int, **columns: int) -> dict[str, Any]:
+    """A map as :func:`evaluate` gives it, with so many classes in each column."""
+    points = torch.randn(clips, 2).tolist()
+    return {
+        "rows": list(range(clips)),
+        "audio": points,
+        "variance": [0.4, 0.25],
+        "columns": {
+            column: {
+                "classes": [f"class {i}" for i in range(classes)],
+                "class_of": [None if i % 5 == 0 else i % classes for i in range(clips)],
+                "prompts": torch.randn(classes, 2).tolist(),
+            }
+            for column, classes in columns.items()
+        },
+    }
+
+
+def test_the_map_of_the_embeddings_is_drawn_for_every_classified_column(tmp_path: Path) -> None:
+    shown = {**results(("sex", "style"), classes=3), "embeddings": embeddings(30, sex=2, style=45)}
+    page = write_report(tmp_path, results=shown).read_text()
+    names = ["confusion-sex", "confusion-style", "embeddings-sex", "embeddings-style", "recall"]
+    assert sorted(item.stem for item in tmp_path.glob("*.png")) == names
+    assert sorted(pictures(page)) == sorted(item.read_bytes() for item in tmp_path.glob("*.png"))
+    assert "<h2>Embeddings</h2>" in page and 'alt="embeddings-sex"' in page and "each on their own mean" in page
+    assert json.loads((tmp_path / "report.json").read_text())["embeddings"] == shown["embeddings"]
+
+
+def test_without_classes_the_map_has_one_colour(tmp_path: Path) -> None:
+    page = write_report(tmp_path, results={**results(()), "embeddings": embeddings(600)}).read_text()
+    assert sorted(item.stem for item in tmp_path.glob("*.png")) == ["embeddings", "recall"]
+    assert 'alt="embeddings"' in page
+    figure = embedding_map(embeddings(600))
+    (axes,) = figure.axes
+    assert len(axes.collections) == 1 and axes.get_legend() is None
+    assert axes.get_xlabel() == "first principal component (40 % of the variance)"
+
+
+def test_a_prompt_has_the_colour_and_a_place_of_its_own(tmp_path: Path) -> None:
+    given = embeddings(40, sex=2)
+    (axes,) = embedding_map(given, "sex").axes
+    unknown, *clips = axes.collections[:3]
+    stars = axes.collections[3:]
+    assert [len(points.get_offsets()) for points in (unknown, *clips)] == [8, 16, 16]
+    for star, of_class, place in zip(stars, clips, given["columns"]["sex"]["prompts"], strict=True):
+        assert star.get_facecolor()[0, :3].tolist() == of_class.get_facecolor()[0, :3].tolist()
+        assert star.get_offsets()[0].tolist() == pytest.approx(place)
+    assert [text.get_text() for text in axes.texts] == ["class 0", "class 1"]
 
 
 def test_a_torn_last_line_is_left_out_and_another_is_an_error(tmp_path: Path) -> None:

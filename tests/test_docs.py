@@ -1,0 +1,169 @@
+"""What the documentation tells people to type is understood, and the tutorial runs as it stands."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fastclap import CLAP, cli, cli_apps
+from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
+from fastclap.data.demo_voices import write_demo
+from fastclap.prompts import PROMPT_SETS
+from fastclap.tokenizer import train_tokenizer
+from fastclap.train import cli as train_cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path) -> list[tuple[str, str, str]]:
+    """(language, what it needs, text) of each fenced block of code."""
+    return re.findall(r"^```(bash|python)(?: needs=(\w+))?\n(.*?)^```", page.read_text("utf-8"), flags=re.M | re.S)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of each command of a shell block."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_understood(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is run: every command line of ours gets as far as the function that would do the work."""
+    understood: list[Any] = []
+
+    def note(arguments: Any) -> int:
+        understood.append(arguments)
+        return 0
+
+    for name in ("_eval", "_classify", "_report", "_prepare", "_convert", "_pack", "_doctor"):
+        monkeypatch.setattr(cli, name, note)
+    for name, (kind, text, _) in list(cli_apps.COMMANDS.items()):
+        monkeypatch.setitem(cli_apps.COMMANDS, name, (kind, text, note))
+    monkeypatch.setattr("fastclap.train.checkpoint.average_checkpoints", lambda *arguments: note(arguments))
+    monkeypatch.setattr("fastclap.train.loop.train", lambda config: (config.check(), note(config)))
+
+    found = [words for language, _, text in blocks(page) if language == "bash" for words in commands(text)]
+    ours = 0
+    for words in found:
+        if words[0] == "torchrun":
+            words = ["fastclap-train", *words[words.index("fastclap.train.cli") + 1 :]]
+        if words[0] not in ("fastclap", "fastclap-train"):
+            assert words[0] in ("git", "hf", "huggingface-cli", "make", "pip", "python", "mkdir", "cd"), words
+            continue
+        ours += 1
+        try:
+            status = cli.main(words[1:]) if words[0] == "fastclap" else train_cli.main(words[1:])
+        except SystemExit as stop:
+            status = stop.code
+        assert not status and len(understood) == ours, shlex.join(words)
+        prompts = getattr(understood[-1], "prompts", None)
+        if words[:2] == ["fastclap", "classify"] and prompts is not None:
+            assert prompts in PROMPT_SETS or prompts.endswith(".json"), shlex.join(words)
+    assert ours or page.name == "scaling.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Links to files of the repository, and to headings of pages, which the hub names after their words."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if "://" in target:
+            continue
+        path, _, heading = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        written_by_a_run = "records" in file.parts
+        assert (file.parent if written_by_a_run else file).exists(), f"{page.name}: {target}"
+        if heading:
+            headings = re.findall(r"^#+ (.*)", file.read_text("utf-8"), flags=re.M)
+            names = [re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings]
+            assert heading in names, f"{page.name}: {target}"
+
+
+def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Every block in order, with fewer voices and steps than the page says; what needs the hub meets a stand-in."""
+    import huggingface_hub
+
+    def upload_folder(self: Any, *, repo_id: str, folder_path: Path, commit_message: str) -> Any:
+        pushed[repo_id] = (Path(folder_path) / "README.md").read_text()
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}")
+
+    pushed: dict[str, str] = {}
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **options: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "runs/voices/model"
+    done = []
+    for language, needs, text in blocks(ROOT / "docs/tutorial.md"):
+        if language == "python":
+            smaller = text.replace("num_train=480, num_valid=120", "num_train=72, num_valid=24")
+            assert "write_demo(" not in text or smaller != text
+            exec(compile(smaller, "docs/tutorial.md", "exec"), {})
+            continue
+        for words in commands(text) if needs != "checkpoint" else ():
+            done.append(words[1])
+            if words[0] == "fastclap":
+                assert cli.main([*words[1:], *(["--workers", "0"] if words[1] == "pack" else [])]) == 0, words
+                continue
+            assert (words[words.index("--steps") + 1], words[-1] == "--resume") == ("300", model.exists())
+            words[words.index("--steps") + 1] = "6"
+            before = (model / "model.safetensors").read_bytes() if model.exists() else None
+            train_cli.main([*words[1:], "--data.workers", "0", "--data.crop-seconds", "0.5", "--threads", "1"])
+            assert before in (None, (model / "model.safetensors").read_bytes())
+    assert {"pack", "small", "eval", "classify", "embed", "search", "similarity", "rerank"} <= set(done)
+
+    lines = {name: Path(f"{name}.jsonl").read_text().splitlines() for name in ("train", "valid", "test")}
+    rows = {name: [json.loads(line) for line in those] for name, those in lines.items()}
+    speakers = {name: {row["speaker"] for row in those} for name, those in rows.items()}
+    assert sum(map(len, rows.values())) == 96 and all(len(row["text_description"]) > 1 for row in rows["train"])
+    assert not speakers["train"] & speakers["test"] and not speakers["train"] & speakers["valid"]
+    assert {row["sex"] for row in rows["test"]} == {"female", "male"}
+    for report, pictures in (
+        ("retrieval", {"recall.png", "embeddings.png"}),
+        ("style", {"confusion-classification_tag.png", "embeddings-classification_tag.png"}),
+        ("sex", {"confusion-sex.png", "embeddings-sex.png"}),
+    ):
+        assert {path.name for path in Path("reports", report).glob("*.png")} == pictures
+    scored = list(csv.DictReader(Path("scored.csv").read_text().splitlines()))
+    assert len(scored) == 2 * (len(rows["test"]) - 1) and all(-1 <= float(row["cosine"]) <= 1 for row in scored)
+    selection = json.loads(Path("best/selection_summary.json").read_text())
+    assert selection and all(len(entry["selected"]) == 2 for entry in selection)
+    assert len(list(Path("best/rank_2/audios").iterdir())) == len(selection)
+    card = pushed["you/voices"]
+    for told in ("license: cc-by-4.0", 'from_pretrained("you/voices")', "| training data | packed |", "## Figures"):
+        assert told in card
+    assert "tensor([" in capfd.readouterr().out, "the reward"
+
+
+def test_the_released_clsp_is_used_as_its_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """A random model of ours stands for the released one, which has the same interface."""
+    asked: dict[str, Any] = {}
+
+    def load_clsp(name: str, **options: Any) -> CLAP:
+        asked[name] = options
+        config = CLAPConfig(
+            audio=AudioTowerConfig(width=16, layers=1, heads=2, feature_options={"n_mels": 16}),
+            text=TextTowerConfig(width=16, layers=1, heads=2, vocab_size=300),
+            head=HeadConfig(kind="linear", dim=16),
+        )
+        return CLAP(config, train_tokenizer(["A female speaker in a happy tone."], 300)).eval()
+
+    monkeypatch.setattr("fastclap.checkpoints.load_clsp", load_clsp)
+    monkeypatch.chdir(tmp_path)
+    Path(write_demo(".", 2, 6)[1]).rename("fcaps-test.jsonl")
+    (code,) = (text for language, _, text in blocks(ROOT / "docs/clsp.md") if language == "python")
+    exec(compile(code, "docs/clsp.md", "exec"), {})
+    assert asked == {"yfyeung/CLSP": {"trust_remote_code": True}}
+    pictures = {"confusion-sex.png", "embeddings-sex.png", "recall.png"}
+    assert {path.name for path in Path("reports/clsp").glob("*.png")} == pictures
+    assert "tensor([" in capfd.readouterr().out
