@@ -57,7 +57,9 @@ def made_clips(count: int, least: float, most: float, seed: int = 0) -> Iterator
     for _ in range(count):
         size = round(random.uniform(least, most) * RATE)
         wave = lfilter([1.0], [1.0, -1.6, 0.75], random.normal(size=size))
-        syllables = np.interp(np.arange(size), np.arange(0, size + 4000, 4000), random.uniform(0, 1, size // 4000 + 2))
+        syllables = np.interp(
+            np.arange(size), 4000 * np.arange(size // 4000 + 2), random.uniform(0, 1, size // 4000 + 2)
+        )
         yield (3000 * wave / wave.std() * syllables).clip(-32768, 32767).astype(np.int16)
 
 

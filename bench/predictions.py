@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from bench import model_flops, scale_model
 from bench.kernel_peers import FRONT_ENDS
+from bench.reference_step import SIZES
 from bench.tables import markdown
 from fastclap.kernels.logmel import LogMelSpec
 
@@ -140,6 +142,77 @@ def tower_rows(args: argparse.Namespace) -> Iterator[list[str]]:
         yield [name, size, f"{gbytes:.3g}", f"{floor:.2g}", f"{floor / COPY_SHARE + 0.01:.2g}"]
 
 
+# Of the training step, with WavLM-Large and an XLM-R base. Every share of a peak is a guess; the page says of what.
+BATCHES = (32, 128, 512, 2048, 8192)
+CAPTION_TOKENS = 32
+STEP_SHARES = (0.55, 0.45)  # ours: of the rate of large bf16 products
+TUNED_SHARES = (0.35, 0.25)  # the reference with TF32 and bf16 autocast
+FLOAT32_TFLOPS = 67.0  # of an H100 or H200 without tensor cores, as the vendor states it
+RELEASED_SHARES = (0.7, 0.5)  # the reference as released: of FLOAT32_TFLOPS
+HOST_READS, READ_US = 250, 30.0  # numbers that the released step reads off the device, and what each costs
+KEPT_BY_A_CONVOLUTION = (16, 12)  # bytes a value of its output, in float32 and under autocast
+
+
+def pair_tflop() -> float:
+    """Of the model, forward and backward pass on one clip and one caption."""
+    size = SIZES["large"]
+    flops = model_flops.training_step(size.wavlm, size.xlm_roberta, size.dim, [SECONDS * 16000], [CAPTION_TOKENS])
+    return 1e-12 * flops
+
+
+def checkpointed_tflop() -> float:
+    """What the reference's gradient checkpointing adds to it: the transformer layers' forward pass once more."""
+    wavlm, samples = SIZES["large"].wavlm, SECONDS * 16000
+    layers = model_flops.wavlm_forward(wavlm, samples)
+    return 1e-12 * (layers - model_flops.wavlm_forward({**wavlm, "num_hidden_layers": 0}, samples))
+
+
+def convolution_gb(bytes_a_value: int) -> float:
+    """What the reference's convolutions keep of one clip for the backward pass."""
+    wavlm = SIZES["large"].wavlm
+    return 1e-9 * 512 * sum(model_flops.wavlm_frames(wavlm, SECONDS * 16000)) * bytes_a_value
+
+
+def training_rows(args: argparse.Namespace) -> Iterator[list[str]]:
+    """For each batch: ours without and with the gradient cache, the reference as released and tuned, memory of ours."""
+    model = scale_model.parser().parse_args([])
+    sizes = scale_model.Model(round(model.parameters), 768, 4, model.chunk, model.chunk_gb, 2 * SECONDS * 16000)
+    machine = scale_model.Machine(clip_ms=0.0, memory_gb=args.gbytes)
+    rest = 1e3 * 28 * sizes.parameters / (1e12 * args.tbytes)  # the optimizer
+    weights = 16e-9 * sizes.parameters
+    for rows in BATCHES:
+        loss = milliseconds(MODELS["fastclap, 4 passes"], rows, sizes.dim, args.tflops, args.tbytes)
+        ours = [1e3 * rows * pair_tflop() / (share * args.tflops) for share in STEP_SHARES]
+        theirs = rows * (pair_tflop() + checkpointed_tflop())
+        released = [1e3 * theirs / (share * FLOAT32_TFLOPS) for share in RELEASED_SHARES]
+        tuned = [1e3 * theirs / (share * args.tflops) for share in TUNED_SHARES]
+        activations = model.chunk_gb * rows / sizes.chunk
+        cached = rows > sizes.chunk
+        whole = scale_model.Model(sizes.parameters, sizes.dim, 4, rows, activations, sizes.clip_bytes)
+        held = sum(scale_model.predict(sizes if cached else whole, machine, rows, 1).held.values())
+        fits = {
+            "plain": activations + weights < args.gbytes,
+            "released": rows * convolution_gb(KEPT_BY_A_CONVOLUTION[0]) + weights < args.gbytes,
+            "tuned": rows * convolution_gb(KEPT_BY_A_CONVOLUTION[1]) + weights < args.gbytes,
+        }
+        yield [
+            f"{rows:,}",
+            _step([ms + loss + rest for ms in ours], rows) if fits["plain"] else "does not fit",
+            _step([4 / 3 * ms + loss + rest for ms in ours], rows) if cached else "",
+            _step([ms + 1e-3 * HOST_READS * READ_US + rest for ms in released], rows)
+            if fits["released"]
+            else "does not fit",
+            _step([ms + rest for ms in tuned], rows) if fits["tuned"] else "does not fit",
+            f"{held / 1e9:.3g}",
+        ]
+
+
+def _step(range_ms: list[float], rows: int) -> str:
+    low, high = range_ms
+    unit, ms = ("s", 1e3) if high >= 1e3 else ("ms", 1.0)
+    return f"{low / ms:.3g} to {high / ms:.3g} {unit}, {1e3 * rows / high:.3g} to {1e3 * rows / low:.3g} clips/s"
+
+
 def cell(model: Model, rows: int, dim: int, args: argparse.Namespace) -> str:
     if model.kept_per_pair * rows**2 > 1e9 * args.gbytes * model.share_of_memory:
         return "does not fit"
@@ -226,6 +299,32 @@ samples: {READ:.0%} are read, twice where statistics are measured, and all posit
 """
     )
     print(markdown(("kernel", "size", "GB", "floor ms", "predicted ms"), tower_rows(args)))
+    print(
+        f"""
+## Training step
+
+WavLM-Large and an XLM-R base (594 M parameters), clips of {SECONDS} s, captions of {CAPTION_TOKENS} tokens, one {args.name}. A pair costs
+the model {pair_tflop():.3g} TFLOP forward and backward (`bench.model_flops`).
+
+    ours      ms = N · {pair_tflop():.3g} TFLOP · (4/3 with the gradient cache) / (share · {args.tflops:g} TFLOP/s) + loss + optimizer
+    released  ms = N · ({pair_tflop():.3g} + {checkpointed_tflop():.3g}) TFLOP / (share · {FLOAT32_TFLOPS:g} TFLOP/s) + {HOST_READS} host reads of {READ_US:g} µs + optimizer
+    tuned     ms = N · ({pair_tflop():.3g} + {checkpointed_tflop():.3g}) TFLOP / (share · {args.tflops:g} TFLOP/s) + optimizer
+
+Shares are guesses. Ours {STEP_SHARES[1]:.0%} to {STEP_SHARES[0]:.0%}, since attention, norms and activations are bound by memory. The reference as
+released multiplies in float32 without tensor cores ({FLOAT32_TFLOPS:g} TFLOP/s by the data sheet, of which {RELEASED_SHARES[1]:.0%} to {RELEASED_SHARES[0]:.0%}; its
+convolutions may take TF32, which would help it), computes the transformer layers' forward pass twice (gradient
+checkpointing, the {checkpointed_tflop():.3g} TFLOP) and reads its statistics off the device. Tuned: statistics off, TF32, bf16 autocast,
+{TUNED_SHARES[1]:.0%} to {TUNED_SHARES[0]:.0%} of the bf16 rate: its attention writes the position bias and the weights out, and its convolutions
+transpose around each norm. Loss: four passes, as above. Optimizer: 28 bytes a parameter through memory.
+
+Memory. Ours as in [scaling.md](../../docs/scaling.md): 16 bytes a parameter, chunks of 64 clips with an assumed 60 GB
+of activations, samples and embeddings of the whole batch; from N = 128 on it is that of the gradient cache. The
+reference keeps at least {convolution_gb(KEPT_BY_A_CONVOLUTION[0]):.2g} GB of each clip for its convolutions ({convolution_gb(KEPT_BY_A_CONVOLUTION[1]):.2g} GB under autocast): outputs of
+convolution and norm and their transposed copies.
+"""  # noqa: E501
+    )
+    columns = ("N", "ours", "ours, gradient cache", "reference as released", "reference, tuned", "ours, GB held")
+    print(markdown(columns, training_rows(args)))
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ class Reference:
     ) -> None:
         self.train = load(checkout)
         self.device = device
-        with _from_configuration(size):
+        with from_configuration(size):
             model = self.train.CLAP("wavlm", "xlm-roberta", size.dim, head_dropout)
         self.train.set_model_parameter_requires_grad(model, rank=0)
         self.model: nn.Module = model.to(device).train()
@@ -215,20 +215,20 @@ class Reference:
             )
 
 
-def load(checkout: Path) -> types.ModuleType:
-    """The reference's ``scripts/train.py`` as a module.
+def load(checkout: Path, name: str = "train") -> types.ModuleType:
+    """One of the reference's scripts, by default ``scripts/train.py``, as a module.
 
     Raises:
         ConfigError: there is none under ``checkout``.
     """
-    script = checkout / "scripts" / "train.py"
+    script = checkout / "scripts" / f"{name}.py"
     if not script.is_file() or not (checkout / "paraspeechclap").is_dir():
         raise ConfigError(
-            f"{checkout}: no checkout of ParaSpeechCLAP (scripts/train.py and paraspeechclap/ are missing)"
+            f"{checkout}: no checkout of ParaSpeechCLAP (scripts/{name}.py and paraspeechclap/ are missing)"
         )
     if str(checkout) not in sys.path:
         sys.path.append(str(checkout))
-    name = "paraspeechclap_train_script"
+    name = f"paraspeechclap_{name}_script"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, script)
@@ -270,7 +270,8 @@ def _empty_packages() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _from_configuration(size: Size) -> Iterator[None]:
+def from_configuration(size: Size) -> Iterator[None]:
+    """Within it, transformers builds "wavlm" and "xlm-roberta" of this size with random weights instead of loading."""
     from transformers import AutoConfig, AutoModel
 
     def config(name: str) -> Any:

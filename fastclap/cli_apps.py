@@ -46,6 +46,8 @@ class Embed(_OnModel):
     """Folder that relative audio paths of manifests start from (default: the folder of each manifest)."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column names of the manifests that differ, as pairs: OURS THEIRS."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the products: bfloat16 is faster where the processor has instructions for it; a cosine moves by up to 0.01."""
 
 
 @dataclass(kw_only=True)
@@ -170,6 +172,7 @@ def _embed(arguments: Embed) -> int:
             arguments.out,
             batch_size=arguments.batch_size,
             threads=arguments.threads,
+            precision=arguments.precision,
             advance=advance,
         )
     summary["time"]["loading_seconds"] = round(loading, 3)

@@ -30,6 +30,7 @@ from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.files import fsync
 from fastclap.heads import build_head
 from fastclap.model_card import card_of, published_at
+from fastclap.products import fast_products
 from fastclap.tokenizer import TOKENIZER_FILE, Tokenizer, as_tokenizer
 from fastclap.towers import as_float, build_audio_tower, build_text_tower
 
@@ -77,7 +78,7 @@ class DualEncoder(nn.Module):
             audio: a list of paths and of 1-D arrays or tensors (int16, or float in ±1), or one padded [n, T] tensor.
             lengths: valid samples of each row, for the padded form.
             sampling_rate: of arrays and tensors, in Hz; resampled to the model's rate. Files know their own.
-            batch_size: clips encoded at a time.
+            batch_size: clips encoded at a time; some towers take one at a time on a CPU, which is faster there.
 
         Returns:
             float32 [n, D] on the model's device.
@@ -103,7 +104,7 @@ class DualEncoder(nn.Module):
         return embeddings.clone()  # outside of inference mode, so that the result can enter a graph
 
     def _batches(self, waves: Mapping[int, Tensor]) -> list[list[int]]:
-        """Keys of the clips that may be padded to one batch."""
+        """Keys of the clips that are padded to one batch."""
         return [list(waves)]
 
     def embed_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
@@ -121,7 +122,7 @@ class DualEncoder(nn.Module):
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), fast_products(self.device):
                 yield
         finally:
             for module, training in modes:
@@ -305,6 +306,8 @@ class CLAP(DualEncoder):
         return embeddings.clone()
 
     def _batches(self, waves: Mapping[int, Tensor]) -> list[list[int]]:
+        if self.audio_branch.single_on_cpu and self.device.type == "cpu":
+            return [[index] for index in waves]
         if not self.audio_branch.equal_lengths_only:
             return [list(waves)]
         groups: dict[int, list[int]] = {}

@@ -274,6 +274,7 @@ class AudioTower(nn.Module):
         sampling_rate: of the waveform that ``forward`` takes, in Hz.
         min_samples: shorter clips are extended with zeros to this, so that every layer has at least one frame.
         equal_lengths_only: padding would change the result, so embed clips of equal length together.
+        single_on_cpu: on a CPU a clip by itself is faster than in a batch; it fills the products, and fits the cache.
         hf_config: complete transformers configuration, None for a tower of our own.
     """
 
@@ -281,6 +282,7 @@ class AudioTower(nn.Module):
     sampling_rate: int = 16000
     min_samples: int = 1
     equal_lengths_only: bool = False
+    single_on_cpu: bool = False
     hf_config: dict[str, Any] | None = None
 
     def forward(
@@ -457,6 +459,7 @@ class Wav2Vec2Tower(AudioTower):
     """
 
     base: Any
+    single_on_cpu = True
 
     # convolutions without padding, then positions zeroed past the end before anything looks across time
     _PADDING_SAFE = frozenset({"wavlm", "wav2vec2", "hubert", "unispeech", "unispeech-sat"})

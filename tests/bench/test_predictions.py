@@ -52,3 +52,17 @@ def test_every_prediction_is_above_its_floor() -> None:
         assert float(predicted.split()[0]) >= max(map(float, floors))
     for *_, floor, predicted in predictions.tower_rows(ASSUMED):
         assert float(predicted) > float(floor)
+
+
+def test_the_training_step_is_its_flops_over_a_share_of_the_peak() -> None:
+    assert predictions.pair_tflop() == pytest.approx(1.168, abs=1e-3)
+    assert predictions.checkpointed_tflop() == pytest.approx(24 * 13.594e-3, rel=1e-3)  # 24 layers' forward pass
+    rows = {row[0]: row[1:] for row in predictions.training_rows(ASSUMED)}
+    plain, cached, released, tuned, held = rows["32"]
+    low, high = (float(x) for x in plain.removesuffix(" clips/s").split(", ")[1].split(" to "))
+    assert low < 0.45 * 790 / predictions.pair_tflop() < high * 0.45 / 0.55 * 1.1  # optimizer and loss take little
+    assert cached == "" and float(held) < 60
+    rates = [float(cells.split(", ")[1].split()[0]) for cells in (plain, tuned, released)]
+    assert rates == sorted(rates, reverse=True), "ours before the tuned reference before the released one"
+    assert rows["8,192"][0] == rows["512"][2] == rows["512"][3] == "does not fit"
+    assert "clips/s" in rows["8,192"][1] and float(rows["8,192"][4]) < 141

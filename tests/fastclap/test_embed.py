@@ -18,7 +18,7 @@ import torch
 from fastclap import CLAP
 from fastclap.cli import main
 from fastclap.embed import embed, fingerprint, gather, load_index
-from fastclap.errors import DataError, ModelError
+from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.files import locked
 from fastclap.testing import assert_close_rel
 
@@ -219,6 +219,42 @@ def test_what_is_refused(
     capfd.readouterr()
     assert "was not made of this model and these inputs" in refused(broken)
     assert "was not made of this model and these inputs" in refused(clip, model=other_clap_folder)
+
+
+def test_bfloat16_is_near_and_is_not_mixed_with_float32(
+    clap_folder: str, tmp_path: Path, write_clip: Write, capfd: Any
+) -> None:
+    clip, out, low = write_clip("one.wav", 1), tmp_path / "x.npy", tmp_path / "low.npy"
+    (tmp_path / "captions.txt").write_text("a calm voice\n")
+    inputs = (clip, str(tmp_path / "captions.txt"))
+    run_json(capfd, "embed", clap_folder, *inputs, "--out", str(out))
+    run_json(capfd, "embed", clap_folder, *inputs, "--out", str(low), "--precision", "bfloat16")
+    exact, found = load_index(out), load_index(low)
+    distance = (exact.vectors - found.vectors).norm(dim=1)
+    assert 0 < float(distance.max()) < 0.05
+    assert exact.model == found.model, "a query in float32 may be looked up in either"
+    assert "these inputs in float32" in error_of(capfd, "embed", clap_folder, *inputs, "--out", str(low))
+    again = run_json(capfd, "embed", clap_folder, *inputs, "--out", str(low), "--precision", "bfloat16")
+    assert again["reused"] == 2
+
+
+def test_parts_of_one_precision_are_not_continued_in_the_other(
+    clap_folder: str, tmp_path: Path, write_clip: Write
+) -> None:
+    clap = CLAP.from_pretrained(clap_folder)
+    items = gather([write_clip("one.wav", 1), write_clip("two.wav", 1)])
+
+    def interrupt(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(clap, items, tmp_path / "x.npy", batch_size=1, advance=interrupt, precision="bfloat16")
+    with pytest.raises(DataError, match="another model or precision"):
+        embed(clap, items, tmp_path / "x.npy")
+    assert embed(clap, items, tmp_path / "x.npy", precision="bfloat16")["reused"] == 1
+    with pytest.raises(ConfigError, match="precision is 'float16'"):
+        embed(clap, items, tmp_path / "y.npy", precision="float16")  # type: ignore[arg-type]
 
 
 def test_a_second_process_is_kept_out(clap_folder: str, tmp_path: Path, write_clip: Write, capfd: Any) -> None:

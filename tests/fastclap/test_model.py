@@ -23,6 +23,7 @@ from torch import Tensor
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.model import CLAP, load_state_dict_file
+from fastclap.testing import assert_close_rel
 from fastclap.tokenizer import Tokenizer, train_tokenizer
 
 CAPTIONS = ["A man speaks in an angry tone.", "A woman sounds sad.", "A sad man, softly.", "happy"] * 2
@@ -101,6 +102,19 @@ def test_order_is_kept_whatever_the_lengths_and_batch_size(model: CLAP) -> None:
     one_by_one = torch.cat([model.embed_audio([clip]) for clip in clips])
     for batch_size in (1, 4, 100):
         torch.testing.assert_close(model.embed_audio(clips, batch_size=batch_size), one_by_one, atol=1e-5, rtol=0)
+
+
+def test_on_a_cpu_a_tower_of_transformers_takes_one_clip_at_a_time(tokenizer: Tokenizer) -> None:
+    model = CLAP(small_config(kind="wav2vec2", hf_config=WAVLM), tokenizer)
+    sizes: list[int] = []
+    model.audio_branch.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    vectors = model.embed_audio(waves(9000, 4000, 9000))
+    assert sizes == [1, 1, 1]
+    with torch.inference_mode():
+        model.eval()
+        batch = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(wave) for wave in waves(9000, 4000, 9000)], True)
+        together = model.encode_audio(batch, torch.tensor([9000, 4000, 9000]))
+    assert_close_rel("one by one", torch.nn.functional.normalize(together, dim=-1), vectors, 1e-5)
 
 
 def test_other_sampling_rates_are_resampled(model: CLAP, tmp_path: Path) -> None:
