@@ -62,7 +62,7 @@ def test_the_page_has_means_spreads_and_the_best() -> None:
         return {**dict.fromkeys(names, value), "train seconds": 60.0}
 
     record = {
-        "data": "x", "hardware": "y", "versions": {"torch": "2"}, "commands": dict.fromkeys(RUNS, "z"),
+        "data": "x", "hardware": "y", "parallel": 1, "versions": {"torch": "2"}, "commands": dict.fromkeys(RUNS, "z"),
         "figures": {"with teacher": {"0": scores(0.5), "1": scores(0.7)}, "without teacher": {"0": scores(0.4)}},
     }  # fmt: skip
     text = page(record)
