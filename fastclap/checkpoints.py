@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.errors import ConfigError, DataError, ModelError
-from fastclap.model import CLAP, DualEncoder, check_weights, find_model, is_foreign, load_state_dict_file
+from fastclap.model import (
+    CLAP,
+    DualEncoder,
+    check_weights,
+    find_model,
+    is_foreign,
+    load_state_dict_file,
+    without_initialisation,
+)
 from fastclap.model_card import model_card
 from fastclap.tokenizer import Tokenizer, as_tokenizer
 
@@ -130,7 +138,7 @@ def read_checkpoint(
                 f"it holds {found}"
             )
     try:
-        with torch.random.fork_rng(devices=[]):  # the random initialisation is about to be overwritten
+        with without_initialisation():
             model = CLAP(source.config, load_pretrained=False)
     except ValueError as error:  # ours, and what transformers raises for sizes that do not go together
         raise ModelError(f"{path}: no tower has this configuration: {error}") from error

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastclap.config import FORMAT_VERSION, CLAPConfig
 from fastclap.errors import ConfigError, DataError, ModelError
@@ -460,7 +461,7 @@ class CLAP(DualEncoder):
             tokenizer = Tokenizer.load(folder)
         weights = load_state_dict_file(folder / WEIGHTS_FILE)
         try:
-            with torch.random.fork_rng(devices=[]):  # the random initialisation is about to be overwritten
+            with without_initialisation():
                 model = cls(config, tokenizer, load_pretrained=False)
         except ConfigError as error:
             raise ModelError(f"{folder / CONFIG_FILE}: {error}") from error
@@ -469,6 +470,32 @@ class CLAP(DualEncoder):
         card = folder / CARD_FILE
         model.card = card.read_text(encoding="utf-8") if card.is_file() else None
         return model.to(device=device, dtype=dtype).eval()
+
+
+@contextlib.contextmanager
+def without_initialisation() -> Iterator[None]:
+    """Parameters made within keep what the memory holds, until weights are read into all of them.
+
+    Drawing 600 million random numbers to overwrite them takes ten times as long as reading the weights. What is left of
+    the drawing does not advance torch's generator.
+    """
+    with torch.random.fork_rng(devices=[]), _WithoutInitialisation():
+        yield
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    # by name: tensors' methods, the functions of torch.nn.init, and those that transformers puts in their place
+    _DRAWS = frozenset(
+        f"{name}_"
+        for name in ("normal", "uniform", "trunc_normal", "kaiming_normal", "kaiming_uniform", "xavier_uniform")
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        if isinstance(target, nn.Parameter) and getattr(func, "__name__", None) in self._DRAWS:
+            return target
+        return func(*args, **kwargs)
 
 
 def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -120,6 +120,22 @@ def test_embedding_is_the_same_alone_in_a_batch_and_padded(name: str) -> None:
     torch.testing.assert_close(together.norm(dim=1), torch.ones(5))
 
 
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_model_that_is_read_is_the_one_that_was_written(name: str, tmp_path: Path) -> None:
+    """Reading draws no random numbers, and everything that is not in the file is made as ever."""
+    text = TextTowerConfig(width=16, layers=1, heads=2)
+    model = CLAP(CLAPConfig(audio=AudioTowerConfig(**TOWERS[name]), text=text, head=HeadConfig(dim=8)))
+    model.save_pretrained(tmp_path / "model")
+    state = torch.get_rng_state()
+    again = CLAP.from_pretrained(tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), state)
+    for kind in ("named_parameters", "named_buffers"):
+        wanted, found = dict(getattr(model, kind)()), dict(getattr(again, kind)())
+        assert wanted.keys() == found.keys()
+        for key, value in wanted.items():
+            assert torch.equal(value, found[key]) and value.requires_grad == found[key].requires_grad, key
+
+
 @pytest.mark.parametrize("name", [name for name in TOWERS if name != "wav2vec2"])
 def test_padding_has_no_influence_and_no_gradient(name: str) -> None:
     tower = tower_of(name).eval()
