@@ -42,7 +42,8 @@ def row(module: str, arch: int, index: int) -> Row:
     except Exception as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())[:200].replace("|", "/")
         return (c.name, str(arch), "", "", "", "", "", "", message)
-    matrix = f"{compiled.matrix_instructions} {MATRIX_INSTRUCTION[arch]}" if compiled.matrix_instructions else "none"
+    name = c.matrix_instruction if isinstance(c.matrix_instruction, str) else MATRIX_INSTRUCTION[arch]
+    matrix = f"{compiled.matrix_instructions} {name}" if compiled.matrix_instructions else "none"
     numbers = (compiled.registers, compiled.stack, compiled.spills, compiled.shared, compiled.programs)
     return (c.name, str(arch), matrix, *map(str, numbers), "; ".join(problems(c, compiled, arch)) or "ok")
 

@@ -12,8 +12,6 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from bench import model_flops, scale_model
 from bench.kernel_peers import FRONT_ENDS
 from bench.reference_step import SIZES
@@ -49,8 +47,13 @@ def milliseconds(model: Model, rows: int, dim: int, tflops: float, tbytes: float
     return products + model.bytes_per_pair * 1e-9 * rows**2 / tbytes + LAUNCHES_MS
 
 
-# Beside the loss. Shares of the matmul peak that the log-mel kernel may reach; the page says why.
-LOG_MEL_SHARES = (0.45, 0.25)
+# Beside the loss. Instructions that a warp of the log-mel kernel issues for a tile inside of a clip: counted in the
+# machine code for sm_90, float32 to float32, as `fastclap.kernels.offline` compiles it with Triton 3.6: its loop over
+# tiles, without the copy of a clip's ends, its loop over groups of 32 mels as often as that runs; rounded.
+ISSUED = {"whisper-80": 5740, "kaldi-80": 5870, "clsp-128": 6230, "clap-64": 10150}
+MMA_CYCLES = 8  # of m16n8k16 in float16 on a quarter of a multiprocessor
+MULTIPROCESSORS, HERTZ = 132, 1.755e9
+ISSUE_SHARES = (0.8, 0.55)  # of the cycles, in which an instruction issues
 TORCHAUDIO_BYTES = 13e3  # a frame of 400 samples: frames, complex spectrum, magnitudes, squares, mels, logarithm
 LOGARITHM_BYTES = 16  # a feature: clamp and log, in place, as float32
 CLIPS, SECONDS = 1024, 10
@@ -63,19 +66,21 @@ READ = 0.75  # of the samples of clips that are half to all of the batch's width
 COPY_SHARE = 0.9  # of the copy rate, which a kernel of one pass over memory should reach
 
 
-def log_mel_gflop(spec: LogMelSpec) -> float:
-    """Of the products of a batch, as the Triton kernel's own tables for sm_90 lay them out.
+def log_mel_cycles(name: str, spec: LogMelSpec) -> tuple[float, float]:
+    """Cycles a frame of one multiprocessor: of issuing all instructions, and of the matrix ones on the tensor cores.
 
-    A block of bins costs a frame four folded products of depth x bins, three times over for fp16x3, and two with the
-    mel bank, three times over for tf32x3 at half the rate of float16.
+    One warp instruction a cycle and quarter. Every warp multiplies its 8 frames by 16 x 2·16 matrices: two (the number,
+    what float16 cut off it) for cosine and for sine of N1 rows, and of row N1/2.
     """
     from fastclap.kernels import logmel_triton
 
-    plan = logmel_triton._plan(spec, torch.device("cpu"), logmel_triton.tile_for(90))
-    blocks, _, depth, bins = plan.dft.shape
-    mels = plan.bank.shape[3]
-    frames = CLIPS * int(spec.frames(SECONDS * spec.sampling_rate))
-    return 2e-9 * frames * blocks * (3 * 4 * depth * bins + 2 * 3 * 2 * bins * mels)
+    flags = logmel_triton._flags(spec)
+    if flags["DEPTH"] > 1:
+        raise ValueError(f"{name}: only front-ends of one step are counted, n_fft is {spec.n_fft}")
+    products = 2 * 2 * 2 * (flags["N1"] + 1)
+    warps = logmel_triton.TILE.warps
+    per_frame = warps / 4 / flags["BM"]
+    return ISSUED[name] * per_frame, products * MMA_CYCLES * per_frame
 
 
 def log_mel_gbytes(spec: LogMelSpec, sample_bytes: int, feature_bytes: int) -> float:
@@ -86,20 +91,16 @@ def log_mel_gbytes(spec: LogMelSpec, sample_bytes: int, feature_bytes: int) -> f
 
 def log_mel_rows(args: argparse.Namespace) -> Iterator[list[str]]:
     for name, spec in FRONT_ENDS.items():
-        gflop = log_mel_gflop(spec)
-        features = CLIPS * int(spec.frames(SECONDS * spec.sampling_rate)) * spec.n_mels
-        epilogue = 0.0 if spec.dynamic_range is None else 1e-9 * features * EPILOGUE_BYTES / args.tbytes
+        issue, tensor = log_mel_cycles(name, spec)
+        frames = CLIPS * int(spec.frames(SECONDS * spec.sampling_rate))
+        second = 0.0 if spec.dynamic_range is None else 1e-9 * frames * spec.n_mels * EPILOGUE_BYTES / args.tbytes
         for kind, sizes in (("float32 to float32", (4, 4)), ("int16 to bfloat16", (2, 2))):
             floor = log_mel_gbytes(spec, *sizes) / args.tbytes
-            low, high = (gflop / (share * args.tflops) + floor + epilogue + 0.01 for share in LOG_MEL_SHARES)
-            yield [
-                name,
-                kind,
-                f"{floor:.2g}",
-                f"{gflop:,.0f}",
-                f"{gflop / args.tflops:.2g}",
-                f"{low:.2g} to {high:.2g}",
-            ]
+            ms = 1e3 * frames / (MULTIPROCESSORS * HERTZ)
+            low = max(issue / ISSUE_SHARES[0], tensor) * ms + second + 0.01
+            high = (issue / ISSUE_SHARES[1] + tensor) * ms + floor + second + 0.01
+            cells = (f"{floor:.2g}", f"{issue:.0f}", f"{tensor:.0f}", f"{issue * ms:.2g}", f"{low:.2g} to {high:.2g}")
+            yield [name, kind, *cells]
 
 
 def log_mel_peers(args: argparse.Namespace) -> Iterator[str]:
@@ -260,21 +261,22 @@ InfoNCE, N = M, bf16, forward and backward:
         f"""
 ## Log-mel
 
-{CLIPS} clips of {SECONDS} s. The floor is samples in and features out, once each, at {args.tbytes:g} TB/s. GFLOP are
-those of the Triton kernel's own tables for sm_90: four folded products a block of bins, three times over for fp16x3,
-and the mel bank in tf32x3, which counts twice.
+{CLIPS} clips of {SECONDS} s. The floor is samples in and features out, once each, at {args.tbytes:g} TB/s. Cycles are
+those of one multiprocessor a frame. *Issue*: the instructions of a tile's four warps in the machine code for sm_90,
+one a cycle on each of four schedulers, over its 32 frames. *Tensor*: the matrix instructions among them,
+{MMA_CYCLES} cycles each on the tensor core of a quarter. With {MULTIPROCESSORS} multiprocessors at {HERTZ / 1e9:g} GHz,
 
-    ms = GFLOP / (share · {args.tflops:g} TFLOP/s) + floor + 0.01
-         + {EPILOGUE_BYTES} bytes a feature / ({args.tbytes:g} TB/s) where there is a dynamic range
+    least ms = issue / {ISSUE_SHARES[0]:g}
+    most ms  = issue / {ISSUE_SHARES[1]:g} + tensor + floor
+    each + {EPILOGUE_BYTES} bytes a feature / ({args.tbytes:g} TB/s) where there is a dynamic range, + 0.01
 
-for a share from {LOG_MEL_SHARES[0]:.0%} down to {LOG_MEL_SHARES[1]:.0%}, a guess. Its upper end: a folded sample meets
-96 multiply-adds on the tensor cores, which could take 18 of them a cycle and multiprocessor, and about 9 other
-instructions for loading, folding, windowing and splitting, which allow 14; one stage hides little of the one behind the
-other, and 14 / (14 + 18) = 44 %. The products outweigh the bytes in every row: the way down is fewer products, not less
-traffic.
+The shares of cycles in which an instruction issues are guesses: two programs of four warps share a multiprocessor, so
+latency is hidden by each thread's four independent frames more than by other warps. At least, the tensor cores and
+memory work beside them; at most, nothing does. Issue outweighs the rest in every row: the way down is fewer
+instructions. float32 samples are counted, of which int16 needs fewer.
 """
     )
-    print(markdown(("front-end", "", "floor ms", "GFLOP", "at the full peak", "predicted ms"), log_mel_rows(args)))
+    print(markdown(("front-end", "", "floor ms", "issue", "tensor", "ms of issue", "predicted ms"), log_mel_rows(args)))
     print("\nFor the peers, from bytes alone:\n")
     print("\n".join(f"- {line}" for line in log_mel_peers(args)))
     print(

@@ -262,8 +262,8 @@ def page(record: dict[str, Any]) -> str:
     lines = [
         "# Systems in their small form, beside their ablations",
         "",
-        f"Written by `python -m bench.systems` on {record['data']}; {record['hardware']}, {record['parallel']} trainings at a "
-        f"time; {versions}. Seeds "
+        f"Written by `python -m bench.systems` on {record['data']}; {record['hardware']}, {record['parallel']} "
+        f"trainings at a time; {versions}. Seeds "
         f"{', '.join(seeds)}: mean ± standard deviation, in per cent. Retrieval is the mean of both directions. The "
         "small form trains 0.6 million parameters from scratch; it shows whether the parts of a system work together, "
         "not what the published sizes reach.",

@@ -43,7 +43,9 @@ class Compilation:
         constexprs: the value of every argument of type "constexpr".
         attrs: by the argument's position, as {(2,): [["tt.divisibility", 16]]}.
         num_warps, num_stages, maxnreg: the launch options.
-        matrix_instruction: whether the kernel is worth its name only with the chip's matrix instruction.
+        matrix_instruction: whether the kernel is worth its name only with the chip's matrix instruction; or, by name,
+            the one that it is made for on every chip, as "mma.sync" for matrices too small for the others.
+        tile_loop: whether the outermost loop around matrix instructions is that over a program's tiles, no main loop.
     """
 
     name: str
@@ -53,8 +55,9 @@ class Compilation:
     attrs: dict[tuple[int, ...], Any]
     num_warps: int
     num_stages: int
-    matrix_instruction: bool
+    matrix_instruction: bool | str
     maxnreg: int | None = None
+    tile_loop: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class Compiled:
     Attributes:
         spills: of the loads and stores of local memory in the machine code, loops counted once.
         loop_spills: those of them in a loop around matrix instructions.
-        matrix_instructions: how often the architecture's own (`MATRIX_INSTRUCTION`) stands in the PTX.
+        matrix_instructions: how often the one meant stands in the PTX: the compilation's own, or the architecture's
+            (`MATRIX_INSTRUCTION`).
         lone_traps: traps that are not the end of an assertion; Triton leaves one where it cannot lower something.
         warps: per program; more than asked for where Triton specialises warps.
         tensor_memory: columns (sm_100).
@@ -116,7 +120,7 @@ def compile_offline(c: Compilation, arch: int) -> Compiled:
     ptx, cubin, metadata = kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata
     usage = _resource_usage(cubin, metadata.name)
     registers, stack = usage["REG"], usage["STACK"] + usage["LOCAL"]
-    spills, loop_spills = _local_bytes(cubin, arch) if stack else (0, 0)
+    spills, loop_spills = _local_bytes(cubin, arch, c.tile_loop) if stack else (0, 0)
     tensor_memory = getattr(metadata, "tmem_size", None) or 0
     return Compiled(
         ptx=ptx,
@@ -126,7 +130,7 @@ def compile_offline(c: Compilation, arch: int) -> Compiled:
         stack=stack,
         spills=spills,
         loop_spills=loop_spills,
-        matrix_instructions=ptx.count(MATRIX_INSTRUCTION[arch]),
+        matrix_instructions=ptx.count(_matrix_instruction(c, arch)),
         lone_traps=len(re.findall(r"\btrap;", _ASSERTION.sub("", ptx))),
         warps=metadata.num_warps,
         tensor_memory=tensor_memory,
@@ -134,11 +138,15 @@ def compile_offline(c: Compilation, arch: int) -> Compiled:
     )
 
 
+def _matrix_instruction(c: Compilation, arch: int) -> str:
+    return c.matrix_instruction if isinstance(c.matrix_instruction, str) else MATRIX_INSTRUCTION[arch]
+
+
 def problems(c: Compilation, compiled: Compiled, arch: int) -> list[str]:
     """What keeps it from launching or from full speed on ``arch``; empty when nothing does."""
     found = []
     if c.matrix_instruction and not compiled.matrix_instructions:
-        found.append(f"no {MATRIX_INSTRUCTION[arch]}")
+        found.append(f"no {_matrix_instruction(c, arch)}")
     if compiled.lone_traps:
         found.append(f"{compiled.lone_traps} trap(s) outside assertions")
     # Around the matrix instructions a spill costs time in every step; a few bytes once a tile are hidden by the other
@@ -174,7 +182,7 @@ def _resource_usage(cubin: bytes, kernel: str) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line[1])}
 
 
-def _local_bytes(cubin: bytes, arch: int) -> tuple[int, int]:
+def _local_bytes(cubin: bytes, arch: int, tile_loop: bool) -> tuple[int, int]:
     """Bytes of local loads and stores, in all and in the innermost loops around matrix instructions.
 
     cuobjdump has no count of spilled bytes: the accesses themselves, 4 bytes unless their suffix says otherwise.
@@ -190,9 +198,13 @@ def _local_bytes(cubin: bytes, arch: int) -> tuple[int, int]:
     # The smallest loop around each product; a program's outer loop over its tiles is none of the main loops.
     # A loop ends in a conditional branch or, before sm_90, in a plain one: there it is no return from a barrier's wait.
     main = set()
+    every = [
+        loop for some in loops.values() for loop in some if any(loop[0] <= product <= loop[1] for product in products)
+    ]
+    outermost = {max(every, key=lambda loop: loop[1] - loop[0])} if tile_loop and every else set()
     for product in products:
         for conditional in (True, False) if arch < 90 else (True,):
-            around = [loop for loop in loops[conditional] if loop[0] <= product <= loop[1]]
+            around = [loop for loop in loops[conditional] if loop[0] <= product <= loop[1] and loop not in outermost]
             if around:
                 main.add(min(around, key=lambda loop: loop[1] - loop[0]))
                 break

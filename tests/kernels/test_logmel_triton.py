@@ -1,7 +1,7 @@
 """The Triton log-mel against its float64 definition: on a GPU, or in Triton's interpreter (`TRITON_INTERPRET=1`).
 
-The interpreter's products are exact float32 whatever the precision asked for; what float16 cut off is not, so fp16x3 is
-tested as it runs.
+The interpreter adds the products of float16 parts one by one in float32, as no tensor core does: fp16x3 is tested as it
+runs but for the order of sums of 16.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def rms(x: Tensor) -> float:
 
 
 def signals(sampling_rate: int) -> dict[str, Tensor]:
-    samples = int(0.04 * sampling_rate)
+    samples = int(0.31 * sampling_rate)  # frames enough that the luck of single values evens out
     t = torch.arange(samples, dtype=torch.float64) / sampling_rate
     white = noise(1, samples)[0] * 10
     hum = 0.9 * torch.sin(2 * torch.pi * 50 * t).float()
@@ -79,9 +79,7 @@ def test_error_is_of_the_size_of_a_float32_ffts(preset: str) -> None:
     truth, _ = log_mel_reference(waveform, None, spec)
     for index, kind in enumerate(clips):
         ours, theirs = rms(features[index] - truth[index]), rms(with_fft[index] - truth[index])
-        # A constant that is not removed stands in every partial sum, and a plain sum rounds more often than an FFT.
-        factor = 4.5 if kind == "noise on an offset" and not spec.remove_dc else 2.5
-        assert ours <= factor * theirs + 4e-6, f"{kind}: rms error {ours:.1e}, the FFT's {theirs:.1e}"
+        assert ours <= 1.6 * theirs + 1e-6, f"{kind}: rms error {ours:.1e}, the FFT's {theirs:.1e}"
 
 
 @every_preset
@@ -109,11 +107,11 @@ def test_lengths_offsets_and_integer_samples(preset: str) -> None:
         {"framing": "snip_edges", "remove_dc": True, "preemphasis": 0.97},
         {"framing": "no_snip_edges", "remove_dc": True, "window": "povey"},
         {"framing": "no_snip_edges", "preemphasis": 1.0, "win_length": 51, "window": "hann_symmetric"},
-        {"win_length": 20, "hop_length": 30},  # no second fold, frames that do not overlap
+        {"win_length": 20, "hop_length": 30},  # frames that do not overlap
         {"power": 1.0, "dynamic_range": 2.0, "log": "log10", "mean": -1.0, "std": 2.0},
         {"n_mels": 1, "log": "db", "drop_last_frame": True},
         {"n_mels": 70, "mel_scale": "slaney", "mel_norm": "slaney", "num_frames": 40, "padding_value": 0.5},
-        {"n_fft": 420, "win_length": 90, "hop_length": 70, "n_mels": 2},  # a mel of several blocks of bins
+        {"n_fft": 420, "win_length": 90, "hop_length": 70, "n_mels": 2},  # steps over n2; mels of several blocks
     ],
     ids=str,
 )
@@ -135,6 +133,26 @@ def test_any_parameters_and_their_gradient(change: dict[str, object]) -> None:
     assert gradient.isfinite().all() and not gradient[3].any()
     for row, length in zip(gradient, lengths, strict=True):
         assert not row[length:].any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_fft": 38, "win_length": 38, "n_mels": 5},  # N1·N2 = 2·19
+        {"n_fft": 100, "win_length": 99, "preemphasis": 0.9},  # 4·25
+        {"n_fft": 240, "win_length": 200, "n_mels": 40, "remove_dc": True},  # 8·30
+        {"n_fft": 1024, "win_length": 500, "remove_dc": True, "preemphasis": 0.9, "power": 1.0},  # 32·32
+        {"n_fft": 960, "win_length": 960, "n_mels": 140},  # 32·30; many mels without a bin
+        {"n_fft": 272, "win_length": 272, "n_mels": 3},  # 16·17; mels of many columns
+        {"n_fft": 130, "win_length": 100, "hop_length": 50, "remove_dc": True},  # 2·65: steps over n2
+    ],
+    ids=str,
+)
+def test_transforms_of_other_lengths(change: dict[str, object]) -> None:
+    spec = dataclasses.replace(TINY, **{"hop_length": 100, **change})  # type: ignore[arg-type]
+    waveform, lengths = noise(2, 1500), torch.tensor([1500, 700])
+    features, _ = run(waveform, lengths, spec)
+    assert_close_rel("features", log_mel_reference(waveform, lengths, spec)[0], features, 1e-5)
 
 
 @pytest.mark.parametrize("preset", ["whisper", "kaldi"])
@@ -222,8 +240,8 @@ def test_a_clip_does_not_depend_on_the_batch_nor_on_the_run(monkeypatch: pytest.
     whole = gradient()
     monkeypatch.setattr(logmel_triton, "GRADIENT_CHUNK", 1)
     assert torch.equal(whole, gradient())  # one clip at a time
-    monkeypatch.setattr(logmel_triton, "ENOUGH_PROGRAMS", 0)
-    assert torch.equal(together, run(waveform, lengths, TINY)[0])
+    monkeypatch.setattr(logmel_triton, "_resident", lambda index: 1)
+    assert torch.equal(together, run(waveform, lengths, TINY)[0])  # one program takes all tiles
 
 
 def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
