@@ -35,7 +35,6 @@ FLOAT, INT16 = "fastclap C++", "fastclap C++, int16"
 # What the C++ engine is held to: times as fast as the others, and ms of one core a clip with AVX-512.
 TARGETS = {"torchaudio": 10.0, "kaldi-native-fbank": 5.0}
 CORE_MS = 0.25
-REST = 0.05  # seconds before each call
 HANDOVER = "kaldi-native-fbank, one frame"
 
 
@@ -57,7 +56,7 @@ def compare(calls: dict[str, Run], clips: int, seconds: float) -> dict[str, dict
         call()
     least: dict[str, list[float]] = {name: [float("inf")] for name in calls}
     timed = {name: with_processor_time(call, least[name]) for name, call in calls.items()}
-    found = timing.interleaved(timed, CPU, seconds, most=200, rest=REST)
+    found = timing.interleaved(timed, CPU, seconds, most=200)
     rows = {}
     for name, row in found.items():
         wall = {key: getattr(row, f"{key}_ms") / clips for key in ("median", "p10", "p90")}
@@ -152,8 +151,7 @@ def tables(record: dict[str, Any]) -> str:
         "",
         f"Written by `{record['command']}` on {record['machine']['cpu']}, {record['machine']['cores']} cores; "
         f"C++ engine: {record['simd']}. Batches of {record['clips']} clips of {record['seconds_per_clip']} s; ms a "
-        f"clip: median of the interleaved calls (10th to 90th percentile), each after {REST} s of rest, and least "
-        "processor time.",
+        "clip: median of the interleaved calls (10th to 90th percentile) and least processor time.",
         "",
     ]
     for entry in record["cases"]:

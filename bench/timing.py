@@ -62,18 +62,11 @@ def elapsed_ms(call: Call, device: torch.device) -> float:
 
 
 def interleaved(
-    calls: Mapping[str, Call],
-    device: torch.device,
-    seconds: float,
-    *,
-    least: int = 3,
-    most: int = 50,
-    rest: float = 0.0,
+    calls: Mapping[str, Call], device: torch.device, seconds: float, *, least: int = 3, most: int = 50
 ) -> dict[str, Timing]:
     """Times calls that have been warmed up, one of each in turn, for about ``seconds`` in all.
 
     There are ``least`` to ``most`` rounds; past three times the seconds it stops wherever it is, with what it has.
-    ``rest`` seconds before each call let the threads of the one before, which spin for a while, give up their cores.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
@@ -83,7 +76,6 @@ def interleaved(
         enough = len(samples[name]) == rounds >= least and passed * (rounds + 1) / rounds > seconds
         if enough or (rounds and passed > 3 * seconds):
             break
-        time.sleep(rest)
         samples[name].append(elapsed_ms(call, device))
     return {name: Timing.of(values) for name, values in samples.items()}
 
