@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fastclap import cli_apps
-from fastclap.console import make_table, pick_device, progress
+from fastclap.console import make_table, pick_device, print_json, progress
 from fastclap.errors import ConfigError, DataError, FastclapError
 from fastclap.prompts import DEFAULT_TEMPLATE, PROMPT_SETS, load_prompts
 
@@ -344,7 +344,7 @@ def _prepare(arguments: Prepare) -> int:
             file=sys.stderr,
         )
     if arguments.json:
-        print(json.dumps(summary, indent=1, ensure_ascii=False))
+        print_json(summary)
         return 0
     for reason, clips in summary["left_out"].items():
         print(f"left out {clips}: {reason}")
@@ -395,7 +395,7 @@ def _convert(arguments: Convert) -> int:
         "logit_scale": model.logit_scale.item(),
     }
     if arguments.json:
-        print(json.dumps(summary, indent=1, ensure_ascii=False))
+        print_json(summary)
     else:
         print(
             f"{summary['parameters'] / 1e6:.1f} million parameters, {summary['dim']} dimensions, "
@@ -426,7 +426,7 @@ def _pack(arguments: Pack) -> int:
     if summary["skipped"]:
         print(f"fastclap: {summary['skipped']} rows left out, see {arguments.out}/skipped.jsonl", file=sys.stderr)
     if arguments.json:
-        print(json.dumps(summary, indent=1, ensure_ascii=False))
+        print_json(summary)
     else:
         print(
             f"{summary['rows']} rows, {summary['clips']} clips, {summary['hours']:.2f} h, "
@@ -468,7 +468,7 @@ def _present(arguments: _OnData, result: Mapping[str, Any], tables: Sequence[Tab
 
         page = write_report(arguments.out, results=result)
     if arguments.json:
-        print(json.dumps(result, indent=1, ensure_ascii=False))
+        print_json(result)
         return 0
     from rich.console import Console
 
@@ -525,7 +525,7 @@ def _doctor(arguments: Doctor) -> int:
 
     findings, problems = diagnose()
     if arguments.json:
-        print(json.dumps({**findings, "problems": problems}, indent=1, ensure_ascii=False))
+        print_json({**findings, "problems": problems})
         return 1 if problems else 0
     from rich.console import Console
     from rich.markup import escape

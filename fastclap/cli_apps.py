@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fastclap.console import make_table, pick_device, progress
+from fastclap.console import make_table, pick_device, print_json, progress
 from fastclap.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -180,7 +179,7 @@ def _embed(arguments: Embed) -> int:
         listing = f"{arguments.out}.skipped.jsonl"
         print(f"fastclap: {summary['skipped']} of {len(items)} inputs left out, see {listing}", file=sys.stderr)
     if arguments.json:
-        _print_json({"model": arguments.model, "inputs": arguments.inputs, **summary})
+        print_json({"model": arguments.model, "inputs": arguments.inputs, **summary})
     else:
         print(
             f"{summary['clips']} clips, {summary['texts']} captions, {summary['dimension']} dimensions, "
@@ -223,7 +222,7 @@ def _search(arguments: Search) -> int:
         },
     }
     if arguments.json:
-        _print_json(result)
+        print_json(result)
         return 0
     table = make_table(f"Nearest to {result['query']!r}, of {result['rows']}", "rank")
     table.add_column("cosine", justify="right")
@@ -277,7 +276,7 @@ def _rerank(arguments: Rerank) -> int:
         "clips_per_second": round(result["candidates"] * len(models) / seconds, 2),
     }
     if arguments.json:
-        _print_json(result)
+        print_json(result)
         return 0
     table = make_table(f"Best of {len(candidates.items[0].paths)}", "item")
     for head in ("best", "cosine", "mean of all", "description"):
@@ -337,7 +336,7 @@ def _similarity(arguments: Similarity) -> int:
             writer.writerow(["" if value is None else value for value in (*pair.named, pair.rating, score)])
         write_atomic(Path(arguments.out), buffer.getvalue().encode(errors="replace"))
     if arguments.json:
-        _print_json(result)
+        print_json(result)
         return 0
     table = make_table(f"Style similarity of {len(kept)} pairs", "figure")
     table.add_column("value", justify="right")
@@ -356,10 +355,6 @@ def _list_skipped(skipped: Sequence[dict[str, str]]) -> None:
         print(f"fastclap: skipped {clip['path']}: {clip['reason']}", file=sys.stderr)
     if len(skipped) > 5:
         print(f"fastclap: skipped {len(skipped) - 5} more clips (--json lists them)", file=sys.stderr)
-
-
-def _print_json(result: Any) -> None:
-    print(json.dumps(result, indent=1, ensure_ascii=False))
 
 
 def _print_table(table: Any, note: str) -> None:

@@ -6,10 +6,11 @@ Nothing heavy is imported before it is needed, because ``--help`` comes through 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastclap.errors import ConfigError
 
@@ -67,6 +68,11 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return name
+
+
+def print_json(result: Any) -> None:
+    """What ``--json`` puts on stdout."""
+    print(json.dumps(result, indent=1, ensure_ascii=False))
 
 
 def make_table(title: str, first: str) -> Table:

@@ -45,7 +45,7 @@ from fastclap.kernels.contrastive import (
     Teacher,
     occurrences,
 )
-from fastclap.kernels.offline import Compilation
+from fastclap.kernels.offline import Compilation, signature_and_attrs
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
@@ -1356,20 +1356,7 @@ def _compilation(
             types["e"] = right
         if kind == "sigmoid" and not flags["GRADIENT"]:
             types["g"] = right
-    signature = {}
-    for parameter in function.params:
-        if parameter.is_constexpr:
-            kind_of = "constexpr"
-        elif parameter.name in types:
-            kind_of = types[parameter.name]
-        else:
-            kind_of = "i32" if parameter.do_not_specialize else "*fp32"
-        signature[parameter.name] = kind_of
-    attrs: dict[tuple[int, ...], Any] = {
-        (index,): [["tt.divisibility", 16]]
-        for index, parameter in enumerate(function.params)
-        if signature[parameter.name].startswith("*") and not parameter.do_not_specialize_on_alignment
-    }
+    signature, attrs = signature_and_attrs(function, types)
     on = " ".join(name.lower() for name, value in flags.items() if value and name != "LOOP")
     name = " ".join(part for part in (kind, label, on) if part)
     return Compilation(

@@ -46,7 +46,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastclap.kernels.logmel import LogMelSpec, finished, masked, mel_bank, recorded, window
-from fastclap.kernels.offline import Compilation
+from fastclap.kernels.offline import Compilation, signature_and_attrs
 
 # Tuples of tensors grow by + in the kernels: Triton knows no starred expressions, mypy no growing tuples.
 # ruff: noqa: RUF005
@@ -1590,20 +1590,7 @@ def _compilation(
         "dft": "*fp16",
         **types,
     }
-    signature = {}
-    for parameter in function.params:
-        if parameter.is_constexpr:
-            kind = "constexpr"
-        elif parameter.name in types:
-            kind = types[parameter.name]
-        else:
-            kind = "i32" if parameter.do_not_specialize else "*fp32"
-        signature[parameter.name] = kind
-    attrs: dict[tuple[int, ...], Any] = {
-        (index,): [["tt.divisibility", 16]]
-        for index, parameter in enumerate(function.params)
-        if signature[parameter.name].startswith("*") and not parameter.do_not_specialize_on_alignment
-    }
+    signature, attrs = signature_and_attrs(function, types)
     # Matrices of 16 rows: no chip's larger instruction takes them.
     matrix_instruction: bool | str = "mma.sync" if "N1" in constants else "BN" in constants
     return Compilation(

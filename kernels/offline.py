@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,26 @@ class Compilation:
     matrix_instruction: bool | str
     maxnreg: int | None = None
     tile_loop: bool = False
+
+
+def signature_and_attrs(
+    function: Any, types: Mapping[str, str]
+) -> tuple[dict[str, str], dict[tuple[int, ...], list[list[Any]]]]:
+    """The fields of a `Compilation` of a JITFunction, from the Triton types of its arguments by name.
+
+    Those that are not named are "i32" where the function is not specialised on them, else "*fp32". Pointers are taken
+    to be aligned to 16 bytes, but for those whose alignment the function is not specialised on.
+    """
+    signature = {}
+    for parameter in function.params:
+        default = "i32" if parameter.do_not_specialize else "*fp32"
+        signature[parameter.name] = "constexpr" if parameter.is_constexpr else types.get(parameter.name, default)
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {
+        (index,): [["tt.divisibility", 16]]
+        for index, parameter in enumerate(function.params)
+        if signature[parameter.name].startswith("*") and not parameter.do_not_specialize_on_alignment
+    }
+    return signature, attrs
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastclap.kernels.offline import Compilation
+from fastclap.kernels.offline import Compilation, signature_and_attrs
 from fastclap.kernels.waveform import FULL_SCALE
 
 BLOCK, WARPS = 4096, 4  # samples of a program: 32 a thread
@@ -171,18 +171,6 @@ def compilations(arch: int) -> Iterator[Compilation]:
 
 
 def _compilation(name: str, function: Any, types: dict[str, str], constants: dict[str, Any]) -> Compilation:
-    types = {**dict.fromkeys(("parts", "mean", "std"), "fp32"), **types}
-    signature = {}
-    for argument in function.params:
-        if argument.is_constexpr:
-            signature[argument.name] = "constexpr"
-        elif argument.name in types:
-            signature[argument.name] = f"*{types[argument.name]}"
-        else:
-            signature[argument.name] = "fp32" if argument.name in ("scale", "epsilon") else "i32"
-    attrs: dict[tuple[int, ...], Any] = {
-        (index,): [["tt.divisibility", 16]]
-        for index, argument in enumerate(function.params)
-        if signature[argument.name].startswith("*") and not argument.do_not_specialize_on_alignment
-    }
+    pointers = {name: f"*{kind}" for name, kind in types.items()}
+    signature, attrs = signature_and_attrs(function, {"scale": "fp32", "epsilon": "fp32", **pointers})
     return Compilation(name, function, signature, constants, attrs, WARPS, 3, False)

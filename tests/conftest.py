@@ -28,3 +28,12 @@ def real_speech() -> Path:
     if not folder:
         pytest.skip("FASTCLAP_TEST_DATA names no folder of real speech")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Checkout of ParaSpeechCLAP, named by FASTCLAP_REFERENCE; skips where it is not set."""
+    folder = os.environ.get("FASTCLAP_REFERENCE")
+    if not folder:
+        pytest.skip("FASTCLAP_REFERENCE names no checkout of ParaSpeechCLAP")
+    return Path(folder)

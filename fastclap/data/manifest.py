@@ -50,6 +50,12 @@ class Row(NamedTuple):
     source: int  # index of the manifest among those loaded together
     packed: PackedClip | None = None  # where the samples are, if the row is of a packed folder
 
+    def tags_of(self, column: str) -> tuple[str, ...]:
+        """The tags in a tag column, or the one in classification_tag."""
+        if column == "classification_tag":
+            return (self.classification_tag,) if self.classification_tag else ()
+        return self.tags.get(column, ())
+
 
 class Manifest(Sequence[Row]):
     """An immutable sequence of rows, in the order of their sources.

@@ -25,8 +25,7 @@ _PROMPT = 4  # what a hash is drawn for; the data set has 1 to 3
 
 def row_tags(row: Row, column: str) -> tuple[str, ...]:
     """The tags of a clip in a tag column, normalised, each once, in the order of the manifest."""
-    values = (row.classification_tag or "",) if column == "classification_tag" else row.tags.get(column, ())
-    return tuple(dict.fromkeys(tag for value in values if (tag := value.strip().lower())))
+    return tuple(dict.fromkeys(tag for value in row.tags_of(column) if (tag := value.strip().lower())))
 
 
 def clip_tags(manifest: Manifest, column: str) -> list[tuple[str, ...]]:

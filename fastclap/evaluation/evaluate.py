@@ -127,7 +127,7 @@ def evaluate(
         }
         labelled: dict[str, _Labelled] = {}
         for task, names in zip(tasks, candidates, strict=True):
-            tags = [_tags(manifest[row], task.column) for row in rows]
+            tags = [manifest[row].tags_of(task.column) for row in rows]
             figures, labelled[task.column] = _classification(model, audio, tags, task, names)
             result["classification"][task.column] = figures
         if embedding_map:
@@ -259,7 +259,7 @@ def _map(audio: Tensor, rows: Sequence[int], labelled: Mapping[str, _Labelled]) 
 
 def _candidates(manifest: Manifest, task: ClassificationTask) -> list[str]:
     """The candidate classes of a task, after the checks that need no model."""
-    found = sorted({tag for row in manifest for tag in _tags(row, task.column)})
+    found = sorted({tag for row in manifest for tag in row.tags_of(task.column)})
     if not found:
         has_tag = any(row.classification_tag for row in manifest)
         available = [*(["classification_tag"] if has_tag else []), *manifest.columns]
@@ -287,12 +287,6 @@ def _candidates(manifest: Manifest, task: ClassificationTask) -> list[str]:
 
 def _captions(row: Any, name: Captions) -> tuple[str, ...]:
     return row.captions if name == "global" else row.fine_captions
-
-
-def _tags(row: Any, column: str) -> tuple[str, ...]:
-    if column == "classification_tag":
-        return (row.classification_tag,) if row.classification_tag else ()
-    return row.tags.get(column, ())
 
 
 def _abridged(names: Sequence[str]) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -87,11 +86,8 @@ def test_the_record_holds_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "What bounds it. Clips of 0.3 to 0.5 s" in text and str(tmp_path) not in text
 
 
-def test_the_reference_embeds_the_same_clips_to_the_same_vectors() -> None:
-    folder = os.environ.get("FASTCLAP_REFERENCE")
-    if not folder:
-        pytest.skip("FASTCLAP_REFERENCE names no checkout of ParaSpeechCLAP")
-    record = embedding.record_of(arguments(reference=Path(folder), search_rows=[]))
+def test_the_reference_embeds_the_same_clips_to_the_same_vectors(reference: Path) -> None:
+    record = embedding.record_of(arguments(reference=reference, search_rows=[]))
     for case in record["cases"]:
         retrieval, alone, *ours = case["rows"]
         assert retrieval["form"] == "ParaSpeechCLAP, evaluate_retrieval" and alone["captions_differ"] is None

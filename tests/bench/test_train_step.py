@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,14 +28,6 @@ from fastclap.towers import build_audio_tower
 
 CPU = torch.device("cpu")
 TINY = SIZES["tiny"]
-
-
-@pytest.fixture(scope="module")
-def reference() -> Path:
-    folder = os.environ.get("FASTCLAP_REFERENCE")
-    if not folder:
-        pytest.skip("FASTCLAP_REFERENCE names no checkout of ParaSpeechCLAP")
-    return Path(folder)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,7 @@ run as released, on files read by soundfile (torchaudio wants another package fo
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,28 +30,11 @@ PROMPTS = ["A man speaks in an angry tone.", "A woman whispers sadly, at a slow 
 CANDIDATES = 3
 
 
-@pytest.fixture(scope="module")
-def checkout() -> Path:
-    folder = os.environ.get("FASTCLAP_REFERENCE")
-    if not folder:
-        pytest.skip("FASTCLAP_REFERENCE names no checkout of ParaSpeechCLAP")
-    return Path(folder)
-
-
 class Settings(SimpleNamespace):
     """What its scripts read from their configuration files."""
 
     def get(self, name: str, default: Any = None) -> Any:
         return getattr(self, name, default)
-
-
-def script(checkout: Path, name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"paraspeechclap_{name}", checkout / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with reference_step._empty_packages():
-        spec.loader.exec_module(module)
-    return module
 
 
 def write_candidates(folder: Path) -> list[list[Path]]:
@@ -77,7 +58,7 @@ def write_candidates(folder: Path) -> list[list[Path]]:
 
 @pytest.mark.parametrize(("size", "sharpness"), [("tiny", 8), pytest.param("large", 4, marks=pytest.mark.slow)])
 def test_their_checkpoint_gives_their_results(
-    checkout: Path, size: str, sharpness: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reference: Path, size: str, sharpness: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torchaudio
     from transformers import PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor
@@ -87,7 +68,7 @@ def test_their_checkpoint_gives_their_results(
     # a head for every 64 channels, as in the published text tower: shapes do not tell
     heads = {"num_attention_heads": towers.xlm_roberta["hidden_size"] // 64}
     towers = replace(towers, xlm_roberta={**towers.xlm_roberta, **heads})
-    theirs: Any = Reference(checkout, towers, torch.device("cpu")).model.eval()
+    theirs: Any = Reference(reference, towers, torch.device("cpu")).model.eval()
     # A random model attends almost uniformly and takes all captions for the same. The sharper it attends, the more its
     # depth magnifies rounding: at 8, 24 layers in float32 are 9e-5 from float64, in their code and in ours.
     with torch.no_grad():
@@ -114,7 +95,7 @@ def test_their_checkpoint_gives_their_results(
         meta=Settings(batch_size=2, num_workers=0, tqdm_disable=True, selection_summary_file="summary.json"),
     )
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)  # as of WavLM-Large
-    best_of_n = script(checkout, "best_of_n")
+    best_of_n = reference_step.load(reference, "best_of_n")
     best_of_n.select_best_of_n(settings, theirs, their_tokenizer, extractor, torch.device("cpu"))
     summary = json.loads((tmp_path / "candidates/best/summary.json").read_text())
 

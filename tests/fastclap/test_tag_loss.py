@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,11 +68,8 @@ def test_wrong_shapes() -> None:
         tag_loss(audio, prompts, targets.T)
 
 
-def test_the_published_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = os.environ.get("FASTCLAP_REFERENCE")
-    if not folder:
-        pytest.skip("FASTCLAP_REFERENCE names no checkout of ParaSpeechCLAP")
-    monkeypatch.syspath_prepend(folder)
+def test_the_published_class(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(reference))
     published = importlib.import_module("paraspeechclap.loss").MultiTaskLoss()
     audio, prompts, targets = example(torch.float32)
     names = ["crisp", "deep", "husky", "loud", "soft"]

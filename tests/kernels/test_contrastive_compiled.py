@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 
 import pytest
 
 pytest.importorskip("triton")
-from fastclap.kernels.offline import ARCHITECTURES, Compilation, compile_offline, problems
+from fastclap.kernels.offline import ARCHITECTURES, compile_offline, problems
+from tests.kernels.compiling import all_problems, compilations
 
 # The interpreter's kernels cannot be compiled, and one process has either those or the others.
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1")
 
+MODULE = "contrastive_triton"
 MOST_USED = (
     "sums bf16 columns fixed",
     "sums bf16 columns store fixed",
@@ -32,25 +33,15 @@ MOST_USED = (
 )
 
 
-def compilations(arch: int) -> dict[str, Compilation]:
-    from fastclap.kernels.contrastive_triton import compilations
-
-    return {c.name: c for c in compilations(arch)}
-
-
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_compilation_has_a_name_of_its_own_and_covers_the_launchers_choices(arch: int) -> None:
-    from fastclap.kernels.contrastive_triton import compilations as generate
-
-    names = Counter(c.name for c in generate(arch))
-    assert max(names.values()) == 1
-    assert set(MOST_USED) <= set(names)
+    assert set(MOST_USED) <= set(compilations(MODULE, arch))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", MOST_USED)
 def test_most_used_kernels_compile_without_a_problem(name: str, arch: int) -> None:
-    compilation = compilations(arch)[name]
+    compilation = compilations(MODULE, arch)[name]
     compiled = compile_offline(compilation, arch)
     assert problems(compilation, compiled, arch) == []
     assert compiled.loop_spills == 0
@@ -59,15 +50,10 @@ def test_most_used_kernels_compile_without_a_problem(name: str, arch: int) -> No
 @pytest.mark.parametrize("name", ["sums bf16 columns fixed", "gradient bf16 columns inverse fixed"])
 def test_two_programs_share_a_hopper_multiprocessor(name: str) -> None:
     """One's exponentials hide behind the other's matrix products."""
-    assert compile_offline(compilations(90)[name], 90).programs == 2
+    assert compile_offline(compilations(MODULE, 90)[name], 90).programs == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_all_kernels_compile_without_a_problem(arch: int) -> None:
-    found = {}
-    for name, compilation in compilations(arch).items():
-        wrong = problems(compilation, compile_offline(compilation, arch), arch)
-        if wrong:
-            found[name] = wrong
-    assert found == {}
+    assert all_problems(compilations(MODULE, arch), arch) == {}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 
 import pytest
 
 pytest.importorskip("triton")
-from fastclap.kernels.logmel_triton import compilations
 from fastclap.kernels.offline import ARCHITECTURES, compile_offline, problems
+from tests.kernels.compiling import all_problems, compilations
 
 # The interpreter's kernels cannot be compiled, and one process has either those or the others.
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1")
 
+MODULE = "logmel_triton"
 MOST_USED = (
     "log-mel whisper fp32 to fp32 lengths",
     "log-mel kaldi 128 i16 to bf16 lengths offsets masks",
@@ -24,9 +24,7 @@ MOST_USED = (
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_most_used_kernels_compile_without_a_problem(arch: int) -> None:
-    found = list(compilations(arch))
-    assert max(Counter(c.name for c in found).values()) == 1
-    by_name = {c.name: c for c in found}
+    by_name = compilations(MODULE, arch)
     for name in MOST_USED:
         compiled = compile_offline(by_name[name], arch)
         assert problems(by_name[name], compiled, arch) == [], name
@@ -36,9 +34,4 @@ def test_most_used_kernels_compile_without_a_problem(arch: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_all_kernels_compile_without_a_problem(arch: int) -> None:
-    found = {}
-    for compilation in compilations(arch):
-        wrong = problems(compilation, compile_offline(compilation, arch), arch)
-        if wrong:
-            found[compilation.name] = wrong
-    assert found == {}
+    assert all_problems(compilations(MODULE, arch), arch) == {}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 
 import pytest
 
 pytest.importorskip("triton")
-from fastclap.kernels.offline import ARCHITECTURES, Compilation, compile_offline, problems
+from fastclap.kernels.offline import ARCHITECTURES, compile_offline, problems
+from tests.kernels.compiling import all_problems, compilations
 
 # The interpreter's kernels cannot be compiled, and one process has either those or the others.
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1")
 
+MODULE = "toeplitz_attention_triton"
 MOST_USED = (
     "attention forward 64 bf16 dropout lengths",
     "attention keys 64 bf16 dropout lengths",
@@ -22,19 +23,11 @@ MOST_USED = (
 )
 
 
-def compilations(arch: int) -> dict[str, Compilation]:
-    from fastclap.kernels.toeplitz_attention_triton import compilations
-
-    return {c.name: c for c in compilations(arch)}
-
-
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_compilation_has_a_name_of_its_own_and_covers_the_launchers_choices(arch: int) -> None:
     from fastclap.kernels.toeplitz_attention_triton import KERNELS
-    from fastclap.kernels.toeplitz_attention_triton import compilations as generate
 
-    names = Counter(c.name for c in generate(arch))
-    assert max(names.values()) == 1
+    names = compilations(MODULE, arch)
     assert set(MOST_USED) <= set(names)
     for kernel in KERNELS:  # dropout or not, lengths or not; fp32 in both precisions
         assert sum(name.startswith(f"attention {kernel} 64 ") for name in names) == 4 * 4
@@ -43,22 +36,17 @@ def test_every_compilation_has_a_name_of_its_own_and_covers_the_launchers_choice
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", MOST_USED)
 def test_most_used_kernels_compile_without_a_problem(name: str, arch: int) -> None:
-    compilation = compilations(arch)[name]
+    compilation = compilations(MODULE, arch)[name]
     assert problems(compilation, compile_offline(compilation, arch), arch) == []
 
 
 def test_two_forward_programs_share_a_hopper_multiprocessor() -> None:
     """One's exponentials hide behind the other's matrix products."""
     name = "attention forward 64 bf16 dropout lengths"
-    assert compile_offline(compilations(90)[name], 90).programs == 2
+    assert compile_offline(compilations(MODULE, 90)[name], 90).programs == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_all_kernels_compile_without_a_problem(arch: int) -> None:
-    found = {}
-    for name, compilation in compilations(arch).items():
-        wrong = problems(compilation, compile_offline(compilation, arch), arch)
-        if wrong:
-            found[name] = wrong
-    assert found == {}
+    assert all_problems(compilations(MODULE, arch), arch) == {}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections import Counter
 
 import pytest
 
 pytest.importorskip("triton")
 from fastclap.kernels.offline import ARCHITECTURES, Compilation, Compiled, compile_offline, problems
+from tests.kernels.compiling import all_problems, compilations
 
 # The interpreter's kernels cannot be compiled, and one process has either those or the others.
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1")
@@ -27,14 +26,14 @@ MOST_USED = (
 )
 
 
-def compilations(arch: int) -> dict[str, Compilation]:
-    found = [c for m in MODULES for c in importlib.import_module(f"fastclap.kernels.{m}").compilations(arch)]
-    assert max(Counter(c.name for c in found).values()) == 1
-    return {c.name: c for c in found}
+def towers(arch: int) -> dict[str, Compilation]:
+    first, second = (compilations(module, arch) for module in MODULES)
+    assert not first.keys() & second.keys()
+    return {**first, **second}
 
 
 def compiled(name: str, arch: int) -> tuple[Compilation, Compiled]:
-    compilation = compilations(arch)[name]
+    compilation = towers(arch)[name]
     return compilation, compile_offline(compilation, arch)
 
 
@@ -66,5 +65,4 @@ def test_as_many_programs_stay_on_a_multiprocessor_as_the_launcher_counts_on(arc
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_all_kernels_compile_without_a_problem(arch: int) -> None:
-    found = {name: problems(c, compile_offline(c, arch), arch) for name, c in compilations(arch).items()}
-    assert {name: wrong for name, wrong in found.items() if wrong} == {}
+    assert all_problems(towers(arch), arch) == {}
