@@ -2,14 +2,16 @@
 
 The library has a plain C interface and is loaded by ctypes, which releases the interpreter lock for the call; so one
 build serves every torch and every Python. It is optional: an installation made without a compiler has none, `available`
-says so and `logmel.log_mel` computes with torch. It keeps no state but immutable plans and starts its threads per call,
-so it may be used before and after a fork (data workers) and from several threads at once.
+says so and `logmel.log_mel` computes with torch. It keeps no state but immutable plans and runs on torch's threads, or
+on threads of each call in a process that may have been forked (data workers) and so has lost torch's: it may be used
+before and after a fork and from several threads at once.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import multiprocessing
 import os
 import sys
 import warnings
@@ -70,7 +72,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library.fastclap_log_mel_destroy.restype = None
         library.fastclap_log_mel_run.argtypes = (
             *(pointer, pointer, int32, int64, int64, int64),
-            *(pointer, pointer, int64, pointer, int32, *message),
+            *(pointer, pointer, int64, pointer, int32, pointer, *message),
         )
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be loaded: {error}"
@@ -94,6 +96,23 @@ def simd_paths() -> tuple[str, ...]:
     if library is None:
         return ()
     return tuple(name for name in ("avx512", "avx2", "portable") if library.fastclap_simd_supported(_SIMD[name]))
+
+
+_IMPORTED_BY = os.getpid()
+
+
+@lru_cache(maxsize=1)
+def _team() -> int | None:
+    """GOMP_parallel of the OpenMP runtime that torch runs on; None where torch has another, or in a child process."""
+    if multiprocessing.parent_process() is not None:
+        return None
+    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+        try:
+            runtime = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+            return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
 
 
 class _Plan:
@@ -254,6 +273,7 @@ def log_mel_native(
         features.shape[1],
         features.data_ptr(),
         min(torch.get_num_threads() if threads is None else threads, 256),
+        _team() if os.getpid() == _IMPORTED_BY else None,
         message,
         _MESSAGE_SIZE,
     )

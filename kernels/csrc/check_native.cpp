@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "fastclap_native.h"
@@ -54,6 +55,16 @@ double odd_double(Input &in) {
     static const double values[] = {0.0, -1.0, 1e-320, 1e300, INFINITY, NAN};
     return in.one_in(2) ? in.value<double>() : values[in.below(6)];
 }
+
+// Teams as an OpenMP runtime may give them: all the threads that were asked for, or the caller's alone.
+void whole_team(void (*work)(void *), void *data, unsigned threads, unsigned) {
+    std::vector<std::thread> others;
+    while (others.size() + 1 < threads) others.emplace_back(work, data);
+    work(data);
+    for (std::thread &other : others) other.join();
+}
+
+void lone_team(void (*work)(void *), void *data, unsigned, unsigned) { work(data); }
 
 void check(Input in) {
     static const std::int64_t sizes[] = {2, 4, 6, 8, 16, 30, 50, 160, 256, 400, 512, 600, 1024, 1200, 2048};
@@ -136,19 +147,19 @@ void check(Input in) {
     const std::size_t count = static_cast<std::size_t>(batch * frames * c.n_mels);
     const float unwritten = 1234567.0f;
     std::vector<float> features(count, unwritten), again(count, unwritten);
-    const auto run = [&](float *out, int threads) {
+    const auto run = [&](float *out, int threads, fastclap_team team = nullptr) {
         return fastclap_log_mel_run(plan, waveform, dtype, batch, samples, stride, lengths.data(), frame_lengths.data(),
-                                    frames, out, threads, message, 39);
+                                    frames, out, threads, team, message, 39);
     };
 
     if (in.one_in(20)) {  // calls that must be refused
         std::int64_t sizes_given[] = {batch, samples, stride, frames};
         sizes_given[in.below(4)] = in.one_in(2) ? -1 : std::numeric_limits<std::int64_t>::min();
         REQUIRE(fastclap_log_mel_run(plan, waveform, dtype, sizes_given[0], sizes_given[1], sizes_given[2],
-                                     lengths.data(), frame_lengths.data(), sizes_given[3], features.data(), 1, message,
-                                     39) == FASTCLAP_INVALID);
+                                     lengths.data(), frame_lengths.data(), sizes_given[3], features.data(), 1, nullptr,
+                                     message, 39) == FASTCLAP_INVALID);
         REQUIRE(fastclap_log_mel_run(plan, waveform, 7, batch, samples, stride, lengths.data(), frame_lengths.data(),
-                                     frames, features.data(), 1, nullptr, 0) == FASTCLAP_INVALID);
+                                     frames, features.data(), 1, nullptr, nullptr, 0) == FASTCLAP_INVALID);
         if (batch && frames) {
             lengths[in.below(static_cast<int>(batch))] = in.one_in(2) ? -1 : samples + 1;
             REQUIRE(run(features.data(), 1) == FASTCLAP_INVALID);
@@ -156,7 +167,8 @@ void check(Input in) {
         return;
     }
     REQUIRE(run(features.data(), 1) == FASTCLAP_OK);
-    REQUIRE(run(again.data(), 1 + in.below(4)) == FASTCLAP_OK);
+    const fastclap_team teams[] = {nullptr, whole_team, lone_team};
+    REQUIRE(run(again.data(), 1 + in.below(4), teams[in.below(3)]) == FASTCLAP_OK);
     REQUIRE(count == 0 || std::memcmp(features.data(), again.data(), count * sizeof(float)) == 0);
     for (std::int64_t b = 0; b < batch; ++b)
         for (std::int64_t i = 0; i < frames * c.n_mels; ++i) {

@@ -51,13 +51,17 @@ FASTCLAP_API int fastclap_log_mel_create(const fastclap_log_mel_config *config, 
 
 FASTCLAP_API void fastclap_log_mel_destroy(fastclap_log_mel_plan *plan);
 
+/* Runs work(data) on up to `threads` threads at once, the caller's among them, and returns when all have. This is the
+ * form of GOMP_parallel, the entry of an OpenMP runtime. */
+typedef void (*fastclap_team)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+
 /* waveform: [batch, samples] with `stride` elements from clip to clip. lengths, frame_lengths: [batch], within
  * [0, samples] and [0, frames], a clip without samples has no frames. features: [batch, frames, n_mels], written
- * whole. Samples at and past a clip's length are never read. */
+ * whole. Samples at and past a clip's length are never read. team: whose threads to run on; null: the call's own. */
 FASTCLAP_API int fastclap_log_mel_run(const fastclap_log_mel_plan *plan, const void *waveform, int dtype, int64_t batch,
                                       int64_t samples, int64_t stride, const int64_t *lengths,
                                       const int64_t *frame_lengths, int64_t frames, float *features, int threads,
-                                      char *message, int64_t message_size);
+                                      fastclap_team team, char *message, int64_t message_size);
 
 #ifdef __cplusplus
 }

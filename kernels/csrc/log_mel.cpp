@@ -1,9 +1,10 @@
 // Plans, validation, threads and the choice of the SIMD path: all of the native log-mel engine but the arithmetic.
 //
 // A plan holds what depends on the front-end only (window, twiddles, sparse mel bank). A run cuts the batch into tasks
-// of some frames of one clip, which threads take from a shared counter. The threads live for one call: starting one
-// costs some 20 us beside 120 us of work or more for every 10 s of audio, and a process that forks (as PyTorch's data
-// workers do) is left with no pool whose threads are gone in the child.
+// of some frames of one clip, which threads take from a shared counter. They are those of the caller's OpenMP runtime:
+// its threads spin for some milliseconds after their last work, and another thread would wait for their core. Without
+// one they live for one call: starting one costs some 20 us beside 120 us of work or more for every 10 s of audio, and a
+// process that forked (as PyTorch's data workers do) has no pool whose threads are gone.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -117,14 +118,20 @@ void build_mel(fastclap_log_mel_plan &plan, const double *bank, const std::vecto
     }
     const int radix = plan.tables.stage_count ? plan.tables.stages[0].radix : 1;
     for (int part = 0; part <= radix - part; ++part) {
-        const int begin = static_cast<int>(plan.pairs.size()), mirror = (radix - part) % radix;
-        for (int k = 1; k <= points - k; ++k)
-            if ((k % radix == part || k % radix == mirror) && (used[k] || used[points - k])) {
-                const double angle = -2.0 * pi * k / n_fft;
-                plan.pairs.push_back({slot[k], slot[points - k], static_cast<float>(std::cos(angle)),
+        const int mirror_part = (radix - part) % radix, begin = static_cast<int>(plan.pairs.size());
+        int ends[2];
+        for (bool single : {false, true}) {
+            for (int k = 1; k <= points - k; ++k) {
+                if (k % radix != part && k % radix != mirror_part) continue;
+                const int mirror = points - k, bin = used[k] ? k : mirror, other = points - bin;
+                if (!used[bin] || (k == mirror || !used[other]) != single) continue;
+                const double angle = -2.0 * pi * bin / n_fft;
+                plan.pairs.push_back({slot[bin], slot[other], static_cast<float>(std::cos(angle)),
                                       static_cast<float>(std::sin(angle))});
             }
-        plan.tables.groups[plan.tables.group_count++] = {part, mirror, begin, static_cast<int>(plan.pairs.size())};
+            ends[single] = static_cast<int>(plan.pairs.size());
+        }
+        plan.tables.groups[plan.tables.group_count++] = {part, mirror_part, begin, ends[0], ends[1]};
     }
 }
 
@@ -251,7 +258,8 @@ void ask_for_huge_pages(float *values, std::size_t count) {
 #endif
 }
 
-int run(const fastclap_log_mel_plan &plan, const Batch &batch, int threads, char *message, std::int64_t size) {
+int run(const fastclap_log_mel_plan &plan, const Batch &batch, int threads, fastclap_team team, char *message,
+        std::int64_t size) {
     const std::int64_t tasks_per_clip = (batch.frames + kTaskFrames - 1) / kTaskFrames;
     const std::int64_t tasks = batch.clips * tasks_per_clip;
     if (tasks == 0) return FASTCLAP_OK;
@@ -292,6 +300,12 @@ int run(const fastclap_log_mel_plan &plan, const Batch &batch, int threads, char
                                               : whole.maximum - plan.dynamic_range);
         }
     };
+    if (team && threads > 1) {
+        std::atomic<int> members{0};
+        auto join = [&] { work(members.fetch_add(1, std::memory_order_relaxed)); };
+        team([](void *member) { (*static_cast<decltype(join) *>(member))(); }, &join, static_cast<unsigned>(threads), 0);
+        return FASTCLAP_OK;
+    }
     std::vector<std::thread> helpers;
     helpers.reserve(static_cast<std::size_t>(threads));
     try {
@@ -336,7 +350,8 @@ void fastclap_log_mel_destroy(fastclap_log_mel_plan *plan) { delete plan; }
 
 int fastclap_log_mel_run(const fastclap_log_mel_plan *plan, const void *waveform, int dtype, int64_t batch,
                          int64_t samples, int64_t stride, const int64_t *lengths, const int64_t *frame_lengths,
-                         int64_t frames, float *features, int threads, char *message, int64_t message_size) {
+                         int64_t frames, float *features, int threads, fastclap_team team, char *message,
+                         int64_t message_size) {
     const auto invalid = [&](const char *why) { return fail(FASTCLAP_INVALID, message, message_size, "%s", why); };
     if (!plan) return invalid("plan is null");
     if (dtype != FASTCLAP_FLOAT32 && dtype != FASTCLAP_INT16) return invalid("dtype must be float32 or int16");
@@ -363,7 +378,7 @@ int fastclap_log_mel_run(const fastclap_log_mel_plan *plan, const void *waveform
     const bool is_int16 = dtype == FASTCLAP_INT16;
     const Batch arguments = {bytes, is_int16, batch, stride, frames, lengths, frame_lengths, features};
     try {
-        return run(*plan, arguments, threads, message, message_size);
+        return run(*plan, arguments, threads, team, message, message_size);
     } catch (const std::bad_alloc &) {
         return fail(FASTCLAP_NO_MEMORY, message, message_size, "out of memory");
     }

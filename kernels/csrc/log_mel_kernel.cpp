@@ -33,7 +33,7 @@ namespace {
 
 constexpr int W = FASTCLAP_LANES;
 constexpr int kCacheLine = 64;
-constexpr int kPairsPerPrefetch = 8;
+constexpr int kPairsPerPrefetch = 16;
 constexpr bool kFusedMultiplyAdd = FASTCLAP_FMA;
 
 typedef float V __attribute__((vector_size(4 * W)));
@@ -188,10 +188,13 @@ template <>
 INLINE void dft<8>(C *z) {
     constexpr float h = 0.707106781186547524f;
     C even[4] = {z[0] + z[4], z[1] + z[5], z[2] + z[6], z[3] + z[7]};
-    const C b = z[1] - z[5], d = z[3] - z[7];
-    C odd[4] = {z[0] - z[4], h * (b + over_i(b)), over_i(z[2] - z[6]), h * (over_i(d) - d)};
-    dft<4>(even), dft<4>(odd);
-    for (int k = 0; k < 4; ++k) z[2 * k] = even[k], z[2 * k + 1] = odd[k];
+    dft<4>(even);
+    // The odd half: its factors h go into fused multiply-adds, which cost no rounding and no operation of their own.
+    const C first = z[0] - z[4], third = over_i(z[2] - z[6]), b = z[1] - z[5], d = z[3] - z[7];
+    const C second = b + over_i(b), fourth = over_i(d) - d;
+    const C p = first + third, q = first - third, u = h * (second + fourth), v = h * over_i(second - fourth);
+    for (int k = 0; k < 4; ++k) z[2 * k] = even[k];
+    z[1] = p + u, z[3] = q + v, z[5] = p - u, z[7] = q - v;
 }
 
 // One pass over `blocks` blocks of radix * stride complex points at z, in place.
@@ -264,16 +267,36 @@ INLINE V root(V x) {
 
 // ---- one block of frames ----
 
-// The sample of a clip that stands at `position`, or -1 for a zero.
+// The sample of a clip that stands at `position`, before its begin or after its end, or -1 for a zero.
 std::int64_t source(std::int64_t position, std::int64_t length, int edge) {
-    if (position >= 0 && position < length) return position;
     if (edge == 0) return -1;
     const bool repeat = edge == 2;
+    const std::int64_t mirrored = (position < 0 ? 0 : 2 * (length - 1)) - position;
+    const std::int64_t near = mirrored + (position < 0 ? -repeat : repeat);
+    if (near >= 0 && near < length) return near;  // as a rule, and without a division
     std::int64_t period = 2 * length - (repeat ? 0 : 2);
     if (period < 1) return 0;
     position %= period;
     if (position < 0) position += period;
     return position < length ? position : period - repeat - position;
+}
+
+// The samples of a frame that is not all within the clip, zeros up to `padded`.
+template <class Sample>
+INLINE void copy_frame(const Tables &t, const Sample *clip, std::int64_t length, std::int64_t start, Sample *copy,
+                       int padded) {
+    const auto within = [&](std::int64_t i) { return i < 0 ? 0 : i < t.win_length ? static_cast<int>(i) : t.win_length; };
+    const int begin = within(-start), end = within(length - start);
+    const auto fill = [&](int from, int to) {
+        for (int i = from; i < to; ++i) {
+            const std::int64_t at = source(start + i, length, t.edge);
+            copy[i] = at < 0 ? Sample{} : clip[at];
+        }
+    };
+    fill(0, begin);
+    if (begin < end) __builtin_memcpy(copy + begin, clip + start + begin, (end - begin) * sizeof(Sample));
+    fill(begin < end ? end : begin, t.win_length);
+    for (int i = t.win_length; i < padded; ++i) copy[i] = Sample{};
 }
 
 constexpr int round_up(int n) { return (n + W - 1) / W * W; }
@@ -366,6 +389,19 @@ struct Prefetch {
     }
 };
 
+// Spectra of the even and of the odd samples, this times the turn of a bin, both times two: the bin is their sum, its
+// mirror the conjugate of their difference.
+struct Halves {
+    C e, o;
+};
+
+INLINE Halves halves(const V *z, Pair pair) {
+    const C a = {z[pair.slot], z[pair.slot + 1]}, b = {z[pair.mirror], z[pair.mirror + 1]};
+    return {{a.re + b.re, a.im - b.im}, twiddle({a.im + b.im, b.re - a.re}, pair.cosine, pair.sine)};
+}
+
+INLINE V power(C a) { return a.re * a.re + a.im * a.im; }
+
 // The rest of the transform and the powers (or magnitudes) of the bins that the mel bank uses, a pair of parts at a
 // time. Returns the constant bin: it is not finite if any sample is not.
 INLINE V spectrum(const Tables &t, V *z, Prefetch prefetch) {
@@ -376,15 +412,17 @@ INLINE V spectrum(const Tables &t, V *z, Prefetch prefetch) {
         finish_part(t, z, group.part);
         prefetch();
         if (group.mirror_part != group.part) finish_part(t, z, group.mirror_part);
-        for (int i = group.pair_begin; i < group.pair_end; ++i) {
+        for (int i = group.pair_begin; i < group.single_begin; ++i) {
             if (i % kPairsPerPrefetch == 0) prefetch();
             const Pair pair = t.pairs[i];
-            const C a = {z[pair.slot], z[pair.slot + 1]}, b = {z[pair.mirror], z[pair.mirror + 1]};
-            const C e = {a.re + b.re, a.im - b.im};
-            const C o = twiddle({a.im + b.im, b.re - a.re}, pair.cosine, pair.sine);
-            const C x = e + o, y = e - o;
-            z[pair.slot] = x.re * x.re + x.im * x.im;
-            z[pair.mirror] = y.re * y.re + y.im * y.im;
+            const Halves h = halves(z, pair);
+            z[pair.slot] = power(h.e + h.o);
+            z[pair.mirror] = power(h.e - h.o);
+        }
+        for (int i = group.single_begin; i < group.pair_end; ++i) {
+            if (i % kPairsPerPrefetch == 0) prefetch();
+            const Halves h = halves(z, t.pairs[i]);
+            z[t.pairs[i].slot] = power(h.e + h.o);
         }
         if (group.part == 0) {
             const V nyquist = 2.0f * (z[0] - z[1]);
@@ -396,7 +434,7 @@ INLINE V spectrum(const Tables &t, V *z, Prefetch prefetch) {
         for (int i = group.pair_begin; i < group.pair_end; ++i) {
             const Pair pair = t.pairs[i];
             z[pair.slot] = root(z[pair.slot]);
-            if (pair.mirror != pair.slot) z[pair.mirror] = root(z[pair.mirror]);
+            if (i < group.single_begin) z[pair.mirror] = root(z[pair.mirror]);
         }
     }
     return constant;
@@ -437,12 +475,8 @@ Range frames(const Tables &t, const Sample *clip, std::int64_t length, std::int6
                 continue;
             }
             in_place = false;
-            Sample *copy = edges + l * padded;
-            for (int i = 0; i < padded; ++i) {
-                const std::int64_t from = i < t.win_length ? source(start + i, length, t.edge) : -1;
-                copy[i] = from < 0 ? Sample{} : clip[from];
-            }
-            frame[l] = copy;
+            copy_frame(t, clip, length, start, edges + l * padded, padded);
+            frame[l] = edges + l * padded;
         }
         for (std::int64_t i = 0; i < valid * t.n_mels; i += kCacheLine / sizeof(float))
             __builtin_prefetch(rows + done * t.n_mels + i, 1, 2);

@@ -29,7 +29,7 @@ struct Pair {
 // The first pass, of radix r, leaves frequencies q, q + r, ... in its q-th part and their mirrors in the (r - q)-th.
 struct Group {
     int part, mirror_part;
-    int pair_begin, pair_end;
+    int pair_begin, single_begin, pair_end;  // from single_begin on, only the first bin of a pair is used
 };
 
 struct Weight {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 import threading
 import warnings
@@ -371,6 +374,41 @@ def test_threads_work_in_a_process_forked_after_use() -> None:
         child.start()
     child.join(60)
     assert child.exitcode == 0
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_threads_work_in_a_child_that_multiprocessing_does_not_know_of() -> None:
+    waveform = noise(3, 160000)
+    features, _ = log_mel_native(waveform, None, PRESETS["whisper"], threads=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # ends a child that hangs
+        again, _ = log_mel_native(waveform, None, PRESETS["whisper"], threads=3)
+        os._exit(0 if torch.equal(again, features) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_library
+def test_threads_are_those_of_the_openmp_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    if list((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        assert native._team() is not None
+    asked = []
+    work_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+    @ctypes.CFUNCTYPE(None, work_type, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def team(work, data, threads, flags):  # type: ignore[no-untyped-def]
+        asked.append(threads)
+        work(data)  # a runtime may give fewer threads than asked
+
+    monkeypatch.setattr(native, "_team", lambda: ctypes.cast(team, ctypes.c_void_p).value)
+    waveform = noise(3, 160000)
+    features, _ = log_mel_native(waveform, None, PRESETS["whisper"], threads=3)
+    assert asked == [3]
+    assert torch.equal(features, log_mel_native(waveform, None, PRESETS["whisper"], threads=1)[0])
+    assert asked == [3]
 
 
 @needs_library
