@@ -204,13 +204,17 @@ def sounds(rate: int, longest: float) -> Iterator[tuple[str, list[Tensor]]]:
     samples = int(min(1.0, longest) * rate) + 37
     white = torch.randn(samples, generator=generator)
     t = torch.arange(samples, dtype=torch.float64) / rate
-    pitches = 60 * (0.45 * rate / 60) ** torch.rand(24, 1, generator=generator)
-    tones = torch.sin(2 * torch.pi * (pitches * t[: rate // 4] + torch.rand(24, 1, generator=generator))).float()
+
+    def tones(lowest: float, highest: float) -> Tensor:
+        """One tone has its luck of rounding; these are 24, of a quarter of a second."""
+        pitches = lowest * (highest / lowest) ** torch.rand(24, 1, generator=generator)
+        return torch.sin(2 * torch.pi * (pitches * t[: rate // 4] + torch.rand(24, 1, generator=generator))).float()
+
     clicks = torch.zeros(samples)
     clicks[samples // 3], clicks[samples // 2] = 1.0, -1.0
     yield "silence", [torch.zeros(samples)]
-    yield "full-scale tones", list(tones)
-    yield "hum under weak noise", [(0.5 * torch.sin(2 * torch.pi * 50 * t) + 1e-4 * white).float()]
+    yield "full-scale tones", list(tones(60, 0.45 * rate))
+    yield "hum under weak noise", list(0.5 * tones(45, 65) + 1e-4 * white[: rate // 4])
     yield "clicks", [clicks]
     yield "noise", [0.1 * white]
     for seconds in (0.05, 0.5, 2.003, 10.0, 60.0):
