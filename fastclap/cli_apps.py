@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,6 +19,8 @@ from fastclap.console import make_table, pick_device, print_json, progress
 from fastclap.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastclap.model import CLAP
 
 
@@ -56,7 +60,7 @@ class Search(_OnModel):
     index: Annotated[str, tyro.conf.Positional]
     """The .parquet or .npy file that `fastclap embed` wrote."""
     query: Annotated[str | None, tyro.conf.Positional] = None
-    """Description of what to find."""
+    """Description of what to find; - reads one a line from standard input and answers each at once."""
     audio: str | None = None
     """Audio file to find similar ones of, instead of a description."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
@@ -122,6 +126,7 @@ Examples:
   fastclap search runs/demo recordings.parquet "a calm female voice"
   fastclap search runs/demo recordings.parquet --audio like-this.wav -k 5
   fastclap search runs/demo recordings.parquet "an angry man" -k 100 --json > found.json
+  fastclap search runs/demo recordings.parquet - --json < descriptions.txt > found.jsonl
 """
 _RERANK = """Best of N: of several clips synthesised for one description, select those that fit it best.
 
@@ -200,37 +205,52 @@ def _search(arguments: Search) -> int:
     start = time.perf_counter()
     index = load_index(arguments.index)
     check_same_model(index, fingerprint(model), arguments.index)
-    reading = time.perf_counter()
-    if arguments.audio is not None:
-        query = model.embed_audio([arguments.audio])
-    else:
-        assert arguments.query is not None
-        query = model.embed_text([arguments.query])
-    check_finite(query, ["the query"])
-    found = search(index, query, arguments.k, engine=arguments.engine)[0]
-    end = time.perf_counter()
-    result = {
-        "model": arguments.model,
-        "index": arguments.index,
-        "query": arguments.query or arguments.audio,
-        "rows": len(index.names),
-        "found": found,
-        "time": {
-            "loading_seconds": round(loading, 3),
-            "reading_seconds": round(reading - start, 4),
-            "query_seconds": round(end - reading, 4),
-        },
-    }
-    if arguments.json:
-        print_json(result)
-        return 0
-    table = make_table(f"Nearest to {result['query']!r}, of {result['rows']}", "rank")
-    table.add_column("cosine", justify="right")
-    table.add_column("clip or caption", overflow="fold")
-    for row in found:
-        table.add_row(str(row["rank"]), f"{row['score']:.3f}", _plain(row.get("path", row.get("text", ""))))
-    _print_table(table, f"{end - start:.3f} s after the model was loaded")
+    reading = time.perf_counter() - start
+    encode: Callable[[list[str]], Tensor] = model.embed_text if arguments.audio is None else model.embed_audio
+    for asked in _queries(arguments.query or "") if arguments.audio is None else [arguments.audio]:
+        start = time.perf_counter()
+        query = encode([asked])
+        check_finite(query, ["the query"])
+        found = search(index, query, arguments.k, engine=arguments.engine)[0]
+        answering = time.perf_counter() - start
+        if arguments.json:
+            result = {
+                "model": arguments.model,
+                "index": arguments.index,
+                "query": asked,
+                "rows": len(index.names),
+                "found": found,
+                "time": {
+                    "loading_seconds": round(loading, 3),
+                    "reading_seconds": round(reading, 4),
+                    "query_seconds": round(answering, 4),
+                },
+            }
+            if arguments.query == "-":  # a line an answer
+                print(json.dumps(result, ensure_ascii=False), flush=True)
+            else:
+                print_json(result)
+            continue
+        table = make_table(f"Nearest to {asked!r}, of {len(index.names)}", "rank")
+        table.add_column("cosine", justify="right")
+        table.add_column("clip or caption", overflow="fold")
+        for row in found:
+            table.add_row(str(row["rank"]), f"{row['score']:.3f}", _plain(row.get("path", row.get("text", ""))))
+        _print_table(table, f"{answering:.3f} s, model and index in memory")
     return 0
+
+
+def _queries(query: str) -> Iterator[str]:
+    """The description, or for "-" those of standard input, asked for on a terminal; blank lines are passed over."""
+    if query != "-":
+        yield query
+    elif sys.stdin.isatty():
+        with contextlib.suppress(EOFError):
+            while True:
+                if line := input("description (ctrl-D ends): ").strip():
+                    yield line
+    else:
+        yield from filter(None, map(str.strip, sys.stdin))
 
 
 def _rerank(arguments: Rerank) -> int:

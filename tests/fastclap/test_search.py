@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,33 @@ def test_a_description_and_a_clip_find_the_nearest(clap_folder: str, index: str,
     assert main(["search", clap_folder, index, "--audio", clip, "-k", "2"]) == 0
     table = capfd.readouterr().out.splitlines()
     first = next(line for line in table if line.strip().startswith("1 "))
-    assert "1.000" in first and "after the model was loaded" in table[-1]
+    assert "1.000" in first and "model and index in memory" in table[-1]
+
+
+def test_descriptions_from_standard_input(
+    clap_folder: str, index: str, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["search", clap_folder, index, "Anger.", "--json"]) == 0
+    alone = json.loads(capfd.readouterr().out)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Anger.\n\n  Joy. \n"))
+    assert main(["search", clap_folder, index, "-", "--json"]) == 0
+    first, second = map(json.loads, capfd.readouterr().out.splitlines())
+    assert (first["query"], second["query"]) == ("Anger.", "Joy.")
+    assert first["found"] == alone["found"] != second["found"]
+    asked = iter(["Anger.", ""])
+
+    def answer(prompt: str) -> str:
+        try:
+            return next(asked)
+        except StopIteration:
+            raise EOFError from None
+
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", terminal)
+    monkeypatch.setattr("builtins.input", answer)
+    assert main(["search", clap_folder, index, "-", "-k", "1"]) == 0
+    assert capfd.readouterr().out.count("Nearest to 'Anger.'") == 1
 
 
 @pytest.mark.parametrize("engine", ["torch", "faiss"])
