@@ -129,13 +129,37 @@ class ConvolutionStack(nn.Module):
             for layer in self.conv_layers:
                 x = layer(x)
             return x
-        batch, samples = waveform.shape
-        (kernel, stride), *following = self.shapes
-        frames = [(samples - kernel) // stride + 1]
-        for size, step in following:
-            frames.append((frames[-1] - size) // step + 1)
-        if frames[-1] < 1:
+        samples = waveform.shape[1]
+        frames = self._frames(samples)[-1]
+        if frames < 1:
             raise ValueError(f"{samples} samples are too few for one frame of these convolutions; pad the waveform")
+        if waveform.device.type != "cpu" or torch.is_grad_enabled() or _norm_over_time(self.conv_layers):
+            return self._as_gemms(waveform)
+        # Without gradients a CPU takes some frames at a time, whose layers stay in its cache and in memory that is
+        # already its own.
+        hop, field = 1, 1
+        for size, step in self.shapes:
+            field += (size - 1) * hop
+            hop *= step
+        at_once = max(1, FRAMES_AT_ONCE // len(waveform))
+        parts = []
+        for begin in range(0, frames, at_once):
+            last = min(begin + at_once, frames) - 1
+            parts.append(self._as_gemms(waveform[:, begin * hop : last * hop + field]))
+        return torch.cat(parts, 2)
+
+    def _frames(self, samples: int) -> list[int]:
+        """Frames that every layer makes of a clip."""
+        frames = []
+        for size, step in self.shapes:
+            samples = (samples - size) // step + 1
+            frames.append(samples)
+        return frames
+
+    def _as_gemms(self, waveform: Tensor) -> Tensor:
+        batch, samples = waveform.shape
+        frames = self._frames(samples)
+        (kernel, stride), *following = self.shapes
         total = math.prod(step for _, step in following)
         rows = -(-frames[0] // total) * total
         waveform = F.pad(waveform, (0, (rows - 1) * stride + kernel - samples))
@@ -154,9 +178,17 @@ class ConvolutionStack(nn.Module):
         return x.unflatten(0, (batch, -1))[:, : frames[-1]].transpose(1, 2)
 
 
+FRAMES_AT_ONCE = 128  # of all clips of a batch together: 8,192 rows of the first layer, 16 MB
+
+
+def _norm_over_time(layers: Any) -> bool:
+    """Whether a frame depends on more than its own samples."""
+    return isinstance(getattr(layers[0], "layer_norm", None), nn.GroupNorm)
+
+
 def _gemms_pay(waveform: Tensor, layers: Any) -> bool:
     """Whether the layers run as GEMMs: not on a CPU with a GroupNorm, where the libraries' convolutions are faster."""
-    return waveform.device.type != "cpu" or not isinstance(getattr(layers[0], "layer_norm", None), nn.GroupNorm)
+    return waveform.device.type != "cpu" or not _norm_over_time(layers)
 
 
 def _norm_gelu(

@@ -5,7 +5,8 @@
 The bias of a head is a Toeplitz matrix, 2T - 1 numbers, times one gate a row, so it never has to exist as a matrix: the
 Triton engine (`fastclap.kernels.toeplitz_attention_triton`) forms it tile by tile inside a flash-attention kernel,
 forward and backward. The torch engine writes it out, [B, H, T, T] in the dtype of q, and hands it to torch's
-scaled_dot_product_attention; it is for CPUs, GPUs before sm_80, float64 and heads wider than 128.
+scaled_dot_product_attention; it is for CPUs, GPUs before sm_80, float64 and heads wider than 128. Without gradients on
+a CPU it writes out one head at a time.
 
 Dropout of the Triton engine comes from a counter, not from a stream: whether a probability is kept is a function of a
 seed and of (b, h, i, j), written out in `dropout_mask`, so every tile of every kernel finds the same answer for itself.
@@ -37,6 +38,8 @@ ONCE = (
 )
 
 Gradients = tuple["Tensor | None", ...]
+
+HEADS_ALONE = 192  # queries from which on, without gradients on a CPU, a head by itself is faster than all together
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,6 +245,11 @@ def _float32_precision() -> str:
 def _torch_engine(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None, dropout: float, scale: float
 ) -> Tensor:
+    inputs = (q, k, v, table, gate)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    alone_pays = q.device.type == "cpu" and q.shape[2] >= HEADS_ALONE and not torch.compiler.is_compiling()
+    if alone_pays and not differentiable and not dropout:
+        return _head_by_head(*inputs, lengths, scale)
     length = q.shape[2]
     padded = -(-length // MASK_ALIGNMENT) * MASK_ALIGNMENT
     bias = (gate[..., None] * toeplitz(table, padded)).to(q.dtype)[..., :length]
@@ -253,6 +261,25 @@ def _torch_engine(
         bias = bias.masked_fill_(beyond, -math.inf)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
     return out if lengths is None else out.where(some, 0.0)
+
+
+def _head_by_head(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None, scale: float
+) -> Tensor:
+    """The torch engine without gradients on a CPU: the scores of one head at a time, which fit the cache."""
+    batch, heads, length, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_zeros(batch, length, heads, v.shape[-1]).transpose(1, 2)
+    # row r of the table's windows is the bias of query T - 1 - r: a view, where that of query r would be a copy
+    bias = table.to(wide).unfold(1, length, 1)
+    gate, q = gate.to(wide).flip(2), (q.to(wide) * scale).flip(2)
+    with torch.autocast("cpu", enabled=False):
+        for row, keys in enumerate([length] * batch if lengths is None else lengths.tolist()):
+            for head in range(heads if keys else 0):
+                scores = bias[head, :, :keys] * gate[row, head, :, None]
+                scores += F.linear(q[row, head], k[row, head, :keys].to(wide))
+                out[row, head] = torch.mm(scores.softmax(1), v[row, head, :keys].to(wide)).flip(0)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

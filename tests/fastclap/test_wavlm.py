@@ -222,7 +222,7 @@ def families() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(("name", "options"), families())
-def test_convolutions_of_the_family(name: str, options: dict[str, Any]) -> None:
+def test_convolutions_of_the_family(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoConfig, AutoModel
 
     torch.manual_seed(0)
@@ -243,6 +243,10 @@ def test_convolutions_of_the_family(name: str, options: dict[str, Any]) -> None:
         (out * weight).sum().backward()
         assert audio.grad is not None and again.grad is not None
         assert_close_rel("waveform gradient", audio.grad, again.grad, 1e-10)
+        for at_once in (1, 12, 1000):  # without gradients some frames are taken at a time
+            monkeypatch.setattr(wavlm, "FRAMES_AT_ONCE", at_once)
+            with torch.no_grad():
+                assert_close_rel(f"{at_once} at once", expected.detach(), model.feature_extractor(audio), 1e-10)
     model.feature_extractor._freeze_parameters()
     assert not any(parameter.requires_grad for parameter in model.feature_extractor.parameters())
 

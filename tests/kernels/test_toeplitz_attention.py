@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastclap.kernels import dispatch
 from fastclap.kernels.toeplitz_attention import (
+    HEADS_ALONE,
     dropout_mask,
     gated_toeplitz_attention,
     gated_toeplitz_attention_reference,
@@ -54,6 +55,22 @@ def test_torch_engine_matches_float64(length: int) -> None:
         out = gated_toeplitz_attention(*x.leaves, lengths)
         assert out.dtype == dtype
         check(f"{dtype}, {length}", x, out, reference(x, lengths), tol)
+
+
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_torch_engine_without_gradients(dtype: torch.dtype, tol: float) -> None:
+    length = HEADS_ALONE + 7
+    x = case(3, 2, length, 24, dtype, torch.promote_types(dtype, torch.float32))
+    for lengths in (None, torch.tensor([length, 11, 0])):
+        expected = reference(x, lengths)[0]
+        for autocast in (False, True):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out = gated_toeplitz_attention(*x.leaves, lengths)
+            given = torch.bfloat16 if autocast and dtype != torch.float64 else dtype
+            assert out.dtype == given and out.transpose(1, 2).is_contiguous()
+            assert_close_rel(f"{lengths}", expected, out, tol if given == dtype else 3e-2)
+        with_gradients = gated_toeplitz_attention(*x.leaves, lengths)
+        assert_close_rel("with gradients", expected, with_gradients.detach(), tol)
 
 
 def test_bias_is_that_of_attention_with_a_written_out_mask() -> None:
