@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from fastclap.config import FORMAT_VERSION, CLAPConfig
@@ -123,7 +124,8 @@ class DualEncoder(nn.Module):
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            with torch.inference_mode(), fast_products(self.device):
+            # weights that a parametrization computes, such as WavLM's positional convolution, are computed once
+            with torch.inference_mode(), fast_products(self.device), parametrize.cached():
                 yield
         finally:
             for module, training in modes:
