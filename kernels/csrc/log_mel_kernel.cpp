@@ -240,23 +240,19 @@ INLINE void finish_part(const Tables &t, V *z, int part) {
 
 // ---- logarithm ----
 
-// log_scale * ln(x) for x > 0 normal; infinities and NaNs are passed on. Polynomial of Cephes' logf (S. Moshier).
-INLINE V scaled_log(V x, const Tables &tables) {
+// log_scale * ln(x) for x > 0 normal; infinities and NaNs are passed on. Polynomial of Cephes' logf (S. Moshier), its
+// terms paired as by Estrin: a chain of nine would keep the processor waiting.
+INLINE V scaled_log(V x, float log_scale, float log2_high, float log2_low) {
     const U bits = reinterpret_cast<U>(x);
     const I exponent = reinterpret_cast<I>(bits - 0x3f3504f3u) >> 23;  // the mantissa lies in [sqrt(1/2), sqrt(2))
     const V f = reinterpret_cast<V>(bits - (reinterpret_cast<U>(exponent) << 23)) - 1.0f;
     const V e = __builtin_convertvector(exponent, V);
-    V p = f * 7.0376836292e-2f - 1.1514610310e-1f;
-    p = p * f + 1.1676998740e-1f;
-    p = p * f - 1.2420140846e-1f;
-    p = p * f + 1.4249322787e-1f;
-    p = p * f - 1.6668057665e-1f;
-    p = p * f + 2.0000714765e-1f;
-    p = p * f - 2.4999993993e-1f;
-    p = p * f + 3.3333331174e-1f;
-    const V square = f * f;
+    const V square = f * f, fourth = square * square;
+    const V low = (f * -1.6668057665e-1f + 2.0000714765e-1f) * square + (f * -2.4999993993e-1f + 3.3333331174e-1f);
+    const V high = (f * -1.1514610310e-1f + 1.1676998740e-1f) * square + (f * -1.2420140846e-1f + 1.4249322787e-1f);
+    const V p = (fourth * 7.0376836292e-2f + high) * fourth + low;
     const V mantissa = f + (p * f - 0.5f) * square;
-    const V value = (mantissa * tables.log_scale + e * tables.log2_low) + e * tables.log2_high;
+    const V value = (mantissa * log_scale + e * log2_low) + e * log2_high;
     return x <= 3.402823466e38f ? value : x;
 }
 
@@ -458,6 +454,10 @@ Range frames(const Tables &t, const Sample *clip, std::int64_t length, std::int6
     Sample *edges = reinterpret_cast<Sample *>(mels + round_up(t.n_mels));
     const int padded = round_up(t.win_length);
     const float nan = __builtin_nanf("");
+    // Copies, which no store to memory can change.
+    const float floor = t.floor, log_scale = t.log_scale, log2_high = t.log2_high, log2_low = t.log2_low;
+    const float mean = t.mean, inverse_std = t.inverse_std;
+    const bool clamp = t.clamp;
     V maximum = splat(-__builtin_inff());
     I nans = {};
     for (std::int64_t done = 0; done < count; done += W) {
@@ -495,11 +495,11 @@ Range frames(const Tables &t, const Sample *clip, std::int64_t length, std::int6
         const I finite = (constant < 0.0f ? -constant : constant) <= 3.402823466e38f;
         mel_energies(t, z, mels);
         for (int m = 0; m < t.n_mels; ++m) {
-            V value = scaled_log(mels[m] < t.floor ? splat(t.floor) : mels[m], t);
+            V value = scaled_log(mels[m] < floor ? splat(floor) : mels[m], log_scale, log2_high, log2_low);
             value = finite ? value : splat(nan);
-            mels[m] = t.clamp ? value : (value - t.mean) * t.inverse_std;
+            mels[m] = clamp ? value : (value - mean) * inverse_std;
         }
-        if (t.clamp)
+        if (clamp)
             for (int m = 0; m < t.n_mels; ++m) {
                 maximum = mels[m] > maximum ? mels[m] : maximum;
                 nans |= mels[m] != mels[m];
