@@ -9,8 +9,10 @@ before and after a fork and from several threads at once.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
+import mmap
 import multiprocessing
 import os
 import sys
@@ -96,6 +98,45 @@ def simd_paths() -> tuple[str, ...]:
     if library is None:
         return ()
     return tuple(name for name in ("avx512", "avx2", "portable") if library.fastclap_simd_supported(_SIMD[name]))
+
+
+_PAGE = 2 << 20
+_KEPT_BLOCKS, _KEPT_BYTES = 4, 128 << 20
+_kept: list[mmap.mmap] = []  # memory of features that were dropped, for the next ones
+
+
+def _memory(*shape: int) -> Tensor:
+    """An uninitialised float32 tensor.
+
+    The system takes longer to hand out a new page of 4 KB than the engine to fill it, and torch asks for new ones
+    wherever a loop drops its last features after it has the next. So features of more than 2 MB lie in pages of that
+    size, and some that are dropped leave their memory to the next ones.
+    """
+    count = math.prod(shape)
+    size = -(-4 * count // _PAGE) * _PAGE
+    if size < 2 * _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=torch.float32)
+    block = None
+    for kept in list(_kept):
+        if size + _PAGE <= len(kept) <= 2 * size + _PAGE:
+            with contextlib.suppress(ValueError):  # another thread was faster
+                _kept.remove(kept)
+                block = kept
+                break
+    if block is None:
+        block = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            block.madvise(mmap.MADV_HUGEPAGE)
+    owner = (ctypes.c_char * len(block)).from_buffer(block)  # lives as long as the tensor's memory is in use
+    weakref.finalize(owner, _keep, block).atexit = False
+    offset = -ctypes.addressof(owner) % _PAGE
+    return torch.frombuffer(owner, dtype=torch.float32, count=count, offset=offset).view(shape)
+
+
+def _keep(block: mmap.mmap) -> None:
+    _kept.append(block)
+    while len(_kept) > _KEPT_BLOCKS or sum(map(len, _kept)) > _KEPT_BYTES:
+        del _kept[0]
 
 
 _IMPORTED_BY = os.getpid()
@@ -259,7 +300,7 @@ def log_mel_native(
         lengths, frame_lengths = torch.full((batch,), samples), torch.full((batch,), frames)
     else:
         lengths, frame_lengths = lengths.contiguous(), spec.frame_lengths(lengths)
-    features = torch.empty(batch, spec.num_frames or frames, spec.n_mels, dtype=torch.float32)
+    features = _memory(batch, spec.num_frames or frames, spec.n_mels)
     message = ctypes.create_string_buffer(_MESSAGE_SIZE)
     code = library.fastclap_log_mel_run(
         plan.handle,

@@ -17,10 +17,6 @@
 #include <thread>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "fastclap_native.h"
 #include "log_mel_kernel.h"
 
@@ -43,6 +39,10 @@ namespace {
 constexpr std::int64_t kTaskFrames = 128;  // a multiple of every lane count
 constexpr std::int64_t kTasksPerThread = 8;   // at least: 120 us of work or more
 constexpr int kMaxThreads = 256;
+#if !defined(FASTCLAP_STREAMED)
+#define FASTCLAP_STREAMED (1 << 20)
+#endif
+constexpr std::int64_t kStreamed = FASTCLAP_STREAMED;  // so many features are not worth their place in the caches
 constexpr double pi = 3.14159265358979323846;
 
 __attribute__((format(printf, 4, 5))) int fail(int code, char *message, std::int64_t size, const char *format, ...) {
@@ -237,25 +237,13 @@ Range make_rows(const fastclap_log_mel_plan &plan, const Batch &batch, std::int6
     Range range = {-std::numeric_limits<float>::infinity(), false};
     if (valid > 0)
         range = plan.kernel->frames(t, batch.waveform + clip * batch.stride * sample_size, batch.is_int16,
-                                    batch.lengths[clip], first, valid, out, scratch);
+                                    batch.lengths[clip], first, valid, out,
+                                    batch.clips * batch.frames * t.n_mels >= kStreamed, scratch);
     if (valid < rows) {
         std::fill(out + valid * t.n_mels, out + rows * t.n_mels, plan.padding);
         range.maximum = std::max(range.maximum, plan.padding);
     }
     return range;
-}
-
-// Features are as a rule fresh memory. In pages of 4 KB, mapping and clearing it adds a third to the time of the whole
-// call; so whatever lies in whole pages of 2 MB asks for those.
-void ask_for_huge_pages(float *values, std::size_t count) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr std::uintptr_t page = std::uintptr_t{2} << 20;
-    const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(values), end = begin + count * sizeof(float);
-    const std::uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-    if (first < last) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);  // or not: the same values
-#else
-    (void)values, (void)count;
-#endif
 }
 
 int run(const fastclap_log_mel_plan &plan, const Batch &batch, int threads, fastclap_team team, char *message,
@@ -274,7 +262,6 @@ int run(const fastclap_log_mel_plan &plan, const Batch &batch, int threads, fast
     const auto release = [=](float *p) { ::operator delete(p, cache_line); };
     const std::unique_ptr<float, decltype(release)> owner(scratch, release);
 
-    ask_for_huge_pages(batch.features, static_cast<std::size_t>(batch.clips * batch.frames) * plan.tables.n_mels);
     const bool clamp = plan.tables.clamp;
     std::vector<Range> ranges(static_cast<std::size_t>(clamp ? tasks : 0));
     std::vector<std::atomic<std::int64_t>> unfinished(static_cast<std::size_t>(clamp ? batch.clips : 0));

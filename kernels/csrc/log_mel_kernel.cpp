@@ -9,6 +9,10 @@
 
 #include <utility>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define FASTCLAP_LANES 16
 #define FASTCLAP_KERNEL kernel_avx512
@@ -56,6 +60,19 @@ INLINE V load(const std::int16_t *p) {
 }
 
 INLINE void store(float *p, V v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// To an aligned address, past the caches where the processor can.
+INLINE void store_streaming(float *p, V v) {
+#if FASTCLAP_LANES == 16
+    _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif FASTCLAP_LANES == 8
+    _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#elif defined(__SSE2__)
+    _mm_stream_ps(p, reinterpret_cast<__m128>(v));
+#else
+    store(p, v);
+#endif
+}
 
 // ---- transposition ----
 
@@ -448,7 +465,7 @@ INLINE void mel_energies(const Tables &t, const V *z, V *mels) {
 
 template <class Sample>
 Range frames(const Tables &t, const Sample *clip, std::int64_t length, std::int64_t first, std::int64_t count,
-             float *rows, float *scratch) {
+             float *rows, bool stream, float *scratch) {
     V *z = reinterpret_cast<V *>(scratch);
     V *mels = z + round_up(t.n_fft);
     Sample *edges = reinterpret_cast<Sample *>(mels + round_up(t.n_mels));
@@ -458,6 +475,7 @@ Range frames(const Tables &t, const Sample *clip, std::int64_t length, std::int6
     const float floor = t.floor, log_scale = t.log_scale, log2_high = t.log2_high, log2_low = t.log2_low;
     const float mean = t.mean, inverse_std = t.inverse_std;
     const bool clamp = t.clamp;
+    stream &= !clamp && t.n_mels % W == 0 && reinterpret_cast<std::uintptr_t>(rows) % sizeof(V) == 0;
     V maximum = splat(-__builtin_inff());
     I nans = {};
     for (std::int64_t done = 0; done < count; done += W) {
@@ -478,7 +496,7 @@ Range frames(const Tables &t, const Sample *clip, std::int64_t length, std::int6
             copy_frame(t, clip, length, start, edges + l * padded, padded);
             frame[l] = edges + l * padded;
         }
-        for (std::int64_t i = 0; i < valid * t.n_mels; i += kCacheLine / sizeof(float))
+        for (std::int64_t i = 0; i < (stream ? 0 : valid * t.n_mels); i += kCacheLine / sizeof(float))
             __builtin_prefetch(rows + done * t.n_mels + i, 1, 2);
         load_frames(t, frame, in_place, z);
         if (t.stage_count) run_stage(z, 1, t.stages[0]);
@@ -509,7 +527,9 @@ Range frames(const Tables &t, const Sample *clip, std::int64_t length, std::int6
             for (int i = 0; i < W; ++i) r[i] = mels[m + i];
             transpose(r);
             float *out = rows + done * t.n_mels + m;
-            if (valid == W && m + W <= t.n_mels) {
+            if (stream) {
+                for (int l = 0; l < valid; ++l) store_streaming(out + l * t.n_mels, r[l]);
+            } else if (valid == W && m + W <= t.n_mels) {
                 for (int l = 0; l < W; ++l) store(out + l * t.n_mels, r[l]);
             } else {
                 const int width = t.n_mels - m < W ? t.n_mels - m : W;
@@ -517,6 +537,9 @@ Range frames(const Tables &t, const Sample *clip, std::int64_t length, std::int6
             }
         }
     }
+#if defined(__SSE2__)
+    if (stream) _mm_sfence();  // other threads see these rows as soon as they see that the task is done
+#endif
     Range range = {maximum[0], nans[0] != 0};
     for (int l = 1; l < W; ++l) {
         range.maximum = maximum[l] > range.maximum ? maximum[l] : range.maximum;
@@ -526,9 +549,10 @@ Range frames(const Tables &t, const Sample *clip, std::int64_t length, std::int6
 }
 
 Range frames(const Tables &t, const void *clip, bool is_int16, std::int64_t length, std::int64_t first,
-             std::int64_t count, float *rows, float *scratch) {
-    return is_int16 ? frames(t, static_cast<const std::int16_t *>(clip), length, first, count, rows, scratch)
-                    : frames(t, static_cast<const float *>(clip), length, first, count, rows, scratch);
+             std::int64_t count, float *rows, bool stream, float *scratch) {
+    if (is_int16)
+        return frames(t, static_cast<const std::int16_t *>(clip), length, first, count, rows, stream, scratch);
+    return frames(t, static_cast<const float *>(clip), length, first, count, rows, stream, scratch);
 }
 
 void finish(const Tables &t, float *values, std::int64_t count, float low) {

@@ -64,9 +64,10 @@ struct Kernel {
     // Floats of 64-byte-aligned scratch memory that one call of `frames` needs.
     std::size_t (*scratch_size)(const Tables &);
     // Log-mel of frames [first, first + count) of a clip of `length` >= 1 samples into rows of n_mels; normalised,
-    // unless `clamp` is set: then it is left to `finish`. Returns the range of the log-mel values.
+    // unless `clamp` is set: then it is left to `finish`. `stream`: past the caches where alignment allows it, which
+    // spares reading what will be overwritten. Returns the range of the log-mel values.
     Range (*frames)(const Tables &, const void *clip, bool is_int16, std::int64_t length, std::int64_t first,
-                    std::int64_t count, float *rows, float *scratch);
+                    std::int64_t count, float *rows, bool stream, float *scratch);
     // max(value, low), then normalise. A NaN `low` makes all values NaN.
     void (*finish)(const Tables &, float *values, std::int64_t count, float low);
 };

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -336,6 +337,47 @@ def test_threads_do_not_change_the_result(preset: str) -> None:
     one, _ = log_mel_native(waveform, lengths, PRESETS[preset], threads=1)
     for threads in (-1, 2, 5, 10**6):
         assert torch.equal(log_mel_native(waveform, lengths, PRESETS[preset], threads=threads)[0], one)
+
+
+@needs_library
+@every_path
+@pytest.mark.parametrize("preset", ["whisper", "kaldi"])
+def test_a_batch_larger_than_the_caches_is_its_clips(preset: str, simd: str) -> None:
+    waveform = noise(16, 160000)  # 5 MB of features
+    lengths = torch.randint(0, 160001, (16,), generator=torch.Generator().manual_seed(0))
+    for threads in (1, 3):
+        features, _ = log_mel_native(waveform, lengths, PRESETS[preset], simd=simd, threads=threads)
+        for clip, length, row in zip(waveform, lengths, features, strict=True):
+            alone, _ = log_mel_native(clip[None], length[None], PRESETS[preset], simd=simd)
+            assert torch.equal(row, alone[0])
+
+
+@needs_library
+def test_memory_of_large_features_is_used_again_but_never_while_it_is_in_use(tmp_path: Path) -> None:
+    waveform = noise(16, 160000)
+    first, _ = log_mel_native(waveform, None, PRESETS["kaldi"])
+    before = first.clone()
+    second, _ = log_mel_native(2 * waveform, None, PRESETS["kaldi"])
+    assert torch.equal(first, before) and not torch.equal(first, second)
+    part, address = second[3, :5], second.data_ptr()
+    values = part.clone()
+    del second
+    third, _ = log_mel_native(3 * waveform, None, PRESETS["kaldi"])
+    assert third.data_ptr() != address and torch.equal(part, values)  # a view keeps the memory
+    del part
+    fourth, _ = log_mel_native(waveform, None, PRESETS["kaldi"])
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert fourth.data_ptr() == address
+    torch.save(fourth, tmp_path / "features.pt")
+    assert (tmp_path / "features.pt").stat().st_size < 4 * fourth.numel() + 10_000
+    assert torch.equal(torch.load(tmp_path / "features.pt"), first)
+    fourth += 1  # memory like any other
+    assert torch.equal(fourth, first + 1)
+    del first, third, fourth
+    kept = [log_mel_native(waveform, None, PRESETS["kaldi"])[0] for _ in range(2 * native._KEPT_BLOCKS)]
+    assert len({x.data_ptr() for x in kept}) == len(kept)
+    del kept
+    assert len(native._kept) <= native._KEPT_BLOCKS and sum(map(len, native._kept)) <= native._KEPT_BYTES
 
 
 @needs_library
