@@ -32,6 +32,7 @@ LIBRARY_VARIABLE = "FASTCLAP_NATIVE_LIBRARY"
 _LIBRARY_NAME = "libfastclap_native.dylib" if sys.platform == "darwin" else "libfastclap_native.so"
 
 # Values of fastclap_native.h.
+_INTERFACE = 2
 _SIMD = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3}
 _INVALID, _UNSUPPORTED = 1, 2
 _EDGE = {"snip_edges": 0, "center": 1, "no_snip_edges": 2}
@@ -66,6 +67,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         path = found[0]
     try:
         library = ctypes.CDLL(str(path.resolve()))
+        if library.fastclap_interface() != _INTERFACE:
+            return None, f"{path} was built from other sources than these; install fastclap again"
         pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         message = (ctypes.c_char_p, int64)
         library.fastclap_simd_supported.argtypes = (int32,)

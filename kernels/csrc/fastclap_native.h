@@ -41,6 +41,10 @@ typedef struct {
 
 typedef struct fastclap_log_mel_plan fastclap_log_mel_plan;
 
+/* Changes with this file, so that a caller can tell a library that was built from another one. */
+enum { FASTCLAP_INTERFACE = 2 };
+FASTCLAP_API int fastclap_interface(void);
+
 /* Whether this processor and operating system run a FASTCLAP_SIMD_* path (1 or 0). */
 FASTCLAP_API int fastclap_simd_supported(int simd);
 

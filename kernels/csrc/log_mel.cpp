@@ -307,6 +307,8 @@ int run(const fastclap_log_mel_plan &plan, const Batch &batch, int threads, fast
 
 }  // namespace
 
+int fastclap_interface(void) { return FASTCLAP_INTERFACE; }
+
 int fastclap_simd_supported(int simd) {
     switch (simd) {
         case FASTCLAP_SIMD_AUTO:

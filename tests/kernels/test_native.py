@@ -509,6 +509,14 @@ def test_without_the_library_it_says_so_once(
 
 
 @needs_library
+@pytest.mark.usefixtures("fresh_loader")
+def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_INTERFACE", native._INTERFACE + 1)
+    assert not native.available()
+    assert "was built from other sources than these; install fastclap again" in native.description()
+
+
+@needs_library
 def test_more_front_ends_than_plans_are_kept() -> None:
     waveform = noise(1, 2000)
     first, _ = log_mel_native(waveform, None, PRESETS["whisper"])
