@@ -4,9 +4,9 @@
 
 For one thread and for two, and for each front-end: one call of every engine in turn on the same batch, until the time
 is up. Per 10 s clip: the median and the middle 80 % of the wall times, and the least processor time of all threads,
-which counts where something else is running. The C++ engine allocates its features in the call, as the others do. Says
-where torchaudio's time goes by running its stages one at a time on kept inputs. Writes speed.json and speed.md. Exit
-status 1 if a target is missed.
+which counts where something else is running. The C++ engine allocates its features in the call, as the others do, and
+as ever gets the memory of those that were dropped before. Says where torchaudio's time goes by running its stages one
+at a time on kept inputs. Writes speed.json and speed.md. Exit status 1 if a target is missed.
 """
 
 from __future__ import annotations
