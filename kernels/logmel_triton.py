@@ -503,26 +503,21 @@ def _second_stage(
     HALF: tl.constexpr = N // 2
     cosines = ()
     sines = ()
-    for k in tl.static_range(HALF):
-        if k == 0 and not ODD:
-            cosines = cosines + (rows[0] * scale,)
-            sines = sines + (rows[N] * scale,)
-        else:
-            at = twiddles + (STEP * k + ODD - 1) * (2 * LANES) + lane
-            cos = tl.load(at) * scale
-            sin = tl.load(at + LANES) * scale
-            cosines = cosines + (rows[k] * cos - rows[N + HALF + k] * sin,)
-            sines = sines + (rows[N + k] * cos - rows[HALF + k] * sin,)
-    for k in tl.static_range(HALF):
-        if k == 0 and not ODD:
-            cosines = cosines + (rows[0] * scale,)
-            sines = sines + (rows[N] * scale,)
-        else:
-            at = twiddles + (STEP * k + ODD - 1) * (2 * LANES) + lane
-            cos = tl.load(at) * scale
-            sin = tl.load(at + LANES) * scale
-            cosines = cosines + (rows[HALF + k] * cos + rows[N + k] * sin,)
-            sines = sines + (rows[N + HALF + k] * cos + rows[k] * sin,)
+    for imaginary in tl.static_range(2):
+        for k in tl.static_range(HALF):
+            if k == 0 and not ODD:
+                cosines = cosines + (rows[0] * scale,)
+                sines = sines + (rows[N] * scale,)
+            else:
+                at = twiddles + (STEP * k + ODD - 1) * (2 * LANES) + lane
+                cos = tl.load(at) * scale
+                sin = tl.load(at + LANES) * scale
+                if imaginary:
+                    cosines = cosines + (rows[HALF + k] * cos + rows[N + k] * sin,)
+                    sines = sines + (rows[N + HALF + k] * cos + rows[k] * sin,)
+                else:
+                    cosines = cosines + (rows[k] * cos - rows[N + HALF + k] * sin,)
+                    sines = sines + (rows[N + k] * cos - rows[HALF + k] * sin,)
     at = dft + tl.arange(0, COLS)[:, None] * (2 * LANES) + tl.arange(0, 2 * LANES)[None, :]
     PLANES: tl.constexpr = 4 * COLS * LANES
     cosines = _add_transformed(at, _side_by_side(cosines, LANES, BM), sums[0], LANES, COLS)
