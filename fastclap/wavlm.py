@@ -134,7 +134,7 @@ class ConvolutionStack(nn.Module):
         if frames < 1:
             raise ValueError(f"{samples} samples are too few for one frame of these convolutions; pad the waveform")
         if waveform.device.type != "cpu" or torch.is_grad_enabled() or _norm_over_time(self.conv_layers):
-            return self._as_gemms(waveform)
+            return self._as_gemms(waveform).transpose(1, 2)
         # Without gradients a CPU takes some frames at a time, whose layers stay in its cache and in memory that is
         # already its own.
         hop, field = 1, 1
@@ -146,7 +146,7 @@ class ConvolutionStack(nn.Module):
         for begin in range(0, frames, at_once):
             last = min(begin + at_once, frames) - 1
             parts.append(self._as_gemms(waveform[:, begin * hop : last * hop + field]))
-        return torch.cat(parts, 2)
+        return torch.cat(parts, 1).transpose(1, 2)
 
     def _frames(self, samples: int) -> list[int]:
         """Frames that every layer makes of a clip."""
@@ -156,7 +156,7 @@ class ConvolutionStack(nn.Module):
             frames.append(samples)
         return frames
 
-    def _as_gemms(self, waveform: Tensor) -> Tensor:
+    def _as_gemms(self, waveform: Tensor) -> Tensor:  # [B, frames, channels]
         batch, samples = waveform.shape
         frames = self._frames(samples)
         (kernel, stride), *following = self.shapes
@@ -175,7 +175,7 @@ class ConvolutionStack(nn.Module):
                 low = torch.get_autocast_dtype(x.device.type)
                 x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
             x = _norm_gelu(layer, _RowConvolution.apply(x, weight, bias, step), batch, count)
-        return x.unflatten(0, (batch, -1))[:, : frames[-1]].transpose(1, 2)
+        return x.unflatten(0, (batch, -1))[:, : frames[-1]]
 
 
 FRAMES_AT_ONCE = 128  # of all clips of a batch together: 8,192 rows of the first layer, 16 MB
