@@ -138,8 +138,9 @@ def _memory(*shape: int) -> Tensor:
 
 def _keep(block: mmap.mmap) -> None:
     _kept.append(block)
-    while len(_kept) > _KEPT_BLOCKS or sum(map(len, _kept)) > _KEPT_BYTES:
-        del _kept[0]
+    with contextlib.suppress(IndexError):  # another thread was faster
+        while len(_kept) > _KEPT_BLOCKS or sum(map(len, _kept)) > _KEPT_BYTES:
+            del _kept[0]
 
 
 _IMPORTED_BY = os.getpid()
