@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +18,6 @@ from fastclap.console import make_table, pick_device, print_json, progress
 from fastclap.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fastclap.model import CLAP
 
 
@@ -206,37 +203,33 @@ def _search(arguments: Search) -> int:
     index = load_index(arguments.index)
     check_same_model(index, fingerprint(model), arguments.index)
     reading = time.perf_counter() - start
-    encode: Callable[[list[str]], Tensor] = model.embed_text if arguments.audio is None else model.embed_audio
-    for asked in _queries(arguments.query or "") if arguments.audio is None else [arguments.audio]:
+    for asked in [str(arguments.audio)] if arguments.query is None else _queries(arguments.query):
         start = time.perf_counter()
-        query = encode([asked])
+        query = model.embed_audio([asked]) if arguments.query is None else model.embed_text([asked])
         check_finite(query, ["the query"])
         found = search(index, query, arguments.k, engine=arguments.engine)[0]
         answering = time.perf_counter() - start
-        if arguments.json:
-            result = {
-                "model": arguments.model,
-                "index": arguments.index,
-                "query": asked,
-                "rows": len(index.names),
-                "found": found,
-                "time": {
-                    "loading_seconds": round(loading, 3),
-                    "reading_seconds": round(reading, 4),
-                    "query_seconds": round(answering, 4),
-                },
-            }
-            if arguments.query == "-":  # a line an answer
-                print(json.dumps(result, ensure_ascii=False), flush=True)
-            else:
-                print_json(result)
+        if not arguments.json:
+            table = make_table(f"Nearest to {asked!r}, of {len(index.names)}", "rank")
+            table.add_column("cosine", justify="right")
+            table.add_column("clip or caption", overflow="fold")
+            for row in found:
+                table.add_row(str(row["rank"]), f"{row['score']:.3f}", _plain(row.get("path", row.get("text", ""))))
+            _print_table(table, f"{answering:.3f} s, model and index in memory")
             continue
-        table = make_table(f"Nearest to {asked!r}, of {len(index.names)}", "rank")
-        table.add_column("cosine", justify="right")
-        table.add_column("clip or caption", overflow="fold")
-        for row in found:
-            table.add_row(str(row["rank"]), f"{row['score']:.3f}", _plain(row.get("path", row.get("text", ""))))
-        _print_table(table, f"{answering:.3f} s, model and index in memory")
+        result = {
+            "model": arguments.model,
+            "index": arguments.index,
+            "query": asked,
+            "rows": len(index.names),
+            "found": found,
+            "time": {
+                "loading_seconds": round(loading, 3),
+                "reading_seconds": round(reading, 4),
+                "query_seconds": round(answering, 4),
+            },
+        }
+        print_json(result, lines=arguments.query == "-")
     return 0
 
 

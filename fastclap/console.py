@@ -70,9 +70,9 @@ def pick_device(name: str) -> str:
     return name
 
 
-def print_json(result: Any) -> None:
-    """What ``--json`` puts on stdout."""
-    print(json.dumps(result, indent=1, ensure_ascii=False))
+def print_json(result: Any, *, lines: bool = False) -> None:
+    """What ``--json`` puts on stdout; one of several results is a line each, seen at once."""
+    print(json.dumps(result, indent=None if lines else 1, ensure_ascii=False), flush=lines)
 
 
 def make_table(title: str, first: str) -> Table:
