@@ -1,8 +1,9 @@
 """Clocks, memory and time limits that every benchmark shares.
 
-On a GPU a call is timed by device events around it and waited for; on a CPU by the wall clock. Forms to compare run in
-turn within one loop, so that all of them see the same machine, and each call of a form takes the next of several sets
-of inputs that together are larger than the L2 cache.
+On a GPU a call is timed by device events around it, behind a wait that the device is given first: by the time it ends
+the host has queued the whole call, so what is measured is the device's time, and the host's stands beside it. On a CPU
+it is the wall clock. Forms to compare run in turn within one loop, so that all of them see the same machine, and each
+call of a form takes the next of several sets of inputs that together are larger than the L2 cache.
 """
 
 from __future__ import annotations
@@ -24,30 +25,77 @@ from torch import Tensor
 
 Call = Callable[[], object]
 
+CYCLES_PER_MS = 1_900_000  # of a GPU at about 1.9 GHz; at a lower clock a wait is longer
+LONGEST_WAIT_MS = 50.0
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call: the median, and the range that holds the middle 80 % of the calls."""
+    """Milliseconds a call: the median, and the range that holds the middle 80 % of the calls.
+
+    ``host_ms``: the median until the host had queued a call, where the device's time is measured apart from it.
+    """
 
     median_ms: float
     p10_ms: float
     p90_ms: float
     repeats: int
+    host_ms: float | None = None
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> Timing:
+    def of(cls, samples: Sequence[float], host: Sequence[float] = ()) -> Timing:
         ordered = sorted(samples)
         last = len(ordered) - 1
         low, high = ordered[round(0.1 * last)], ordered[round(0.9 * last)]
         median, low, high = (float(f"{x:.5g}") for x in (statistics.median(ordered), low, high))
-        return cls(median, low, high, len(ordered))
+        return cls(median, low, high, len(ordered), float(f"{statistics.median(host):.4g}") if host else None)
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def queued_ms(call: Call, device: torch.device, wait_ms: float) -> tuple[float, float]:
+    """(ms on the device, ms until the host had queued it) of one call, which the device begins after a wait.
+
+    A wait that is longer than the host needs takes the host's time out of the device's. Where a call waits for the
+    device itself, both hold its turns.
+    """
+    torch.cuda.synchronize(device)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(round(min(wait_ms, LONGEST_WAIT_MS) * CYCLES_PER_MS))
+    begin.record()
+    start = time.perf_counter()
+    call()
+    host_ms = 1e3 * (time.perf_counter() - start)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end), host_ms
+
+
+def host_ms(call: Call, device: torch.device) -> float:
+    """Until the host had queued one call on an idle device."""
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    passed = 1e3 * (time.perf_counter() - start)
+    torch.cuda.synchronize(device)
+    return passed
+
+
+def steady_ms(call: Call, device: torch.device, calls: int) -> float:
+    """A call of several in a row by the wall clock, as a loop takes them: while the device works the host goes on."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - start) / calls
 
 
 def elapsed_ms(call: Call, device: torch.device) -> float:
-    """One call, from an idle device to its last kernel's end."""
+    """One call, from an idle device to its last kernel's end, the host's time included."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
@@ -62,13 +110,27 @@ def elapsed_ms(call: Call, device: torch.device) -> float:
 
 
 def interleaved(
-    calls: Mapping[str, Call], device: torch.device, seconds: float, *, least: int = 3, most: int = 50
+    calls: Mapping[str, Call],
+    device: torch.device,
+    seconds: float,
+    *,
+    least: int = 3,
+    most: int = 50,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Timing]:
     """Times calls that have been warmed up, one of each in turn, for about ``seconds`` in all.
 
     There are ``least`` to ``most`` rounds; past three times the seconds it stops wherever it is, with what it has.
+
+    Args:
+        calls: by name.
+        device: that they work on; on a GPU the times are those of `queued_ms`.
+        seconds: of the loop.
+        least, most: rounds.
+        announce: is told the name of every call before it.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    host: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
     for name, call in itertools.chain.from_iterable(itertools.repeat(calls.items(), most)):
         passed = time.perf_counter() - start
@@ -76,8 +138,15 @@ def interleaved(
         enough = len(samples[name]) == rounds >= least and passed * (rounds + 1) / rounds > seconds
         if enough or (rounds and passed > 3 * seconds):
             break
-        samples[name].append(elapsed_ms(call, device))
-    return {name: Timing.of(values) for name, values in samples.items()}
+        announce(name)
+        if device.type == "cuda":
+            asked = host[name][-1] if host[name] else host_ms(call, device)
+            on_device, on_host = queued_ms(call, device, 1.5 * asked + 0.2)
+            samples[name].append(on_device)
+            host[name].append(on_host)
+        else:
+            samples[name].append(elapsed_ms(call, device))
+    return {name: Timing.of(values, host[name]) for name, values in samples.items()}
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:
@@ -123,9 +192,14 @@ def attempt(call: Callable[[], Any], seconds: float) -> tuple[Any, str | None]:
     except TimeUpError as error:
         reason = f"stopped: {error}"
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = in_words(error)
     release()  # after the exception, which holds the frames and so the tensors
     return None, reason
+
+
+def in_words(error: BaseException) -> str:
+    """An exception in one line of a record."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def release() -> None:

@@ -1,0 +1,1 @@
+"""GPU evidence in lots: `python -m bench.gpu` (see `bench.gpu.__main__`)."""

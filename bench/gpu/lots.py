@@ -1,0 +1,130 @@
+"""The lots, in the order of their worth, and the code that each measures."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+LOSS = ("kernels/contrastive*.py", "fastclap/losses.py")
+LOG_MEL = ("kernels/logmel*.py", "fastclap/features.py")
+TOWERS = ("kernels/toeplitz_attention*.py", "kernels/layer_norm_gelu*.py", "kernels/waveform*.py", "kernels/dispatch.py")
+MODEL = (*TOWERS, "fastclap/wavlm.py", "fastclap/towers.py", "fastclap/packing.py", "fastclap/products.py")
+STEP = (*LOSS, *MODEL, "fastclap/model.py", "fastclap/heads.py", "fastclap/grad_cache.py", "train/objective.py")
+
+
+@dataclass(frozen=True)
+class Lot:
+    """A share of the evidence that fits into four minutes of an H100, from a cold cache.
+
+    Attributes:
+        name: of its record, and on the command line.
+        what: it shows, in a line.
+        stages: "module:function" of a `bench.gpu.run.Run`, each run in a process of its own.
+        forms: names of the kernel forms (`bench.gpu.forms`) that it launches, compiled before anything is timed.
+        seconds: expected on an H100; a record says better.
+        measures: globs of the files whose change makes a record one of other code.
+    """
+
+    name: str
+    what: str
+    stages: tuple[str, ...]
+    forms: tuple[str, ...]
+    seconds: float
+    measures: tuple[str, ...]
+
+    @property
+    def code(self) -> str:
+        """A hash over the files that it measures."""
+        files = sorted({path for pattern in self.measures for path in ROOT.glob(pattern)})
+        digest = hashlib.sha256()
+        for path in files:
+            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+        return digest.hexdigest()[:16]
+
+
+_LOTS = (
+    Lot(
+        "smoke",
+        "every kernel form that another lot launches, once, at odd sizes against float64; ceilings",
+        ("bench.gpu.smoke:ceilings", "bench.gpu.smoke:kernels", "bench.gpu.smoke:positions"),
+        ("",),
+        100,
+        (*LOSS, *LOG_MEL, *MODEL),
+    ),
+    Lot(
+        "tests",
+        "the tests of the kernels and of the training step, on the device",
+        ("bench.gpu.device_tests:device_tests",),
+        (),
+        200,
+        ("kernels/*.py", "fastclap/**/*.py", "train/*.py", "tests/kernels/*.py", "tests/train/*.py"),
+    ),
+    Lot(
+        "step",
+        "a training step of WavLM-Large and XLM-R: the reference as released and tuned, ours, ours compiled",
+        ("bench.gpu.step:small", "bench.gpu.step:larger", "bench.gpu.step:profile"),
+        ("loss ids", "attention step", "layer norm gelu step", "waveform step"),
+        235,
+        STEP,
+    ),
+    Lot(
+        "loss",
+        "InfoNCE beside its peers at D = 768, its stages against their floors, latency as a call and as a graph",
+        ("bench.gpu.loss:main", "bench.gpu.loss:stages", "bench.gpu.loss:latency", "bench.gpu.loss:graphs"),
+        ("loss plain",),
+        220,
+        LOSS,
+    ),
+    Lot(
+        "towers",
+        "attention, LayerNorm + GELU and waveform kernels beside their peers and floors",
+        ("bench.gpu.kernels:towers", "bench.gpu.kernels:tower_graphs"),
+        ("attention", "layer norm gelu", "waveform"),
+        150,
+        TOWERS,
+    ),
+    Lot(
+        "log_mel",
+        "the log-mel front-ends beside their peers and floors",
+        ("bench.gpu.kernels:log_mel", "bench.gpu.kernels:log_mel_graphs"),
+        ("log-mel",),
+        180,
+        LOG_MEL,
+    ),
+    Lot(
+        "train",
+        "fastclap-train at full size from a configuration, on packed synthetic shards",
+        ("bench.gpu.train:train",),
+        ("loss ids", "attention step", "layer norm gelu step", "waveform step"),
+        200,
+        (*STEP, "train/*.py", "fastclap/data/*.py"),
+    ),
+    Lot(
+        "loss_more",
+        "InfoNCE at D = 512 and 1024 and beside the other peers, SigLIP's loss, N = 1,048,576",
+        ("bench.gpu.loss:more", "bench.gpu.loss:sigmoid", "bench.gpu.loss:largest"),
+        ("loss plain", "sigmoid"),
+        235,
+        LOSS,
+    ),
+    Lot(
+        "embed",
+        "embedding clips and captions with a full-size model",
+        ("bench.gpu.embed:embed",),
+        ("attention step", "layer norm gelu step", "waveform step"),
+        100,
+        (*MODEL, "fastclap/model.py", "fastclap/embed.py"),
+    ),
+    Lot(
+        "step_more",
+        "the training step with one optimisation at a time, and open_clip's CLAP beside our log-mel tower",
+        ("bench.gpu.step:ablation", "bench.gpu.step:open_clip"),
+        ("loss ids", "attention step", "layer norm gelu step", "waveform step", "log-mel clap"),
+        235,
+        (*STEP, *LOG_MEL),
+    ),
+)
+LOTS = {lot.name: lot for lot in _LOTS}
