@@ -101,18 +101,18 @@ def _fastclap(loss: Callable[..., Any], backend: str, device: torch.device) -> L
     return functools.partial(loss, backend=backend)
 
 
-def _never_storing(run: Loss) -> Loss:
-    """Takes the way of batches whose exponentials do not fit into memory: less memory, one more pass."""
+def storing(run: Loss, stored: bool) -> Loss:
+    """The fused loss with exponentials stored (3 passes), or formed twice (4 passes, less memory), whatever fits."""
     engine: Any = importlib.import_module("fastclap.kernels.contrastive_triton")
 
-    def lean(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        kept, engine.stores_exponentials = engine.stores_exponentials, lambda *_: False
+    def call(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        kept, engine.stores_exponentials = engine.stores_exponentials, lambda *_: stored
         try:
             return run(a, b, scale)
         finally:
             engine.stores_exponentials = kept
 
-    return lean
+    return call
 
 
 def _compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -222,7 +222,7 @@ def info_nce_peers(device: torch.device, scale: float) -> list[Peer]:
         ),
         load(
             *("fastclap Triton, 4 passes", "fastclap", 4, "never stores exponentials"),
-            lambda: _never_storing(_fastclap(info_nce, "triton", device)),
+            lambda: storing(_fastclap(info_nce, "triton", device), False),
         ),
         load(
             "fastclap torch",

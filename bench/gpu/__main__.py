@@ -7,10 +7,10 @@
     python -m bench.gpu --merge FOLDER               # rows of records that were made elsewhere
     python -m bench.gpu --report                     # the tables and plots of every device from its records
 
-The records are ``bench/records/gpu/<device>/<lot>.json`` (`bench.gpu.record`); ``README.md`` beside them and the tables
-of the project's README are generated from them. The kernels of a lot are compiled first, in parallel, into Triton's
-cache. Then every stage of it runs in a process of its own, watched by this one, which never touches the GPU: a form that
-is absent, raises, hangs or is killed is a row with its reason, and the rest goes on (`bench.gpu.run`).
+The records are ``bench/records/gpu/<device>/<lot>.json`` (`bench.gpu.record`); the ``README.md`` of each folder and the
+tables of the project's README are generated from them. The kernels of a lot are compiled first, in parallel, into
+Triton's cache. Then every stage of it runs in a process of its own, watched by this one, which never touches the GPU: a
+form that is absent, raises, hangs or is killed is a row with its reason, and the rest goes on (`bench.gpu.run`).
 
 Times on the device are taken behind a queued wait or by graph replay, with the host's beside them (`bench.timing`).
 """
@@ -42,7 +42,7 @@ from bench.tables import markdown
 
 RECORDS = ROOT / "bench" / "records" / "gpu"
 LEAST_SECONDS = 20  # a lot is not started with less
-RESERVE = 3  # seconds kept for ending in time
+RESERVE = 10  # seconds kept for ending in time, whatever hangs
 
 
 def commit() -> str | None:
@@ -125,8 +125,6 @@ def plan(out: Path) -> str:
 
 def run_lot(lot: Lot, path: Path, settings: Settings, about: dict[str, Any], seconds: float) -> str:
     """Compiles and runs a lot within so many seconds. Returns how it ended."""
-    from bench.gpu.compiling import compile_forms
-
     start = time.monotonic()
     deadline = start + seconds
     record = Record(path)
@@ -134,6 +132,8 @@ def run_lot(lot: Lot, path: Path, settings: Settings, about: dict[str, Any], sec
     record.begin(lot.name, about["machine"]["device"], lot.code, date=date, **about, budget_s=round(seconds, 1))
     print(f"[{lot.name}] {lot.what}", flush=True)
     if settings.device == "cuda" and lot.forms:
+        from bench.gpu.compiling import compile_forms
+
         capability = about["machine"]["capability"].replace(".", "")
         compiled = compile_forms(lot.forms, int(capability), seconds=0.5 * seconds)
         record.update_run(compiled=compiled)

@@ -90,7 +90,11 @@ def compare(
     figures = _in_turn(run, quick, cases, seconds) if quick else {}
     for name in calls:
         row = run.known(cases[name]) or {}
-        timed = figures[name].as_dict() if name in figures else {k: row[k] for k in timing.Timing.__annotations__ if k in row}
+        timed = (
+            figures[name].as_dict()
+            if name in figures
+            else {k: row[k] for k in timing.Timing.__annotations__ if k in row}
+        )
         run.add(cases[name], **timed, **rows[name], **work(timed["median_ms"]))
     del calls
     timing.release()

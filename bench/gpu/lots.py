@@ -10,7 +10,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LOSS = ("kernels/contrastive*.py", "fastclap/losses.py")
 LOG_MEL = ("kernels/logmel*.py", "fastclap/features.py")
-TOWERS = ("kernels/toeplitz_attention*.py", "kernels/layer_norm_gelu*.py", "kernels/waveform*.py", "kernels/dispatch.py")
+TOWERS = (
+    "kernels/toeplitz_attention*.py",
+    "kernels/layer_norm_gelu*.py",
+    "kernels/waveform*.py",
+    "kernels/dispatch.py",
+)
 MODEL = (*TOWERS, "fastclap/wavlm.py", "fastclap/towers.py", "fastclap/packing.py", "fastclap/products.py")
 STEP = (*LOSS, *MODEL, "fastclap/model.py", "fastclap/heads.py", "fastclap/grad_cache.py", "train/objective.py")
 
@@ -73,7 +78,7 @@ _LOTS = (
     Lot(
         "loss",
         "InfoNCE beside its peers at D = 768, its stages against their floors, latency as a call and as a graph",
-        ("bench.gpu.loss:main", "bench.gpu.loss:stages", "bench.gpu.loss:latency", "bench.gpu.loss:graphs"),
+        tuple(f"bench.gpu.loss:{stage}" for stage in ("main", "stages", "latency", "errors", "graphs")),
         ("loss plain",),
         220,
         LOSS,

@@ -4,9 +4,9 @@
      "runs": [{"date", "commit", "software", "machine", ..., "status", "seconds"}],
      "rows": [{"case": {what tells the row from all others}, "run": index, figures ...}]}
 
-The file is rewritten whole, aside and then renamed, at every row: whatever kills a run leaves all rows before. Rows of a
-run of the same code stay until the same case is measured again; rows of other code go when a run of the present begins.
-One process writes at a time.
+The file is rewritten whole, aside and then renamed, at every row: whatever kills a run leaves all rows before. Rows of
+the same code stay until their case is measured again; rows of other code go when a run of the present code begins. One
+process writes at a time.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a lot works with, and the process that watches over it.
 
-A lot is a row of stages, functions of a `Run`, each in a process of its own, which alone touches the GPU. A stage does
-its work case by case with `Run.attempt`, which puts the result or the reason why there is none on the disk. The watching
-process learns from a page of shared memory what a stage is at and until when; a stage that hangs past that, is killed or
-crashes leaves a row with that reason, and the stage starts anew behind it. So no form can take another one's figures
+A lot is a row of stages, functions of a `Run`, each in a process of its own, which alone touches the GPU. A stage works
+case by case with `Run.attempt`, which puts the reason on the disk where a case comes to no result. The watching process
+learns from a page of shared memory what a stage is working on and until when; a stage that hangs past that, is killed
+or crashes leaves a row with that reason, and starts anew behind that case. So no form can take another one's figures
 along, whatever it does to its process or to the GPU's context.
 """
 
@@ -34,6 +34,8 @@ from bench.gpu.record import NOT_REACHED, Case, Record, Row
 GRACE = 5.0  # seconds past its limit after which a case is killed
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 CONTEXT_LOST = 77  # exit code of a stage whose GPU context an error took along; the case has its row
+
+UNSAID = ("case", "run", "notes", "errors", "package", "version", "scale_gradient", "passes")  # on the terminal
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Run:
     def result(self, case: Case, call: Callable[[], Any], seconds: float) -> tuple[Any, str | None]:
         """The result of a call, or None and why there is none; for what is no reason to give the case up.
 
-        An error that takes the GPU's context along ends the process, with a row for the case, and the stage starts anew.
+        An error that takes the GPU's context along ends the process, with a row for the case; the stage starts anew.
         """
         seconds = min(seconds, self.left)
         if seconds <= 0:
@@ -176,7 +178,7 @@ def describe(row: Row) -> str:
     case = ", ".join(str(value) for value in row["case"].values())
     if "reason" in row:
         return f"{case}: {row['reason']}"
-    figures = {name: value for name, value in row.items() if name not in ("case", "run", "notes", "errors")}
+    figures = {name: value for name, value in row.items() if name not in UNSAID and value is not None}
     if "median_ms" in figures:
         ms = f"{figures.pop('median_ms'):.4g} ms ({figures.pop('p10_ms'):.4g}-{figures.pop('p90_ms'):.4g})"
         return f"{case}: {ms}, {short(figures)}"

@@ -67,7 +67,7 @@ def test_the_lean_form_leaves_the_engine_as_it_was() -> None:
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        peers._never_storing(run)(*timing.embeddings(4, 4, 1.0, CPU, torch.float32))
+        peers.storing(run, False)(*timing.embeddings(4, 4, 1.0, CPU, torch.float32))
     assert seen == [False] and engine.stores_exponentials is before
 
 

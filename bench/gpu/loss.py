@@ -1,0 +1,399 @@
+"""Stages of the lots `loss` and `loss_more`: the contrastive losses beside their peers' own packages.
+
+T = 2·N²·D flops is one matmul pass. ``useful_tflops`` counts 3 passes for every form (the least with the matrix of
+logits in memory), ``tflops_4t`` counts 4 (the least without). ``share_of_peak`` is the former over the rate of one
+large bf16 product in the same lot. Memory is the highest point of a call above its inputs, gradients included.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import peers, timing
+from bench.comparison import SCALE, dtype_name, rates, significant
+from bench.gpu.compare import Form, ceilings, compare
+from bench.gpu.record import NOT_REACHED, Case, Row
+from bench.gpu.run import Run
+from fastclap.losses import info_nce, sigmoid_loss
+
+# Relative error that is always accepted; above it, the error of the materialised form on the same numbers is the bound.
+BOUND = {torch.bfloat16: 2e-3, torch.float32: 1e-5}
+FOUR_PASSES = "fastclap Triton, 4 passes"
+MAIN_FORMS = (
+    *("fastclap Triton", FOUR_PASSES, "materialised, compiled", "open_clip, compiled", "open_clip", "materialised"),
+    *("inf_cl", "memeff", "fastclap torch"),
+)
+LATENCY_FORMS = ("fastclap Triton", "fastclap torch", "materialised, compiled", "materialised", "open_clip")
+LOSSES: dict[str, Callable[..., Any]] = {
+    "info_nce": info_nce,
+    "sigmoid": functools.partial(sigmoid_loss, logit_bias=peers.SIGMOID_BIAS),
+}
+CALLS = 20  # in a row, of a sample of the latency
+
+
+@dataclass(frozen=True)
+class Sizes:
+    main: tuple[int, ...]
+    dim: int
+    accuracy: tuple[tuple[int, int], ...]  # (N, D)
+    stages: tuple[tuple[int, int], ...]
+    small: tuple[int, ...]
+    more: tuple[tuple[int, int], ...]
+    others: tuple[int, ...]  # N of the other peers, at `dim`
+    sigmoid: tuple[int, ...]
+    largest: tuple[int, int]
+    case_seconds: float  # of the timed loop of one case
+    warm_up_seconds: float  # the most one form may take to compile, tune and run twice
+
+
+GPU = Sizes(
+    main=(65536, 16384, 4096, 1024, 256),
+    dim=768,
+    accuracy=((4096, 768), (8191, 1024), (1000, 512)),
+    stages=((65536, 768),),
+    small=(256, 1024, 4096),
+    more=((65536, 512), (65536, 1024), (16384, 512), (16384, 1024)),
+    others=(65536, 16384),
+    sigmoid=(65536, 16384),
+    largest=(1 << 20, 768),
+    case_seconds=4.0,
+    warm_up_seconds=25.0,
+)
+CPU = Sizes(
+    main=(256, 32),
+    dim=48,
+    accuracy=((257, 48),),
+    stages=((256, 64),),
+    small=(32,),
+    more=((128, 32),),
+    others=(64,),
+    sigmoid=(128,),
+    largest=(512, 32),
+    case_seconds=0.02,
+    warm_up_seconds=20.0,
+)
+
+
+def sizes_of(run: Run) -> Sizes:
+    return CPU if run.tiny else GPU
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# errors
+
+
+def errors(run: Run) -> None:
+    """Loss and gradients of our engine against float64 at three scales, exponentials stored and formed twice."""
+    for rows, dim in sizes_of(run).accuracy:
+        for scale in (1.0, SCALE, 100.0):
+            inputs = timing.embeddings(rows, dim, scale, run.device, run.dtype, seed=rows)
+            for loss in LOSSES:
+                case = {"check": "float64", "loss": loss, "rows": rows, "dim": dim, "scale": round(scale, 2)}
+                ways = ("stored", "4 passes") if loss == "info_nce" and not run.tiny else ("one way",)
+                cases = {way: {**case, "exponentials": way} for way in ways}
+                if all(run.known(of) for of in cases.values()):
+                    continue
+                first = next(iter(cases.values()))
+                expected = run.attempt(first, functools.partial(peers.reference, loss, *inputs), 30.0)
+                for way, of in cases.items():
+                    if expected is None or run.known(of):
+                        continue
+                    engine = functools.partial(LOSSES[loss], backend=run.engine)
+                    chosen = engine if way == "one way" else peers.storing(engine, way == "stored")
+                    found = run.attempt(
+                        of, functools.partial(_checked, chosen, loss, expected, inputs, run.dtype), 30.0
+                    )
+                    if found is not None:
+                        run.add(of, **found)
+
+
+def _checked(
+    engine: peers.Loss, loss: str, expected: tuple[Tensor, ...], inputs: tuple[Tensor, ...], dtype: torch.dtype
+) -> Row:
+    found = peers.errors(engine, expected, *inputs)
+    naive = peers.errors(peers.MATERIALISED[loss], expected, *inputs)
+    # A gradient that is missing, or NaN, fails.
+    good = all(error is not None and error <= max(BOUND[dtype], naive[name] or 0.0) for name, error in found.items())
+    first, second = (_value_and_gradients(engine, inputs) for _ in range(2))
+    repeats = all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    facts = {"errors_of_materialised": naive, "bound": BOUND[dtype], "repeats": repeats}
+    return {"passed": good and repeats, "errors": found, **facts}
+
+
+def _value_and_gradients(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    value = loss(*inputs)
+    return (value.detach(), *torch.autograd.grad(value, inputs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# times
+
+
+def main(run: Run) -> None:
+    """InfoNCE forward and backward, the sizes that matter most first."""
+    for rows in sizes_of(run).main:
+        _loss_case(run, "info_nce", rows, sizes_of(run).dim, MAIN_FORMS)
+
+
+def more(run: Run) -> None:
+    """Other widths, and the other peers."""
+    for rows in sizes_of(run).others:
+        others = [peer.name for peer in peers.info_nce_peers(torch.device("cpu"), SCALE) if peer.name not in MAIN_FORMS]
+        _loss_case(run, "info_nce", rows, sizes_of(run).dim, ("fastclap Triton", *others))
+    for rows, dim in sizes_of(run).more:
+        _loss_case(run, "info_nce", rows, dim, MAIN_FORMS)
+
+
+def sigmoid(run: Run) -> None:
+    """SigLIP's loss, forward and backward."""
+    for rows in sizes_of(run).sigmoid:
+        _loss_case(run, "sigmoid", rows, sizes_of(run).dim, None)
+
+
+def _loss_case(run: Run, loss: str, rows: int, dim: int, names: Sequence[str] | None) -> None:
+    """All forms of those names, in their order, at one size."""
+    sizes, (tflops, _) = sizes_of(run), ceilings(run)
+    made = peers.info_nce_peers(run.device, SCALE) if loss == "info_nce" else peers.sigmoid_peers(run.device)
+    chosen = made if names is None else sorted((p for p in made if p.name in names), key=lambda p: names.index(p.name))
+    inputs = timing.larger_than_cache(rows, dim, SCALE, run.device, run.dtype)
+    case = {"loss": loss, "rows": rows, "dim": dim, "dtype": dtype_name(run.dtype)}
+    expected: list[tuple[Tensor, ...]] = []  # made once, when the first form asks for its errors
+
+    def form(peer: peers.Peer) -> Form:
+        def off() -> dict[str, float | None]:
+            assert peer.run is not None
+            if not expected:
+                expected.append(peers.reference(loss, *inputs[0]))
+            return peers.errors(peer.run, expected[0], *inputs[0])
+
+        def make() -> Callable[[], Tensor]:
+            assert peer.run is not None
+            return timing.forward_backward(peer.run, inputs)
+
+        facts = {"passes": peer.passes, "scale_gradient": peer.scale_gradient}
+        return Form(peer, make, off if rows <= 65536 else None, facts)
+
+    compare(
+        *(run, case, [form(peer) for peer in chosen]),
+        seconds=sizes.case_seconds,
+        warm_up_seconds=sizes.warm_up_seconds,
+        work=lambda ms: rates(rows, dim, ms, tflops),
+    )
+
+
+def latency(run: Run) -> None:
+    """Small batches as a program calls them: many calls in a row by the wall clock, the slower of host and device."""
+    for case, form, call in _small_calls(run, "calls in a row"):
+        found = run.attempt(case, functools.partial(_in_a_row, call, run.device), sizes_of(run).warm_up_seconds)
+        if found is not None:
+            run.add(case, **found.as_dict(), notes=form.notes)
+
+
+def _in_a_row(call: Callable[[], object], device: torch.device) -> timing.Timing:
+    for _ in range(3):
+        call()
+    return timing.Timing.of([timing.steady_ms(call, device, CALLS) for _ in range(5)])
+
+
+def graphs(run: Run) -> None:
+    """Small batches as a captured CUDA graph: device time of a replay, and whether it gives what a call gives."""
+    for case, form, call in _small_calls(run, "graph"):
+        found = run.attempt(case, functools.partial(_replayed, call, run.device), sizes_of(run).warm_up_seconds)
+        if found is not None:
+            same, figures = found
+            run.add(case, passed=same, **figures.as_dict(), notes=form.notes)
+
+
+def _replayed(call: Callable[[], Tensor], device: torch.device) -> tuple[bool, timing.Timing]:
+    expected = call().clone()
+    replay = timing.captured(call, device)
+    same = torch.equal(expected, replay())
+    return same, timing.interleaved({"replay": replay}, device, 0.5, least=10, most=100)["replay"]
+
+
+def _small_calls(run: Run, mode: str) -> Iterator[tuple[Case, peers.Peer, Callable[[], Tensor]]]:
+    """Forward and backward passes of small batches that this run has no row of."""
+    sizes = sizes_of(run)
+    for rows in sizes.small:
+        if run.device.type == "cuda":
+            torch.compiler.reset()
+        inputs = timing.embeddings(rows, sizes.dim, SCALE, run.device, run.dtype)
+        for form in peers.info_nce_peers(run.device, SCALE):
+            case = {"latency": mode, "rows": rows, "dim": sizes.dim, "dtype": dtype_name(run.dtype), "form": form.name}
+            if form.run is not None and form.name in LATENCY_FORMS and not run.known(case):
+                yield case, form, timing.forward_backward(form.run, [inputs])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stages of a step
+
+
+def stages(run: Run) -> None:
+    """Where the time of a step goes, by kernel, beside the floor of each stage; then the products by themselves."""
+    tflops, gbytes = ceilings(run)
+    names = ("fastclap torch",) if run.tiny else ("fastclap Triton", FOUR_PASSES)
+    for rows, dim in sizes_of(run).stages:
+        one_pass = 2e-9 * rows**2 * dim / (tflops or math.inf)  # ms
+        inputs = timing.larger_than_cache(rows, dim, SCALE, run.device, run.dtype)
+        for form in peers.info_nce_peers(run.device, SCALE):
+            case = {"rows": rows, "dim": dim, "form": form.name}
+            whole = {**case, "stage": "whole step"}
+            if form.name not in names or form.run is None or run.known(whole):
+                continue
+            call = timing.forward_backward(form.run, inputs)
+            found = run.attempt(whole, functools.partial(_profiled, call, run.device), 30.0)
+            if found is None:
+                continue
+            step, kernels = found
+            for stage, row in _by_stage(kernels, step).items():
+                passes = row.pop("passes", None)
+                if passes:
+                    row["floor_ms"] = significant(passes * one_pass)
+                elif stage == "convert" and gbytes:  # reads and writes one 16-bit number a pair
+                    row["floor_ms"] = significant(4e-6 * rows**2 / gbytes)
+                run.add({**case, "stage": stage}, **row)
+        chunk = _chunk_rows(run.device, rows, dim)
+        case = {"rows": rows, "dim": dim, "form": "torch.mm"}
+        products = {**case, "stage": "P3 G·B"}
+        if run.known(products):
+            continue
+        measured = run.attempt(products, functools.partial(_products, run, chunk, rows, dim), 30.0)
+        for name, timed in (measured or {}).items():
+            floor = significant(one_pass * chunk / rows)
+            run.add({**case, "stage": name}, chunk_rows=chunk, **timed.as_dict(), floor_ms=floor)
+        timing.release()
+
+
+def _profiled(call: Callable[[], object], device: torch.device) -> tuple[timing.Timing, dict[str, float]]:
+    for _ in range(2):
+        call()
+    step = timing.interleaved({"step": call}, device, 2.0, most=20)["step"]
+    return step, _kernels(call, device)
+
+
+def _by_stage(by_kernel: dict[str, float], step: timing.Timing) -> dict[str, Row]:
+    """Figures of the whole step, of each stage and of the longest kernels; ``passes`` of those that multiply."""
+    grouped: dict[str, float] = {}
+    for kernel, milliseconds in by_kernel.items():
+        grouped[_stage(kernel)] = grouped.get(_stage(kernel), 0.0) + milliseconds
+    passes = {"sums": 1, "gradient": 1, "products": 2}
+    found: dict[str, Row] = {"whole step": {**step.as_dict(), "passes": 3 if "convert" in grouped else 4}}
+    for stage, milliseconds in sorted(grouped.items(), key=lambda item: -item[1]):
+        found[stage] = {"kernel_ms": significant(milliseconds), "passes": passes.get(stage)}
+    longest = sorted(by_kernel.items(), key=lambda item: -item[1])[:12]
+    found["kernels"] = {"kernels_ms": {name[:120]: significant(ms) for name, ms in longest}}
+    return found
+
+
+def _kernels(call: Callable[[], object], device: torch.device, steps: int = 3) -> dict[str, float]:
+    """Milliseconds a step by kernel name (by operator on a CPU)."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, acc_events=True) as profiler:
+        for _ in range(steps):
+            call()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    times: dict[str, float] = {}
+    for event in profiler.key_averages():
+        if event.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU):
+            microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            if microseconds > 0:
+                times[event.key] = times.get(event.key, 0.0) + microseconds / 1e3 / steps
+    if not times:
+        raise RuntimeError("the profiler saw no kernel")
+    return times
+
+
+def _stage(kernel: str) -> str:
+    name = kernel.lower()
+    for stage in ("sums", "gradient", "convert", "sigmoid"):
+        if f"_{stage}_kernel" in name:
+            return stage
+    if any(part in name for part in ("gemm", "nvjet", "cutlass", "xmma", "aten::mm", "aten::addmm")):
+        return "products"
+    return "other"
+
+
+def _chunk_rows(device: torch.device, rows: int, dim: int) -> int:
+    """As many as the engine takes at a time."""
+    if device.type != "cuda":
+        return max(1, rows // 4)
+    from fastclap.kernels.contrastive_triton import chunk_rows
+
+    properties = torch.cuda.get_device_properties(device)
+    return min(rows, chunk_rows(10 * properties.major + properties.minor, properties.multi_processor_count, dim))
+
+
+def _products(run: Run, chunk: int, rows: int, dim: int) -> dict[str, timing.Timing]:
+    """dA = G·B and dB += Gᵀ·A of one chunk as the library multiplies them, into float32."""
+    sets = []
+    for _ in range(2):
+        g = torch.randn(chunk, rows, device=run.device, dtype=run.dtype)
+        a, b = (torch.randn(n, dim, device=run.device, dtype=run.dtype) for n in (chunk, rows))
+        sets.append((g, a, b))
+    turn = {"P3 G·B": 0, "P4 Gᵀ·A": 0}
+
+    def product(name: str) -> Tensor:
+        turn[name] += 1
+        g, a, b = sets[turn[name] % len(sets)]
+        left, right = (g, b) if name.startswith("P3") else (g.t(), a)
+        return torch.mm(left, right, out_dtype=torch.float32) if run.device.type == "cuda" else torch.mm(left, right)
+
+    calls = {name: (lambda name=name: product(name)) for name in turn}
+    for call in calls.values():
+        call()
+    return timing.interleaved(calls, run.device, 2.0, most=50)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the largest batch
+
+
+def largest(run: Run) -> None:
+    """One step at the largest batch: does it fit, and how long does it take."""
+    rows, dim = sizes_of(run).largest
+    tflops, _ = ceilings(run)
+    case = {"largest": "one step", "loss": "info_nce", "rows": rows, "dim": dim, "dtype": dtype_name(run.dtype)}
+    if run.known(case):
+        return
+    # Four passes at 40 % of the peak: no use to begin with less time.
+    needed = 4 * 2e-12 * rows**2 * dim / (0.4 * tflops) if tflops else 0.0
+    if needed > run.left:
+        run.add(case, reason=f"{NOT_REACHED}: a step takes about {needed:.0f} s, {run.left:.0f} s are left")
+        return
+    found = run.attempt(case, functools.partial(_one_step, run, rows, dim), run.left)
+    if found is not None:
+        ms, peak, loss = found
+        figures = {**timing.Timing.of([ms]).as_dict(), "peak_bytes": peak, "loss_value": loss}
+        run.add(case, **figures, **rates(rows, dim, ms, tflops))
+
+
+def _one_step(run: Run, rows: int, dim: int) -> tuple[float, int | None, float]:
+    loss = functools.partial(info_nce, backend=run.engine)
+    timing.forward_backward(loss, [timing.embeddings(min(rows, 16384), dim, SCALE, run.device, run.dtype)])()
+    inputs = timing.embeddings(rows, dim, SCALE, run.device, run.dtype)
+    call = timing.forward_backward(loss, [inputs])
+    values: list[float] = []
+
+    def timed() -> None:
+        def step() -> None:
+            values.append(call().item())
+
+        values.append(timing.elapsed_ms(step, run.device))
+
+    peak = timing.peak_bytes(timed, run.device)
+    value, milliseconds = values
+    if not math.isfinite(value) or not all(t.grad is not None and bool(t.grad.isfinite().all()) for t in inputs):
+        raise ArithmeticError("the loss or a gradient is not finite")
+    return milliseconds, peak, value
