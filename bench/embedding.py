@@ -33,7 +33,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,6 +82,8 @@ class Run:
 
 def make_clips(folder: Path, count: int, least: float, most: float, seed: int) -> Clips:
     """Writes ``count`` clips of ``least`` to ``most`` seconds, evenly spaced, and their captions."""
+    import soundfile
+
     (folder / "audio" / "bench").mkdir(parents=True)
     captions = [f"{CAPTIONS[index % len(CAPTIONS)]} Take {index}." for index in range(count)]
     lines, samples = [], []
@@ -269,6 +270,8 @@ def _default_feature_extractor() -> Iterator[None]:
 
 
 def _read_by_soundfile(path: str) -> tuple[Tensor, int]:
+    import soundfile
+
     wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
     return torch.from_numpy(wave.T.copy()), rate
 

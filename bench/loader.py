@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 from torch.utils.data import DataLoader
 
@@ -65,6 +64,8 @@ def made_clips(count: int, least: float, most: float, seed: int = 0) -> Iterator
 
 def write_forms(waves: Iterable[np.ndarray], folder: Path) -> dict[str, str]:
     """Every form of the clips: its name → its manifest. Files lie as ParaSpeechCaps has them, under a ``source``."""
+    import soundfile
+
     rows: dict[str, list[Row]] = {name: [] for name in FILES}
     (folder / "audio" / "bench").mkdir(parents=True)
     for index, wave in enumerate(waves):
@@ -192,6 +193,8 @@ class _RandomCrop:
 
 
 def _read_by_soundfile(path: str) -> tuple[torch.Tensor, int]:
+    import soundfile
+
     wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
     return torch.from_numpy(wave.T), rate
 
@@ -258,6 +261,8 @@ def main() -> int:
             if reference and form in FILES:
                 figures = reference.measure(str(folder / form), root, kind, args.workers, args.batch_size, args.seconds)
                 found.append({"kind": kind, "form": form, "loader": "ParaSpeechCLAP", **figures})
+    import soundfile
+
     lengths = [len(wave) / RATE for wave in waves]
     record = {
         "date": datetime.date.today().isoformat(),

@@ -5,6 +5,8 @@ wanted rate is read straight into int16; every other file is decoded to float32,
 and rounded to int16 with clipping. int16 is the form in which clips travel to the device: half the bytes of float32 and
 exact for 16-bit recordings. libsndfile shortens a truncated WAV or OGG without an error; here such a file is an error,
 because a clip that has lost its second half no longer matches its caption.
+
+Both packages are imported when a file is opened or resampled, so that arrays need neither.
 """
 
 from __future__ import annotations
@@ -16,10 +18,8 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-import soundfile
-import soxr
 
-from fastclap.errors import DataError
+from fastclap.errors import DataError, required
 
 INT16_SCALE = 32768.0
 MIN_SECONDS = 0.1  # a shorter clip is of no use for training
@@ -88,6 +88,7 @@ class AudioFile:
 
     Raises:
         AudioError: the file is missing, empty, truncated, damaged or of an unsupported type, or holds no samples.
+        MissingPackageError: soundfile is not installed.
     """
 
     statistics: tuple[float, float] | None = None
@@ -119,6 +120,7 @@ class AudioFile:
 
         Raises:
             AudioError: ``start`` lies outside the file, the data is damaged or ends early, a sample is NaN or infinite.
+            MissingPackageError: the rate has to change and soxr is not installed.
         """
         if not 0 <= start < self.num_samples:
             raise AudioError(self.path, f"start={start} lies outside the file, which has {self.num_samples} samples")
@@ -138,6 +140,7 @@ class AudioFile:
         block = max(0, start - margin) // (target // divisor)
         first = block * (source // divisor)
         last = min(self.info.num_samples, math.ceil((stop + margin) * source / target))
+        soxr = required("soxr", "changing the sampling rate")
         wave = soxr.resample(self._decode_mono(first, last), source, target)
         skip = start - block * (target // divisor)
         wave = wave[skip : skip + stop - start]
@@ -153,6 +156,8 @@ class AudioFile:
 
     def _decode(self, first: int, last: int, dtype: Literal["int16", "float32"]) -> np.ndarray:
         """Frames [first, last) at the file's own rate: [n] if mono, [n, channels] otherwise."""
+        import soundfile
+
         try:
             if self._file.tell() != first:
                 self._file.seek(first)
@@ -259,6 +264,7 @@ def whole_clip(file: AudioSource) -> Clip:
 
 
 def _open(path: str) -> Any:
+    soundfile = required("soundfile", "reading audio files")
     try:
         return soundfile.SoundFile(path)
     except (soundfile.SoundFileError, TypeError, ValueError) as error:

@@ -5,6 +5,9 @@ Command lines print these in one line and exit with status 2; anything else keep
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 
 class FastclapError(Exception):
     """Base of every error whose message is written for the user."""
@@ -22,5 +25,25 @@ class ModelError(FastclapError, ValueError):
     """A model folder or checkpoint is missing, damaged or of another architecture."""
 
 
+class MissingPackageError(FastclapError, ImportError):
+    """A package that only some of fastclap needs is not installed. The message says what needs it."""
+
+
 class TrainingError(FastclapError, RuntimeError):
     """Training stopped by itself: too many non-finite steps, a failed save, a rank that disagrees."""
+
+
+def required(package: str, purpose: str) -> Any:
+    """The module of a package without which everything but ``purpose`` works, imported when it is needed.
+
+    Args:
+        package: name of the module, under which pip finds it too.
+        purpose: what needs it, the subject of the message.
+
+    Raises:
+        MissingPackageError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingPackageError(f"{purpose} needs {package} ({error}): pip install {package}") from error

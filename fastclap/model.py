@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from fastclap.config import FORMAT_VERSION, CLAPConfig
-from fastclap.errors import ConfigError, DataError, ModelError
+from fastclap.errors import ConfigError, DataError, ModelError, required
 from fastclap.files import fsync
 from fastclap.heads import build_head
 from fastclap.model_card import card_of, published_at
@@ -606,8 +606,7 @@ def _waveform(index: int, clip: Any, target_rate: int, sampling_rate: int) -> Te
         if not wave.isfinite().all():
             raise DataError(f"clip {index} has NaN or infinite samples")
     if sampling_rate != target_rate:
-        import soxr
-
+        soxr = required("soxr", "changing the sampling rate")
         wave = torch.from_numpy(soxr.resample(as_float(wave).cpu().numpy(), sampling_rate, target_rate))
         if len(wave) == 0:
             raise DataError(f"clip {index} is too short to resample from {sampling_rate} to {target_rate} Hz")

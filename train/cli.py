@@ -1,6 +1,7 @@
 """``fastclap-train RECIPE --flag value ...``: the only file of the training package that reads arguments.
 
-torch is imported after the arguments have been understood, so that ``--help`` and mistyped flags answer at once.
+torch is imported after the arguments have been understood, so that ``--help`` and mistyped flags answer at once. tyro
+reads the flags; a recipe with nothing but configuration files goes without it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastclap.errors import FastclapError
+from fastclap.errors import FastclapError, required
 
 _USAGE = """usage: fastclap-train RECIPE [--small] [--parity] [--config FILE] [--data.train MANIFEST ...] [...]
 
@@ -50,9 +51,24 @@ def parse(arguments: Sequence[str]) -> object:
             f"there is no recipe {recipe!r}; choose one of: {', '.join(RECIPES)} (fastclap-train --help)"
         )
 
-    import tyro
-
     from fastclap.train.config import TrainConfig, load_config
+
+    defaults = RECIPES[recipe]()
+    for flag, change in FORMS.items():
+        if flag in rest:
+            defaults = change(defaults)
+            rest = [word for word in rest if word != flag]
+    while "--config" in rest:
+        at = rest.index("--config")
+        if at + 1 == len(rest):
+            raise FastclapError("--config needs the path of a YAML or TOML file")
+        defaults = load_config(rest[at + 1], defaults)
+        del rest[at : at + 2]
+    if not rest:
+        return defaults
+
+    required("tyro", "reading flags")
+    import tyro
 
     registry = tyro.constructors.ConstructorRegistry()
 
@@ -69,17 +85,6 @@ def parse(arguments: Sequence[str]) -> object:
             str_from_instance=lambda value: [json.dumps(value)],
         )
 
-    defaults = RECIPES[recipe]()
-    for flag, change in FORMS.items():
-        if flag in rest:
-            defaults = change(defaults)
-            rest = [word for word in rest if word != flag]
-    while "--config" in rest:
-        at = rest.index("--config")
-        if at + 1 == len(rest):
-            raise FastclapError("--config needs the path of a YAML or TOML file")
-        defaults = load_config(rest[at + 1], defaults)
-        del rest[at : at + 2]
     return tyro.cli(
         TrainConfig,
         default=defaults,

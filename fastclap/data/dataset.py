@@ -31,7 +31,7 @@ from fastclap.data.sampler import BatchSampler, clip_durations, draw, hash64
 from fastclap.data.shards import open_clip
 from fastclap.data.tags import TagPrompts
 from fastclap.data.workers import describe_deaths, fork_server, start_worker
-from fastclap.errors import DataError, TrainingError
+from fastclap.errors import DataError, FastclapError, TrainingError
 
 _MAX_REPLACEMENTS = 64
 
@@ -230,7 +230,7 @@ class ClipDataset(Dataset[Batch]):
                 reason = str(error)
                 bad.append(BadClip(candidate, error.path, error.reason, self.manifest[candidate].origin))
                 continue
-            except DataError:
+            except FastclapError:
                 raise
             except Exception as error:
                 clip_row = self.manifest[candidate]
@@ -401,16 +401,16 @@ class Quarantine:
 
 
 class _Relay(Dataset[Any]):
-    """Hands a DataError over as an item, because torch would bury its message in the traceback of the worker."""
+    """Hands a user's error over as an item, because torch would bury its message in the traceback of the worker."""
 
     def __init__(self, dataset: ClipDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, item: tuple[int, int, list[int]]) -> Batch | DataError:
+    def __getitem__(self, item: tuple[int, int, list[int]]) -> Batch | FastclapError:
         begin = time.perf_counter()
         try:
             batch = self.dataset[item]
-        except DataError as error:
+        except FastclapError as error:
             return error
         batch.seconds = time.perf_counter() - begin
         return batch
@@ -426,7 +426,7 @@ class Loader:
         batches = iter(self._loader)
         try:
             for item in batches:
-                if isinstance(item, DataError):
+                if isinstance(item, FastclapError):
                     raise item
                 yield item
         except (RuntimeError, EOFError, OSError) as error:

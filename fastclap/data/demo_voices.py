@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from fastclap.errors import required
+
 SAMPLING_RATE = 16000
 _VERSION = 1  # of the recipe below: a folder made by another one is written anew
 _TRAIN_SPEAKERS, _VALID_SPEAKERS = 48, 16
@@ -111,8 +113,7 @@ def _read_marker(path: str) -> Any:
 
 
 def _write_split(manifest: str, split: int, count: int, seed: int) -> None:
-    import soundfile
-
+    soundfile = required("soundfile", "writing the demo's audio files")
     name = os.path.splitext(os.path.basename(manifest))[0]
     os.makedirs(os.path.join(os.path.dirname(manifest), name), exist_ok=True)
     random = np.random.default_rng((seed, split))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastclap.data.shards import CLIP_COLUMN, PackedClip, is_pack, read_pack
-from fastclap.errors import DataError
+from fastclap.errors import DataError, required
 
 Mix = Literal["concat", "interleave"]
 Record = Mapping[str, Any]
@@ -575,8 +575,7 @@ def _read_parquet(name: str, errors: _Errors) -> Records:
 
 
 def _read_datasets_folder(name: str) -> Records:
-    import datasets
-
+    datasets = required("datasets", "reading a saved `datasets` folder")
     try:
         data = datasets.load_from_disk(name)
     except FileNotFoundError as error:
@@ -589,8 +588,7 @@ def _read_datasets_folder(name: str) -> Records:
 
 
 def _read_hub(name: str) -> Records:
-    import datasets
-
+    datasets = required("datasets", "reading a data set of the hub")
     path, _, split = name.removeprefix("hf:").partition(":")
     try:
         data = datasets.load_dataset(path, split=split or "train")

@@ -41,7 +41,7 @@ import numpy as np
 
 from fastclap.audio import AudioError, AudioFile, whole_clip
 from fastclap.data.workers import fork_server, start_worker
-from fastclap.errors import ConfigError, DataError
+from fastclap.errors import ConfigError, DataError, FastclapError
 from fastclap.files import fsync, locked, write_atomic
 
 if TYPE_CHECKING:
@@ -506,7 +506,7 @@ def _decode(row: Row, sampling_rate: int) -> _Decoded | AudioError:
             seconds = file.info.duration if isinstance(file, AudioFile) else file.num_samples / file.sampling_rate
     except AudioError as error:
         return error
-    except DataError:
+    except FastclapError:
         raise
     except Exception as error:
         raise RuntimeError(f"{row.origin}: {row.audio}: {type(error).__name__}: {error}") from error

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastclap.errors import DataError
+from fastclap.errors import DataError, required
 from fastclap.prepare.layout import (
     AudioIndex,
     Clip,
@@ -91,8 +91,7 @@ def _paraspeechcaps_tables(place: Place) -> tuple[int, list[tuple[str, str, Iter
     needed = {"source", "relative_audio_path", "text_description"}
     splits: list[tuple[str, str, Iterable[Mapping[str, Any]]]] = []
     if (place.annotations / "dataset_dict.json").is_file():
-        import datasets
-
+        datasets = required("datasets", "reading a saved `datasets` folder")
         saved = datasets.load_from_disk(str(place.annotations))
         columns = {path: set(data.column_names) for path, data in saved.items()}
         total = sum(len(data) for data in saved.values())
