@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,35 +112,8 @@ def copy_rate(nbytes: int, device: torch.device, seconds: float) -> tuple[float,
     return 2 * source.nbytes / figures.median_ms / 1e6, figures
 
 
-def time_in_turn(
-    results: Mapping[str, Row],
-    calls: Mapping[str, Callable[[], object]],
-    first_ms: Mapping[str, float],
-    device: torch.device,
-    seconds: float,
-    left: float,
-    work: Callable[[float], Row],
-) -> None:
-    """Times warmed-up calls in turn and adds the figures, and ``work`` of the median ms, to their rows of the results.
-
-    Where three rounds of one form would take half of the seconds of all, its one call so far has to do.
-    """
-    slow = {name for name, ms in first_ms.items() if 3e-3 * ms > seconds / 2}
-    figures = {name: timing.Timing.of([first_ms[name]]) for name in slow}
-    quick = {name: call for name, call in calls.items() if name not in slow}
-    measured, reason = timing.attempt(
-        lambda: timing.interleaved(quick, device, min(seconds, max(0.1, left))) if quick else {}, max(5.0, left)
-    )
-    figures |= measured or {}
-    for name, row in results.items():
-        if name in figures:
-            row |= figures[name].as_dict() | work(figures[name].median_ms)
-        elif "reason" not in row:
-            row["reason"] = reason
-
-
 def rates(rows: int, dim: int, median_ms: float, peak_tflops: float | None) -> dict[str, float]:
-    """Work over time. T = 2·N²·D flops is one matmul pass; see `bench.gpu_evidence` for what 3 and 4 of them are."""
+    """Work over time. T = 2·N²·D flops is one matmul pass; see `bench.gpu.loss` for what 3 and 4 of them are."""
     one_pass = 2e-9 * rows**2 * dim / median_ms  # TFLOP/s
     found = {"useful_tflops": significant(3 * one_pass), "tflops_4t": significant(4 * one_pass)}
     if peak_tflops:

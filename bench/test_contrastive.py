@@ -8,7 +8,7 @@ float32 sizes. FASTCLAP_BENCH_ROWS, _DIM, _DEVICE, _DTYPE and _ROUNDS change tha
 another form of the group runs, in turn, so that all see the same machine; inputs rotate as `bench.timing` says; a call
 on a GPU ends with a synchronisation. A form that is not installed, or runs out of memory, is skipped with that reason
 (``-rs`` lists them). Memory, errors and rates are in the ``extra_info`` of ``--benchmark-json``. One record of it all,
-with stages and plots, is `python -m bench.gpu_evidence`.
+with stages and plots, is `python -m bench.gpu --lots loss loss_more`.
 """
 
 from __future__ import annotations

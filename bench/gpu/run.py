@@ -200,6 +200,8 @@ def run_stages(record: Record, stages: tuple[str, ...], settings: Settings, dead
         "done", or that the time was up.
     """
     for stage in stages:
+        with contextlib.suppress(Exception):  # once for all processes; what it raises, the stage itself will say
+            importlib.import_module(stage.split(":")[0])
         while True:
             if time.monotonic() > deadline:
                 return f"cut off: no time for {stage}"
