@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastclap.kernels import dispatch
 from fastclap.kernels.contrastive import (
     Teacher,
     info_nce_engine,
@@ -422,8 +423,9 @@ def _divide_gradient(features: Tensor, by: int) -> Tensor:
 
 def _autocast(x: Tensor) -> Tensor:
     """On a GPU under autocast, what torch.matmul would take; CPU engines compute in float32 either way."""
-    if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype("cuda"))
+    device = x.device.type
+    if dispatch.on_gpu(x) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
     return x
 
 
@@ -506,7 +508,7 @@ def _check_backend(backend: str, a: Tensor, b: Tensor, group: dist.ProcessGroup 
     if backend == "triton":
         if torch.float64 in (a.dtype, b.dtype):
             raise ValueError("backend='triton' takes float16, bfloat16 and float32; float64 needs backend='torch'")
-        if not a.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        if not dispatch.on_gpu(a) and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
                 f"backend='triton' needs embeddings on a GPU, got {a.device}; backend='torch' runs anywhere"
             )

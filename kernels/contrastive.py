@@ -27,7 +27,6 @@ Eager calls go through an autograd.Function. Under torch.compile the same arithm
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +37,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastclap.kernels import dispatch
 
 NORM_EPS = 1e-12  # as torch.nn.functional.normalize
 CPU_CHUNK_BYTES = 32 << 20  # one chunk of logits: about a last-level cache
@@ -773,15 +774,10 @@ def needs_gradient(*inputs: float | Tensor) -> tuple[bool, ...]:
     return tuple(enabled and isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
-@functools.cache
-def _supports_triton(device: torch.device) -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def on_triton(engine: str, a: Tensor, b: Tensor) -> bool:
     """Whether the Triton engine does the work: asked for, or "auto" on a GPU that it supports."""
-    if engine == "auto" and a.device.type == "cuda" and torch.float64 not in (a.dtype, b.dtype):
-        return _supports_triton(a.device)
+    if engine == "auto" and dispatch.on_gpu(a) and torch.float64 not in (a.dtype, b.dtype):
+        return dispatch.HAS_TRITON and dispatch.architecture(a.device.index) >= 80
     return engine == "triton"
 
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -36,6 +35,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastclap.kernels import dispatch
 from fastclap.kernels.contrastive import (
     NORM_EPS,
     Gradients,
@@ -673,15 +673,6 @@ def _finish_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@lru_cache
-def _device(index: int | None) -> tuple[int, int]:
-    """Architecture (80, 90, 100, …) and number of multiprocessors; (0, 1) in the interpreter."""
-    if index is None:
-        return 0, 1
-    properties = torch.cuda.get_device_properties(index)
-    return properties.major * 10 + properties.minor, properties.multi_processor_count
-
-
 def tile_for(arch: int, dtype: torch.dtype) -> Tile:
     """The configuration for an architecture: that of the nearest one below it."""
     if arch == 0:
@@ -916,10 +907,8 @@ class Launch:
 
 
 def _launch(operands: Operands) -> Launch:
-    device = operands.device
-    arch, multiprocessors = _device(
-        (device.index if device.index is not None else torch.cuda.current_device()) if device.type == "cuda" else None
-    )
+    index = dispatch.index_of(operands.device)
+    arch, multiprocessors = dispatch.architecture(index), dispatch.multiprocessors(index)
     precision = "tf32"
     if operands.a.dtype == torch.float32:
         precision = PRECISIONS[torch.get_float32_matmul_precision()]
@@ -1347,16 +1336,16 @@ def _compilation(
     elif kind == "finish":
         types |= {"x": f"*{dtype}", "out": f"*{gradient}"}
     elif "BM" in constants:
-        left = f"tensordesc<{dtype}[{constants['BM']},{constants.get('BK', 0)}]>"
-        right = f"tensordesc<{dtype}[{constants['BN']},{constants.get('BK', 0)}]>"
+        left = f"tensordesc<{dtype}[{constants['BM']}, {constants.get('BK', 0)}]>"
+        right = f"tensordesc<{dtype}[{constants['BN']}, {constants.get('BK', 0)}]>"
         halved = "BK" in constants and not flags.get("TEACHER")
-        chunk = f"tensordesc<{dtype}[{constants['BM']},{constants['BN'] // (2 if halved else 1)}]>"
+        chunk = f"tensordesc<{dtype}[{constants['BM']}, {constants['BN'] // (2 if halved else 1)}]>"
         types |= {"a": left, "ta": left, "b": right, "tb": right, "g": chunk, "e": chunk}
         if kind == "sums" and not flags["STORE"]:
             types["e"] = right
         if kind == "sigmoid" and not flags["GRADIENT"]:
             types["g"] = right
-    signature, attrs = signature_and_attrs(function, types)
+    signature, attrs = signature_and_attrs(function, types, constexprs)
     on = " ".join(name.lower() for name, value in flags.items() if value and name != "LOOP")
     name = " ".join(part for part in (kind, label, on) if part)
     return Compilation(

@@ -1,4 +1,8 @@
-"""Which engine works on a tensor: the one rule of the memory-bound operators."""
+"""Which engine works on a tensor, and what the GPU is that it would work on.
+
+Every operator asks here whether a tensor is on a GPU, and for its architecture and multiprocessors, so that a GPU that
+is not there can be put in the place of one that is.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,33 @@ from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # found here, as torch.compile cannot trace the search
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether "auto" looks for a Triton kernel for this tensor."""
+    return x.is_cuda
+
+
+def index_of(device: torch.device) -> int | None:
+    """The number of a CUDA device, where it has none of the current one; None for others, as in the interpreter."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.cache
+def architecture(index: int | None) -> int:
+    """Compute capability of a CUDA device as 80, 90, 100, …; 0 in the interpreter."""
+    if index is None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor
+
+
+@functools.cache
+def multiprocessors(index: int | None) -> int:
+    """Of a CUDA device; 1 in the interpreter."""
+    return 1 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def engine(x: Tensor, backend: str, why_not: str | None = None) -> str:
@@ -29,7 +60,7 @@ def engine(x: Tensor, backend: str, why_not: str | None = None) -> str:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, is {backend!r}")
     if backend in ("torch", "reference"):
         return backend
-    if backend == "auto" and (why_not or not x.is_cuda):
+    if backend == "auto" and (why_not or not on_gpu(x)):
         return "torch"
     reason = why_not or _why_no_triton(x)
     if backend == "triton" and reason:
@@ -40,16 +71,11 @@ def engine(x: Tensor, backend: str, why_not: str | None = None) -> str:
 def _why_no_triton(x: Tensor) -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed"
-    if not x.is_cuda:
+    if not on_gpu(x):
         if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
             return None
         return f"the tensor is on {x.device}; on a CPU set TRITON_INTERPRET=1 before the first import"
     # Nor can it trace this question, and a GPU that it generates code for is new enough.
-    if torch.compiler.is_compiling() or _capability(x.device.index) >= (8, 0):
+    if torch.compiler.is_compiling() or architecture(x.device.index) >= 80:
         return None
     return "the GPU is older than sm_80"
-
-
-@functools.cache
-def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)

@@ -68,7 +68,7 @@ def layer_norm_gelu(
         ValueError: shapes or devices do not fit, or the backend is unknown or cannot take these tensors.
         RuntimeError: at a second differentiation of the Triton engine.
     """
-    if backend == "auto" and not x.is_cuda:
+    if backend == "auto" and not dispatch.on_gpu(x):
         return _torch_engine(x, weight, bias, eps)
     _check(x, weight, bias)
     engine = dispatch.engine(x, backend, _why_not(x))

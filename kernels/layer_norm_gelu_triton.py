@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastclap.kernels import dispatch
 from fastclap.kernels.layer_norm_gelu import WIDEST
-from fastclap.kernels.offline import Compilation
+from fastclap.kernels.offline import Compilation, signature_and_attrs
 
 VALUES = 16  # of a tile, a thread
 NARROWEST = 16
@@ -135,14 +136,8 @@ def _tile(columns: int) -> tuple[int, int, int]:
     return warps * 32 * VALUES // width, width, warps
 
 
-@cache
-def _multiprocessors(index: int | None) -> int:
-    """Of a CUDA device; 1 in the interpreter."""
-    return 1 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def _programs(x: Tensor, tiles: int, warps: int, resident: int) -> int:
-    return min(tiles, _multiprocessors(x.device.index) * max(1, resident // warps))
+    return min(tiles, dispatch.multiprocessors(x.device.index) * max(1, resident // warps))
 
 
 def _rows(x: Tensor, columns: int) -> Tensor:
@@ -215,7 +210,7 @@ def backward(
 # ---------------------------------------------------------------------------------------------------------------------
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-WIDTHS = (512, 80, 1024, WIDEST)  # the family's; one that is no power of two; one warp a row and more
+WIDTHS = (512, 80, 33, 1024, WIDEST)  # the family's; no powers of two, even and odd; one warp a row and more
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
@@ -242,19 +237,9 @@ def _compilation(
     types = {"x": kind, "y": kind, "dx": kind, "upstream": kind, "mean": "fp32", "inverse_std": "fp32", "sums": "fp32"}
     types["weight"] = parameter if flags["WEIGHT"] else kind  # x stands in for what is not there
     types["bias"] = parameter if flags["BIAS"] else kind
-    signature = {}
-    for argument in function.params:
-        if argument.is_constexpr:
-            signature[argument.name] = "constexpr"
-        elif argument.name in types:
-            signature[argument.name] = f"*{types[argument.name]}"
-        else:
-            signature[argument.name] = "fp32" if argument.name == "eps" else "i32"
-    attrs: dict[tuple[int, ...], Any] = {
-        (index,): [["tt.divisibility", 16]]
-        for index, (argument, kind) in enumerate(signature.items())
-        if kind.startswith("*") or argument.endswith("stride")
-    }
+    strides = ("stride", "upstream_stride")
+    types = {name: f"*{kind}" for name, kind in types.items()} | dict.fromkeys(strides, "i32") | {"eps": "fp32"}
     constants = {**flags, "COLUMNS": columns, "RELOAD": width >= RELOADED, "ROWS": rows, "WIDTH": width}
+    signature, attrs = signature_and_attrs(function, types, constants, strides if columns % 16 else ())
     registers = FORWARD_REGISTERS if function is _forward_kernel else BACKWARD_REGISTERS
     return Compilation(f"layer norm gelu {name}", function, signature, constants, attrs, warps, 3, False, registers)

@@ -34,6 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastclap.kernels import dispatch
+
 # Samples of framed signal that go through at once. A CPU wants them in its cache, a GPU wants few launches.
 CPU_CHUNK = 1 << 18
 GPU_CHUNK = 1 << 26
@@ -331,15 +333,15 @@ def _engine(waveform: Tensor, spec: LogMelSpec, backend: str) -> str:
     from fastclap.kernels import native  # which builds on this module
 
     if backend == "auto":
-        if waveform.device.type == "cpu":
-            return "native" if native.usable(waveform, spec) else "torch"
-        return "triton" if waveform.is_cuda and native.plain(waveform) and _triton_runs(waveform, spec) else "torch"
+        if dispatch.on_gpu(waveform):
+            return "triton" if native.plain(waveform) and _triton_runs(waveform, spec) else "torch"
+        return "native" if waveform.device.type == "cpu" and native.usable(waveform, spec) else "torch"
     if backend == "native":
         if not native.usable(waveform, spec):
             raise ValueError(f"backend='native' cannot compute this: {native.description()}; see native.usable")
     elif backend == "triton":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if not (waveform.is_cuda or interpreted):
+        if not (dispatch.on_gpu(waveform) or interpreted):
             raise ValueError(f"backend='triton' needs a waveform on a GPU, got {waveform.device}")
         if not (native.plain(waveform) and _triton_runs(waveform, spec)):
             raise ValueError(

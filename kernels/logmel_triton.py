@@ -37,6 +37,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastclap.kernels import dispatch
 from fastclap.kernels.logmel import LogMelSpec, finished, masked, mel_bank, recorded, window
 from fastclap.kernels.offline import Compilation, signature_and_attrs
 
@@ -1331,15 +1333,6 @@ def _folded_plan(spec: LogMelSpec, device: torch.device, tile: Tile) -> FoldedPl
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=16)
-def _arch(index: int | None) -> int:
-    """Architecture (80, 90, 100, …); 0 in the interpreter."""
-    if index is None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(index)
-    return major * 10 + minor
-
-
 def backward_tile_for(arch: int) -> Tile:
     """The configuration of the gradient for an architecture: that of the nearest one below it."""
     if arch == 0:
@@ -1353,18 +1346,9 @@ def _check_arch(arch: int) -> None:
         raise RuntimeError(f"the Triton log-mel needs compute capability 8.0 or later, this GPU has {arch / 10}")
 
 
-@lru_cache(maxsize=16)
 def _resident(index: int | None) -> int:
     """Programs that a GPU holds at once, each with its own scratch."""
-    if index is None:
-        return 3
-    return PROGRAMS_OF_SM * torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _device_index(device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    return torch.cuda.current_device() if device.index is None else device.index
+    return PROGRAMS_OF_SM * dispatch.multiprocessors(index) if dispatch.architecture(index) else 3
 
 
 def _on(index: int | None) -> contextlib.AbstractContextManager[object]:
@@ -1397,8 +1381,8 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     """Features and frame lengths; `energy`: mel energies [B, frames, n_mels] float32, 0 past a clip's end."""
     device = waveform.device
-    index = _device_index(device)
-    _check_arch(_arch(index))
+    index = dispatch.index_of(device)
+    _check_arch(dispatch.architecture(index))
     plan = _plan(spec, device)
     batch, samples = waveform.shape
     frames = spec.num_frames or spec.frames(samples)
@@ -1451,8 +1435,8 @@ def log_mel_gradient(
     rules.
     """
     readable = _readable(waveform)
-    index = _device_index(waveform.device)
-    tile = backward_tile_for(_arch(index))
+    index = dispatch.index_of(waveform.device)
+    tile = backward_tile_for(dispatch.architecture(index))
     plan = _folded_plan(spec, waveform.device, tile)
     batch, samples = waveform.shape
     frames = gradient.shape[1]
@@ -1534,23 +1518,20 @@ FORMS = {
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
-    """The forms of every preset with each dtype of a waveform, and with lengths; features in 16 bits for int16."""
+    """The forms of every preset with each dtype of a waveform and the usual ones of features, and with lengths."""
+    both = (False, True)
     for name, spec in FORMS.items():
         flags = {**_flags(spec), "ENERGY": False}
-        for dtype, offsets, lengths, masks, out in (
-            (torch.float32, False, False, False, "fp32"),
-            (torch.float32, False, True, False, "fp32"),
-            (torch.int16, False, True, False, "fp32"),
-            (torch.int16, False, True, False, "bf16"),
-            (torch.int16, True, True, True, "bf16"),
-            (torch.float16, False, True, False, "fp16"),
-            (torch.bfloat16, False, True, False, "bf16"),
-        ):
-            if flags["RANGE"] and (masks or out != "fp32"):
-                continue  # that is the second kernel's
-            label = f"log-mel {name} {TYPES[dtype]} to {out}{' lengths' * lengths}{' offsets masks' * masks}"
-            constants = {**flags, "OFFSETS": offsets, "LENGTHS": lengths, "MASKS": masks}
-            types = {**dict.fromkeys(("waveform", "edges"), f"*{TYPES[dtype]}"), "out": f"*{out}"}
+        if flags["RANGE"]:  # features have their dtype and masks from the second kernel
+            kinds = [(kind, "fp32") for kind in TYPES.values()]
+        else:
+            kinds = [(kind, kind) for kind in ("fp32", "fp16", "bf16")]
+            kinds += [("fp32", "bf16"), ("i16", "fp32"), ("i16", "bf16")]
+        forms = [(kind, out, lengths, False) for (kind, out), lengths in product(kinds, both)]
+        for kind, out, lengths, masks in forms if flags["RANGE"] else [*forms, ("i16", "bf16", True, True)]:
+            label = f"log-mel {name} {kind} to {out}{' lengths' * lengths}{' offsets masks' * masks}"
+            constants = {**flags, "OFFSETS": masks, "LENGTHS": lengths, "MASKS": masks}
+            types = {**dict.fromkeys(("waveform", "edges"), f"*{kind}"), "out": f"*{out}"}
             yield _compilation(label, _log_mel_kernel, types, constants, TILE.warps, TILE.stages)
         for dtype in (torch.float32, torch.bfloat16):
             types = {**dict.fromkeys(("waveform", "edges"), f"*{TYPES[dtype]}"), "out": "*fp32"}
@@ -1585,7 +1566,7 @@ def _compilation(
         "dft": "*fp16",
         **types,
     }
-    signature, attrs = signature_and_attrs(function, types)
+    signature, attrs = signature_and_attrs(function, types, constants)
     # Matrices of 16 rows: no chip's larger instruction takes them.
     matrix_instruction: bool | str = "mma.sync" if "N1" in constants else "BN" in constants
     return Compilation(

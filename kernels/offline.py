@@ -7,11 +7,12 @@ in the resource report of `cuobjdump`, which comes with Triton, so it is found o
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,10 @@ class Compilation:
     Attributes:
         name: unique among those of one architecture, as "sums bf16 diagonal".
         function: the triton.JITFunction.
-        signature: the Triton type of every argument in order: "*bf16", "i32", "tensordesc<bf16[128,64]>", "constexpr".
+        signature: the Triton type of every argument in order, as a launch names it (`signature_and_attrs`): "*bf16",
+            "i32", "tensordesc<bf16[128, 64]>", "constexpr".
         constexprs: the value of every argument of type "constexpr".
-        attrs: by the argument's position, as {(2,): [["tt.divisibility", 16]]}.
+        attrs: by the argument's position, as {(2,): [["tt.divisibility", 16]]}; [] for one without that is looked at.
         num_warps, num_stages, maxnreg: the launch options.
         matrix_instruction: whether the kernel is worth its name only with the chip's matrix instruction; or, by name,
             the one that it is made for on every chip, as "mma.sync" for matrices too small for the others.
@@ -62,22 +64,32 @@ class Compilation:
 
 
 def signature_and_attrs(
-    function: Any, types: Mapping[str, str]
+    function: Any, types: Mapping[str, str], constexprs: Mapping[str, Any], not_divisible: Collection[str] = ()
 ) -> tuple[dict[str, str], dict[tuple[int, ...], list[list[Any]]]]:
-    """The fields of a `Compilation` of a JITFunction, from the Triton types of its arguments by name.
+    """The fields of a `Compilation` of a JITFunction, as a launch would have them.
 
-    Those that are not named are "i32" where the function is not specialised on them, else "*fp32". Pointers are taken
-    to be aligned to 16 bytes, but for those whose alignment the function is not specialised on.
+    Args:
+        function: the triton.JITFunction.
+        types: Triton types of arguments by name, "*bf16", "i32", "tensordesc<bf16[128, 64]>". Those that are not named
+            are "i32" where the function is not specialised on them, else "*fp32".
+        constexprs: the constants, an argument that is None or 1 where the function is specialised on it among them.
+        not_divisible: pointers that are not aligned to 16 bytes and integers that are no multiple of 16, of those that
+            the function is specialised on; all others are taken to be.
     """
-    signature = {}
-    for parameter in function.params:
+    divisible: list[list[Any]] = [["tt.divisibility", 16]]
+    signature: dict[str, str] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(function.params):
+        name = parameter.name
         default = "i32" if parameter.do_not_specialize else "*fp32"
-        signature[parameter.name] = "constexpr" if parameter.is_constexpr else types.get(parameter.name, default)
-    attrs: dict[tuple[int, ...], list[list[Any]]] = {
-        (index,): [["tt.divisibility", 16]]
-        for index, parameter in enumerate(function.params)
-        if signature[parameter.name].startswith("*") and not parameter.do_not_specialize_on_alignment
-    }
+        signature[name] = "constexpr" if name in constexprs else types.get(name, default)
+        if name in constexprs:
+            # The launcher reads what it should know of an argument from a string, and so from one that is a constant.
+            if isinstance(constexprs[name], str):
+                attrs[(index,)] = divisible if "D" in constexprs[name] else []
+        elif signature[name].startswith(("*", "i", "u")) and not parameter.do_not_specialize:
+            unknown = parameter.do_not_specialize_on_alignment or name in not_divisible
+            attrs[(index,)] = [] if unknown else divisible
     return signature, attrs
 
 
@@ -110,17 +122,46 @@ class Compiled:
     programs: int
 
 
-def compile_offline(c: Compilation, arch: int) -> Compiled:
-    """Compiles for compute capability ``arch`` (80, 90, 100), through Triton's own cache.
+def cache_key(c: Compilation, arch: int) -> str:
+    """What Triton's cache knows a compilation by, offline and at a launch on a GPU of that architecture.
 
     Raises:
-        TypeError: the function is not a triton.JITFunction; under TRITON_INTERPRET=1 none is.
-        ValueError: the signature and the function's arguments, or the constants, do not go together.
+        TypeError, ValueError: as `compile_offline`.
     """
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+    from triton.runtime.cache import get_cache_key
+
+    source, backend, options = _prepared(c, arch)
+    key = get_cache_key(source, backend, backend.parse_options(options), env_vars=get_cache_invalidating_env_vars())
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def is_cached(c: Compilation, arch: int) -> bool:
+    """Whether Triton's cache holds it, so that neither `compiled_kernel` nor a launch would compile it."""
+    from triton.runtime.cache import get_cache_manager
+
+    metadata = f"{c.function.__name__[:150]}.json"
+    return metadata in (get_cache_manager(cache_key(c, arch)).get_group(metadata) or {})
+
+
+def compiled_kernel(c: Compilation, arch: int) -> Any:
+    """The triton.compiler.CompiledKernel for compute capability ``arch`` (80, 90, 100), through Triton's own cache.
+
+    Raises:
+        TypeError, ValueError: as `compile_offline`.
+    """
+    import triton
+
+    source, backend, options = _prepared(c, arch)
+    return triton.compile(source, target=backend.target, options=options)
+
+
+def _prepared(c: Compilation, arch: int) -> tuple[Any, Any, dict[str, Any]]:
+    """What triton.compile is given, as at a launch: the source, the backend of the target, and the options."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
 
     if not isinstance(c.function, triton.JITFunction):
         raise TypeError(
@@ -132,12 +173,25 @@ def compile_offline(c: Compilation, arch: int) -> Compiled:
     constants = {name for name, kind in c.signature.items() if kind == "constexpr"}
     if constants != set(c.constexprs):
         raise ValueError(f"{c.name}: constexpr arguments {sorted(constants)}, values for {sorted(c.constexprs)}")
-    debug = c.function.debug or knobs.runtime.debug  # as at a launch
-    kernel = triton.compile(
-        ASTSource(fn=c.function, signature=c.signature, constexprs=c.constexprs, attrs=c.attrs),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": c.num_warps, "num_stages": c.num_stages, "maxnreg": c.maxnreg, "debug": bool(debug)},
-    )
+    options = {
+        "num_warps": c.num_warps,
+        "num_stages": c.num_stages,
+        "maxnreg": c.maxnreg,
+        "debug": bool(c.function.debug or knobs.runtime.debug),
+        "instrumentation_mode": knobs.compilation.instrumentation_mode,
+    }
+    source = ASTSource(fn=c.function, signature=c.signature, constexprs=c.constexprs, attrs=c.attrs)
+    return source, make_backend(GPUTarget("cuda", arch, 32)), options
+
+
+def compile_offline(c: Compilation, arch: int) -> Compiled:
+    """Compiles for compute capability ``arch`` (80, 90, 100), through Triton's own cache, and reads the machine code.
+
+    Raises:
+        TypeError: the function is not a triton.JITFunction; under TRITON_INTERPRET=1 none is.
+        ValueError: the signature and the function's arguments, or the constants, do not go together.
+    """
+    kernel = compiled_kernel(c, arch)
     ptx, cubin, metadata = kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata
     usage = _resource_usage(cubin, metadata.name)
     registers, stack = usage["REG"], usage["STACK"] + usage["LOCAL"]

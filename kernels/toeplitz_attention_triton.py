@@ -25,7 +25,6 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -34,7 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastclap.kernels.offline import Compilation
+from fastclap.kernels import dispatch
+from fastclap.kernels.offline import Compilation, signature_and_attrs
 from fastclap.kernels.toeplitz_attention import WIDEST_HEAD_TF32X3, like_projection
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -417,15 +417,6 @@ def tile_for(arch: int, dtype: torch.dtype, width: int, kernel: str) -> Tile:
     return TILES[family][dtype.itemsize, 64 if width <= 64 else 128][KERNELS.index(kernel)]
 
 
-@lru_cache
-def _architecture(index: int | None) -> int:
-    """80, 90, 100, …; 0 in the interpreter."""
-    if index is None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(index)
-    return major * 10 + minor
-
-
 class Launch:
     """What the launches of one call share; 16-bit and 32-bit table and gate become float32."""
 
@@ -433,10 +424,8 @@ class Launch:
         self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None,
         seed: Tensor | None, dropout: float, scale: float,
     ) -> None:  # fmt: skip
-        self.index = q.device.index if q.is_cuda else None
-        if q.is_cuda and self.index is None:
-            self.index = torch.cuda.current_device()
-        self.arch, self.dtype = _architecture(self.index), q.dtype
+        self.index = dispatch.index_of(q.device)
+        self.arch, self.dtype = dispatch.architecture(self.index), q.dtype
         self.clips, self.heads, self.length, self.width = q.shape
         self.far = triton.cdiv(self.length, LARGEST_BLOCK) * LARGEST_BLOCK
         self.padded_table = q.new_zeros(self.heads, 2 * self.far + SLACK.value, dtype=torch.float32)
@@ -608,12 +597,6 @@ def _compilation(
     types |= dict.fromkeys(("table", "gate", "log_sum", "delta", "dgate", "parts"), "*fp32")
     types |= dict.fromkeys(("rows_gate", "rows_log_sum", "rows_delta"), "*fp32")
     types |= dict.fromkeys(("lengths", "seed"), "*i64") | dict.fromkeys(("scale", "gain", "keep"), "fp32")
-    signature = {
-        p.name: "constexpr" if p.is_constexpr or p.name in absent else types.get(p.name, "i32") for p in function.params
-    }
-    aligned: dict[tuple[int, ...], Any] = {
-        (index,): [["tt.divisibility", 16]]
-        for index, p in enumerate(function.params)
-        if signature[p.name] != "constexpr" and not p.do_not_specialize
-    }
-    return Compilation(name, function, signature, constexprs, aligned, warps, stages, matrix_instruction, maxnreg)
+    types = {p.name: types.get(p.name, "i32") for p in function.params}  # strides and sizes
+    signature, attrs = signature_and_attrs(function, types, constexprs)
+    return Compilation(name, function, signature, constexprs, attrs, warps, stages, matrix_instruction, maxnreg)

@@ -67,7 +67,7 @@ def _blocks_kernel(
 
 @triton.jit(
     do_not_specialize=["held", "row_stride", "width", "min_samples", "blocks", "plane"],
-    do_not_specialize_on_alignment=["audio", "lengths", "offsets"],
+    do_not_specialize_on_alignment=["audio", "lengths", "offsets", "std"],
 )
 def _statistics_kernel(
     audio, lengths, offsets, parts, mean, std,  # as above; [B] float32
@@ -172,5 +172,5 @@ def compilations(arch: int) -> Iterator[Compilation]:
 
 def _compilation(name: str, function: Any, types: dict[str, str], constants: dict[str, Any]) -> Compilation:
     pointers = {name: f"*{kind}" for name, kind in types.items()}
-    signature, attrs = signature_and_attrs(function, {"scale": "fp32", "epsilon": "fp32", **pointers})
+    signature, attrs = signature_and_attrs(function, {"scale": "fp32", "epsilon": "fp32", **pointers}, constants)
     return Compilation(name, function, signature, constants, attrs, WARPS, 3, False)
