@@ -70,11 +70,16 @@ def software() -> dict[str, str | None]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What `bench.timing.machine` says, asked for in a process that may touch the GPU."""
+    """What `bench.timing.machine` says, asked for in a process that may touch the GPU.
+
+    Raises:
+        SystemExit: there is no GPU, or it does not answer.
+    """
 
     def ask(connection: Any) -> None:
         die_with_parent()
-        connection.send(timing.machine(torch.device(device)))
+        available = device == "cpu" or torch.cuda.is_available()
+        connection.send(timing.machine(torch.device(device)) if available else None)
 
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=ask, args=(there,))
@@ -82,7 +87,10 @@ def machine(device: str) -> dict[str, Any]:
     try:
         if not here.poll(120):
             raise SystemExit("bench.gpu: the GPU did not answer within two minutes")
-        return here.recv()
+        found = here.recv()
+        if found is None:
+            raise SystemExit("no GPU here; --dry-run --out FOLDER runs the same code at tiny sizes on the CPU")
+        return found
     finally:
         process.kill()
         process.join()
@@ -192,11 +200,8 @@ def main() -> int:
         for path in write_reports(args.out):
             print(path)
         return 0
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asks for the GPU without a context, so a fork works
     if args.dry_run and args.out == RECORDS:
         parser.error("--dry-run needs --out: a CPU's figures are no records")
-    if not args.dry_run and not torch.cuda.is_available():
-        parser.error("no GPU here; --dry-run --out FOLDER runs the same code at tiny sizes on the CPU")
     settings = Settings("cpu" if args.dry_run else "cuda", args.reference, args.open_clip)
     # Peers may leave large files in the compilers' caches: theirs go with the run.
     with tempfile.TemporaryDirectory() as cache:

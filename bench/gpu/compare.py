@@ -150,6 +150,6 @@ def ceilings(run: Run) -> tuple[float | None, float | None]:
             if measured is not None:
                 rate, figures = measured
                 row = run.add(case, **{unit: significant(rate)}, **figures.as_dict())
+            timing.release()
         found.append(None if row is None else row.get(unit))
-    timing.release()
     return found[0], found[1]

@@ -60,12 +60,18 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.content: dict[str, Any] = read(path) or {"runs": [], "rows": []}
+        self.reload()
+
+    def reload(self) -> None:
+        """Takes what another process has written."""
+        self.content: dict[str, Any] = read(self.path) or {"runs": [], "rows": []}
+        self._places = {key(row["case"]): place for place, row in enumerate(self.content["rows"])}
 
     def begin(self, lot: str, device: str, code: str, **run: Any) -> None:
         """Adds a run; rows and runs of other code go."""
         if self.content.get("code") != code:
             self.content = {"lot": lot, "device": device, "code": code, "runs": [], "rows": []}
+            self._places = {}
         self.content["runs"].append({**run, "status": "running"})
         self.write()
 
@@ -84,8 +90,9 @@ class Record:
         an earlier run.
         """
         row = {"case": case, "run": self.run, **figures}
-        at = next((i for i, old in enumerate(self.content["rows"]) if key(old["case"]) == key(case)), None)
+        at = self._places.get(key(case))
         if at is None:
+            self._places[key(case)] = len(self.content["rows"])
             self.content["rows"].append(row)
         elif str(row.get("reason", "")).startswith((NOT_REACHED, ABSENT)) and "reason" not in self.content["rows"][at]:
             return self.content["rows"][at]
@@ -96,8 +103,9 @@ class Record:
 
     def row(self, case: Case) -> Row | None:
         """This run's row of a case."""
-        found = (row for row in self.rows() if key(row["case"]) == key(case))
-        return next(found, None)
+        at = self._places.get(key(case))
+        row = None if at is None else self.content["rows"][at]
+        return row if row is not None and row["run"] == self.run else None
 
     def rows(self) -> Iterator[Row]:
         """This run's rows."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import mmap
@@ -211,7 +212,7 @@ def run_stages(record: Record, stages: tuple[str, ...], settings: Settings, dead
             )
             process.start()
             reason = _watch(process, page, deadline)
-            record.content = Record(record.path).content
+            record.reload()
             if process.exitcode == CONTEXT_LOST:
                 continue
             if reason is None:
@@ -257,6 +258,7 @@ def _worker(path: Path, stage: str, settings: Settings, page: Page, deadline: fl
     die_with_parent()
     os.setsid()
     module, function = stage.split(":")
+    gc.freeze()  # what was imported so far is no garbage: collections between forms take no time then
     run = Run(Record(path), settings, page, deadline)
     try:
         getattr(importlib.import_module(module), function)(run)
