@@ -72,3 +72,43 @@ def test_machine_is_described() -> None:
 def test_few_samples(samples: list[float]) -> None:
     found = Timing.of(samples)
     assert found.repeats == len(samples) and found.p10_ms == 2.0 and found.p90_ms == samples[-1]
+
+
+class SimulatedGPU:
+    """A host and a device with clocks of their own, in ms: a device works on what the host has queued."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.device = 0.0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None: ...
+
+            def record(self) -> None:
+                self.at = max(gpu.device, gpu.host)
+
+            def synchronize(self) -> None:
+                gpu.host = max(gpu.host, self.at)
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda _: setattr(self, "host", max(self.host, self.device)))
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.kernel(0.0, cycles / timing.CYCLES_PER_MS))
+        monkeypatch.setattr(time, "perf_counter", lambda: self.host / 1e3)
+
+    def kernel(self, host_ms: float, device_ms: float) -> None:
+        self.host += host_ms
+        self.device = max(self.device, self.host) + device_ms
+
+
+def test_on_a_gpu_the_devices_time_is_apart_from_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cuda = SimulatedGPU(monkeypatch), torch.device("cuda")
+    launches = lambda: [gpu.kernel(2.0, 0.5) for _ in range(4)]  # noqa: E731
+    assert timing.elapsed_ms(launches, cuda) == pytest.approx(8.5)  # as a caller sees it: bound by the host
+    found = timing.interleaved({"launches": launches, "one": lambda: gpu.kernel(0.1, 3.0)}, cuda, 1.0)
+    assert (found["launches"].median_ms, found["launches"].host_ms) == (2.0, 8.0)
+    assert (found["one"].median_ms, found["one"].host_ms) == (3.0, 0.1)
+    assert found["one"].as_dict()["host_ms"] == 0.1 and "host_ms" not in Timing.of([1.0]).as_dict()
+    assert timing.steady_ms(lambda: gpu.kernel(0.1, 3.0), cuda, 10) == pytest.approx(3.01)
