@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_
 # Without a GPU the Triton kernels run in Triton's interpreter, which a process has to choose before it imports them.
 INTERPRETED := tests/kernels/test_contrastive_triton.py tests/kernels/test_logmel_triton.py tests/kernels/test_toeplitz_attention_triton.py tests/kernels/test_layer_norm_gelu_triton.py tests/kernels/test_waveform_triton.py
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format bench gpu-kit clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastclap-train demo --run-dir runs/demo --resume
@@ -32,6 +32,10 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest --benchmark-only bench
+
+# What a machine with a GPU and no package index needs to run bench.gpu: .gpu-kit/run.sh, see bench/gpu_kit.py.
+gpu-kit: $(INSTALLED)
+	$(BIN)/python -m bench.gpu_kit $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(OPEN_CLIP),--open-clip $(OPEN_CLIP)) $(if $(WITHOUT),--without $(WITHOUT)) $(if $(LIMIT),--limit $(LIMIT))
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
