@@ -1,0 +1,186 @@
+"""Compiles the kernels that a lot launches, in parallel, into Triton's cache, before anything is timed.
+
+A process that ends with the work rehearses the forms (`bench.gpu.rehearsal`), which tells the very keys that the
+launches will ask Triton's cache for, and forks one process a kernel that is not there, as many at once as there are
+processors. The caller's process keeps no trace of it. Where there is a driver for the GPU, the small C module is built
+too by which Triton starts the kernels of a signature.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from bench import timing
+from bench.gpu.forms import chosen
+from bench.gpu.rehearsal import launched
+from bench.gpu.run import GRACE, die_with_parent
+from fastclap.kernels.offline import Compilation, compiled_kernel, is_cached
+
+PROGRESS_SECONDS = 5.0
+# Seconds that kernels take to compile, by how their names begin; the others take about one.
+SECONDS = {"logmel log_mel": 10.0, "toeplitz_attention": 4.0, "contrastive": 3.0, "logmel": 3.0}
+
+_fork = multiprocessing.get_context("fork")
+
+
+def compile_forms(prefixes: Sequence[str], arch: int, seconds: float) -> dict[str, Any]:
+    """Compiles the kernels of the forms whose names begin with any of these, as far as Triton's cache lacks them.
+
+    Args:
+        prefixes: of names of `bench.gpu.forms`.
+        arch: compute capability of the GPU, such as 90.
+        seconds: until it stops, with what it has.
+
+    Returns:
+        ``kernels``, of which ``hits`` were in the cache and ``misses`` not, ``done`` of the latter, and ``seconds``.
+        ``failed``: what did not compile or could not be rehearsed, and why. ``unfinished``: what there was no time for.
+    """
+    start = time.monotonic()
+    here, there = _fork.Pipe(duplex=False)
+    process = _fork.Process(target=_compile, args=(there, tuple(prefixes), arch, start, seconds))
+    process.start()
+    there.close()
+    found: dict[str, Any] = {}
+    try:
+        while here.poll(max(0.0, start + seconds + GRACE - time.monotonic())):
+            found = here.recv()  # the latest state
+    except EOFError:
+        if process.exitcode != 0 and not found:
+            process.join(GRACE)
+            found = {"failed": {"all": f"the process that compiles ended with {process.exitcode}"}}
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # what it started lives in its process group
+            os.killpg(process.pid or 0, signal.SIGKILL)
+        process.kill()
+        process.join()
+    return {**State().report(0.0), **found}
+
+
+@dataclass
+class State:
+    """How far the work is."""
+
+    hits: int = 0
+    misses: int = 0
+    done: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    unfinished: list[str] = field(default_factory=list)
+
+    def report(self, seconds: float) -> dict[str, Any]:
+        return {"kernels": self.hits + self.misses, **vars(self), "seconds": round(seconds, 1)}
+
+    def line(self, seconds: float) -> str:
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        return (
+            f"[compile] {self.hits + self.misses} kernels: {self.hits} hits, {self.misses} misses, {self.done} done"
+            f"{failed}, {seconds:.0f} s"
+        )
+
+
+def _compile(out: Connection, prefixes: tuple[str, ...], arch: int, start: float, seconds: float) -> None:
+    """Rehearses, compiles, and sends its state whenever that changes."""
+    import torch
+
+    die_with_parent()
+    os.setsid()
+    torch.set_num_threads(1)  # threads would not survive the forks
+    state = State()
+    missing: list[Compilation] = []
+    for compilation in rehearsed(prefixes, arch, state.failed).values():
+        if is_cached(compilation, arch):
+            state.hits += 1
+        else:
+            state.misses += 1
+            missing.append(compilation)
+    missing.sort(key=_expected_seconds)  # the last comes first
+    with_launchers = _has_driver()
+    running: dict[Connection, tuple[Any, str]] = {}
+    said = 0.0
+    while True:
+        now = time.monotonic() - start
+        while missing and len(running) < (os.cpu_count() or 1) and now < seconds:
+            compilation = missing.pop()
+            here, there = _fork.Pipe(duplex=False)
+            process = _fork.Process(target=_compile_one, args=(there, compilation, arch, with_launchers))
+            process.start()
+            there.close()
+            running[here] = (process, compilation.name)
+        state.unfinished = [name for _, name in running.values()] + [c.name for c in missing]
+        out.send(state.report(now))
+        if not running or now >= seconds or now - said >= PROGRESS_SECONDS:
+            print(state.line(now), flush=True)
+            said = now
+        if not running or now >= seconds:
+            break
+        for ended in wait(list(running), timeout=min(1.0, seconds - now)):
+            assert isinstance(ended, Connection)
+            process, name = running.pop(ended)
+            reason = _reason(ended, process)
+            if reason is None:
+                state.done += 1
+            else:
+                state.failed[name] = reason
+                print(f"[compile] {name}: {reason}", flush=True)
+    os._exit(0)
+
+
+def rehearsed(prefixes: Sequence[str], arch: int, failed: dict[str, str]) -> dict[str, Compilation]:
+    """What the forms launch, by cache key; a form that raises is put among the failed ones."""
+    import torch
+
+    found: dict[str, Compilation] = {}
+    for form in chosen(prefixes):
+        try:
+            new = launched(lambda: form.ours(form.inputs(torch.device("cpu"))), arch)  # noqa: B023
+        except Exception as error:
+            failed[form.name] = timing.in_words(error)
+        else:
+            named = {key: replace(c, name=f"{c.name} of {form.name}") for key, c in new.items()}
+            found = named | found
+    return found
+
+
+def _expected_seconds(c: Compilation) -> float:
+    return next((seconds for name, seconds in SECONDS.items() if c.name.startswith(name)), 1.0)
+
+
+def _has_driver() -> bool:
+    from triton.backends.nvidia.driver import library_dirs
+
+    try:
+        library_dirs()
+    except Exception:  # it asks the system's linker in several ways, each of which may fail
+        return False
+    return True
+
+
+def _compile_one(out: Connection, c: Compilation, arch: int, with_launcher: bool) -> None:
+    die_with_parent()
+    reason = None
+    try:
+        kernel = compiled_kernel(c, arch)
+        if with_launcher:
+            from triton.backends.nvidia.driver import CudaLauncher
+
+            CudaLauncher(kernel.src, kernel.metadata)
+    except Exception as error:
+        reason = timing.in_words(error)
+    out.send(reason)
+    os._exit(0)
+
+
+def _reason(ended: Connection, process: Any) -> str | None:
+    """Why a compilation did not succeed; None if it did."""
+    try:
+        return ended.recv()
+    except EOFError:
+        process.join()
+        return f"the process that compiles it ended with {process.exitcode}"

@@ -1,0 +1,462 @@
+"""Every form of a Triton kernel that the lots launch, at small odd sizes: what it computes, and what that should be.
+
+Lots name their forms by how the names begin (`bench.gpu.lots`); their kernels are compiled before anything is timed
+(`bench.gpu.compiling`), and the lot `smoke` runs every form once against float64 (`bench.gpu.smoke`). A form makes the
+launcher pick the same kernels as the lot's own call: dtypes, strides and options are those of the call, only the sizes
+are small. On sm_90 all of them together launch 140 kernels.
+
+Inputs are drawn on the host, so that a form computes with the same numbers everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import peers
+from bench.comparison import SCALE, dtype_name
+from bench.kernel_peers import FRONT_ENDS, in_dtype
+from fastclap.features import PRESETS
+from fastclap.kernels.layer_norm_gelu import layer_norm_gelu, layer_norm_gelu_reference
+from fastclap.kernels.logmel import LogMelSpec, log_mel, log_mel_reference
+from fastclap.kernels.toeplitz_attention import (
+    dropout_mask,
+    gated_toeplitz_attention,
+    gated_toeplitz_attention_reference,
+)
+from fastclap.kernels.waveform import normalize_waveform, normalize_waveform_reference
+from fastclap.losses import info_nce, sigmoid_loss
+
+Tensors = dict[str, Tensor]
+
+# Relative error that is always accepted: the rounding of a result in that dtype, a few times over.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+LOSS_ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-3}  # of a loss and its gradients
+TF32_ROUNDING = 2e-3
+DROPOUT = 0.1  # WavLM's
+DROPOUT_SEED = 17
+ROWS, DIM = 201, 72  # of embeddings: two tiles by two, and a dimension that is padded
+SHORTEST = 400  # samples that one frame of WavLM takes
+
+
+@dataclass(frozen=True)
+class KernelForm:
+    """One form of one kernel.
+
+    Attributes:
+        name: tells it from all others; lots choose by how it begins.
+        dtype: that its products are rounded to.
+        draw: makes the inputs, on the host.
+        call: of inputs and a ``backend``: the output and every gradient by name.
+        reference: of inputs: the same in float64, from the definition.
+        rounding: relative error that is always accepted.
+        precision: torch's float32 matmul precision while it runs.
+        alone: what it is compared with in place of the torch engine, of inputs; None: the torch engine.
+    """
+
+    name: str
+    dtype: torch.dtype
+    draw: Callable[[], Tensors]
+    call: Callable[[Tensors, str], Tensors]
+    reference: Callable[[Tensors], Tensors]
+    rounding: float
+    precision: str = "highest"
+    alone: Callable[[Tensors], Tensors] | None = None
+
+    def inputs(self, device: torch.device) -> Tensors:
+        return {name: x.to(device) for name, x in self.draw().items()}
+
+    def ours(self, inputs: Tensors, engine: str = "triton") -> Tensors:
+        """What the kernel computes, or the engine that "auto" takes on a CPU."""
+        if engine != "triton" and self.alone is not None:
+            return self.plain(inputs)
+        with _precision(self.precision):
+            return self.call(inputs, engine)
+
+    def plain(self, inputs: Tensors) -> Tensors:
+        """What plain torch computes in the same dtypes: the yardstick of the kernel's error."""
+        with _precision(self.precision):
+            return self.call(inputs, "torch") if self.alone is None else self.alone(inputs)
+
+
+def chosen(prefixes: Sequence[str]) -> list[KernelForm]:
+    """The forms whose names begin with any of these.
+
+    Raises:
+        ValueError: no name begins with one of them.
+    """
+    for prefix in prefixes:
+        if not any(form.name.startswith(prefix) for form in FORMS):
+            raise ValueError(f"no kernel form begins with {prefix!r}")
+    return [form for form in FORMS if form.name.startswith(tuple(prefixes))]
+
+
+@contextlib.contextmanager
+def _precision(wanted: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(wanted)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _normal(seed: int) -> Callable[..., Tensor]:
+    """A function that draws from the standard normal distribution, the same numbers each time."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator)
+
+
+def _both_ways(
+    function: Callable[..., Tensor], leaves: Mapping[str, Tensor], upstream: Tensor | None = None
+) -> Tensors:
+    """The output, and the gradient of every leaf."""
+    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
+    out = function(*leaves.values())
+    gradients = torch.autograd.grad(out, list(leaves.values()), None if upstream is None else upstream.to(out.dtype))
+    return {"output": out.detach(), **{f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}}
+
+
+def _doubled(inputs: Mapping[str, Tensor]) -> Tensors:
+    """Floating tensors in float64."""
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def _without(inputs: Mapping[str, Tensor], *names: str) -> Tensors:
+    return {name: x for name, x in inputs.items() if name not in names}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# losses
+
+
+def _draw_embeddings(dtype: torch.dtype, ids: bool) -> Tensors:
+    normal = _normal(1)
+    a = normal(ROWS, DIM)
+    found = {"a": a.to(dtype), "b": (0.5 * a + normal(ROWS, DIM)).to(dtype), "scale": torch.tensor(SCALE)}
+    return {**found, "ids": torch.arange(ROWS) // 2 % 70} if ids else found  # captions of two clips and more
+
+
+def _loss(inputs: Tensors, engine: str, sigmoid: bool = False, stored: bool = True, forward: bool = False) -> Tensors:
+    ids = inputs.get("ids")
+
+    def value(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        if sigmoid:
+            return sigmoid_loss(a, b, scale, peers.SIGMOID_BIAS, backend=engine)
+        return info_nce(a, b, scale, a_ids=ids, b_ids=ids, backend=engine)
+
+    way = peers.storing(value, stored) if engine == "triton" else value
+    leaves = _without(inputs, "ids")
+    if forward:
+        with torch.no_grad():
+            return {"output": way(*leaves.values())}
+    return _both_ways(way, leaves)
+
+
+def _loss_form(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    ids: bool = False,
+    sigmoid: bool = False,
+    stored: bool = True,
+    forward: bool = False,
+    tf32: bool = False,
+) -> KernelForm:
+    options: dict[str, Any] = {"sigmoid": sigmoid, "forward": forward}
+    return KernelForm(
+        f"{name} {dtype_name(dtype)}{'' if ids or sigmoid or forward else ', stored' if stored else ', 4 passes'}"
+        f"{', forward' * forward}{', TF32' * tf32}",
+        dtype,
+        functools.partial(_draw_embeddings, dtype, ids),
+        functools.partial(_loss, stored=stored, **options),
+        lambda inputs: _loss(_doubled(inputs), "reference", **options),
+        TF32_ROUNDING if tf32 else LOSS_ROUNDING[dtype],
+        "high" if tf32 else "highest",
+    )
+
+
+def _losses() -> Iterator[KernelForm]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for dtype, stored in product((bf16, fp32), (True, False)):
+        yield _loss_form("loss plain", dtype, stored=stored)
+    yield _loss_form("loss plain", bf16, forward=True)
+    # Heads that end in a LayerNorm give float32 embeddings under autocast, others bfloat16; the step allows TF32.
+    for dtype, tf32 in ((bf16, False), (fp32, False), (fp32, True)):
+        yield _loss_form("loss ids", dtype, ids=True, tf32=tf32)
+    yield _loss_form("sigmoid", bf16, sigmoid=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention
+
+
+def _draw_attention(dtype: torch.dtype, frames: int, lengths: bool) -> Tensors:
+    """As `fastclap.wavlm` passes them: views of [B, T, H, d], a float32 table, the gates a view of [B, T, H]."""
+    normal, heads = _normal(frames), 3
+    found = {name: normal(2, frames, heads, 64).to(dtype).transpose(1, 2) for name in "qkv"}
+    found |= {"table": normal(heads, 2 * frames - 1), "gate": (1 + normal(2, frames, heads)).transpose(1, 2)}
+    found["upstream"] = normal(2, frames, heads, 64).transpose(1, 2)
+    return {**found, "lengths": torch.tensor([frames, frames // 3])} if lengths else found
+
+
+def _seed(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Torch's generators begin anew in this context, so that the dropout's seed is a known one."""
+    context = torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+    @contextlib.contextmanager
+    def seeded() -> Iterator[None]:
+        with context:
+            torch.manual_seed(DROPOUT_SEED)
+            yield
+
+    return seeded()
+
+
+def _kept(q: Tensor) -> Tensor:
+    """The probabilities that the kernel's dropout keeps, and its exact share is the one of `_dropout`."""
+    with _seed(q.device):
+        seed = torch.randint(0, 2**63 - 1, (1,), device=q.device)
+    batch, heads, frames, _ = q.shape
+    return dropout_mask(seed, batch, heads, frames, DROPOUT)
+
+
+def _attention(inputs: Tensors, engine: str, dropout: bool, forward: bool) -> Tensors:
+    lengths, leaves = inputs.get("lengths"), _without(inputs, "lengths", "upstream")
+    rate = DROPOUT if dropout else 0.0
+    function = functools.partial(gated_toeplitz_attention, lengths=lengths, dropout=rate, backend=engine)
+    with _seed(inputs["q"].device):
+        if forward:
+            with torch.no_grad():
+                return {"output": function(*leaves.values())}
+        return _both_ways(function, leaves, inputs["upstream"])
+
+
+def _defined_attention(inputs: Tensors, dropout: bool, forward: bool) -> Tensors:
+    """The definition in the inputs' own dtypes, with the kernel's dropout."""
+    rate = round(DROPOUT * 2**16) / 2**16 if dropout else 0.0  # as the kernel rounds it
+    function = functools.partial(
+        gated_toeplitz_attention_reference,
+        lengths=inputs.get("lengths"),
+        dropout=rate,
+        keep=_kept(inputs["q"]) if dropout else None,
+    )
+    found = _both_ways(function, _without(inputs, "lengths", "upstream"), inputs["upstream"])
+    return {"output": found["output"]} if forward else found
+
+
+def _attention_form(
+    name: str,
+    dtype: torch.dtype,
+    frames: int,
+    *,
+    lengths: bool = False,
+    dropout: bool = False,
+    forward: bool = False,
+    tf32: bool = False,
+) -> KernelForm:
+    options: dict[str, Any] = {"dropout": dropout, "forward": forward}
+    defined = functools.partial(_defined_attention, **options)
+    on = f"{', lengths' * lengths}{', dropout' * dropout}{', forward' * forward}{', TF32' * tf32}"
+    return KernelForm(
+        f"{name} {dtype_name(dtype)}, {frames} frames{on}",
+        dtype,
+        functools.partial(_draw_attention, dtype, frames, lengths),
+        functools.partial(_attention, **options),
+        lambda inputs: defined(_doubled(inputs)),
+        TF32_ROUNDING if tf32 else 2.5 * ROUNDING[dtype],
+        "high" if tf32 else "highest",
+        alone=defined if dropout else None,  # the torch engine's dropout is another
+    )
+
+
+def _attentions() -> Iterator[KernelForm]:
+    bf16, fp32, both = torch.bfloat16, torch.float32, (False, True)
+    for dtype, frames, lengths, dropout in product((bf16, fp32), (37, 101), both, both):
+        yield _attention_form("attention", dtype, frames, lengths=lengths, dropout=dropout)
+    for dtype in (bf16, fp32):
+        yield _attention_form("attention", dtype, 101, forward=True)
+    # Training under autocast; embedding in either precision. Batches always come with lengths.
+    yield _attention_form("attention step", bf16, 299, lengths=True, dropout=True)
+    for dtype, tf32 in ((bf16, False), (fp32, False), (fp32, True)):
+        yield _attention_form("attention step", dtype, 299, lengths=True, forward=True, tf32=tf32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LayerNorm + GELU
+
+
+def _draw_rows(rows: int, channels: int, dtype: torch.dtype, parameters: torch.dtype) -> Tensors:
+    normal = _normal(rows)
+    found = {"x": normal(rows, channels).to(dtype), "weight": normal(channels).to(parameters)}
+    return {**found, "bias": normal(channels).to(parameters), "upstream": normal(rows, channels).to(dtype)}
+
+
+def _layer_norm_gelu(inputs: Tensors, engine: str) -> Tensors:
+    function = functools.partial(layer_norm_gelu, backend=engine)
+    return _both_ways(function, _without(inputs, "upstream"), inputs["upstream"])
+
+
+def _layer_norm_gelu_form(
+    name: str, rows: int, channels: int, dtype: torch.dtype, parameters: torch.dtype
+) -> KernelForm:
+    def reference(inputs: Tensors) -> Tensors:
+        exact = _doubled(inputs)
+        return _both_ways(layer_norm_gelu_reference, _without(exact, "upstream"), exact["upstream"])
+
+    mixed = f", {dtype_name(parameters)} weights" * (parameters != dtype)
+    return KernelForm(
+        f"{name} {dtype_name(dtype)}, {rows} of {channels}{mixed}",
+        dtype,
+        functools.partial(_draw_rows, rows, channels, dtype, parameters),
+        _layer_norm_gelu,
+        reference,
+        ROUNDING[dtype],
+    )
+
+
+def _layer_norm_gelus() -> Iterator[KernelForm]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for dtype, rows in product((bf16, fp32), (1, 301)):
+        yield _layer_norm_gelu_form("layer norm gelu", rows, 512, dtype, dtype)
+    for dtype in (bf16, fp32):
+        yield _layer_norm_gelu_form("layer norm gelu", 64, 33, dtype, fp32)
+        # Activations of autocast, or of embedding without it, beside a model's float32 parameters.
+        yield _layer_norm_gelu_form("layer norm gelu step", 1003, 512, dtype, fp32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# waveforms
+
+
+def _noise(seed: int, clips: int, samples: int, dtype: torch.dtype) -> Tensor:
+    wave = 0.1 * _normal(seed)(clips, samples)
+    return (wave * 32768).clamp(-32768, 32767).to(torch.int16) if dtype == torch.int16 else wave.to(dtype)
+
+
+def _draw_waveform(audio: torch.dtype, given: bool, lengths: bool, offsets: bool) -> Tensors:
+    found = {"audio": _noise(2, 3, 5003, audio)}
+    if lengths:
+        found["lengths"] = torch.tensor([4803, 17, 2501])  # the second is extended
+    if given:
+        found |= {"mean": torch.tensor([0.01, -0.02, 0.0]), "std": torch.tensor([0.1, 0.2, 0.05])}
+    return {**found, "offsets": torch.tensor([200, 0, 7])} if offsets else found
+
+
+def _waveform(inputs: Tensors, engine: str, dtype: torch.dtype) -> Tensors:
+    given: dict[str, Any] = {**inputs, "min_samples": SHORTEST}
+    return {"output": normalize_waveform(**given, dtype=dtype, backend=engine)}
+
+
+def _defined_waveform(inputs: Tensors) -> Tensors:
+    given: dict[str, Any] = {**{name: x.cpu() for name, x in inputs.items()}, "min_samples": SHORTEST}
+    return {"output": normalize_waveform_reference(**given)}
+
+
+def _waveform_form(
+    name: str, audio: torch.dtype, dtype: torch.dtype, *, given: bool, lengths: bool = True, offsets: bool = False
+) -> KernelForm:
+    on = f"{', lengths' * lengths}{', offsets' * offsets}"
+    return KernelForm(
+        f"{name} {dtype_name(audio)} to {dtype_name(dtype)}, {'given' if given else 'measured'} statistics{on}",
+        dtype,
+        functools.partial(_draw_waveform, audio, given, lengths, offsets),
+        functools.partial(_waveform, dtype=dtype),
+        _defined_waveform,
+        ROUNDING[dtype],
+    )
+
+
+def _waveforms() -> Iterator[KernelForm]:
+    int16, bf16, fp32 = torch.int16, torch.bfloat16, torch.float32
+    for audio, dtype, given in product((int16, fp32), (fp32, bf16), (True, False)):
+        yield _waveform_form("waveform", audio, dtype, given=given)
+    for given in (True, False):
+        yield _waveform_form("waveform", int16, bf16, given=given, lengths=False)
+        yield _waveform_form("waveform", int16, bf16, given=given, offsets=True)
+    # Training has the statistics of whole files; embedding measures clips, which may be float32.
+    yield _waveform_form("waveform step", int16, fp32, given=True)
+    for audio in (int16, fp32):
+        yield _waveform_form("waveform step", audio, fp32, given=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# log-mel
+
+
+def _draw_clips(spec: LogMelSpec, audio: torch.dtype, lengths: bool, gradient: bool = False) -> Tensors:
+    """Half a second: two tiles of frames. With lengths, one clip is too short for the reflection at its end."""
+    samples = spec.sampling_rate // (4 if gradient else 2) + 1
+    found = {"waveform": _noise(3, 3, samples, audio)}
+    return {**found, "lengths": torch.tensor([samples, spec.hop_length, samples // 2])} if lengths else found
+
+
+@functools.cache
+def _defined_log_mel(spec: LogMelSpec, audio: torch.dtype, lengths: bool) -> Tensor:
+    """Float64 features of `_draw_clips`; the same whatever the dtype of the features."""
+    return log_mel_reference(*_clips(_draw_clips(spec, audio, lengths)), spec)[0]
+
+
+def _clips(inputs: Tensors) -> tuple[Tensor, Tensor | None]:
+    return inputs["waveform"], inputs.get("lengths")
+
+
+def _log_mel_form(name: str, spec: LogMelSpec, audio: torch.dtype, features: torch.dtype, lengths: bool) -> KernelForm:
+    spec = in_dtype(spec, features)
+    exact = in_dtype(spec, torch.float32)
+    return KernelForm(
+        name,
+        features,
+        functools.partial(_draw_clips, spec, audio, lengths),
+        lambda inputs, engine: {"output": log_mel(*_clips(inputs), spec, backend=engine)[0]},
+        lambda _: {"output": _defined_log_mel(exact, audio, lengths)},
+        ROUNDING[features],
+    )
+
+
+def _log_mel_gradient_form(front_end: str, spec: LogMelSpec) -> KernelForm:
+    def gradient(inputs: Tensors, features: Callable[[Tensor], Tensor]) -> Tensors:
+        leaf = inputs["waveform"].detach().requires_grad_()
+        out = features(leaf)
+        weights = torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype, device=out.device)
+        return {"dwaveform": torch.autograd.grad(out, leaf, weights.view_as(out))[0]}
+
+    def call(inputs: Tensors, engine: str) -> Tensors:
+        return gradient(inputs, lambda leaf: log_mel(leaf, inputs["lengths"], spec, backend=engine)[0])
+
+    def reference(inputs: Tensors) -> Tensors:
+        exact = {name: x.cpu() for name, x in _doubled(inputs).items()}
+        return gradient(exact, lambda leaf: log_mel_reference(leaf, exact["lengths"], spec)[0])
+
+    return KernelForm(
+        f"log-mel gradient float32, {front_end}, lengths",
+        torch.float32,
+        functools.partial(_draw_clips, spec, torch.float32, True, gradient=True),
+        call,
+        reference,
+        2e-3,
+    )
+
+
+def _log_mels() -> Iterator[KernelForm]:
+    int16, bf16, fp32, both = torch.int16, torch.bfloat16, torch.float32, (False, True)
+    timed = [(fp32, fp32), (int16, bf16), (fp32, bf16), (int16, fp32)]
+    for front_end, spec in FRONT_ENDS.items():
+        for (audio, features), lengths in product([*timed, *[(bf16, bf16)] * (front_end == "kaldi-80")], both):
+            kind = f"{dtype_name(audio)} to {dtype_name(features)}"
+            name = f"log-mel {kind}, {front_end}{', lengths' * lengths}"
+            yield _log_mel_form(name, spec, audio, features, lengths)
+        yield _log_mel_gradient_form(front_end, dataclasses.replace(spec, dtype="float32"))
+    # The log-mel tower beside open_clip's takes what its loader gives, in training: padded int16 and lengths.
+    yield _log_mel_form("log-mel clap tower int16 to float32, lengths", PRESETS["clap"], int16, fp32, True)
+
+
+FORMS: tuple[KernelForm, ...] = (*_losses(), *_attentions(), *_layer_norm_gelus(), *_waveforms(), *_log_mels())
