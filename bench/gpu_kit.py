@@ -174,10 +174,10 @@ def make_kit(
     new = kit.with_name(f"{kit.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     (new / "wheels").mkdir(parents=True)
-    download(requirements(without), new / "wheels")
     for name, checkout in zip(CHECKOUTS, (reference, open_clip), strict=True):
         if checkout is not None:
             copy_checkout(checkout, new / name)
+    download(requirements(without), new / "wheels")
     # Wheels' names hold their versions, so a folder of this digest holds these packages.
     names = "".join(wheel.name for wheel in sorted((new / "wheels").iterdir()))
     script = RUN.replace("@DIGEST@", hashlib.sha256((names + RUN + SITECUSTOMIZE).encode()).hexdigest()[:12])
