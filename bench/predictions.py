@@ -1,15 +1,14 @@
-"""What the arithmetic predicts for the kernels on a GPU, written down before it is measured.
+"""What arithmetic predicts for the kernels and the training step on a GPU, written down before it is measured.
 
-    python -m bench.predictions [--tflops 790] [--tbytes 4.3] [--name H200] > bench/records/PREDICTED.md
+    python -m bench.predictions > bench/records/PREDICTED.md
 
-No figure of this comes from a run. Compare it with a record of `bench.gpu_evidence`, and explain a miss in either
-direction.
+No figure of this comes from a run. Compare it with the records of `bench.gpu`, and explain a miss in either direction.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bench import model_flops, scale_model
@@ -18,140 +17,260 @@ from bench.reference_step import SIZES
 from bench.tables import markdown
 from fastclap.kernels.logmel import LogMelSpec
 
-ROWS, DIMS = (4096, 16384, 65536, 262144), (512, 768, 1024)
-LAUNCHES_MS = 0.08
+
+@dataclass(frozen=True)
+class Machine:
+    """Assumed rates of one GPU: TFLOP/s of large bf16 products, TB/s of copies (read + written); GB of memory."""
+
+    name: str
+    tflops: float
+    tbytes: float
+    gbytes: float
+
+
+H100 = Machine("H100", 798, 3.0, 80)
+H200 = Machine("H200", 790, 4.3, 141)
+MACHINES = (H100, H200)
+# Of both.
+MULTIPROCESSORS, SCHEDULERS, HERTZ = 132, 4, 1.755e9
+L2_TBYTES = 8.1  # a second, from others' kernels
+# Shares of the rates above that a kernel reaches: assumed.
+PRODUCT_SHARE, COPY_SHARE = 0.81, 0.9
+GAP_US = 2.0  # between two operations on the device: assumed
+
+# ---------------------------------------------------------------------------------------------------------------------
+# InfoNCE
+
+TILE, DEPTH, WARPS = 128, 64, 8  # of P1 and P2: rows and columns of a tile, a step of its depth
 
 
 @dataclass(frozen=True)
-class Model:
-    passes: int
-    share: float  # of the matmul peak that its products reach
-    bytes_per_pair: float  # of device memory traffic, over all kernels
-    kept_per_pair: float  # bytes of the whole matrix that it holds at once
-    share_of_memory: float = 0.9  # that they may take
+class Form:
+    """A way to compute the loss and its gradients.
+
+    Attributes:
+        issued: for each pass of a kernel of ours, instructions that a warp issues a tile and a step: counted in the
+            machine code (`bench.machine_code`), no edge of the matrix and no positive in the tile.
+        products: passes left to the library's products.
+        bytes_per_pair: of device memory, in passes of their own.
+        kept_per_pair: bytes of the whole matrix that it holds at once.
+        operations: on the device, Triton launches and products among them.
+        host_ms: of a call, forward and backward.
+        share_of_memory: that the matrix may take.
+    """
+
+    issued: tuple[tuple[int, int], ...]
+    products: int
+    bytes_per_pair: float
+    kept_per_pair: float
+    operations: int
+    host_ms: float
+    share_of_memory: float = 0.9
 
 
-MODELS = {
-    "fastclap, 4 passes": Model(4, 0.71, 0, 0),
-    "fastclap, 3 passes": Model(3, 0.71, 0, 2, share_of_memory=0.25),
-    "materialised, compiled": Model(3, 0.80, 25, 4),
-    "open_clip, compiled": Model(6, 0.78, 32, 8),
+OURS_OPERATIONS = 11 + 2 + 61  # traced at N = 256: Triton launches, products and others of torch
+OURS_HOST_MS, MATERIALISED_HOST_MS = 0.93, 0.29  # the first is 0.86 to 1.0 by what such calls cost
+FOUR, THREE, MATERIALISED, OPEN_CLIP = (
+    *("fastclap, 4 passes", "fastclap, 3 passes"),
+    *("materialised, compiled", "open_clip, compiled"),
+)
+FORMS = {
+    FOUR: Form(((1806, 71), (1200, 84)), 2, 0, 0, OURS_OPERATIONS, OURS_HOST_MS),
+    THREE: Form(((1894, 83),), 2, 4, 2, OURS_OPERATIONS, OURS_HOST_MS, share_of_memory=0.25),
+    MATERIALISED: Form((), 3, 25, 4, 15, MATERIALISED_HOST_MS),
+    OPEN_CLIP: Form((), 6, 32, 8, 20, MATERIALISED_HOST_MS),
 }
+LOSS_ISSUE_SHARE = 0.6  # of the cycles, in which a scheduler issues an instruction: assumed, for 16 warps and barriers
 FLOORS = {"memeff": 5, "quack (two calls)": 6, "liger-kernel (two calls)": 6, "cut-cross-entropy (two calls)": 8}
 FLOORS |= {"inf_cl (two calls)": 10}
+SIZES_OF_LOSS = (
+    *((256, 768), (1024, 768), (4096, 768)),
+    *((rows, dim) for rows in (16384, 65536) for dim in (512, 768, 1024)),
+    (262144, 768),
+)
 
 
-def milliseconds(model: Model, rows: int, dim: int, tflops: float, tbytes: float) -> float:
-    """passes · 2·N²·D / (share · peak) + bytes · N² / copy rate + launches."""
-    products = model.passes * 2e-9 * rows**2 * dim / (model.share * tflops)
-    return products + model.bytes_per_pair * 1e-9 * rows**2 / tbytes + LAUNCHES_MS
+def issue_to_tensor(issued: tuple[int, int], dim: int) -> float:
+    """Cycles in which a tile issues instructions, over those of its products at the full rate.
+
+    A multiprocessor multiplies and adds 2,048 pairs of 16-bit numbers a cycle: 8·D cycles for a tile of 128 x 128.
+    """
+    tile, step = issued
+    return WARPS / SCHEDULERS * (tile + step * dim / DEPTH) / (TILE**2 * dim / 2048)
 
 
-# Beside the loss. Instructions that a warp of the log-mel kernel issues for a tile inside of a clip: counted in the
-# machine code for sm_90, float32 to float32, as `fastclap.kernels.offline` compiles it with Triton 3.6: its loop over
-# tiles, without the copy of a clip's ends, its loop over groups of 32 mels as often as that runs; rounded.
-ISSUED = {"whisper-80": 5740, "kaldi-80": 5870, "clsp-128": 6230, "clap-64": 10150}
+def pass_tflops(issued: tuple[int, int], dim: int, machine: Machine) -> float:
+    """The least of what the tensor cores, the instructions and the L2 cache allow a kernel's pass."""
+    tensor = 1e-12 * MULTIPROCESSORS * HERTZ * 4096
+    by_issue = LOSS_ISSUE_SHARE * tensor / issue_to_tensor(issued, dim)
+    by_l2 = L2_TBYTES * TILE / 2  # flops a byte: 2·128·128 over two rows of 128 numbers of 2 bytes
+    return min(PRODUCT_SHARE * machine.tflops, by_issue, by_l2)
+
+
+def device_ms(form: Form, rows: int, dim: int, machine: Machine) -> float:
+    """Passes of 2·N²·D at the rate of each, bytes of N² pairs, and gaps between operations."""
+    one = 2e-9 * rows**2 * dim
+    passes = sum(one / pass_tflops(issued, dim, machine) for issued in form.issued)
+    products = form.products * one / (PRODUCT_SHARE * machine.tflops)
+    moved = form.bytes_per_pair * 1e-9 * rows**2 / (COPY_SHARE * machine.tbytes)
+    return passes + products + moved + 1e-3 * GAP_US * form.operations
+
+
+def fits(form: Form, rows: int, machine: Machine) -> bool:
+    return form.kept_per_pair * rows**2 <= 1e9 * machine.gbytes * form.share_of_memory
+
+
+def loss_cell(form: Form, rows: int, dim: int, machine: Machine) -> str:
+    """The longer of device and host; the device's in brackets where that is the host's."""
+    if not fits(form, rows, machine):
+        return "–"
+    ms = device_ms(form, rows, dim, machine)
+    return f"{ms:.3g}" if ms >= form.host_ms else f"{form.host_ms:.2g} ({ms:.2g})"
+
+
+def loss_rows() -> Iterator[list[str]]:
+    for rows, dim in SIZES_OF_LOSS:
+        cells = (pair(loss_cell(form, rows, dim, m) for m in MACHINES) for form in FORMS.values())
+        yield [f"{rows:,}", str(dim), *cells]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-mel
+
+# Of a warp for a tile of 32 frames inside a clip, float32 to float32, counted in the machine code for sm_90
+# (`bench.machine_code`): instructions, wavefronts of shared memory and L1, matrix instructions.
+LOG_MEL = {
+    "whisper-80": (5807, 1314, 128),
+    "kaldi-80": (5866, 1349, 128),
+    "clsp-128": (6232, 1395, 128),
+    "clap-64": (10144, 2638, 256),
+}
+LOG_MEL_FRAMES, LOG_MEL_WARPS = 32, 4
 MMA_CYCLES = 8  # of m16n8k16 in float16 on a quarter of a multiprocessor
-MULTIPROCESSORS, HERTZ = 132, 1.755e9
-ISSUE_SHARES = (0.8, 0.55)  # of the cycles, in which an instruction issues
+BUSY_SHARES = (0.6, 0.4)  # of the cycles of the pipe that has most to do: assumed, for 8 warps a multiprocessor
 TORCHAUDIO_BYTES = 13e3  # a frame of 400 samples: frames, complex spectrum, magnitudes, squares, mels, logarithm
 LOGARITHM_BYTES = 16  # a feature: clamp and log, in place, as float32
 CLIPS, SECONDS = 1024, 10
 EPILOGUE_BYTES = 8  # a value of a front-end with a dynamic range: written and read once more, as float32
-HEADS, FRAMES, WIDTH = 16, 499, 64
-# Of attention: flash kernels with a bias on this kind of GPU reach about half of the peak forward, less backward.
-ATTENTION_SHARES = {"forward": (0.55, 0.35), "forward and backward": (0.45, 0.3)}
-EXPONENTIALS = 3.7e12  # a second: 16 a cycle of each of 132 multiprocessors at 1.75 GHz
-READ = 0.75  # of the samples of clips that are half to all of the batch's width
-COPY_SHARE = 0.9  # of the copy rate, which a kernel of one pass over memory should reach
 
 
-def log_mel_cycles(name: str, spec: LogMelSpec) -> tuple[float, float]:
-    """Cycles a frame of one multiprocessor: of issuing all instructions, and of the matrix ones on the tensor cores.
+def log_mel_cycles(name: str) -> tuple[float, float, float]:
+    """Cycles a frame of one multiprocessor: to issue, of the pipe to shared memory and L1, of the tensor cores."""
+    issue, wavefronts, products = LOG_MEL[name]
+    warps = LOG_MEL_WARPS / LOG_MEL_FRAMES
+    return issue * warps / SCHEDULERS, wavefronts * warps, products * MMA_CYCLES * warps / SCHEDULERS
 
-    One warp instruction a cycle and quarter. Every warp multiplies its 8 frames by 16 x 2·16 matrices: two (the number,
-    what float16 cut off it) for cosine and for sine of N1 rows, and of row N1/2.
-    """
-    from fastclap.kernels import logmel_triton
 
-    flags = logmel_triton._flags(spec)
-    if flags["DEPTH"] > 1:
-        raise ValueError(f"{name}: only front-ends of one step are counted, n_fft is {spec.n_fft}")
-    products = 2 * 2 * 2 * (flags["N1"] + 1)
-    warps = logmel_triton.TILE.warps
-    per_frame = warps / 4 / flags["BM"]
-    return ISSUED[name] * per_frame, products * MMA_CYCLES * per_frame
+def log_mel_frames(spec: LogMelSpec) -> int:
+    return CLIPS * int(spec.frames(SECONDS * spec.sampling_rate))
 
 
 def log_mel_gbytes(spec: LogMelSpec, sample_bytes: int, feature_bytes: int) -> float:
     """Samples in once, features out once."""
-    samples = SECONDS * spec.sampling_rate
-    return 1e-9 * CLIPS * (samples * sample_bytes + int(spec.frames(samples)) * spec.n_mels * feature_bytes)
+    samples = CLIPS * SECONDS * spec.sampling_rate
+    return 1e-9 * (samples * sample_bytes + log_mel_frames(spec) * spec.n_mels * feature_bytes)
 
 
-def log_mel_rows(args: argparse.Namespace) -> Iterator[list[str]]:
+def log_mel_ms(name: str, share: float, machine: Machine) -> float:
+    """The pipe with most to do, busy in a share of the cycles; then the second pass of a dynamic range."""
+    spec = FRONT_ENDS[name]
+    busy = 1e3 * log_mel_frames(spec) * max(log_mel_cycles(name)) / (MULTIPROCESSORS * HERTZ * share)
+    second = 0.0 if spec.dynamic_range is None else 1e-9 * log_mel_frames(spec) * spec.n_mels * EPILOGUE_BYTES
+    return busy + second / (COPY_SHARE * machine.tbytes)
+
+
+def log_mel_rows() -> Iterator[list[str]]:
     for name, spec in FRONT_ENDS.items():
-        issue, tensor = log_mel_cycles(name, spec)
-        frames = CLIPS * int(spec.frames(SECONDS * spec.sampling_rate))
-        second = 0.0 if spec.dynamic_range is None else 1e-9 * frames * spec.n_mels * EPILOGUE_BYTES / args.tbytes
-        for kind, sizes in (("float32 to float32", (4, 4)), ("int16 to bfloat16", (2, 2))):
-            floor = log_mel_gbytes(spec, *sizes) / args.tbytes
-            ms = 1e3 * frames / (MULTIPROCESSORS * HERTZ)
-            low = max(issue / ISSUE_SHARES[0], tensor) * ms + second + 0.01
-            high = (issue / ISSUE_SHARES[1] + tensor) * ms + floor + second + 0.01
-            cells = (f"{floor:.2g}", f"{issue:.0f}", f"{tensor:.0f}", f"{issue * ms:.2g}", f"{low:.2g} to {high:.2g}")
-            yield [name, kind, *cells]
+        floors = (copies(log_mel_gbytes(spec, *sizes)) for sizes in ((4, 4), (2, 2)))
+        cycles = (f"{cycles:.0f}" for cycles in log_mel_cycles(name))
+        predicted = pair(span(log_mel_ms(name, share, m) for share in BUSY_SHARES) for m in MACHINES)
+        yield [name, *cycles, *floors, predicted]
 
 
-def log_mel_peers(args: argparse.Namespace) -> Iterator[str]:
+def log_mel_peers() -> Iterator[str]:
     """What bytes alone allow them, float32 in and out."""
     for name in ("whisper-80", "clap-64"):
         spec = FRONT_ENDS[name]
-        frames = CLIPS * int(spec.frames(SECONDS * spec.sampling_rate))
-        fused = log_mel_gbytes(spec, 4, 4) + 1e-9 * frames * spec.n_mels * LOGARITHM_BYTES
-        yield f"flashmel and a logarithm, {name}: not below {fused / args.tbytes:.2g} ms."
+        fused = log_mel_gbytes(spec, 4, 4) + 1e-9 * log_mel_frames(spec) * spec.n_mels * LOGARITHM_BYTES
+        yield f"flashmel + log, {name}, {copies(fused)}"
         if spec.n_fft == 400:
-            yield f"torchaudio and a logarithm, {name}: about {1e-9 * frames * TORCHAUDIO_BYTES / args.tbytes:.2g} ms."
+            unfused = copies(1e-9 * log_mel_frames(spec) * TORCHAUDIO_BYTES)
+            yield f"torchaudio + log, {name}, {unfused}"
 
 
-def attention_rows(args: argparse.Namespace) -> Iterator[list[str]]:
+# ---------------------------------------------------------------------------------------------------------------------
+# Towers
+
+HEADS, FRAMES, WIDTH = 16, 499, 64
+# Of attention: flash kernels with a bias on this kind of GPU reach about half of the peak forward, less backward.
+ATTENTION_SHARES = {"forward": (0.55, 0.35), "forward and backward": (0.45, 0.3)}
+EXPONENTIALS = 16 * MULTIPROCESSORS * HERTZ  # a second
+READ = 0.75  # of the samples of clips that are half to all of the batch's width
+NORM_ROWS, NORM_COLUMNS, NORM_TILE_ROWS, NORM_WARPS = 512_000, 512, 4, 4
+NORM_ISSUED = {"forward": 763, "backward": 1034}  # of a warp for a tile of 4 rows: counted in the machine code
+NORM_SHARES = (0.8, 0.6)  # of the cycles, in which a scheduler issues: assumed, for 16 to 24 warps a multiprocessor
+NORM_PASSES = {"forward": 2, "backward": 3}  # over [rows, columns] in bf16
+
+
+def attention_rows() -> Iterator[list[str]]:
     for batch in (32, 128):
         for passes, shares in ATTENTION_SHARES.items():
             backward = passes != "forward"
             gflop = 4e-9 * batch * HEADS * FRAMES**2 * WIDTH * (3.5 if backward else 1)
             gbytes = 2e-9 * batch * HEADS * FRAMES * WIDTH * (12 if backward else 4)
             exponentials = 1e3 * batch * HEADS * FRAMES**2 * (2 if backward else 1) / EXPONENTIALS
-            floors = (gflop / args.tflops, gbytes / args.tbytes, exponentials)
-            low, high = (max(gflop / (share * args.tflops), exponentials) for share in shares)
-            yield [str(batch), passes, *(f"{floor:.2g}" for floor in floors), f"{low:.2g} to {high:.2g}"]
+            times = (span(max(gflop / (x * m.tflops), exponentials) for x in shares) for m in MACHINES)
+            products = pair(f"{gflop / m.tflops:.2g}" for m in MACHINES)
+            yield [str(batch), passes, products, copies(gbytes), f"{exponentials:.2g}", pair(times)]
 
 
-def shares(of: dict[str, tuple[float, float]]) -> str:
-    return ", ".join(f"{high:.0%} to {low:.0%} ({passes})" for passes, (high, low) in of.items())
+def norm_ms(passes: tuple[str, ...], share: float, machine: Machine) -> float:
+    """LayerNorm + GELU: the longer of instructions and bytes, in each pass."""
+    total = 0.0
+    for name in passes:
+        cycles = NORM_ISSUED[name] * NORM_WARPS / SCHEDULERS / NORM_TILE_ROWS  # a row, of one multiprocessor
+        issue = 1e3 * NORM_ROWS * cycles / (MULTIPROCESSORS * HERTZ * share)
+        total += max(issue, norm_gbytes((name,)) / (COPY_SHARE * machine.tbytes))
+    return total
 
 
-def tower_rows(args: argparse.Namespace) -> Iterator[list[str]]:
+def norm_gbytes(passes: tuple[str, ...]) -> float:
+    return 2e-9 * NORM_ROWS * NORM_COLUMNS * sum(NORM_PASSES[name] for name in passes)
+
+
+def tower_rows() -> Iterator[list[str]]:
     """GB that have to move, the floor and the prediction."""
-    layer_norm, waveform = 1e-9 * 32 * 16000 * 512, 1e-9 * CLIPS * SECONDS * 16000
-    for name, size, gbytes in (
-        ("layer_norm_gelu, forward", "512,000 × 512 bf16", layer_norm * 2 * 2),
-        ("layer_norm_gelu, forward and backward", "512,000 × 512 bf16", layer_norm * 2 * 5),
-        ("normalize_waveform, statistics given", "1024 × 160,000 int16 to bf16", waveform * (READ * 2 + 2)),
-        ("normalize_waveform, statistics measured", "1024 × 160,000 int16 to bf16", waveform * (READ * 4 + 2)),
-    ):
-        floor = gbytes / args.tbytes
-        yield [name, size, f"{gbytes:.3g}", f"{floor:.2g}", f"{floor / COPY_SHARE + 0.01:.2g}"]
+    size = f"{NORM_ROWS:,} × {NORM_COLUMNS} bf16"
+    for passes in (("forward",), ("forward", "backward")):
+        predicted = pair(span(norm_ms(passes, share, m) for share in NORM_SHARES) for m in MACHINES)
+        gbytes = norm_gbytes(passes)
+        yield [f"layer_norm_gelu, {' and '.join(passes)}", size, f"{gbytes:.3g}", copies(gbytes), predicted]
+    size, samples = "1024 × 160,000 int16 to bf16", 1e-9 * CLIPS * SECONDS * 16000
+    for statistics, read in (("given", 2), ("measured", 4)):
+        gbytes = samples * (READ * read + 2)
+        cells = (f"{gbytes:.3g}", copies(gbytes), copies(gbytes / COPY_SHARE))
+        yield [f"normalize_waveform, statistics {statistics}", size, *cells]
 
 
-# Of the training step, with WavLM-Large and an XLM-R base. Every share of a peak is a guess; the page says of what.
-BATCHES = (32, 128, 512, 2048, 8192)
+# ---------------------------------------------------------------------------------------------------------------------
+# Training step, with WavLM-Large and an XLM-R base
+
 CAPTION_TOKENS = 32
-STEP_SHARES = (0.55, 0.45)  # ours: of the rate of large bf16 products
-TUNED_SHARES = (0.35, 0.25)  # the reference with TF32 and bf16 autocast
+# Traced, on fake CUDA tensors: a step of 32 clips of 10 s. Operations and GB of the forward and the backward pass, and
+# how many of these GB are not those of products.
+TRACED_CLIPS, OPERATIONS, GBYTES, NOT_PRODUCTS = 32, (1811, 2538), (74.0, 134.0), 144.0
+FUSED_AWAY = 54.0  # of NOT_PRODUCTS, by torch.compile: assumed
+HELD_BY_128 = 91.0  # GB, traced: with weights, gradients and moments
+FREE_SHARE = 0.95  # of the memory, which a process can have
+CHUNK = 64  # of the gradient cache
+TUNED_SHARES = (0.35, 0.25)  # the reference with TF32 and bf16 autocast: of the rate of products
 FLOAT32_TFLOPS = 67.0  # of an H100 or H200 without tensor cores, as the vendor states it
 RELEASED_SHARES = (0.7, 0.5)  # the reference as released: of FLOAT32_TFLOPS
 HOST_READS, READ_US = 250, 30.0  # numbers that the released step reads off the device, and what each costs
-KEPT_BY_A_CONVOLUTION = (16, 12)  # bytes a value of its output, in float32 and under autocast
+STEPS = (  # rows, compiled, gradient cache
+    *((32, False, False), (32, True, False), (64, True, False), (128, True, False)),
+    *((256, True, True), (8192, True, True)),
+)
 
 
 def pair_tflop() -> float:
@@ -168,165 +287,188 @@ def checkpointed_tflop() -> float:
     return 1e-12 * (layers - model_flops.wavlm_forward({**wavlm, "num_hidden_layers": 0}, samples))
 
 
-def convolution_gb(bytes_a_value: int) -> float:
-    """What the reference's convolutions keep of one clip for the backward pass."""
-    wavlm = SIZES["large"].wavlm
-    return 1e-9 * 512 * sum(model_flops.wavlm_frames(wavlm, SECONDS * 16000)) * bytes_a_value
+def parameters() -> int:
+    return round(scale_model.parser().parse_args([]).parameters)
 
 
-def training_rows(args: argparse.Namespace) -> Iterator[list[str]]:
-    """For each batch: ours without and with the gradient cache, the reference as released and tuned, memory of ours."""
-    model = scale_model.parser().parse_args([])
-    sizes = scale_model.Model(round(model.parameters), 768, 4, model.chunk, model.chunk_gb, 2 * SECONDS * 16000)
-    machine = scale_model.Machine(clip_ms=0.0, memory_gb=args.gbytes)
-    rest = 1e3 * 28 * sizes.parameters / (1e12 * args.tbytes)  # the optimizer
-    weights = 16e-9 * sizes.parameters
-    for rows in BATCHES:
-        loss = milliseconds(MODELS["fastclap, 4 passes"], rows, sizes.dim, args.tflops, args.tbytes)
-        ours = [1e3 * rows * pair_tflop() / (share * args.tflops) for share in STEP_SHARES]
-        theirs = rows * (pair_tflop() + checkpointed_tflop())
-        released = [1e3 * theirs / (share * FLOAT32_TFLOPS) for share in RELEASED_SHARES]
-        tuned = [1e3 * theirs / (share * args.tflops) for share in TUNED_SHARES]
-        activations = model.chunk_gb * rows / sizes.chunk
-        cached = rows > sizes.chunk
-        whole = scale_model.Model(sizes.parameters, sizes.dim, 4, rows, activations, sizes.clip_bytes)
-        held = sum(scale_model.predict(sizes if cached else whole, machine, rows, 1).held.values())
-        fits = {
-            "plain": activations + weights < args.gbytes,
-            "released": rows * convolution_gb(KEPT_BY_A_CONVOLUTION[0]) + weights < args.gbytes,
-            "tuned": rows * convolution_gb(KEPT_BY_A_CONVOLUTION[1]) + weights < args.gbytes,
-        }
-        yield [
-            f"{rows:,}",
-            _step([ms + loss + rest for ms in ours], rows) if fits["plain"] else "does not fit",
-            _step([4 / 3 * ms + loss + rest for ms in ours], rows) if cached else "",
-            _step([ms + 1e-3 * HOST_READS * READ_US + rest for ms in released], rows)
-            if fits["released"]
-            else "does not fit",
-            _step([ms + rest for ms in tuned], rows) if fits["tuned"] else "does not fit",
-            f"{held / 1e9:.3g}",
-        ]
+def clip_gb() -> float:
+    """Activations of one clip and its caption: what a batch of 128 holds, less 16 bytes a parameter."""
+    return (HELD_BY_128 - 16e-9 * parameters()) / 128
 
 
-def _step(range_ms: list[float], rows: int) -> str:
-    low, high = range_ms
-    unit, ms = ("s", 1e3) if high >= 1e3 else ("ms", 1.0)
-    return f"{low / ms:.3g} to {high / ms:.3g} {unit}, {1e3 * rows / high:.3g} to {1e3 * rows / low:.3g} clips/s"
+def held_gb(rows: int, cached: bool, machine: Machine) -> float:
+    """As `bench.scale_model` adds it up, with the traced activations."""
+    chunk = CHUNK if cached else rows
+    model = scale_model.Model(parameters(), 768, 4, chunk, chunk * clip_gb(), 2 * SECONDS * 16000)
+    memory = scale_model.Machine(clip_ms=0.0, memory_gb=machine.gbytes)
+    return 1e-9 * sum(scale_model.predict(model, memory, rows, 1).held.values())
 
 
-def cell(model: Model, rows: int, dim: int, args: argparse.Namespace) -> str:
-    if model.kept_per_pair * rows**2 > 1e9 * args.gbytes * model.share_of_memory:
+def step_ms(rows: int, compiled: bool, cached: bool, machine: Machine) -> float:
+    """Products, other bytes, gaps between operations, loss and optimizer, one after the other."""
+    flops, passes, traffic, turns = 1.0, sum(OPERATIONS), 1.0, rows / TRACED_CLIPS
+    launches = passes
+    if cached:  # the forward pass once more, in chunks
+        flops, traffic = 4 / 3, 1 + GBYTES[0] / sum(GBYTES)
+        launches = (passes + OPERATIONS[0]) * -(-rows // CHUNK)
+    gbytes = turns * traffic * (NOT_PRODUCTS - (FUSED_AWAY if compiled else 0.0)) + 28e-9 * parameters()
+    products = 1e3 * rows * flops * pair_tflop() / (PRODUCT_SHARE * machine.tflops)
+    loss = device_ms(FORMS[FOUR], rows, 768, machine)
+    return products + gbytes / (COPY_SHARE * machine.tbytes) + 1e-3 * GAP_US * launches + loss
+
+
+def step_cell(rows: int, compiled: bool, cached: bool, machine: Machine) -> str:
+    if held_gb(rows, cached, machine) > FREE_SHARE * machine.gbytes:
         return "does not fit"
-    return f"{milliseconds(model, rows, dim, args.tflops, args.tbytes):.3g}"
+    ms = step_ms(rows, compiled, cached, machine)
+    rate = 1e3 * rows / ms
+    return f"{duration((ms,))}, {rate:.0f} clips/s, {rate * pair_tflop() / machine.tflops:.0%}"
+
+
+def step_rows() -> Iterator[list[str]]:
+    for rows, compiled, cached in STEPS:
+        form = f"{'compiled' if compiled else 'eager'}{', gradient cache' * cached}"
+        cells = (step_cell(rows, compiled, cached, machine) for machine in MACHINES)
+        yield [f"{rows:,}", f"ours, {form}", *cells, f"{held_gb(rows, cached, H100):.0f}"]
+    for name, shares, rate in (("as released", RELEASED_SHARES, FLOAT32_TFLOPS), ("tuned", TUNED_SHARES, None)):
+        yield ["32", f"reference, {name}", *(reference_cell(32, shares, rate, machine) for machine in MACHINES), ""]
+
+
+def reference_cell(rows: int, shares: tuple[float, float], tflops: float | None, machine: Machine) -> str:
+    """Work over a share of ``tflops``, or of the rate of products, and what the released step reads off the device."""
+    work = rows * (pair_tflop() + checkpointed_tflop())
+    optimizer = 28e-9 * parameters() / (COPY_SHARE * machine.tbytes)
+    reads = 0.0 if tflops is None else 1e-3 * HOST_READS * READ_US
+    low, high = (1e3 * work / (share * (tflops or machine.tflops)) + reads + optimizer for share in shares)
+    return f"{duration((low, high))}, {1e3 * rows / high:.0f} to {1e3 * rows / low:.0f} clips/s"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Page
+
+
+def pair(figures: Iterable[str]) -> str:
+    """The figures of `MACHINES`, once where they are alike."""
+    return " / ".join(dict.fromkeys(figures))
+
+
+def span(ms: Iterable[float]) -> str:
+    return " to ".join(f"{x:.2g}" for x in ms)
+
+
+def copies(gbytes: float) -> str:
+    """Milliseconds at the rate of copies."""
+    return pair(f"{gbytes / m.tbytes:.2g}" for m in MACHINES)
+
+
+def duration(ms: Sequence[float]) -> str:
+    unit, size = ("s", 1e3) if max(ms) >= 1e3 else ("ms", 1.0)
+    return f"{' to '.join(f'{x / size:.3g}' for x in ms)} {unit}"
+
+
+def percent(shares: tuple[float, float]) -> str:
+    return f"{shares[0]:.0%} to {shares[1]:.0%}"
+
+
+def by_dim(number: Callable[[int], float]) -> str:
+    return " / ".join(f"{number(dim):.0%}" for dim in (512, 768, 1024))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="H200")
-    parser.add_argument("--tflops", type=float, default=790, help="assumed rate of large bf16 products")
-    parser.add_argument("--tbytes", type=float, default=4.3, help="assumed TB/s of a copy, read and written")
-    parser.add_argument("--gbytes", type=float, default=141, help="assumed memory")
-    args = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    one, two = FORMS[FOUR].issued
+    stored, bytes_of = FORMS[THREE].issued[0], {name: f"{form.bytes_per_pair:g}" for name, form in FORMS.items()}
+    million = pair(f"{1e-3 * device_ms(FORMS[FOUR], 1 << 20, 768, m):.3g}" for m in MACHINES)
+    floors = "; ".join(
+        f"{name} {pair(f'{n * 2e-9 * 65536**2 * 768 / m.tflops:.3g}' for m in MACHINES)}" for name, n in FLOORS.items()
+    )
     print(
         f"""# Predictions, not measurements
 
-Written by `python -m bench.predictions` from operation counts. **No GPU produced any figure on this page.** Assumed for
-one {args.name}: {args.tflops:g} TFLOP/s for large bf16 products, {args.tbytes:g} TB/s for copies, {args.gbytes:g} GB.
+Written by `python -m bench.predictions`. **No GPU produced any figure on this page.** A pair is **H100 / H200**; one
+figure stands for both.
 
-InfoNCE, N = M, bf16, forward and backward:
+{markdown(("assumed", *(m.name for m in MACHINES)), machine_rows())}
 
-    ms = passes · 2·N²·D / (share · {args.tflops:g} TFLOP/s) + bytes · N² / ({args.tbytes:g} TB/s) + {LAUNCHES_MS:g} ms of launches
-"""  # noqa: E501
-    )
-    names = ("form", "passes", "share of the matmul peak", "bytes a pair", "bytes a pair kept")
-    fields = ((m.passes, m.share, m.bytes_per_pair, m.kept_per_pair) for m in MODELS.values())
-    print(markdown(names, [(name, *map(str, values)) for name, values in zip(MODELS, fields, strict=True)]))
-    print("\nThe shares are guesses. Traffic of chunks, mostly within the L2 cache, is part of fastclap's share.\n")
-    print(f"Predicted ms at D = {' / '.join(map(str, DIMS))}:\n")
-    print(
-        markdown(
-            ["N", *MODELS],
-            [[f"{n:,}", *(" / ".join(cell(m, n, d, args) for d in DIMS) for m in MODELS.values())] for n in ROWS],
-        )
-    )
-    largest = milliseconds(MODELS["fastclap, 4 passes"], 1 << 20, 768, args.tflops, args.tbytes)
-    print(f"\nN = 1,048,576 at D = 768: {largest / 1e3:.3g} s.\n")
-    print(
-        "For the other peers only the floor is known, their matmul passes at the full peak. Milliseconds at "
-        "N = 65,536, D = 768:\n"
-    )
-    floors = [(name, str(p), f"{p * 2e-9 * 65536**2 * 768 / args.tflops:.3g}") for name, p in FLOORS.items()]
-    print(markdown(("peer", "passes", "not below"), floors))
-    print(
-        f"""
+Both: {MULTIPROCESSORS} multiprocessors at {HERTZ / 1e9:g} GHz, {L2_TBYTES:g} TB/s from the L2 cache. Constants below are *counted* in the machine code for
+sm_90 (`python -m bench.machine_code`), *traced* (a run on tensors without data) or *assumed*. Assumed everywhere: plain
+products reach {PRODUCT_SHARE:.0%} of the rate of large ones, passes over memory {COPY_SHARE:.0%} of that of copies; {GAP_US:g} µs pass between operations.
+
+## InfoNCE
+
+N = M, bf16, forward and backward, ms:
+
+{markdown(("N", "D", *FORMS), loss_rows())}
+
+The longer of device and host; where that is the host, the device's time, that of a CUDA graph, is in brackets. –: does
+not fit. N = 1,048,576 at D = 768 takes {million} s.
+
+- A pass is 2·N²·D flops. With 4 passes, two (P1, P2) are kernels of ours and two plain products; with 3, P1 is ours.
+  P1 and P2 take the longest of: products ({pair(f"{PRODUCT_SHARE * m.tflops:.0f}" for m in MACHINES)} TFLOP/s); L2, of which a tile of 128 × 128 needs a byte
+  for 64 flops ({64 * L2_TBYTES:.0f} TFLOP/s); instructions, issued in {LOSS_ISSUE_SHARE:.0%} of the cycles (assumed).
+- Instructions (counted) of each of a tile's {WARPS} warps: {one[0]:,} + {one[1]}·D/64 in P1 ({stored[0]:,} + {stored[1]}·D/64 with 3 passes),
+  {two[0]:,} + {two[1]}·D/64 in P2. P1's take {by_dim(lambda dim: issue_to_tensor(one, dim))} of the tensor cores' 8·D cycles at D = 512 / 768 / 1024.
+- Bytes a pair beside products (assumed): {bytes_of[THREE]} with 3 passes, {bytes_of[MATERIALISED]} materialised, {bytes_of[OPEN_CLIP]} in open_clip.
+- Host: {OURS_HOST_MS:g} ms (0.86 to 1.0; traced: 11 Triton launches, 2 products, 61 other operations), {MATERIALISED_HOST_MS:g} for the compiled forms.
+  **Below some 7,000 rows these are predicted to be faster**, unless the host is hidden behind other work.
+- Of other peers only the floor is known, their passes at the full rate. ms at N = 65,536, D = 768:
+  {floors}.
+
 ## Log-mel
 
-{CLIPS} clips of {SECONDS} s. The floor is samples in and features out, once each, at {args.tbytes:g} TB/s. Cycles are
-those of one multiprocessor a frame. *Issue*: the instructions of a tile's four warps in the machine code for sm_90,
-one a cycle on each of four schedulers, over its 32 frames. *Tensor*: the matrix instructions among them,
-{MMA_CYCLES} cycles each on the tensor core of a quarter. With {MULTIPROCESSORS} multiprocessors at {HERTZ / 1e9:g} GHz,
+{CLIPS} clips of {SECONDS} s. Cycles are those of one multiprocessor a frame (counted, inside a clip, float32 to float32).
 
-    least ms = issue / {ISSUE_SHARES[0]:g}
-    most ms  = issue / {ISSUE_SHARES[1]:g} + tensor + floor
-    each + {EPILOGUE_BYTES} bytes a feature / ({args.tbytes:g} TB/s) where there is a dynamic range, + 0.01
+{markdown(("front-end", "issue", "wavefronts", "tensor", "floor ms, float32", "int16 to bf16", "predicted ms"), log_mel_rows())}
 
-The shares of cycles in which an instruction issues are guesses: two programs of four warps share a multiprocessor, so
-latency is hidden by each thread's four independent frames more than by other warps. At least, the tensor cores and
-memory work beside them; at most, nothing does. Issue outweighs the rest in every row: the way down is fewer
-instructions. float32 samples are counted, of which int16 needs fewer.
-"""
-    )
-    print(markdown(("front-end", "", "floor ms", "issue", "tensor", "ms of issue", "predicted ms"), log_mel_rows(args)))
-    print("\nFor the peers, from bytes alone:\n")
-    print("\n".join(f"- {line}" for line in log_mel_peers(args)))
-    print(
-        f"""
+- *Issue*: the instructions of a tile's four warps, one a cycle on each of four schedulers. *Wavefronts*: of the one pipe
+  to shared memory and L1, one a cycle: 1, 2 or 4 for a load or store of 32, 64 or 128 bits a lane, 4 for four matrices,
+  1 for a shuffle. That is the least: bank conflicts and loads that touch many lines come on top. One is as much a bound
+  as the other; bytes and tensor cores are none.
+- ms = frames · the largest of the three / (share · {MULTIPROCESSORS} · {HERTZ / 1e9:g} GHz), share {percent(BUSY_SHARES)} (assumed: two programs of four
+  warps hide little latency), and {EPILOGUE_BYTES} bytes a feature more where there is a dynamic range.
+- Peers, from bytes alone, ms: {"; ".join(log_mel_peers())}.
+
 ## Gated-Toeplitz attention
 
-T = {FRAMES}, {HEADS} heads of {WIDTH}, bf16. Flops: 4·B·H·T²·d forward, 3.5 times that with the backward pass. Bytes:
-q, k, v and the output forward; q, k, v, the output and its gradient read again and three gradients written backward.
-Exponentials: one a logit and pass, {EXPONENTIALS / 1e12:g}·10¹² a second. Predicted: the flops at a share of the peak,
-{shares(ATTENTION_SHARES)}, guesses, or the exponentials where those take
-longer.
-"""
-    )
-    columns = ("B", "", "flops ms", "bytes ms", "exponentials ms", "predicted ms")
-    print(markdown(columns, attention_rows(args)))
-    print(
-        f"""
-## Memory-bound kernels of the towers
+T = {FRAMES}, {HEADS} heads of {WIDTH}, bf16, ms:
 
-Predicted: the floor at {COPY_SHARE:.0%} of the copy rate, and 0.01 ms. Of the waveforms, half to all of the width is
-samples: {READ:.0%} are read, twice where statistics are measured, and all positions are written.
-"""
-    )
-    print(markdown(("kernel", "size", "GB", "floor ms", "predicted ms"), tower_rows(args)))
-    print(
-        f"""
+{markdown(("B", "", "flops", "bytes", "exponentials", "predicted"), attention_rows())}
+
+4·B·H·T²·d flops forward, 3.5 times that with the backward pass; bytes of q, k, v, output and gradients; one exponential
+a logit and pass, 16 a cycle. Predicted: flops at {percent(ATTENTION_SHARES["forward"])} of the rate of products forward, {percent(ATTENTION_SHARES["forward and backward"])} with the
+backward pass (assumed), or the exponentials. At B = 32 the host takes longer: these are times behind queued work.
+
+## Between the products
+
+{markdown(("kernel", "size", "GB", "floor ms", "predicted ms"), tower_rows())}
+
+LayerNorm + GELU is bound by its instructions: {NORM_ISSUED["forward"]} forward and {NORM_ISSUED["backward"]:,} backward of a warp for a row of {NORM_COLUMNS} (counted, with
+libdevice's `erf`), issued in {percent(NORM_SHARES)} of the cycles (assumed). Waveforms are bound by bytes: {READ:.0%} of the width is
+samples, read once, twice where statistics are measured; all positions are written.
+
 ## Training step
 
-WavLM-Large and an XLM-R base (594 M parameters), clips of {SECONDS} s, captions of {CAPTION_TOKENS} tokens, one {args.name}. A pair costs
-the model {pair_tflop():.3g} TFLOP forward and backward (`bench.model_flops`).
+WavLM-Large and an XLM-R base ({parameters() / 1e6:.0f} M parameters), clips of {SECONDS} s, captions of {CAPTION_TOKENS} tokens. %: of the rate of products, by
+the model's {pair_tflop():.3g} TFLOP a pair (`bench.model_flops`).
 
-    ours      ms = N · {pair_tflop():.3g} TFLOP · (4/3 with the gradient cache) / (share · {args.tflops:g} TFLOP/s) + loss + optimizer
-    released  ms = N · ({pair_tflop():.3g} + {checkpointed_tflop():.3g}) TFLOP / (share · {FLOAT32_TFLOPS:g} TFLOP/s) + {HOST_READS} host reads of {READ_US:g} µs + optimizer
-    tuned     ms = N · ({pair_tflop():.3g} + {checkpointed_tflop():.3g}) TFLOP / (share · {args.tflops:g} TFLOP/s) + optimizer
+{markdown(("N", "step", "H100", "H200", "GB held"), step_rows())}
 
-Shares are guesses. Ours {STEP_SHARES[1]:.0%} to {STEP_SHARES[0]:.0%}, since attention, norms and activations are bound by memory. The reference as
-released multiplies in float32 without tensor cores ({FLOAT32_TFLOPS:g} TFLOP/s by the data sheet, of which {RELEASED_SHARES[1]:.0%} to {RELEASED_SHARES[0]:.0%}; its
-convolutions may take TF32, which would help it), computes the transformer layers' forward pass twice (gradient
-checkpointing, the {checkpointed_tflop():.3g} TFLOP) and reads its statistics off the device. Tuned: statistics off, TF32, bf16 autocast,
-{TUNED_SHARES[1]:.0%} to {TUNED_SHARES[0]:.0%} of the bf16 rate: its attention writes the position bias and the weights out, and its convolutions
-transpose around each norm. Loss: four passes, as above. Optimizer: 28 bytes a parameter through memory.
-
-Memory. Ours as in [scaling.md](../../docs/scaling.md): 16 bytes a parameter, chunks of 64 clips with an assumed 60 GB
-of activations, samples and embeddings of the whole batch; from N = 128 on it is that of the gradient cache. The
-reference keeps at least {convolution_gb(KEPT_BY_A_CONVOLUTION[0]):.2g} GB of each clip for its convolutions ({convolution_gb(KEPT_BY_A_CONVOLUTION[1]):.2g} GB under autocast): outputs of
-convolution and norm and their transposed copies.
-"""  # noqa: E501
+- Ours: products + other bytes + gaps + loss (device, four passes) + optimizer (28 bytes a parameter). Traced for 32
+  clips: {TRACED_CLIPS * pair_tflop():.1f} TFLOP; {OPERATIONS[0]:,} operations and {GBYTES[0]:.0f} GB forward, {OPERATIONS[1]:,} and {GBYTES[1]:.0f} GB backward; {NOT_PRODUCTS:.0f} GB of them not of products.
+  Assumed: compiling saves {FUSED_AWAY:.0f} GB. The gradient cache repeats the forward pass, {CHUNK} clips at a time.
+- A risk that is not counted: in 16 bits the weight gradient of the positional convolution (grouped, kernel 128, 16
+  groups) may take up to 97 ms through cuDNN (pytorch issue 34977).
+- GB held: {HELD_BY_128:.0f} for a batch of 128 (traced), which is 16 bytes a parameter and {clip_gb():.2f} GB a clip; at most {FREE_SHARE:.0%} is free.
+- The reference multiplies {pair_tflop() + checkpointed_tflop():.3g} TFLOP a pair (gradient checkpointing). As released: float32 without tensor cores, at
+  {percent(RELEASED_SHARES)} of {FLOAT32_TFLOPS:g} TFLOP/s, and {HOST_READS} reads of {READ_US:g} µs by the host. Tuned (no statistics, TF32, bf16 autocast):
+  {percent(TUNED_SHARES)} of the rate of products. All assumed."""  # noqa: E501
     )
-    columns = ("N", "ours", "ours, gradient cache", "reference as released", "reference, tuned", "ours, GB held")
-    print(markdown(columns, training_rows(args)))
+
+
+def machine_rows() -> Iterator[list[str]]:
+    yield ["large bf16 products, TFLOP/s", *(f"{m.tflops:g}" for m in MACHINES)]
+    yield ["copies, read + written, TB/s", *(f"{m.tbytes:.1f}" for m in MACHINES)]
+    yield ["memory, GB", *(f"{m.gbytes:g}" for m in MACHINES)]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The page of predictions: reproducible, and its counts are those of the formulas that it states."""
+"""The page of predictions: reproducible, and its figures are those of the formulas that it states."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
@@ -10,11 +9,10 @@ import pytest
 
 from bench import predictions
 from bench.kernel_peers import FRONT_ENDS
-
-pytest.importorskip("triton")  # whose tables the counts are of
+from bench.predictions import FORMS, FOUR, H100, H200, MACHINES, MATERIALISED, THREE, Machine
 
 RECORD = Path(__file__).resolve().parents[2] / "bench" / "records" / "PREDICTED.md"
-ASSUMED = argparse.Namespace(name="H200", tflops=790.0, tbytes=4.3, gbytes=141.0)
+each_machine = pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
 
 
 def test_the_page_in_the_records_is_what_the_script_prints(
@@ -27,6 +25,55 @@ def test_the_page_in_the_records_is_what_the_script_prints(
     assert printed.startswith("# Predictions, not measurements")
 
 
+def test_figures_of_both_machines_are_one_where_they_are_alike() -> None:
+    assert predictions.pair(f"{m.tbytes:.1f}" for m in MACHINES) == "3.0 / 4.3"
+    assert predictions.pair("1.2" for _ in MACHINES) == "1.2"
+
+
+def test_p1_is_bound_by_its_instructions_at_512_and_by_the_l2_cache_from_768_on() -> None:
+    one, _ = FORMS[FOUR].issued
+    # 8 warps over 4 schedulers issue 2 · (1806 + 71·D/64), the tensor cores take 8·D.
+    shares = [predictions.issue_to_tensor(one, dim) for dim in (512, 768, 1024)]
+    assert shares == pytest.approx([1.159, 0.865, 0.718], abs=1e-3)
+    by_l2 = 128 * 128 * 2 / (2 * 128 * 2) * 8.1  # flops of a step of one in depth, over its bytes of A and B
+    rates = [predictions.pass_tflops(one, dim, H100) for dim in (512, 768, 1024)]
+    assert rates[0] == pytest.approx(0.6 * 4096 * 132 * 1.755e9 * 1e-12 / shares[0]) and rates[0] < by_l2
+    assert rates[1:] == pytest.approx([by_l2, by_l2])
+
+
+@each_machine
+def test_time_of_the_loss(machine: Machine) -> None:
+    """Two passes at the rate of the L2 cache and two plain products; three plain products and 25 bytes a pair."""
+    one, products = 2e-9 * 16384**2 * 1024, 0.81 * machine.tflops
+    ours = 2 * one / (64 * 8.1) + 2 * one / products + 74 * 2e-3
+    assert predictions.device_ms(FORMS[FOUR], 16384, 1024, machine) == pytest.approx(ours)
+    theirs = 3 * one / products + 25e-9 * 16384**2 / (0.9 * machine.tbytes) + 15 * 2e-3
+    assert predictions.device_ms(FORMS[MATERIALISED], 16384, 1024, machine) == pytest.approx(theirs)
+    for dim in (512, 768, 1024):
+        times = [predictions.device_ms(form, 65536, dim, machine) for form in FORMS.values()]
+        assert times[1] < times[0] < times[2] < times[3]
+    assert predictions.device_ms(FORMS[FOUR], 65536, 512, machine) > 0.5 * predictions.device_ms(
+        FORMS[FOUR], 65536, 1024, machine
+    ), "fewer dimensions save less than their share: instructions do not shrink with them"
+
+
+@each_machine
+def test_small_batches_of_the_loss_are_bound_by_the_host(machine: Machine) -> None:
+    assert predictions.loss_cell(FORMS[FOUR], 256, 768, machine).startswith("0.93 (0.15")
+    assert predictions.loss_cell(FORMS[MATERIALISED], 256, 768, machine).startswith("0.29 (0.03")
+    # as the page says, where they meet
+    assert predictions.device_ms(FORMS[MATERIALISED], 6000, 768, machine) < FORMS[FOUR].host_ms
+    assert predictions.device_ms(FORMS[MATERIALISED], 8192, 768, machine) > FORMS[FOUR].host_ms
+    assert predictions.device_ms(FORMS[FOUR], 16384, 768, machine) > FORMS[FOUR].host_ms
+
+
+def test_a_matrix_that_does_not_fit_is_no_time() -> None:
+    assert predictions.fits(FORMS[THREE], 65536, H100) and not predictions.fits(FORMS[THREE], 131072, H100)
+    assert predictions.fits(FORMS[THREE], 131072, H200), "34 GB are less than a quarter of 141"
+    assert predictions.loss_cell(FORMS[MATERIALISED], 262144, 768, H200) == "–"
+    assert predictions.fits(FORMS[FOUR], 1 << 20, H100)
+
+
 def test_log_mel_bytes_are_samples_and_features() -> None:
     assert predictions.log_mel_gbytes(FRONT_ENDS["whisper-80"], 4, 4) == pytest.approx(
         1e-9 * 1024 * 4 * (160000 + 1000 * 80)
@@ -37,33 +84,93 @@ def test_log_mel_bytes_are_samples_and_features() -> None:
 
 
 @pytest.mark.parametrize(("name", "n1"), [("whisper-80", 16), ("kaldi-80", 16), ("clsp-128", 16), ("clap-64", 32)])
-def test_log_mel_instructions_are_no_fewer_than_the_arithmetic_needs(name: str, n1: int) -> None:
-    issue, tensor = predictions.log_mel_cycles(name, FRONT_ENDS[name])
+def test_log_mel_counts_are_no_fewer_than_the_arithmetic_needs(name: str, n1: int) -> None:
+    issue, wavefronts, tensor = predictions.log_mel_cycles(name)
     # Of 16 pairs of samples n2 and of 16 columns k2: window, two real FFTs, twiddles, powers, two running sums.
     least = 3 * n1 + 2 * n1 * math.log2(n1) + 8 * (n1 / 2 - 1) + 4 * n1 + 4 * n1
     assert 16 * least / 128 < issue < 5 * 16 * least / 128  # 128 lanes a cycle
+    # Samples and their taps are read, the energies of two runs a bin are stored: a lane each, 32 a wavefront.
+    assert 2 * (n1 * 32 + 2 * n1 * 16) / 32 < wavefronts < 2 * issue
     # Products of 16 x 32 matrices for cosine and sine, each with what was cut off; 1024 multiply-adds a cycle.
-    assert tensor == pytest.approx((n1 + 1) * 2 * 2 * 16 * 32 / 1024)
+    assert tensor == pytest.approx(n1 * 2 * 2 * 16 * 32 / 1024)
+
+
+@each_machine
+def test_log_mel_time_is_that_of_the_busiest_pipe(machine: Machine) -> None:
+    frames = 1024 * 1000
+    second = 1e-9 * frames * 80 * 8 / (0.9 * machine.tbytes)
+    whisper = 1e3 * frames * (5807 / 32) / (132 * 1.755e9) / 0.6 + second
+    assert predictions.log_mel_ms("whisper-80", 0.6, machine) == pytest.approx(whisper), "instructions"
+    clap = 1e3 * 1024 * 1001 * (2638 * 4 / 32) / (132 * 1.755e9) / 0.6
+    assert predictions.log_mel_ms("clap-64", 0.6, machine) == pytest.approx(clap), "wavefronts, no dynamic range"
+
+
+@each_machine
+def test_layer_norm_gelu_takes_the_longer_of_instructions_and_bytes(machine: Machine) -> None:
+    for name, issued, moved in (("forward", 763, 2), ("backward", 1034, 3)):
+        issue = 1e3 * 512_000 * issued / (4 * 132 * 1.755e9 * 0.8)  # a row is a warp's turn
+        copies = 2e-9 * moved * 512_000 * 512 / (0.9 * machine.tbytes)
+        assert predictions.norm_ms((name,), 0.8, machine) == pytest.approx(max(issue, copies))
+        assert issue > copies
+    both = predictions.norm_ms(("forward", "backward"), 0.8, machine)
+    assert both == pytest.approx(sum(predictions.norm_ms((name,), 0.8, machine) for name in ("forward", "backward")))
 
 
 def test_every_prediction_is_above_its_floor() -> None:
-    for *_, floor, _, _, busy, predicted in predictions.log_mel_rows(ASSUMED):
-        assert float(predicted.split()[0]) > max(float(floor), float(busy))
-    for *floors, predicted in (row[2:] for row in predictions.attention_rows(ASSUMED)):
-        assert float(predicted.split()[0]) >= max(map(float, floors))
-    for *_, floor, predicted in predictions.tower_rows(ASSUMED):
-        assert float(predicted) > float(floor)
+    def numbers(cell: str) -> list[float]:
+        """The least figure of each machine."""
+        found = [float(part.split()[0]) for part in cell.split(" / ")]
+        return found * (2 // len(found))
+
+    def above(predicted: str, *floors: str) -> bool:
+        return all(x >= y for floor in floors for x, y in zip(numbers(predicted), numbers(floor), strict=True))
+
+    for *_, floor, _, predicted in predictions.log_mel_rows():
+        assert above(predicted, floor)
+    for _, _, *floors, predicted in predictions.attention_rows():
+        assert above(predicted, *floors)
+    for *_, floor, predicted in predictions.tower_rows():
+        assert above(predicted, floor)
 
 
-def test_the_training_step_is_its_flops_over_a_share_of_the_peak() -> None:
+def test_work_of_the_training_step() -> None:
     assert predictions.pair_tflop() == pytest.approx(1.168, abs=1e-3)
+    assert 32 * predictions.pair_tflop() == pytest.approx(37.4, abs=0.05), "as the step that was traced"
     assert predictions.checkpointed_tflop() == pytest.approx(24 * 13.594e-3, rel=1e-3)  # 24 layers' forward pass
-    rows = {row[0]: row[1:] for row in predictions.training_rows(ASSUMED)}
-    plain, cached, released, tuned, held = rows["32"]
-    low, high = (float(x) for x in plain.removesuffix(" clips/s").split(", ")[1].split(" to "))
-    assert low < 0.45 * 790 / predictions.pair_tflop() < high * 0.45 / 0.55 * 1.1  # optimizer and loss take little
-    assert cached == "" and float(held) < 60
-    rates = [float(cells.split(", ")[1].split()[0]) for cells in (plain, tuned, released)]
-    assert rates == sorted(rates, reverse=True), "ours before the tuned reference before the released one"
-    assert rows["8,192"][0] == rows["512"][2] == rows["512"][3] == "does not fit"
-    assert "clips/s" in rows["8,192"][1] and float(rows["8,192"][4]) < 141
+
+
+@each_machine
+def test_time_of_the_training_step_is_its_products_bytes_gaps_loss_and_optimizer(machine: Machine) -> None:
+    products = 1e3 * 32 * predictions.pair_tflop() / (0.81 * machine.tflops)
+    copies = (144 + 28e-9 * 594e6) / (0.9 * machine.tbytes)
+    eager = predictions.step_ms(32, compiled=False, cached=False, machine=machine)
+    loss = predictions.device_ms(FORMS[FOUR], 32, 768, machine)
+    assert eager == pytest.approx(products + copies + 2e-3 * (1811 + 2538) + loss)
+    compiled = predictions.step_ms(32, compiled=True, cached=False, machine=machine)
+    assert eager - compiled == pytest.approx(54 / (0.9 * machine.tbytes))
+    # With the cache a third more products, and the forward pass's share of the bytes once more.
+    plain = predictions.step_ms(256, compiled=True, cached=False, machine=machine)
+    cached = predictions.step_ms(256, compiled=True, cached=True, machine=machine)
+    assert 1.3 < cached / plain < 1.4
+
+
+def test_batches_of_the_training_step_that_fit() -> None:
+    assert predictions.held_gb(128, False, H200) == pytest.approx(91, abs=1)
+    assert predictions.clip_gb() == pytest.approx((91 - 16e-9 * 594e6) / 128)
+    cells = {(row[0], row[1]): row[2:4] for row in predictions.step_rows()}
+    no = "does not fit"
+    assert cells["128", "ours, compiled"][0] == no and cells["128", "ours, compiled"][1] != no
+    assert predictions.step_cell(256, True, False, H200) == no
+    others = [cell for key, row in cells.items() if key != ("128", "ours, compiled") for cell in row]
+    assert no not in others and all("clips/s" in cell for cell in others)
+
+
+@each_machine
+def test_the_reference_is_slower_than_ours(machine: Machine) -> None:
+    def rate(cell: str) -> float:
+        return float(cell.split(", ")[1].split()[0])
+
+    index = 2 + MACHINES.index(machine)
+    rows = [row for row in predictions.step_rows() if row[0] == "32"]
+    eager, compiled, released, tuned = (rate(row[index]) for row in rows)
+    assert released < tuned < eager < compiled

@@ -1,0 +1,188 @@
+"""What a kernel's machine code has to do for a tile: instructions, and wavefronts of shared memory and L1.
+
+    python -m bench.machine_code
+
+compiles the forms that `bench.predictions` speaks of for sm_90 and prints their counts; no GPU is needed. CLAP's takes
+a minute the first time.
+
+*Instructions*: those that a warp goes through, of which each of an SM's four schedulers issues one a cycle.
+*Wavefronts*: what the pipe in front of L1 and shared memory, one for the SM, works off at one a cycle. A warp's load or
+store of shared, global or local memory takes one for up to 32 bits a lane, two for 64, four for 128; a matrix load or
+store one for each 8×8 matrix; a shuffle one. That is the least: lanes that meet in a bank, or a global access that
+touches many lines, take more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from bench.tables import markdown
+
+ARCH = 90
+# The compilation of each front-end of `bench.kernel_peers`.
+FORMS = {"whisper-80": "whisper", "kaldi-80": "kaldi", "clsp-128": "kaldi unsnipped 128", "clap-64": "clap"}
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
+_PREDICATE = re.compile(r"^@\S+\s+")
+_BRANCH = re.compile(r"\bBRA\b(\s+\S+,)?.*?0x([0-9a-f]+)")
+_MEMORY = {"LDS", "STS", "LDG", "STG", "LDL", "STL", "LD", "ST"}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of machine code."""
+
+    at: int  # address
+    text: str
+
+    @property
+    def opcode(self) -> list[str]:
+        """With its suffixes, as ["LDS", "128"]."""
+        return _PREDICATE.sub("", self.text).split()[0].split(".")
+
+    @property
+    def target(self) -> int | None:
+        """Where it may branch to."""
+        branch = _BRANCH.search(self.text)
+        return None if branch is None else int(branch[2], 16)
+
+    @property
+    def always(self) -> bool:
+        """Whether, as a branch or an exit, it is always taken."""
+        branch = _BRANCH.search(self.text)
+        return not self.text.startswith("@") and (branch is None or branch[1] is None)
+
+    @property
+    def wavefronts(self) -> int:
+        """The least that it takes of the pipe in front of L1 and shared memory."""
+        name, *suffixes = self.opcode
+        if name in ("LDSM", "STSM"):
+            return int(suffixes[-1]) if suffixes[-1] in ("2", "4") else 1
+        if name == "SHFL":
+            return 1
+        if name not in _MEMORY:
+            return 0
+        return 4 if "128" in suffixes else 2 if "64" in suffixes else 1
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one warp; ``products`` are its matrix instructions."""
+
+    instructions: int
+    wavefronts: int
+    products: int
+
+    @classmethod
+    def of(cls, code: Iterable[Instruction]) -> Counts:
+        code = list(code)
+        products = sum(line.opcode[0] in ("HMMA", "HGMMA") for line in code)
+        return cls(len(code), sum(line.wavefronts for line in code), products)
+
+    def __add__(self, other: Counts) -> Counts:
+        pairs = zip(self.values, other.values, strict=True)
+        return Counts(*(a + b for a, b in pairs))
+
+    def __mul__(self, times: int) -> Counts:
+        return Counts(*(times * value for value in self.values))
+
+    @property
+    def values(self) -> tuple[int, int, int]:
+        return self.instructions, self.wavefronts, self.products
+
+
+def parse(listing: str) -> list[Instruction]:
+    """The instructions of a kernel in what ``cuobjdump -sass`` prints."""
+    return [Instruction(int(at, 16), text) for at, text in _LINE.findall(listing)]
+
+
+def loops(code: Sequence[Instruction]) -> list[tuple[int, int]]:
+    """Addresses of the first and last instruction of every loop, in order; a branch to itself is none."""
+    return sorted((line.target, line.at) for line in code if line.target is not None and line.target < line.at)
+
+
+def shortest(code: Sequence[Instruction], start: int, end: int | None) -> list[Instruction]:
+    """The fewest instructions from address ``start`` up to and with ``end`` (None: an exit always taken).
+
+    Rare branches, such as those of a tile at the matrix's edge, are so left out where they are branches.
+    """
+    index = {line.at: i for i, line in enumerate(code)}
+    before: dict[int, int | None] = {index[start]: None}
+    queue = deque(before)
+    while queue:
+        i = queue.popleft()
+        line = code[i]
+        leaves = line.opcode[0] == "EXIT"
+        if line.at == end or (end is None and leaves and line.always):
+            path = [i]
+            while (previous := before[path[-1]]) is not None:
+                path.append(previous)
+            return [code[j] for j in reversed(path)]
+        following = [] if line.always and (leaves or line.target is not None) else [i + 1]
+        if line.target is not None:
+            following.append(index[line.target])
+        for j in following:
+            if j < len(code) and j not in before:
+                before[j] = i
+                queue.append(j)
+    raise ValueError(f"no way from 0x{start:x} to {'an exit' if end is None else f'0x{end:x}'}")
+
+
+def product_tile(code: Sequence[Instruction]) -> tuple[Counts, Counts]:
+    """Of a kernel of one tile around a loop over the depth: a tile without that loop, and a step of it."""
+    first = next(line.at for line in code if line.opcode[0] == "HGMMA")
+    ends = {line.at: line for line in code}
+    around = [loop for loop in loops(code) if loop[0] <= first <= loop[1] and not ends[loop[1]].always]
+    start, end = min(around, key=lambda loop: loop[1] - loop[0])
+    enter, leave = shortest(code, code[0].at, start)[:-1], shortest(code, end, None)[1:]
+    return Counts.of(enter) + Counts.of(leave), Counts.of(shortest(code, start, end))
+
+
+def row_tile(code: Sequence[Instruction]) -> Counts:
+    """Of a kernel that loops over tiles: a turn of its largest loop."""
+    start, end = max(loops(code), key=lambda loop: loop[1] - loop[0])
+    return Counts.of(shortest(code, start, end))
+
+
+def log_mel_tile(code: Sequence[Instruction], groups: int) -> Counts:
+    """Of a tile of frames inside a clip: without the copy of a clip's ends, and the last loop inside ``groups`` times.
+
+    All instructions count: the tile's one large branch is taken.
+    """
+    start, end = max(loops(code), key=lambda loop: loop[1] - loop[0])
+    inner = [loop for loop in loops(code) if start < loop[0] and loop[1] < end]
+    outer = [loop for loop in inner if not any(o[0] <= loop[0] and loop[1] <= o[1] and o != loop for o in inner)]
+    inside = [line for line in code if start <= line.at <= end]
+    once = [line for line in inside if not any(first <= line.at <= last for first, last in outer)]
+    first, last = outer[-1]
+    return Counts.of(once) + Counts.of(line for line in inside if first <= line.at <= last) * groups
+
+
+def main() -> None:
+    from bench.kernel_peers import FRONT_ENDS
+    from fastclap.kernels import contrastive_triton, layer_norm_gelu_triton, logmel_triton, offline
+
+    def machine_code(module: ModuleType, name: str) -> list[Instruction]:
+        found = next(c for c in module.compilations(ARCH) if c.name == name)
+        return parse(offline._cuobjdump(offline.compile_offline(found, ARCH).cubin, "-sass"))
+
+    rows = []
+    for name in ("sums bf16 columns fixed", "sums bf16 columns store fixed", "gradient bf16 columns inverse fixed"):
+        tile, step = product_tile(machine_code(contrastive_triton, name))
+        rows += [(name, "a tile", tile), (name, "a step of 64 in depth", step)]
+    for name in ("forward 512 bf16 bf16 weight bias", "backward 512 bf16 bf16 weight bias sums"):
+        tile = row_tile(machine_code(layer_norm_gelu_triton, f"layer norm gelu {name}"))
+        rows.append((f"layer norm gelu {name}", "a tile of 4 rows", tile))
+    for label, form in FORMS.items():
+        groups = -(-FRONT_ENDS[label].n_mels // logmel_triton._flags(FRONT_ENDS[label])["MELS"])
+        tile = log_mel_tile(machine_code(logmel_triton, f"log-mel {form} fp32 to fp32"), groups)
+        rows.append((f"log-mel {label}", f"a tile of {logmel_triton.TILE.frames} frames", tile))
+    header = ("kernel", "of a warp", "instructions", "wavefronts", "matrix instructions")
+    print(markdown(header, [(name, what, *map(str, counts.values)) for name, what, counts in rows]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Counts of machine code, on listings short enough to count by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import machine_code
+from bench.machine_code import Counts, Instruction
+
+
+def listing(*lines: str) -> list[Instruction]:
+    """Instructions at 0x10, 0x20, … as cuobjdump prints them, encodings and all."""
+    text = "\n".join(f"        /*{16 * (i + 1):04x}*/   {line} ;   /* 0x000fe200 */" for i, line in enumerate(lines))
+    return machine_code.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "wavefronts"),
+    [
+        ("LDS R2, [R4]", 1),
+        ("LDS.U8 R2, [R4]", 1),
+        ("@!P0 STS.64 [R4], R2", 2),
+        ("LDS.128 R4, [R8+0x40]", 4),
+        ("LDG.E R2, desc[UR4][R2.64]", 1),
+        ("STG.E.128 desc[UR4][R2.64], R4", 4),
+        ("LDL.LU.64 R2, [R1]", 2),
+        ("LDSM.16.M88.4 R4, [R2]", 4),
+        ("STSM.16.MT88.2 [R2], R4", 2),
+        ("LDSM.16.M88 R4, [R2]", 1),
+        ("SHFL.BFLY PT, R3, R2, 0x10, 0x1f", 1),
+        ("FFMA R2, R3, R4, R5", 0),
+        ("LDC.64 R2, c[0x0][0x210]", 0),
+    ],
+)
+def test_wavefronts_of_an_instruction(text: str, wavefronts: int) -> None:
+    assert Instruction(0, text).wavefronts == wavefronts
+
+
+def test_shortest_way_goes_past_rare_branches_and_early_exits() -> None:
+    code = listing(
+        "@!P0 EXIT",  # 10: an exit, but not always
+        "@P1 BRA 0x50",  # 20
+        "FADD R1, R1, R2",  # 30: rare
+        "FADD R1, R1, R2",  # 40: rare
+        "@!P2 BRA P3, 0x70",  # 50
+        "FMUL R1, R1, R2",  # 60
+        "EXIT",  # 70
+        "BRA 0x80",  # 80: padding
+    )
+    assert [line.at for line in machine_code.shortest(code, 0x10, None)] == [0x10, 0x20, 0x50, 0x70]
+    assert [line.at for line in machine_code.shortest(code, 0x30, 0x60)] == [0x30, 0x40, 0x50, 0x60]
+    assert machine_code.loops(code) == []
+    with pytest.raises(ValueError, match="no way from 0x50 to 0x20"):
+        machine_code.shortest(code, 0x50, 0x20)
+
+
+def test_a_tile_around_products_and_a_step_of_them() -> None:
+    code = listing(
+        "MOV R1, RZ",  # 10
+        "@!P0 BRA 0x70",  # 20: depth 0
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR1], R2",  # 30: the loop
+        "@!P1 BRA 0xa0",  # 40: waits at the end
+        "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR24], R24",  # 50
+        "@P2 BRA 0x30",  # 60
+        "STS.64 [R4], R2",  # 70
+        "@P3 BRA 0x90",  # 80
+        "EXIT",  # 90
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR1], R2",  # a0
+        "@!P1 BRA 0xa0",  # b0
+        "BRA 0x50",  # c0: back, but no loop around the products
+    )
+    tile, step = machine_code.product_tile(code)
+    assert tile == Counts(instructions=5, wavefronts=2, products=0)
+    assert step == Counts(instructions=4, wavefronts=0, products=1)
+
+
+def test_a_tile_of_rows() -> None:
+    code = listing("MOV R1, RZ", "LDG.E.128 R4, desc[UR4][R2.64]", "SHFL.BFLY PT, R3, R2, 0x1, 0x1f", "@P0 BRA 0x20")
+    assert machine_code.row_tile(code) == Counts(instructions=3, wavefronts=5, products=0)
+
+
+def test_a_tile_of_frames_is_without_the_copy_and_with_every_group_of_mels() -> None:
+    code = listing(
+        "MOV R1, RZ",  # 10
+        "@P0 BRA 0x70",  # 20: the tile's start; inside a clip there is nothing to copy
+        "LDG.E R2, desc[UR4][R2.64]",  # 30: the copy, with a loop of reflections in it
+        "IADD3 R3, R3, 0x1, RZ",  # 40
+        "@P1 BRA 0x40",  # 50
+        "@P2 BRA 0x30",  # 60
+        "LDS.128 R4, [R8]",  # 70
+        "HMMA.16816.F32 R4, R8, R10, R4",  # 80
+        "STG.E R2, desc[UR4][R2.64]",  # 90: a group of mels
+        "@P3 BRA 0x90",  # a0
+        "BRA 0x20",  # b0
+    )
+    expected = Counts(instructions=4 + 3 * 2, wavefronts=4 + 3 * 1, products=1)
+    assert machine_code.log_mel_tile(code, groups=3) == expected
+
+
+def test_counts_add_up() -> None:
+    assert Counts(1, 2, 3) + Counts(4, 5, 6) * 2 == Counts(9, 12, 15)
