@@ -6,8 +6,8 @@ nothing else:
 
 - ``from_pretrained`` of transformers' auto classes builds the model from a configuration, with random weights, since a
   benchmark of speed and arithmetic needs no download;
-- packages that the step does not use (audtorch, hydra, omegaconf, wandb) are replaced by empty ones where they are not
-  installed, and what the step hands to ``wandb.log`` is dropped;
+- packages that the step does not use (audtorch, datasets, hydra, omegaconf, wandb) are replaced by empty ones where
+  they are not installed, and what the step hands to ``wandb.log`` is dropped;
 - ``statistics=False`` replaces its ``debug_tensor``, which reads six numbers off the device for every tensor it is
   shown, whatever the log level. The other six host reads of a step stay.
 """
@@ -38,7 +38,7 @@ from fastclap.tokenizer import Tokenizer
 from fastclap.train.config import LossConfig, OptimizerConfig
 
 LEARNING_RATE = 1e-5
-OPTIONAL_PACKAGES = ("audtorch", "hydra", "hydra.core", "hydra.core.hydra_config", "omegaconf", "wandb")
+OPTIONAL_PACKAGES = ("audtorch", "datasets", "hydra", "hydra.core", "hydra.core.hydra_config", "omegaconf", "wandb")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class Reference:
     ) -> None:
         self.train = load(checkout)
         self.device = device
-        with from_configuration(size):
+        with from_configuration(size), torch.device(device):  # random numbers are drawn where they are wanted
             model = self.train.CLAP("wavlm", "xlm-roberta", size.dim, head_dropout)
         self.train.set_model_parameter_requires_grad(model, rank=0)
         self.model: nn.Module = model.to(device).train()
@@ -234,7 +234,7 @@ def load(checkout: Path, name: str = "train") -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(name, script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with _empty_packages():
+    with without_packages(*OPTIONAL_PACKAGES):
         spec.loader.exec_module(module)
     logging.getLogger("paraspeechclap").setLevel(logging.WARNING)  # it describes every module that it builds
     module.wandb = _Empty("wandb")  # type: ignore[attr-defined]  # the real one wants a run
@@ -259,8 +259,9 @@ class _Empty(types.ModuleType):
 
 
 @contextlib.contextmanager
-def _empty_packages() -> Iterator[None]:
-    added = [name for name in OPTIONAL_PACKAGES if importlib.util.find_spec(name.split(".")[0]) is None]
+def without_packages(*names: str) -> Iterator[None]:
+    """Within it, those of these packages that are not installed can be imported, and do nothing."""
+    added = [name for name in names if importlib.util.find_spec(name.split(".")[0]) is None]
     sys.modules.update({name: _Empty(name) for name in added})
     try:
         yield
@@ -334,9 +335,13 @@ def collated(batch: Batch, tokens: dict[str, Tensor], dtype: torch.dtype = torch
     }
 
 
-def build_ours(size: Size, tokenizer: Tokenizer | None, *, head_dropout: float = 0.5) -> CLAP:
-    """Our model of the same architecture, in training mode, with random weights."""
-    return CLAP(clap_config(size, head_dropout), tokenizer)
+def build_ours(
+    size: Size, tokenizer: Tokenizer | None, *, head_dropout: float = 0.5, device: torch.device | str = "cpu"
+) -> CLAP:
+    """Our model of the same architecture, in training mode, with random weights drawn on the device."""
+    with torch.device(device):
+        model = CLAP(clap_config(size, head_dropout), tokenizer)
+    return model.to(device)  # what was not made by a factory function of torch
 
 
 def commit_of(folder: Path) -> str | None:

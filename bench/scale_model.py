@@ -1,11 +1,11 @@
 """Step time, memory and traffic on 1 to 1,024 GPUs and batches of up to 8 million clips, by arithmetic.
 
-    python -m bench.scale_model [--step RECORD] [--contrastive RECORD] [--embeddings float32|bfloat16] > docs/scaling.md
+    python -m bench.scale_model [--records bench/records/gpu/DEVICE] [--embeddings float32|bfloat16] > docs/scaling.md
 
-Single-GPU figures come from records where they are given (``record.json`` of `bench.train_step` and of
-`bench.gpu_evidence`) and are predictions where not; the page says which. Traffic is that of the collectives which the
-code really calls, tensor by tensor: a test counts what processes hand to torch.distributed and compares. Time on a wire
-is its bytes over the slowest link's rate; every constant is a flag.
+Single-GPU figures come from the records of a device's lots `step` and `loss` (`bench.gpu`) where there are any, and are
+predictions where not; the page says which. Traffic is that of the collectives which the code really calls, tensor by
+tensor: a test counts what processes hand to torch.distributed and compares. Time on a wire is its bytes over the
+slowest link's rate; every constant is a flag.
 
 With N clips, W GPUs, D dimensions, P parameters, e bytes a number of an embedding:
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bench import model_flops
+from bench.gpu.record import read_all
 from bench.reference_step import SIZES
 from bench.tables import markdown
 
@@ -222,11 +222,11 @@ def chunk_rows(multiprocessors: int, dim: int, row_bytes: int = 0) -> int:
 # single-GPU figures
 
 
-def machine_from(step: Path | None, contrastive: Path | None, flops: float, constants: dict[str, Any]) -> Machine:
-    """Rates from records where given, else predictions.
+def machine_from(records: Path | None, flops: float, constants: dict[str, Any]) -> Machine:
+    """Rates from the records in a device's folder, predictions of what they do not have.
 
     Raises:
-        SystemExit: a record holds no figure of the kind.
+        SystemExit: the folder holds neither a timed step nor a timed loss.
     """
     machine = Machine(clip_ms=1e3 * flops / (0.5 * 790e12), **constants)
     source = {
@@ -234,37 +234,46 @@ def machine_from(step: Path | None, contrastive: Path | None, flops: float, cons
         "the gradient cache": "PREDICTION: a second forward pass, a third more work",
         "the loss": "PREDICTION: products at 71 % of 790 TFLOP/s for 16-bit embeddings, half of that for float32",
     }
-    if step is not None:
-        record = json.loads(step.read_text(encoding="utf-8"))
-        timed = [row for row in record["rows"] if "clips_per_s" in row and row["form"].startswith("+")]
-        plain = [row for row in timed if row["form"] == "+ fused loss"]
-        cached = [row for row in timed if row["form"] == "+ gradient cache"]
-        if not plain:
-            raise SystemExit(f"{step}: no timed row of “+ fused loss” in it; run bench.train_step again")
-        best = max(plain, key=lambda row: row["clips_per_s"])
-        machine = replace(machine, clip_ms=1e3 / best["clips_per_s"])
-        where = f"{step.parent.name}, {record['machine']['device']}, towers of size {record['settings']['size']}"
-        source["a clip"] = f"measured: {best['clips_per_s']:.4g} clips/s at a batch of {best['rows']} ({where})"
+    if records is None:
+        return replace(machine, source=source)
+    found = read_all(records)
+    plain, cached = (_timed(found, "step", form=form) for form in ("fastclap", "fastclap, gradient cache"))
+    losses = _timed(found, "loss", loss="info_nce", form="fastclap Triton")
+    if not plain and not losses:
+        raise SystemExit(f"{records}: no timed row of our step or loss in it; run python -m bench.gpu --lots step loss")
+    if plain:
+        best = max(plain, key=_clips_per_second)
+        machine = replace(machine, clip_ms=1e3 / _clips_per_second(best))
+        where = f"batch of {best['case']['rows']}, {found['step']['device']}"
+        source["a clip"] = f"measured: {_clips_per_second(best):.4g} clips/s ({where})"
         if cached:
-            most = max(row["clips_per_s"] for row in cached)
-            machine = replace(machine, second_forward=best["clips_per_s"] / most)
-            source["the gradient cache"] = f"measured: {most:.4g} clips/s ({where})"
-    if contrastive is not None:
-        record = json.loads(contrastive.read_text(encoding="utf-8"))
-        rates = [
-            (row["tflops_4t"], row["rows"], row["dtype"])
-            for section in record["sections"].values()
-            for row in section["rows"]
-            if row.get("peer") == "fastclap Triton" and "tflops_4t" in row and row.get("dtype") == "bfloat16"
-        ]
-        if not rates:
-            raise SystemExit(f"{contrastive}: no timed row of the Triton engine in bfloat16 in it")
-        best_rate, rows, _ = max(rates)
-        machine = replace(machine, loss_tflops=best_rate)
+            most = max(cached, key=_clips_per_second)
+            machine = replace(machine, second_forward=_clips_per_second(best) / _clips_per_second(most))
+            where = f"batch of {most['case']['rows']}, {found['step']['device']}"
+            source["the gradient cache"] = f"measured: {_clips_per_second(most):.4g} clips/s ({where})"
+    if losses:
+        best = max(losses, key=_loss_tflops)
+        machine = replace(machine, loss_tflops=_loss_tflops(best))
         source["the loss"] = (
-            f"measured: {best_rate:.4g} TFLOP/s at N = {rows:,} in bfloat16 ({contrastive.parent.name}); float32 half"
+            f"measured: {_loss_tflops(best):.4g} TFLOP/s at N = {best['case']['rows']:,} in bfloat16 "
+            f"({found['loss']['device']}); float32 half"
         )
     return replace(machine, source=source)
+
+
+def _timed(records: dict[str, dict[str, Any]], lot: str, **case: str) -> list[dict[str, Any]]:
+    """A lot's rows of these cases that have a time."""
+    rows = records.get(lot, {}).get("rows", [])
+    return [r for r in rows if "median_ms" in r and all(r["case"].get(name) == value for name, value in case.items())]
+
+
+def _clips_per_second(row: dict[str, Any]) -> float:
+    return 1e3 * row["case"]["rows"] / row["median_ms"]
+
+
+def _loss_tflops(row: dict[str, Any]) -> float:
+    """Of a loss that multiplies four times, forward and backward."""
+    return 4 * 2e-9 * row["case"]["rows"] ** 2 * row["case"]["dim"] / row["median_ms"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,8 +411,7 @@ def _fits(model: Model, machine: Machine, rows: int, world: int) -> bool:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--step", type=Path, help="record.json of bench.train_step")
-    parser.add_argument("--contrastive", type=Path, help="record.json of bench.gpu_evidence")
+    parser.add_argument("--records", type=Path, help="a device's folder of records, bench/records/gpu/DEVICE")
     parser.add_argument("--parameters", type=float, default=594e6, help="under training")
     parser.add_argument("--embeddings", choices=("float32", "bfloat16"), default="float32", help="given to the loss")
     parser.add_argument("--chunk", type=int, default=64, help="clips a chunk of the gradient cache")
@@ -422,11 +430,10 @@ def report(arguments: argparse.Namespace) -> str:
     flops = model_flops.training_step(size.wavlm, size.xlm_roberta, size.dim, [samples], [32])
     names = [name for name in vars(Machine(clip_ms=0.0)) if name in vars(arguments)]
     constants = {name: getattr(arguments, name) for name in names}
-    machine = machine_from(arguments.step, arguments.contrastive, flops, constants)
+    machine = machine_from(arguments.records, flops, constants)
     itemsize = 4 if arguments.embeddings == "float32" else 2
     model = Model(round(arguments.parameters), size.dim, itemsize, arguments.chunk, arguments.chunk_gb, 2 * samples)
-    given = [("--step", arguments.step), ("--contrastive", arguments.contrastive)]
-    flags = "".join(f" {name} {value}" for name, value in given if value is not None)
+    flags = "" if arguments.records is None else f" --records {arguments.records}"
     if arguments.embeddings != "float32":
         flags += f" --embeddings {arguments.embeddings}"
     return page(model, machine, f"python -m bench.scale_model{flags}")

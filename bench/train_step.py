@@ -1,21 +1,20 @@
-"""One training step of ParaSpeechCLAP's model: the reference implementation, and ours with one optimisation at a time.
+"""A training step of ParaSpeechCLAP's model: the reference implementation, and ours with one optimisation at a time.
 
-    python -m bench.train_step --reference CHECKOUT --out bench/records/NAME [--open-clip CHECKOUT]
-        [--size large|base|tiny] [--batches 32 128 512 2048 8192] [--seconds 10] [--minutes 9] [--audio FOLDER]
+    python -m bench.train_step --reference CHECKOUT --out bench/records/NAME
+        [--size large|base|tiny] [--batches 16 64] [--seconds 10] [--minutes 9] [--audio FOLDER]
 
-A step is forward pass, loss, backward pass and optimizer, from a batch on the host to the end of the last kernel.
-Every form gets the same clips, captions and crop, dropout and SpecAugment as configured, and random weights; all
-instances of our model share one set of weights and one optimizer. Forms run in turn within one loop after a warm-up.
-A form that runs out of memory at one batch size is not tried at a larger one; one that would take longer than the time
-left says so. Nothing here asserts a time.
+measures all forms on the CPU; on a GPU they are the lots `step` and `step_more` of ``python -m bench.gpu``. A step is
+forward pass, loss, backward pass and optimizer, from a batch on the host. Every form gets the same clips, captions and
+crop, dropout and SpecAugment as configured, and random weights; all instances of our model share one set of weights
+and one optimizer. Forms are timed in turn, in blocks of consecutive steps (`bench.gpu.steady`).
 
 The reference runs from its own checkout (see `bench.reference_step`), first as released, then with its statistics off,
 TF32 and bf16 autocast on. What it normalises, pads and tokenizes in loader processes is prepared outside of the step,
 and so are our captions' tokens; each side then copies to the device what its own loader would hand over.
 
-With --open-clip, its CLAP training step (HTSAT, and the NaFlex tower of variable duration) runs beside our log-mel
-tower with as many parameters, on clips of 48 kHz. The architectures differ: that table compares what a parameter costs,
-not two implementations of one model. NaFlex takes log-mel patches that its loader computes outside of the step.
+open_clip's CLAP training step (HTSAT, and the NaFlex tower of variable duration) is compared with our log-mel tower of
+as many parameters, on clips of 48 kHz. The architectures differ: that compares what a parameter costs, not two
+implementations of one model. NaFlex takes log-mel patches that its loader computes outside of the step.
 
 Memory is the highest point of a step above what lies there before it (weights, optimizer state, other forms' weights).
 Model FLOPs: see `bench.model_flops`. Utilisation is their rate over that of a large product in the same run.
@@ -28,13 +27,11 @@ import contextlib
 import copy
 import functools
 import importlib
-import importlib.util
-import json
 import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -47,8 +44,11 @@ from torch import Tensor
 import fastclap
 from bench import model_flops, peers, timing
 from bench.comparison import matmul_rate, significant
+from bench.gpu.record import Record
+from bench.gpu.run import Page, Run, Settings
+from bench.gpu.steady import Entry, Steady
 from bench.parity import CAPTIONS, OurStep, parity_loss, parity_optimizer, synthetic_batch
-from bench.reference_step import SIZES, Reference, Size, build_ours, collated, commit_of
+from bench.reference_step import SIZES, Reference, Size, build_ours, collated, commit_of, without_packages
 from bench.tables import markdown
 from fastclap import CLAP, towers, wavlm
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
@@ -60,6 +60,7 @@ from fastclap.train.config import LossConfig
 from fastclap.train.objective import Objective
 
 AUDIO_FILES = (".wav", ".flac", ".ogg", ".mp3")
+PRODUCT = 1024  # rows of the product whose rate a CPU's utilisation is a share of
 Row = dict[str, Any]
 
 
@@ -96,20 +97,26 @@ class Form:
 
     Attributes:
         name, notes: of the row in a table.
-        step: takes a step on a batch and returns the loss, on the device or as a number.
         build: makes ``step`` once the form is wanted.
         float32_matmul: torch's float32 matmul precision while it runs.
         least: smaller batches are not tried.
+        step: takes a step on a batch and returns the loss, on the device or as a number.
     """
 
     name: str
     notes: str
-    build: Callable[[], Callable[[HostBatch], Any]]
+    build: Callable[[], Callable[[Any], Any]]
     float32_matmul: str = "highest"
     least: int = 0
-    step: Callable[[HostBatch], Any] | None = field(default=None, repr=False)
+    step: Callable[[Any], Any] | None = field(default=None, repr=False)
 
-    def __call__(self, batch: HostBatch) -> Any:
+    def on(self, batch: Any) -> Callable[[], Any]:
+        """A step on this batch as a call, of the form built."""
+        if self.step is None:
+            self.step = self.build()
+        return functools.partial(self, batch)
+
+    def __call__(self, batch: Any) -> Any:
         if self.step is None:
             self.step = self.build()
         before = torch.get_float32_matmul_precision()
@@ -118,6 +125,15 @@ class Form:
             return self.step(batch)
         finally:
             torch.set_float32_matmul_precision(before)
+
+    def outcome(self, loss: Any) -> Row:
+        """What a row says of a step's loss, and the chunks of the gradient cache that memory allowed."""
+        value = float(loss)
+        found: Row = {"loss": significant(value)} if math.isfinite(value) else {"loss": None, "passed": False}
+        objective = getattr(self.step, "objective", None)
+        if objective is not None and objective.chunk_sizes is not None:
+            found["chunk_sizes"] = list(objective.chunk_sizes)
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +166,7 @@ class Forms:
     def plain(self) -> CLAP:
         """Our model with transformers' own WavLM in it."""
         with mock.patch.object(wavlm, "accelerate", lambda *_, **__: None):
-            return build_ours(self.size, self.tokenizer).to(self.device)
+            return build_ours(self.size, self.tokenizer, device=self.device)
 
     @functools.cached_property
     def optimizer(self) -> torch.optim.AdamW:
@@ -209,15 +225,20 @@ class Forms:
         call.objective = step.objective  # type: ignore[attr-defined]  # for the chunk sizes that memory allowed
         return call
 
-    def all(self) -> list[Form]:
-        """In the order of the ablation."""
+    def of_reference(self) -> list[Form]:
+        """The reference, as it is and at its best; without a checkout they cannot be built."""
+        return [
+            Form("reference, as released", "float32, gradient checkpointing, statistics", self._released),
+            Form("reference, bf16", "statistics off, TF32, bf16 autocast", self._tuned, "high"),
+        ]
+
+    def complete(self, name: str, notes: str, **options: Any) -> Form:
+        """Our step with all optimisations, and these options of `ours`."""
+        return Form(name, notes, functools.partial(self.ours, **options), "high", least=options.get("chunk", 0) + 1)
+
+    def ablation(self) -> list[Form]:
+        """Ours from transformers' modules on, each with one optimisation more than the one before."""
         on_gpu = self.device.type == "cuda"
-        found = []
-        if self.checkout is not None:
-            found += [
-                Form("reference, as released", "float32, gradient checkpointing, statistics", self._released),
-                Form("reference, bf16", "statistics off, TF32, bf16 autocast", self._tuned, "high"),
-            ]
         stages: list[tuple[str, str, dict[str, Any]]] = [
             ("transformers' WavLM, float32", "our loop, SpecAugment on the host, loss read each step", {}),
             ("+ no host syncs", "SpecAugment drawn on the device", {"host_syncs": False}),
@@ -225,34 +246,40 @@ class Forms:
             ("+ convolutions as GEMMs", "channels-last stack", {"convolutions": True}),
             ("+ fused attention", "SDPA with an additive bias", {"encoder": True}),
         ]
-        if on_gpu and importlib.util.find_spec("fastclap.kernels.toeplitz_attention_triton"):
+        if on_gpu:
             stages.append(
                 ("+ Triton kernels", "attention that makes its bias in the tile, LayerNorm with GELU", {"triton": True})
             )
-        if on_gpu:
-            stages.append(("+ compiled layers", "torch.compile of each layer", {"compiled": True}))
         stages += [
             ("+ packed captions", "without padding", {"packed": True}),
             ("+ equal captions once", "each distinct caption of the batch", {"once": True}),
             ("+ fused loss", "no matrix of logits, equal captions are positives", {"fused": True}),
         ]
+        if on_gpu:  # the last, so that one that does not compile leaves the others as they are
+            stages.append(("+ compiled layers", "torch.compile of each layer", {"compiled": True}))
         options: dict[str, Any] = dict.fromkeys(
             ("convolutions", "encoder", "compiled", "bf16", "triton", "packed", "once", "fused"), False
         )
         options["host_syncs"] = True
+        found = []
         for name, notes, change in stages:
             options |= change
             precision = "high" if options["bf16"] else "highest"
             found.append(Form(name, notes, functools.partial(self.ours, **options), precision))
-        cached = functools.partial(self.ours, **options, chunk=self.chunk)
-        found.append(Form("+ gradient cache", f"chunks of {self.chunk}", cached, "high", least=self.chunk + 1))
         return found
 
+    def all(self) -> list[Form]:
+        """In the order of the ablation; the reference's where there is a checkout."""
+        cached = self.complete("+ gradient cache", f"chunks of {self.chunk}", chunk=self.chunk)
+        return [*(self.of_reference() if self.checkout is not None else []), *self.ablation(), cached]
+
     def _released(self) -> Callable[[HostBatch], Any]:
-        return lambda batch: self.reference.step(batch.reference)
+        reference = self.reference
+        return lambda batch: reference.step(batch.reference)
 
     def _tuned(self) -> Callable[[HostBatch], Any]:
-        return lambda batch: self.reference.step(batch.reference, statistics=False, autocast=torch.bfloat16)
+        reference = self.reference
+        return lambda batch: reference.step(batch.reference, statistics=False, autocast=torch.bfloat16)
 
 
 def _materialised(objective: Objective, audio: Tensor, unique_text: Tensor) -> Tensor:
@@ -296,11 +323,12 @@ class OpenClip:
         if source not in sys.path:
             sys.path.insert(0, source)
         try:
-            factory: Any = importlib.import_module("open_clip.factory")
-            task: Any = importlib.import_module("open_clip.task")
-            clap: Any = importlib.import_module("open_clip.clap_model")
-            audio: Any = importlib.import_module("open_clip.audio")
-            models: Any = importlib.import_module("open_clip.model")
+            with without_packages("ftfy"):  # of its tokenizer, which a step does not use
+                factory: Any = importlib.import_module("open_clip.factory")
+                task: Any = importlib.import_module("open_clip.task")
+                clap: Any = importlib.import_module("open_clip.clap_model")
+                audio: Any = importlib.import_module("open_clip.audio")
+                models: Any = importlib.import_module("open_clip.model")
         except ImportError as error:
             raise ConfigError(f"{checkout}: its open_clip cannot be imported ({error})") from error
         config = factory.get_model_config(name)
@@ -380,35 +408,55 @@ def log_mel_config(audio_parameters: int, text: dict[str, Any], dim: int) -> CLA
     )
 
 
-def open_clip_forms(
-    checkout: Path, size: str, device: torch.device, tokenizer: Tokenizer
-) -> list[tuple[Form, Callable[[int, float], Any]]]:
-    """Forms with what makes a batch of so many clips of so many seconds for each."""
-    htsat = {"large": "CLAP-HTSAT-large", "base": "CLAP-HTSAT-base", "tiny": "CLAP-HTSAT-tiny"}[size]
-    naflex = "naflexclap_test" if size == "tiny" else "naflexclap_mediumd"
-    autocast = torch.bfloat16 if device.type == "cuda" else None
-    found: list[tuple[Form, Callable[[int, float], Any]]] = []
-    for name in (htsat, naflex):
-        theirs = OpenClip(checkout, name, device, tiny_text=size == "tiny")
-        model = CLAP(log_mel_config(theirs.audio_parameters, theirs.text_config, theirs.dim), tokenizer).to(device)
-        ours = OurStep(model, LossConfig(), parity_optimizer(), bf16=autocast is not None)
-        own = sum(p.numel() for p in model.audio_branch.parameters())
+class OpenClipPair:
+    """One of open_clip's CLAP models and our log-mel tower with about as many parameters; each is built when wanted.
 
-        def their_batch(rows: int, seconds: float, theirs: OpenClip = theirs) -> Any:
-            return theirs.batch(synthetic_batch(rows, seconds, 0, least=1.0, rate=48000).audio / 32768)
+    Args:
+        checkout: of open_clip.
+        name: of its model.
+        device: where both run, under bf16 autocast on a GPU.
+        tokenizer: of our captions.
+        tiny_text: shrink the text towers.
+    """
 
-        def our_batch(rows: int, seconds: float, tokens: int = model.config.text.max_tokens) -> Any:
-            return tokenized(synthetic_batch(rows, seconds, 0, least=1.0, rate=48000), tokenizer, tokens)
+    def __init__(self, checkout: Path, name: str, device: torch.device, tokenizer: Tokenizer, tiny_text: bool) -> None:
+        self.checkout, self.name, self.device = checkout, name, device
+        self.tokenizer, self.tiny_text = tokenizer, tiny_text
+        self.autocast = torch.bfloat16 if device.type == "cuda" else None
 
-        def our_step(batch: Batch, step: OurStep = ours) -> Tensor:
-            return step(batch.to(device, non_blocking=True))
+    @functools.cached_property
+    def theirs(self) -> OpenClip:
+        return OpenClip(self.checkout, self.name, self.device, self.tiny_text)
 
-        their_step = functools.partial(theirs.step, autocast=autocast)
-        notes = f"{theirs.audio_parameters / 1e6:.1f} M parameters in the audio tower"
-        found.append((Form(f"open_clip {name}", notes, lambda step=their_step: step, "high"), their_batch))  # type: ignore[misc]
-        notes = f"{own / 1e6:.1f} M parameters in the audio tower, log-mel included in the step"
-        found.append((Form(f"fastclap log-mel, as {name}", notes, lambda step=our_step: step, "high"), our_batch))  # type: ignore[misc]
-    return found
+    @functools.cached_property
+    def ours(self) -> OurStep:
+        config = log_mel_config(self.theirs.audio_parameters, self.theirs.text_config, self.theirs.dim)
+        model = CLAP(config, self.tokenizer).to(self.device)
+        return OurStep(model, LossConfig(), parity_optimizer(), bf16=self.autocast is not None)
+
+    @property
+    def audio_parameters(self) -> tuple[int, int]:
+        """Of their audio tower and of ours."""
+        return self.theirs.audio_parameters, sum(p.numel() for p in self.ours.model.audio_branch.parameters())
+
+    def their_step(self) -> Callable[[Any], Tensor]:
+        return functools.partial(self.theirs.step, autocast=self.autocast)
+
+    def our_step(self) -> Callable[[Any], Tensor]:
+        return lambda batch: self.ours(batch.to(self.device, non_blocking=True))
+
+    def their_batch(self, rows: int, seconds: float) -> dict[str, Any]:
+        return self.theirs.batch(synthetic_batch(rows, seconds, 0, least=1.0, rate=48000).audio / 32768)
+
+    def our_batch(self, rows: int, seconds: float) -> Batch:
+        batch = synthetic_batch(rows, seconds, 0, least=1.0, rate=48000)
+        return tokenized(batch, self.tokenizer, self.ours.model.config.text.max_tokens)
+
+
+OPEN_CLIP_MODELS = {  # by the size of our towers
+    "large": ("CLAP-HTSAT-large", "naflexclap_mediumd"),
+    "tiny": ("CLAP-HTSAT-tiny", "naflexclap_test"),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,103 +509,24 @@ def real_batch(folder: Path, rows: int, seconds: float, distinct: float) -> Batc
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# measurement
+# measurement on a CPU
 
 
-class Measurement:
-    """Measures forms at one batch size after the other and keeps what became of each.
+def work(rows: int, flops: int | None, peak_tflops: float | None) -> Callable[[float], Row]:
+    """What a row of a step on so many clips says of its median in ms."""
 
-    Args:
-        device: that the forms run on.
-        left: seconds left.
-    """
-
-    def __init__(self, device: torch.device, left: Callable[[], float]) -> None:
-        self.device, self.left = device, left
-        self.stopped: dict[str, str] = {}
-        self.per_clip_ms: dict[str, float] = {}
-
-    def at(self, forms: Sequence[tuple[Form, Any]], rows: int, seconds: float, flops: int | None) -> list[Row]:
-        """One row for each form; ``seconds`` is the time for the timed loop."""
-        found: list[Row] = []
-        calls: dict[str, Callable[[], Any]] = {}
-        for form, batch in forms:
-            row: Row = {"form": form.name, "rows": rows, "notes": form.notes}
-            found.append(row)
-            reason = self._why_not(form, rows)
-            if reason is None:
-                figures, reason = timing.attempt(functools.partial(self._warm_up, form, batch), max(1.0, self.left()))
-            if reason is not None:
-                row["reason"] = reason
-                if reason == "out of memory":
-                    self.stopped[form.name] = f"out of memory at {rows} clips"
-                continue
-            row |= figures
-            calls[form.name] = functools.partial(form, batch)
-        if calls:
-            seconds = min(seconds, max(0.0, self.left()) / 3)  # the loop may take three times as long
-            timings = timing.interleaved(calls, self.device, seconds, most=20)
-            for row in found:
-                if row["form"] not in timings:
-                    continue
-                figures = timings[row["form"]]
-                row |= figures.as_dict()
-                row["clips_per_s"] = significant(1e3 * rows / figures.median_ms)
-                self.per_clip_ms[row["form"]] = figures.median_ms / rows
-                if flops is not None:
-                    row["model_tflops"] = significant(1e-9 * flops / figures.median_ms)
+    def said(median_ms: float) -> Row:
+        found: Row = {"clips_per_s": significant(1e3 * rows / median_ms)}
+        if flops is not None:
+            found["model_tflops"] = significant(1e-9 * flops / median_ms)
+            if peak_tflops:
+                found["mfu"] = significant(1e-9 * flops / median_ms / peak_tflops)
         return found
 
-    def _why_not(self, form: Form, rows: int) -> str | None:
-        if rows < form.least:
-            return f"for batches from {form.least} clips"
-        if form.name in self.stopped:
-            return self.stopped[form.name]
-        expected = 1e-3 * self.per_clip_ms.get(form.name, 0.0) * rows
-        if 3 * expected > self.left():
-            return f"not reached: a step takes about {expected:.0f} s, {max(0.0, self.left()):.0f} s are left"
-        return None
-
-    def _warm_up(self, form: Form, batch: Any) -> Row:
-        """Builds, compiles and runs the form; a second run, unless the first was long, gives the peak."""
-        milliseconds: list[float] = []
-
-        def timed() -> None:
-            milliseconds.append(timing.elapsed_ms(lambda: form(batch), self.device))
-
-        peak = timing.peak_bytes(timed, self.device)
-        if milliseconds[0] < 15e3:
-            peak = timing.peak_bytes(timed, self.device)
-        objective = getattr(form.step, "objective", None)
-        chunks = {} if objective is None or objective.chunk_sizes is None else {"chunk_sizes": objective.chunk_sizes}
-        return {"first_ms": significant(milliseconds[0]), "peak_bytes": peak, **chunks}
+    return said
 
 
-def top_ten(form: Form, batch: HostBatch, device: torch.device) -> list[Row]:
-    """The ten kernels (on a CPU: operations) with the most time in one step, by torch.profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
-        form(batch)
-        if on_gpu:
-            torch.cuda.synchronize(device)
-    events: list[Any] = [e for e in profiler.key_averages() if not on_gpu or e.device_type.name == "CUDA"]
-    spent = {id(e): float(e.self_device_time_total if on_gpu else e.self_cpu_time_total) for e in events}
-    total = sum(spent.values()) or 1.0
-    events.sort(key=lambda e: -spent[id(e)])
-    return [
-        {
-            "name": event.key[:120],
-            "calls": event.count,
-            "ms": significant(spent[id(event)] / 1e3),
-            "share": significant(spent[id(event)] / total),
-        }
-        for event in events[:10]
-    ]
-
-
-def software(reference: Path | None, open_clip: Path | None) -> dict[str, Any]:
+def software(reference: Path | None) -> dict[str, Any]:
     import transformers
 
     return {
@@ -567,77 +536,38 @@ def software(reference: Path | None, open_clip: Path | None) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "reference": None if reference is None else commit_of(reference) or "a checkout without git",
-        "open_clip": None if open_clip is None else commit_of(open_clip) or "a checkout without git",
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# report
 
 
 def tables(record: dict[str, Any]) -> str:
     """The record as Markdown."""
-    machine, settings = record["machine"], record["settings"]
-    versions = ", ".join(f"{name} {version}" for name, version in record["software"].items() if version)
+    run = record["runs"][-1]
+    machine, settings = run["machine"], run["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in run["software"].items() if version)
     parts = [
-        f"{machine['device']} ({machine['cpu']}, {machine['threads']} threads), {versions}, {record['date']}.",
+        f"{machine['device']} ({machine['cpu']}, {machine['threads']} threads), {versions}, {run['date']}.",
         f"Towers of size {settings['size']}, clips of {settings['clips']}, {settings['distinct_captions']:.0%} of the "
-        "captions of a batch distinct. Milliseconds a step: median (10th to 90th percentile of the repeats). Memory is "
-        f"above what lies there before the step. Utilisation is model FLOPs over {record['peak_tflops']:.3g} TFLOP/s, "
-        f"a product of {record['peak_product']} in the same run.",
+        "captions of a batch distinct. Milliseconds a step: median (10th to 90th percentile) of blocks of consecutive "
+        f"steps, all forms in turn. Utilisation is model FLOPs over {settings['peak_tflops']:.3g} TFLOP/s, a product "
+        f"of {settings['peak_product']} in the same run.",
     ]
-    for rows in dict.fromkeys(row["rows"] for row in record["rows"]):
-        chosen = [row for row in record["rows"] if row["rows"] == rows]
-        base = {name: row.get("median_ms") for row in chosen for name in [row["form"]]}
+    for rows in dict.fromkeys(row["case"]["rows"] for row in record["rows"]):
+        chosen = [row for row in record["rows"] if row["case"]["rows"] == rows]
+        base = {row["case"]["form"]: row.get("median_ms") for row in chosen}
         released, tuned = base.get("reference, as released"), base.get("reference, bf16")
         parts.append(f"Batch of {rows:,} clips:")
-        header = ["form", "ms", "repeats", "clips/s", "utilisation", "memory", "× released", "× reference, bf16"]
-        parts.append(markdown(header, [_cells(row, record["peak_tflops"], released, tuned) for row in chosen]))
-    if record["towers"]:
-        parts.append("Log-mel towers, 48 kHz, beside open_clip's (other architectures, as many parameters):")
-        parts.append(
-            markdown(
-                ["form", "batch", "ms", "clips/s", "memory", "notes"],
-                [
-                    [
-                        row["form"],
-                        f"{row['rows']:,}",
-                        _time(row),
-                        _number(row, "clips_per_s"),
-                        _memory(row),
-                        row["notes"],
-                    ]
-                    for row in record["towers"]
-                ],
-            )
-        )
-    for name, rows in record["profile"].items():
-        parts.append(f"Longest in one step of “{name}” at a batch of {record['profile_rows']}:")
-        cells = [[row["name"], str(row["calls"]), f"{row['ms']:.3g}", f"{row['share']:.1%}"] for row in rows]
-        parts.append(markdown(["kernel or operation", "calls", "ms", "share"], cells))
+        header = ["form", "ms", "blocks", "clips/s", "utilisation", "× released", "× reference, bf16"]
+        parts.append(markdown(header, [_cells(row, released, tuned) for row in chosen]))
     return "\n\n".join(parts) + "\n"
 
 
-def _cells(row: Row, peak: float, released: float | None, tuned: float | None) -> list[str]:
+def _cells(row: Row, released: float | None, tuned: float | None) -> list[str]:
+    name = row["case"]["form"]
     if "median_ms" not in row:
-        return [row["form"], row.get("reason", "not reached"), *[""] * 6]
-    share = f"{row['model_tflops'] / peak:.1%}"
+        return [name, row["reason"], *[""] * 5]
+    spread = f"{row['median_ms']:.4g} ({row['p10_ms']:.4g} to {row['p90_ms']:.4g})"
     gains = [f"{base / row['median_ms']:.2f}" if base else "" for base in (released, tuned)]
-    return [row["form"], _time(row), str(row["repeats"]), _number(row, "clips_per_s"), share, _memory(row), *gains]
-
-
-def _time(row: Row) -> str:
-    if "median_ms" not in row:
-        return str(row.get("reason", "not reached"))
-    return f"{row['median_ms']:.4g} ({row['p10_ms']:.4g} to {row['p90_ms']:.4g})"
-
-
-def _number(row: Row, name: str) -> str:
-    return f"{row[name]:.4g}" if name in row else ""
-
-
-def _memory(row: Row) -> str:
-    return f"{row['peak_bytes'] / 1e9:.2f} GB" if row.get("peak_bytes") is not None else ""
+    return [name, spread, str(row["repeats"]), f"{row['clips_per_s']:.4g}", f"{row['mfu']:.1%}", *gains]
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -647,123 +577,99 @@ def plot(record: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    sizes = list(dict.fromkeys(row["rows"] for row in record["rows"] if "median_ms" in row))
+    timed = [row for row in record["rows"] if "median_ms" in row]
+    sizes = list(dict.fromkeys(row["case"]["rows"] for row in timed))
     if not sizes:
         return
     figure, axes = pyplot.subplots(
         1, len(sizes), figsize=(5 * len(sizes) + 2, 4.5), squeeze=False, layout="constrained"
     )
     for axis, rows in zip(axes[0], sizes, strict=True):
-        chosen = [row for row in record["rows"] if row["rows"] == rows and "median_ms" in row][::-1]
-        bars = axis.barh([row["form"] for row in chosen], [row["clips_per_s"] for row in chosen])
-        for bar, row in zip(bars, chosen, strict=True):
-            bar.set_color("tab:gray" if row["form"].startswith("reference") else "tab:blue")
+        chosen = [row for row in timed if row["case"]["rows"] == rows][::-1]
+        names = [row["case"]["form"] for row in chosen]
+        bars = axis.barh(names, [row["clips_per_s"] for row in chosen])
+        for bar, name in zip(bars, names, strict=True):
+            bar.set_color("tab:gray" if name.startswith("reference") else "tab:blue")
         axis.bar_label(bars, fmt="%.3g", padding=2)
         axis.margins(x=0.15)
         axis.set(xlabel="clips a second", title=f"batch of {rows:,}")
-    figure.suptitle(record["machine"]["device"])
+    figure.suptitle(record["device"])
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The whole record; rewritten to ``arguments.out`` after each batch size."""
-    deadline = time.monotonic() + 60 * arguments.minutes
-
-    def left() -> float:
-        return deadline - time.monotonic()
-
-    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    """The whole record; every row is in ``record.json`` of ``arguments.out`` from the moment it exists."""
+    device = torch.device("cpu")
     size = SIZES[arguments.size]
     torch.manual_seed(0)
     tokenizer = train_tokenizer(CAPTIONS, 1000)
-    n = 8192 if device.type == "cuda" else 1024
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    peak, _ = matmul_rate(n, device, dtype, 1.0)
-    record: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": timing.machine(device),
-        "software": software(arguments.reference, arguments.open_clip),
-        "settings": {
-            "size": arguments.size,
-            "clips": "real speech" if arguments.audio else f"{arguments.seconds:g} s of noise",
-            "seconds": arguments.seconds,
-            "distinct_captions": arguments.distinct_captions,
-            "chunk": arguments.chunk,
-        },
+    peak, _ = matmul_rate(PRODUCT, device, torch.float32, 1.0)
+    settings = {
+        "size": arguments.size,
+        "clips": "real speech" if arguments.audio else f"{arguments.seconds:g} s of noise",
+        "seconds": arguments.seconds,
+        "distinct_captions": arguments.distinct_captions,
+        "chunk": arguments.chunk,
         "peak_tflops": significant(peak),
-        "peak_product": f"{n}³ in {str(dtype).removeprefix('torch.')}",
-        "rows": [],
-        "towers": [],
-        "profile": {},
-        "profile_rows": arguments.batches[0],
+        "peak_product": f"{PRODUCT}³ in float32",
     }
+    record = Record(arguments.out / "record.json")
+    record.content = {"runs": [], "rows": []}  # not to be continued
+    record.begin(
+        *("train_step", "CPU", ""),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        software=software(arguments.reference),
+        machine=timing.machine(device),
+        settings=settings,
+    )
+    run = Run(record, Settings("cpu", arguments.reference), Page(), time.monotonic() + 60 * arguments.minutes)
+    steady = Steady(run, block_seconds=0.0)  # the shortest blocks: a CPU's calls wait for nothing
     forms = Forms(size, device, arguments.reference, tokenizer, arguments.chunk).all()
     if arguments.only:
         forms = [form for form in forms if any(word in form.name for word in arguments.only)]
-    reserve = 0.2 * 60 * arguments.minutes if arguments.open_clip is not None else 0.0
-    measurement = Measurement(device, lambda: left() - reserve)
     shares = [math.sqrt(rows) for rows in arguments.batches]
     for index, rows in enumerate(arguments.batches):
         if arguments.audio:
             batch = real_batch(arguments.audio, rows, arguments.seconds, arguments.distinct_captions)
         else:
             batch = synthetic_batch(rows, arguments.seconds, 0, distinct=arguments.distinct_captions, least=1.0)
-        prepared = host_batch(batch, tokenizer, size, pin=device.type == "cuda")
-        # half is for what comes before the timed loops: making models, compiling, the warm-up
-        seconds = 0.5 * (left() - reserve) * shares[index] / sum(shares[index:])
-        record["rows"] += measurement.at([(form, prepared) for form in forms], rows, seconds, prepared.flops)
-        if index == 0:
-            ran = [form for form in forms if form.name in measurement.per_clip_ms]
-            for form in ran[:1] + ran[1:][-1:]:
-                record["profile"][form.name], reason = timing.attempt(
-                    functools.partial(top_ten, form, prepared, device), max(1.0, left())
+        prepared = host_batch(batch, tokenizer, size, pin=False)
+        entries = []
+        for form in forms:
+            case = {"form": form.name, "rows": rows, "seconds": arguments.seconds}
+            if rows < form.least:
+                run.add(case, reason=f"for batches from {form.least} clips")
+                continue
+            entries.append(
+                Entry(
+                    case,
+                    functools.partial(form.on, prepared),
+                    {"notes": form.notes},
+                    work(rows, prepared.flops, peak),
+                    form.outcome,
+                    60 * arguments.minutes,
                 )
-                if reason is not None:
-                    record["profile"][form.name] = [{"name": reason, "calls": 0, "ms": 0.0, "share": 0.0}]
-        del prepared
-        timing.release()
-        _write(record, arguments.out)
-    if arguments.open_clip is not None:
-        del forms  # and their weights
-        timing.release()
-        rows = arguments.batches[0]
-        pairs, reason = timing.attempt(
-            lambda: open_clip_forms(arguments.open_clip, arguments.size, device, tokenizer), max(1.0, left())
-        )
-        if pairs is None:
-            record["towers"] = [{"form": "open_clip", "rows": rows, "notes": "", "reason": reason}]
-        else:
-            made = [(form, make(rows, arguments.seconds)) for form, make in pairs]
-            record["towers"] = Measurement(device, left).at(made, rows, 0.5 * max(0.0, left()), None)
-        _write(record, arguments.out)
-    return record
-
-
-def _write(record: dict[str, Any], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "record.json", (json.dumps(record, indent=1) + "\n").encode())
-    write_atomic(out / "record.md", tables(record).encode())
-    plot(record, out / "ablation.png")
+            )
+        # half is for what comes before the blocks in turn: making models and the first steps
+        steady.in_turn(entries, 0.5 * max(0.0, run.left) * shares[index] / sum(shares[index:]))
+    record.update_run(status="done")
+    write_atomic(arguments.out / "record.md", tables(record.content).encode())
+    plot(record.content, arguments.out / "ablation.png")
+    return record.content
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, help="checkout of ParaSpeechCLAP; without it, our forms alone")
-    parser.add_argument("--open-clip", type=Path, help="checkout of open_clip with CLAP")
     parser.add_argument("--size", choices=SIZES, default="large")
-    parser.add_argument("--batches", type=int, nargs="+", default=[32, 128, 512, 2048, 8192])
+    parser.add_argument("--batches", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip")
     parser.add_argument("--audio", type=Path, help="folder or manifest of real clips instead of noise")
     parser.add_argument("--distinct-captions", type=float, default=0.5, help="share of a batch's captions")
-    parser.add_argument("--chunk", type=int, default=64, help="clips a chunk of the gradient cache")
+    parser.add_argument("--chunk", type=int, default=16, help="clips a chunk of the gradient cache")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything")
     parser.add_argument("--only", nargs="+", help="forms whose name has one of these in it")
-    parser.add_argument("--device")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.batches.sort()

@@ -90,35 +90,48 @@ def test_the_chunk_is_the_engines() -> None:
 
 
 def test_records_replace_predictions(tmp_path: Path) -> None:
-    step, contrastive = tmp_path / "step" / "record.json", tmp_path / "loss" / "record.json"
-    rows = [
-        {"form": "reference, as released", "rows": 32, "clips_per_s": 10.0},
-        {"form": "+ fused loss", "rows": 32, "clips_per_s": 200.0},
-        {"form": "+ fused loss", "rows": 64, "clips_per_s": 250.0},
-        {"form": "+ gradient cache", "rows": 512, "clips_per_s": 200.0},
-    ]
-    for path, content in (
-        (step, {"rows": rows, "machine": {"device": "some GPU"}, "settings": {"size": "large"}}),
-        (
-            contrastive,
-            {
-                "sections": {
-                    "main": {
-                        "rows": [
-                            {"peer": "fastclap Triton", "dtype": "bfloat16", "rows": 65536, "tflops_4t": 500.0},
-                            {"peer": "open_clip", "dtype": "bfloat16", "rows": 65536, "tflops_4t": 900.0},
-                        ]
-                    }
-                }
-            },
-        ),
-    ):
-        path.parent.mkdir()
-        path.write_text(json.dumps(content))
-    machine = scale_model.machine_from(step, contrastive, 1.2e12, {})
+    def write(lot: str, rows: list[dict[str, object]]) -> None:
+        (tmp_path / f"{lot}.json").write_text(json.dumps({"lot": lot, "device": "some GPU", "rows": rows}))
+
+    def row(median_ms: float, **case: object) -> dict[str, object]:
+        return {"case": case, "median_ms": median_ms}
+
+    loss = {"loss": "info_nce", "rows": 65536, "dim": 768}
+    one_pass_ms = 2e3 * 65536**2 * 768 / 500e12
+    write(
+        "step",
+        [
+            row(3200.0, form="reference, as released", rows=32),
+            row(160.0, form="fastclap", rows=32),
+            row(256.0, form="fastclap", rows=64),
+            row(1280.0, form="fastclap, gradient cache", rows=256),
+            {"case": {"form": "fastclap", "rows": 128}, "reason": "out of memory"},
+        ],
+    )
+    machine = scale_model.machine_from(tmp_path, 1.2e12, {})
     assert machine.clip_ms == pytest.approx(4.0) and machine.second_forward == pytest.approx(1.25)
-    assert machine.loss_tflops == 500.0
+    assert "250 clips/s (batch of 64, some GPU)" in machine.source["a clip"]
+    assert machine.source["the loss"].startswith("PREDICTION")
+    assert machine.loss_tflops == Machine(clip_ms=1.0).loss_tflops
+    write(
+        "loss",
+        [
+            row(4 * one_pass_ms, **loss, form="fastclap Triton"),
+            row(2 * one_pass_ms, **loss, form="open_clip"),
+            row(2 * one_pass_ms, stage="whole step", **loss),
+        ],
+    )
+    machine = scale_model.machine_from(tmp_path, 1.2e12, {})
+    assert machine.loss_tflops == pytest.approx(500.0)
     assert not any(text.startswith("PREDICTION") for text in machine.source.values())
-    step.write_text(json.dumps({"rows": rows[:1], "machine": {"device": ""}, "settings": {"size": "large"}}))
-    with pytest.raises(SystemExit, match="fused loss"):
-        scale_model.machine_from(step, None, 1.2e12, {})
+    write("step", [row(3200.0, form="reference, as released", rows=32)])
+    write("loss", [])
+    with pytest.raises(SystemExit, match="--lots step loss"):
+        scale_model.machine_from(tmp_path, 1.2e12, {})
+
+
+def test_the_page_names_the_records(tmp_path: Path) -> None:
+    rows = [{"case": {"form": "fastclap", "rows": 64}, "median_ms": 256.0}]
+    (tmp_path / "step.json").write_text(json.dumps({"lot": "step", "device": "some GPU", "rows": rows}))
+    printed = scale_model.report(scale_model.parser().parse_args(["--records", str(tmp_path)]))
+    assert f"python -m bench.scale_model --records {tmp_path}" in printed and "some GPU" in printed

@@ -1,0 +1,179 @@
+"""Calls that a user makes many times in a row, such as training steps, timed as such, in turn with each other.
+
+What a user gets of a step is its time in a row of them, by the wall clock: while the device works, the host is already
+at the next. So a sample here is the mean of a block of consecutive calls, and forms take turns by the block. Before a
+form's block the memory that the others have left to the allocator goes back to the device, and one call is not timed,
+so that forms of different sizes fit one device and none pays for another's.
+
+A form's row is on the disk from its first block on, which it has to itself (``preliminary``).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bench import timing
+from bench.comparison import significant
+from bench.gpu.record import Case, Row
+from bench.gpu.run import Run
+
+BLOCK_SECONDS = 1.0
+BLOCK_CALLS = (2, 50)  # of a block, at least and at most
+LONG_MS = 15e3  # a first call of this length is the only one before a block
+MOST_ROUNDS = 20
+
+
+@dataclass
+class Entry:
+    """One form in one case.
+
+    Attributes:
+        case: of its row.
+        make: returns the call that is timed; what it builds and compiles is part of the first call's time.
+        facts: that its row holds besides.
+        work: what a row says of a median in ms.
+        outcome: what a row says of the result of a call.
+        seconds: the most that making it, two calls and its first block may take.
+    """
+
+    case: Case
+    make: Callable[[], Callable[[], Any]]
+    facts: Row = field(default_factory=dict)
+    work: Callable[[float], Row] = lambda _: {}
+    outcome: Callable[[Any], Row] = lambda _: {}
+    seconds: float = 60.0
+
+
+class Steady:
+    """Measures entries; what was made for one stays as long as this does.
+
+    Args:
+        run: of the stage.
+        block_seconds: length of a block.
+    """
+
+    def __init__(self, run: Run, block_seconds: float = BLOCK_SECONDS) -> None:
+        self.run = run
+        self.block_seconds = block_seconds
+        self._calls: dict[int, Callable[[], Any]] = {}  # by the entry's id
+        self._rows: dict[int, Row] = {}  # what a row holds apart from times in turn
+        self._alone_ms: dict[int, float] = {}
+
+    def alone(self, entry: Entry) -> None:
+        """Makes the form and times a block that has nothing to take turns with, for a preliminary row."""
+        if not self._is_final(entry):
+            self._runs(entry)
+
+    def in_turn(self, entries: Sequence[Entry], seconds: float, least: int = 3) -> None:
+        """Takes blocks of the entries that run, one of each in turn, for about so many seconds, and completes rows.
+
+        An entry whose row is complete is there to be compared with; nothing is done where none is left to complete.
+
+        Args:
+            entries: those that do not run yet are made first.
+            seconds: of the blocks; past three times as many it ends wherever it is, with what it has.
+            least: rounds.
+        """
+        pending = [entry for entry in entries if not self._is_final(entry) and self._runs(entry)]
+        if not pending:
+            return
+        ready = [entry for entry in entries if entry in pending or self._runs(entry)]
+        samples: dict[int, list[float]] = {id(entry): [] for entry in ready}
+        start = time.monotonic()
+        for rounds in range(MOST_ROUNDS):
+            passed = time.monotonic() - start
+            enough = rounds >= least and passed * (rounds + 1) / rounds > seconds
+            if enough or (rounds and passed > 3 * seconds):
+                break
+            for entry in list(ready):
+                block, reason = self.run.result(entry.case, lambda: self._block(entry), self._limit(entry))  # noqa: B023
+                if reason is None:
+                    samples[id(entry)].append(block)
+                else:  # what it did alone stands
+                    self._rows[id(entry)]["in_turn_reason"] = reason
+                    ready.remove(entry)
+        taken = {id(entry): timing.Timing.of(samples[id(entry)]) for entry in entries if samples.get(id(entry))}
+        for entry in pending:
+            others = [other for other in entries if other is not entry and id(other) in taken and id(entry) in taken]
+            row = self._rows[id(entry)] | {"in_turn_with": [other.case["form"] for other in others]}
+            known = {other.case["form"]: taken[id(other)].median_ms for other in others if other not in pending}
+            if known:  # whose rows hold what they did before
+                row["others_ms"] = known
+            self._rows[id(entry)] = row
+            self._add(entry, taken.get(id(entry)) or timing.Timing.of([self._alone_ms[id(entry)]]))
+
+    def _runs(self, entry: Entry) -> bool:
+        """Whether the entry has a call, which is made if it was not."""
+        if id(entry) in self._calls:
+            return True
+        self._forget_others()
+        found = self.run.attempt(entry.case, lambda: self._first_block(entry), entry.seconds)
+        if found is None:
+            return False
+        self._calls[id(entry)], self._rows[id(entry)], self._alone_ms[id(entry)] = found
+        if not self._is_final(entry):
+            self._add(entry, timing.Timing.of([self._alone_ms[id(entry)]]), preliminary=True)
+        return True
+
+    def _first_block(self, entry: Entry) -> tuple[Callable[[], Any], Row, float]:
+        device, start = self.run.device, time.perf_counter()
+        call = entry.make()
+        made = time.perf_counter() - start
+        results: list[Any] = []
+        milliseconds: list[float] = []
+
+        def timed() -> None:
+            results[:] = [call()]
+
+        def first() -> None:
+            milliseconds.append(timing.elapsed_ms(timed, device))
+
+        peak = timing.peak_bytes(first, device)
+        row: Row = {"build_s": round(made, 2), "first_ms": significant(milliseconds[0])}
+        if milliseconds[0] < LONG_MS:
+            peak = timing.peak_bytes(first, device)
+        row |= {"peak_bytes": peak, **entry.facts, **entry.outcome(results[0])}
+        results.clear()
+        calls = self._calls_of_a_block(milliseconds[-1])
+        alone = timing.steady_ms(call, device, calls)
+        if device.type == "cuda":
+            on_device, on_host = timing.queued_ms(call, device, 1.5 * timing.host_ms(call, device) + 0.2)
+            row |= {"device_ms": significant(on_device), "host_ms": significant(on_host)}
+        return call, row, alone
+
+    def _block(self, entry: Entry) -> float:
+        self._forget_others()
+        call = self._calls[id(entry)]
+        call()
+        calls = self._calls_of_a_block(self._alone_ms[id(entry)])
+        return timing.steady_ms(call, self.run.device, calls)
+
+    def _calls_of_a_block(self, ms: float) -> int:
+        least, most = BLOCK_CALLS
+        return min(most, max(least, math.ceil(1e3 * self.block_seconds / ms)))
+
+    def _limit(self, entry: Entry) -> float:
+        """Seconds after which a block must have hung."""
+        ms = self._alone_ms[id(entry)]
+        return 20.0 + 5e-3 * ms * (1 + self._calls_of_a_block(ms))
+
+    def _forget_others(self) -> None:
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize(self.run.device)
+            torch.cuda.empty_cache()
+
+    def _is_final(self, entry: Entry) -> bool:
+        row = self.run.known(entry.case)
+        return row is not None and not row.get("preliminary")
+
+    def _add(self, entry: Entry, timed: timing.Timing, **more: Any) -> None:
+        block = {"block_calls": self._calls_of_a_block(timed.median_ms)}
+        self.run.add(
+            entry.case, **timed.as_dict(), **block, **entry.work(timed.median_ms), **self._rows[id(entry)], **more
+        )

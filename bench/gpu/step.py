@@ -1,0 +1,184 @@
+"""A training step of WavLM-Large and XLM-R: ours, ours compiled, the reference as released and at its best.
+
+The stages of the lots `step` and `step_more`. What a form is, and what a step takes and does, is said in
+`bench.train_step`; how it is timed in `bench.gpu.steady`. Weights are random and drawn on the device.
+
+Our step comes first and has its row before anything else is built. Our forms share weights and optimizer; the
+reference has its own beside them. With the activations of the largest batch (64 clips without a gradient cache) that
+leaves a tenth of 80 GB: by shapes 53 GB for ours and 10 GB for the reference's weights and optimizer state.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bench import timing
+from bench.comparison import significant
+from bench.gpu.compare import ceilings
+from bench.gpu.profiled import Profile, labelled, profiled
+from bench.gpu.record import ABSENT, Case, Row
+from bench.gpu.run import Run
+from bench.gpu.steady import Entry, Steady
+from bench.parity import CAPTIONS, OurStep, synthetic_batch
+from bench.reference_step import SIZES
+from bench.train_step import OPEN_CLIP_MODELS, Form, Forms, HostBatch, OpenClipPair, host_batch, work
+from fastclap.tokenizer import train_tokenizer
+
+OURS = "fastclap"
+COMPILE_SECONDS = 75.0
+KEPT_SECONDS = 55.0  # of the lot, for the stages after the first
+ABLATION_ROWS = 16
+NO_CHECKOUT = {"notes": "no checkout given"}
+
+
+class Steps:
+    """Forms of the step at the sizes of a run, and their entries.
+
+    Args:
+        run: of the stage.
+        chunk: clips a chunk of the gradient cache.
+        block_seconds: length of a block of consecutive steps.
+    """
+
+    def __init__(self, run: Run, chunk: int = 64, block_seconds: float = 1.0) -> None:
+        torch.manual_seed(0)
+        self.run = run
+        self.seconds = 0.4 if run.tiny else 10.0
+        self.size = SIZES["tiny" if run.tiny else "large"]
+        self.peak_tflops = ceilings(run)[0]
+        self.forms = Forms(self.size, run.device, run.settings.reference, train_tokenizer(CAPTIONS, 1000), chunk)
+        self.steady = Steady(run, 0.02 if run.tiny else block_seconds)
+
+    @functools.lru_cache(2)  # noqa: B019 - lives as long as the stage
+    def batch(self, rows: int) -> HostBatch:
+        """Clips of equal length; half of the captions are distinct, as of clips that share descriptions."""
+        made = synthetic_batch(rows, self.seconds, 0, distinct=0.5, least=1.0)
+        return host_batch(made, self.forms.tokenizer, self.size, pin=self.run.device.type == "cuda")
+
+    def case(self, form: Form, rows: int) -> Case:
+        return {"form": form.name, "rows": rows, "seconds": self.seconds}
+
+    def entry(self, form: Form, rows: int, seconds: float = 40.0) -> Entry:
+        """A form on a batch of so many clips; it may take so many seconds until it is warm."""
+        facts = {"notes": form.notes}
+        return Entry(
+            self.case(form, rows),
+            lambda: form.on(self.batch(rows)),
+            facts,
+            work(rows, self.batch(rows).flops, self.peak_tflops),
+            form.outcome,
+            seconds,
+        )
+
+    def in_turn(self, entries: Sequence[Entry], seconds: float) -> None:
+        self.steady.in_turn(entries, 0.0 if self.run.tiny else seconds, least=1 if self.run.tiny else 3)
+
+
+def small(run: Run) -> None:
+    """Batches of 32 and of 64 clips: ours alone, then with the reference, then with ours compiled."""
+    steps = Steps(run)
+    if run.tiny:
+        torch.compiler.set_stance("force_eager")  # compiling takes minutes on a CPU
+    ours = steps.forms.complete(OURS, "every optimisation, eager")
+    compiled = steps.forms.complete(
+        f"{OURS}, compiled", "every optimisation, torch.compile of each layer", compiled=True
+    )
+    kept, before = 0.0 if run.tiny else KEPT_SECONDS, None
+    for rows in (4, 6) if run.tiny else (32, 64):
+        own = steps.entry(ours, rows)
+        steps.steady.alone(own)
+        theirs = [steps.entry(form, rows) for form in steps.forms.of_reference()]
+        if run.settings.reference is None:
+            for entry in theirs:
+                run.add(entry.case, reason=ABSENT, **NO_CHECKOUT)
+            theirs = []
+        steps.in_turn([own, *theirs], 12.0)
+        faster = steps.entry(compiled, rows, min(COMPILE_SECONDS, max(1.0, run.left - kept)))
+        if before is not None and run.failed(before):
+            run.add(faster.case, reason=f"not tried, as it failed at {before['rows']} clips")
+        steps.in_turn([own, faster], 8.0)
+        before = faster.case
+
+
+def larger(run: Run) -> None:
+    """The gradient cache: 256 clips in chunks of 64, which need the memory of 64."""
+    rows, chunk = (6, 3) if run.tiny else (256, 64)
+    steps = Steps(run, chunk, block_seconds=3.0)
+    cached = steps.forms.complete(f"{OURS}, gradient cache", f"every optimisation, chunks of {chunk}", chunk=chunk)
+    steps.in_turn([steps.entry(cached, rows)], 12.0)
+
+
+def profile(run: Run) -> None:
+    """Our step at 32 clips by kernel and by part: what there is to gain."""
+    steps = Steps(run)
+    rows = 4 if run.tiny else 32
+    form = steps.forms.complete(OURS, "every optimisation, eager")
+    whole = {"form": OURS, "profile": "whole step"}
+    found = run.attempt(whole, lambda: _profiled(steps, form, rows), 60.0)
+    if found is None:
+        return
+    launches = sum(calls for _, calls in found.kernels.values())
+    run.add(whole, clips=rows, device_ms=significant(found.total_ms), launches=launches)
+    for name, figures in found.rows(found.parts):
+        run.add({"form": OURS, "part": name}, clips=rows, **figures)
+    for name, figures in found.rows(found.kernels, 20):
+        run.add({"form": OURS, "kernel": name[:160]}, clips=rows, **figures)
+
+
+def _profiled(steps: Steps, form: Form, rows: int) -> Profile:
+    step = form.on(steps.batch(rows))
+    for _ in range(3):
+        step()
+    assert form.step is not None
+    objective: Any = form.step.objective  # type: ignore[attr-defined]
+    base = objective.model.audio_branch.base
+    modules = {"convolutions": base.feature_extractor, "positional convolution": base.encoder.pos_conv_embed}
+    methods = {"loss": (objective, "_loss"), "optimizer": (OurStep, "update")}
+    with labelled(modules, methods):
+        return profiled(step, steps.run.device)
+
+
+def ablation(run: Run) -> None:
+    """One optimisation at a time, from transformers' modules in float32 on.
+
+    Those keep the attention weights of every layer: by shapes 44 GB at 16 clips, and 80 GB at 32.
+    """
+    rows = 4 if run.tiny else ABLATION_ROWS
+    steps = Steps(run, block_seconds=0.7)
+    entries = [steps.entry(form, rows, COMPILE_SECONDS) for form in steps.forms.ablation()]
+    steps.in_turn(entries, 30.0)
+
+
+def open_clip(run: Run) -> None:
+    """open_clip's CLAP and our log-mel tower of as many parameters, 32 clips of 10 s at 48 kHz."""
+    size = "tiny" if run.tiny else "large"
+    rows, seconds = (2, 0.5) if run.tiny else (32, 10.0)
+    steady = Steady(run, 0.02 if run.tiny else 1.0)
+    tokenizer = train_tokenizer(CAPTIONS, 1000)
+    for name in OPEN_CLIP_MODELS[size]:
+        names = (f"{OURS} log-mel, as {name}", f"open_clip {name}")
+        cases = [{"form": form, "clips": rows, "seconds": seconds, "rate": 48000} for form in names]
+        if run.settings.open_clip is None:
+            for case in cases:
+                run.add(case, reason=ABSENT, **NO_CHECKOUT)
+            continue
+        pair = OpenClipPair(run.settings.open_clip, name, run.device, tokenizer, tiny_text=run.tiny)
+        entries = []
+        for case, build, batch, which in (
+            (cases[0], pair.our_step, pair.our_batch, 1),
+            (cases[1], pair.their_step, pair.their_batch, 0),
+        ):
+            form = Form(case["form"], "forward, loss, backward, optimizer", build, "high")
+
+            def outcome(loss: Any, form: Form = form, which: int = which, pair: OpenClipPair = pair) -> Row:
+                return {**form.outcome(loss), "audio_parameters": pair.audio_parameters[which]}
+
+            make = functools.partial(lambda form, batch: form.on(batch(rows, seconds)), form, batch)
+            entries.append(Entry(case, make, {"notes": form.notes}, work(rows, None, None), outcome))
+        steady.in_turn(entries, 0.0 if run.tiny else 8.0, least=1 if run.tiny else 3)
+        del pair, entries, form, make, outcome
+        timing.release()
