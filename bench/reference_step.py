@@ -345,6 +345,14 @@ def build_ours(
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of the repository that has its root in or above the folder; None if git knows none."""
+    """The commit that a file COMMIT in the folder names, which a copy has (`bench.gpu_kit`), or the one that git knows.
+
+    git looks for a repository that has its root in or above the folder. None if it finds none or is not installed.
+    """
+    if (folder / "COMMIT").is_file():
+        return (folder / "COMMIT").read_text().strip()
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except FileNotFoundError:
+        return None

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import gpu_kit
+from bench.reference_step import commit_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -81,6 +82,21 @@ def test_script_runs_bench_gpu_with_the_kit_behind_the_image(kit: Path, tmp_path
 
     (kit / "wheels" / "soundfile-1.0-py3-none-any.whl").unlink()  # installed once, not again
     assert run(kit).returncode == 7
+
+
+def test_a_copied_checkout_names_its_commit(kit: Path, tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path / "checkout"), "-c", "user.name=a", "-c", "user.email=b", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    (tmp_path / "checkout" / "scripts").mkdir(parents=True)
+    (tmp_path / "checkout" / "scripts" / "train.py").write_text("")
+    git("init")
+    git("add", ".")
+    git("commit", "--message", "all")
+    gpu_kit.make_kit(kit, reference=tmp_path / "checkout")
+    assert not (kit / "reference" / ".git").exists()
+    assert commit_of(kit / "reference") == git("rev-parse", "HEAD")
 
 
 def test_a_new_kit_takes_the_place_of_the_old_one(kit: Path) -> None:
