@@ -264,7 +264,7 @@ def _attention_form(
     tf32: bool = False,
 ) -> KernelForm:
     options: dict[str, Any] = {"dropout": dropout, "forward": forward}
-    defined = functools.partial(_defined_attention, **options)
+    defined: Callable[[Tensors], Tensors] = functools.partial(_defined_attention, **options)
     on = f"{', lengths' * lengths}{', dropout' * dropout}{', forward' * forward}{', TF32' * tf32}"
     return KernelForm(
         f"{name} {dtype_name(dtype)}, {frames} frames{on}",

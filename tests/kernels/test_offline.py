@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +19,11 @@ from fastclap.kernels.offline import (  # noqa: E402
     MATRIX_INSTRUCTION,
     SHARED_LIMIT,
     Compilation,
+    cache_key,
     compile_offline,
+    is_cached,
     problems,
+    signature_and_attrs,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,6 +122,50 @@ def test_a_signature_that_does_not_fit_is_an_error() -> None:
         compile_offline(replace(compilation, signature={"z": "i32"}), 90)
     with pytest.raises(ValueError, match="constexpr arguments"):
         compile_offline(replace(compilation, constexprs={"M": 64, "N": 64}), 90)
+
+
+@triton.jit(do_not_specialize=["count", "scale"], do_not_specialize_on_alignment=["index"])
+def copies(x, index, out, stride, count, scale, MODE: tl.constexpr, WIDTH: tl.constexpr):
+    tl.store(out + tl.arange(0, WIDTH), scale * tl.load(x + tl.arange(0, WIDTH) * stride))
+
+
+def test_arguments_are_described_as_a_launch_does() -> None:
+    constants = {"MODE": "tf32", "WIDTH": 64}
+    types = {"index": "*i64", "out": "*bf16", "stride": "i32", "scale": "fp32"}
+    signature, attrs = signature_and_attrs(copies, types, constants)
+    assert signature == {
+        **{"x": "*fp32", "index": "*i64", "out": "*bf16", "stride": "i32", "count": "i32", "scale": "fp32"},
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    divisible = [["tt.divisibility", 16]]
+    # What is looked at and gives nothing to say has an empty list: a pointer, and a constant that is a string.
+    assert attrs == {(0,): divisible, (1,): [], (2,): divisible, (3,): divisible, (6,): []}
+    _, attrs = signature_and_attrs(copies, types, constants, ("x", "stride"))
+    assert attrs == {(0,): [], (1,): [], (2,): divisible, (3,): [], (6,): []}
+    signature, attrs = signature_and_attrs(copies, types, {**constants, "stride": 1, "index": None})
+    assert signature["stride"] == signature["index"] == "constexpr"
+    assert attrs == {(0,): divisible, (2,): divisible, (6,): []}
+
+
+def test_keys_tell_compilations_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    good = a_product((64, 64, 64), 4, 2)
+    keys = {cache_key(good, 90)}
+    assert cache_key(replace(good, name="another name", matrix_instruction=False), 90) in keys
+    changes: tuple[dict[str, Any], ...] = (
+        {"num_warps": 8},
+        {"num_stages": 3},
+        {"maxnreg": 128},
+        {"attrs": {(0,): []}},
+        {"constexprs": dict(zip("MNK", (64, 64, 32), strict=True))},
+        {"signature": {**good.signature, "k": "i64"}},
+    )
+    keys |= {cache_key(replace(good, **change), 90) for change in changes}
+    keys.add(cache_key(good, 80))
+    assert len(keys) == 8
+    assert not is_cached(good, 90)
+    compile_offline(good, 90)
+    assert is_cached(good, 90) and not is_cached(good, 80)
 
 
 def test_interpreted_functions_are_refused() -> None:
