@@ -23,7 +23,7 @@ else:
 STUB = """
 import subprocess, sys
 import only_in_kit, yaml
-print(sys.argv[1:], only_in_kit.__file__, yaml.__file__, sep="\\n")
+print(sys.argv[1:], only_in_kit.__file__, yaml.__file__, sep="\\n", flush=True)
 subprocess.run([sys.executable, "-c", "import only_in_kit, yaml; print(yaml.__file__)"], cwd="/", check=True)
 sys.exit(7)
 """
