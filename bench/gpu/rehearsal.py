@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -36,6 +37,8 @@ def launched(call: Callable[[], Any], arch: int) -> dict[str, Compilation]:
     Raises:
         RuntimeError: a launch has options that a `Compilation` has no field for, or kernels are interpreted.
     """
+    if knobs.runtime.interpret:
+        raise RuntimeError("under TRITON_INTERPRET=1 kernels are interpreted: nothing would be compiled")
     found: dict[str, Compilation] = {}
     touched: set[JITFunction[Any]] = set()
 

@@ -342,6 +342,16 @@ def test_a_form_that_cannot_be_rehearsed_is_named(
     assert report["failed"] == {"waveform that raises": "KeyError: 'nothing'"} and report["hits"] == 1
 
 
+def test_a_rehearsal_that_dies_is_said_to_have(
+    compilations: list[bool], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compiling, "launched", lambda call, arch: os._exit(3))
+    report = compile_forms((ONE,), 90, 60)
+    assert report["failed"] == {"all others": "the process that starts them ended with 3"} and report["kernels"] == 0
+    with pytest.raises(ValueError, match="no kernel form begins with 'one'"):
+        compile_forms(("one",), 90, 60)
+
+
 def test_is_cached_asks_for_the_kernel_itself(compilations: list[bool]) -> None:
     assert not any(is_cached(c, 90) for c in rehearsed((ONE,), 90, {}).values())
 
