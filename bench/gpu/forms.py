@@ -40,7 +40,7 @@ Tensors = dict[str, Tensor]
 # Relative error that is always accepted: the rounding of a result in that dtype, a few times over.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 LOSS_ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-3}  # of a loss and its gradients
-TF32_ROUNDING = 2e-3
+TF32_ROUNDING = 4e-3  # 10 bits, and the kernels cut the others off
 DROPOUT = 0.1  # WavLM's
 DROPOUT_SEED = 17
 ROWS, DIM = 201, 72  # of embeddings: two tiles by two, and a dimension that is padded
@@ -222,7 +222,7 @@ def _seed(device: torch.device) -> contextlib.AbstractContextManager[None]:
 
 
 def _kept(q: Tensor) -> Tensor:
-    """The probabilities that the kernel's dropout keeps, and its exact share is the one of `_dropout`."""
+    """The probabilities that the kernel's dropout keeps in `_attention`."""
     with _seed(q.device):
         seed = torch.randint(0, 2**63 - 1, (1,), device=q.device)
     batch, heads, frames, _ = q.shape
