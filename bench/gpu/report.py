@@ -62,8 +62,8 @@ def report(records: Records) -> str:
     """The page of a device."""
     parts = [
         f"# {_device(records)}",
-        "Made by `python -m bench.gpu --report` from the records in this folder. Times are medians on the device (middle "
-        "80 %), behind a queued wait; *host* is the time until a call was queued.",
+        "Made by `python -m bench.gpu --report` from the records in this folder. Times are medians on the device "
+        "(middle 80 %), behind a queued wait; *host* is the time until a call was queued.",
         *_lots(records),
         *_state(records),
         *_failures(records),
@@ -235,9 +235,10 @@ def _train(records: Records) -> Iterator[str]:
     rows = [row for row in rows_of(records, "train", step=...) if "clips_per_s" in row]
     if rows:
         row = rows[-1]
-        units = {"clips_per_s": "clips/s", "mfu": "of the peak", "waiting": "of the time waiting", "watts": "W"}
-        units["joules_per_clip"] = "J a clip"
-        said = [f"{_figure(row, name)} {unit}" for name, unit in units.items() if row.get(name) is not None]
+        shares = {"mfu": "of the peak", "waiting": "of the time waiting for clips"}
+        units = {"clips_per_s": "clips/s", "watts": "W", "joules_per_clip": "J a clip"}
+        said = [f"{_figure(row, name)} {unit}" for name, unit in units.items() if _figure(row, name)]
+        said += [f"{_percent(row, name)} {unit}" for name, unit in shares.items() if _percent(row, name)]
         yield f"`fastclap-train` at full size from packed shards, at step {row['case']['step']}: {', '.join(said)}."
 
 
@@ -371,9 +372,12 @@ def _embed(records: Records) -> Iterator[str]:
         yield "Embedding with a full-size model:"
         names = [n for n in _unique(n for row in rows for n in row["case"]) if n != "form"]
         yield markdown(
-            ["form", *names, "ms", "clips/s"],
+            ["form", *names, "ms", "clips or captions a second"],
             [
-                [r["case"]["form"], *(str(r["case"].get(n, "")) for n in names), _ms(r), _figure(r, "clips_per_s")]
+                [
+                    *(r["case"]["form"], *(str(r["case"].get(n, "")) for n in names), _ms(r)),
+                    _figure(r, "clips_per_s") or _figure(r, "captions_per_s"),
+                ]
                 for r in rows
             ],
         )
