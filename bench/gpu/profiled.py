@@ -89,11 +89,12 @@ def profiled(call: Callable[[], Any], device: torch.device) -> Profile:
         RuntimeError: the profiler saw nothing.
     """
     on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, acc_events=True) as profiler:
         call()
         if on_gpu:
             torch.cuda.synchronize(device)
-    events = [event for event in profiler.events() if not event.is_async]
+    events = list(profiler.events())
     wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
     kernels: Counter[str] = Counter()
     launches: Counter[str] = Counter()
@@ -101,7 +102,7 @@ def profiled(call: Callable[[], Any], device: torch.device) -> Profile:
         # a label has an event on the device too, as long as all that happens under it
         if event.device_type != wanted or event.is_user_annotation or event.name.startswith((LABEL, BACKWARD)):
             continue
-        us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        us = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
         if us > 0:
             kernels[event.name] += us
             launches[event.name] += 1
@@ -112,7 +113,7 @@ def profiled(call: Callable[[], Any], device: torch.device) -> Profile:
 
 
 def _by_part(events: list[Any], on_gpu: bool, total: float) -> dict[str, tuple[float, int]]:
-    host = [event for event in events if event.device_type == DeviceType.CPU]
+    host = [event for event in events if event.device_type == DeviceType.CPU and not event.is_async]
     part_of_number = {}  # of forward operations that autograd will go back through
     for event in host:
         label = _label(event)
@@ -122,7 +123,8 @@ def _by_part(events: list[Any], on_gpu: bool, total: float) -> dict[str, tuple[f
     launches: Counter[str] = Counter()
     for event in host:
         if on_gpu:
-            found = [(kernel.name, kernel.duration) for kernel in event.kernels]
+            # a label's own event on the device is none of its kernels
+            found = [(kernel.name, kernel.duration) for kernel in event.kernels if kernel.name != event.name]
         else:
             own = event.name.startswith((LABEL, BACKWARD)) or event.is_user_annotation
             found = [] if own else [(event.name, event.self_cpu_time_total)]
