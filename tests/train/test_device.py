@@ -108,9 +108,9 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, dict[str, Tensor]]:
         return step_of(a_model("cpu", dropout=False).double(), a_batch("cpu"))
 
 
-# Of all gradients together; on a CPU 9e-7 and 1.7e-2. A GPU's products of float32 in the loss and in attention are sums
-# of TF32 parts, which costs the loss's gradient 1e-5. bfloat16 rounds every product of the towers to 2^-9, a few tens of
-# them in a row.
+# Of all gradients together; on a CPU 9e-7 and 1.7e-2. A GPU's products of float32 in the loss and in attention are
+# sums of TF32 parts, which costs the loss's gradient 1e-5. bfloat16 rounds every product of the towers to 2^-9, a few
+# tens of them in a row.
 WHOLE_GRADIENT = {"float32": 5e-5, "bfloat16": 4e-2}
 
 
