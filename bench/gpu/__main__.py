@@ -36,7 +36,7 @@ import fastclap
 from bench import timing
 from bench.gpu import record as records
 from bench.gpu.lots import LOTS, ROOT, Lot
-from bench.gpu.record import Record
+from bench.gpu.record import ABSENT, Record
 from bench.gpu.run import Settings, die_with_parent, run_stages
 from bench.tables import markdown
 
@@ -112,7 +112,8 @@ def plan_row(lot: Lot, record: dict[str, Any] | None) -> list[str]:
     cells = [lot.name, "none", "", f"{expected_seconds(lot, record):.0f} s", lot.what]
     if record is not None:
         run = record["runs"][-1]
-        failed = sum("reason" in row or row.get("passed") is False for row in record["rows"])
+        reasons = [row.get("reason", "not passed" if row.get("passed") is False else ABSENT) for row in record["rows"]]
+        failed = sum(reason != ABSENT for reason in reasons)
         bad = f", {failed} not well" if failed else ""
         cells[1] = f"{run['date'][:10]}, {run['status']}, {len(record['rows'])} rows{bad}"
         cells[2] = "current" if record["code"] == lot.code else "code changed since"
