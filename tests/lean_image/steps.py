@@ -1,7 +1,7 @@
 """What has to work without the packages that read audio files: ``python steps.py PACK CONFIG``, run by test_lean_image.
 
-Imports every module but the commands, goes from arrays to embeddings, losses and features, and trains from packed shards
-as a configuration file says.
+Imports every module but the commands, goes from arrays to embeddings, losses and features, and trains from packed
+shards as a configuration file says.
 """
 
 from __future__ import annotations
