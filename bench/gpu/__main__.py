@@ -159,6 +159,11 @@ def run_lots(names: Sequence[str], out: Path, settings: Settings, seconds: float
     folder = out / records.folder_of(found["device"])
     about = {"command": " ".join(["python -m bench.gpu", *sys.argv[1:]]), "commit": commit()}
     about |= {"software": software(), "machine": found}
+    for what, checkout in (("reference", settings.reference), ("open_clip", settings.open_clip)):
+        if checkout is not None:
+            from bench.reference_step import commit_of
+
+            about[what] = commit_of(checkout)
     well = True
     for name in names:
         lot = LOTS[name]
@@ -194,7 +199,11 @@ def main() -> int:
         return 0
     if args.merge is not None:
         for source in sorted(args.merge.glob("*/*.json")):
-            print(records.merge(source, args.out / source.parent.name / source.name))
+            lot = LOTS.get(source.stem)
+            # A copy of the tree without git knows its code, but no commit.
+            same = lot is not None and (records.read(source) or {}).get("code") == lot.code
+            revision = commit() if same else None
+            print(records.merge(source, args.out / source.parent.name / source.name, revision))
     if args.report or args.merge is not None:
         from bench.gpu.report import write_reports
 

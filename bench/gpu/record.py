@@ -116,8 +116,12 @@ class Record:
         write_atomic(self.path, (json.dumps(self.content, indent=1, sort_keys=False) + "\n").encode())
 
 
-def merge(source: Path, target: Path) -> str:
+def merge(source: Path, target: Path, commit: str | None = None) -> str:
     """Takes the rows of one record over into another: newer rows of the same code, or all of newer code.
+
+    Args:
+        source, target: files of records.
+        commit: of the code that the source measured, for runs that could not say.
 
     Returns:
         What was done, in words.
@@ -125,6 +129,8 @@ def merge(source: Path, target: Path) -> str:
     new, old = read(source), read(target)
     if new is None:
         raise FileNotFoundError(source)
+    for run in new["runs"]:
+        run["commit"] = run.get("commit") or commit
     if old is not None and old["runs"][-1]["date"] > new["runs"][-1]["date"]:
         return f"{target}: newer than {source}, left as it is"
     if old is None or old["code"] != new["code"]:

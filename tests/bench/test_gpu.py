@@ -78,9 +78,9 @@ def test_records_from_elsewhere_are_merged(tmp_path: Path) -> None:
     made.begin("lot", "H100", "code", date="2026-01-02")
     made.add({"form": "a"}, figure=2)
     made.add({"form": "b"}, figure=3)
-    assert "2 rows merged" in record.merge(there, here)
+    assert "2 rows merged" in record.merge(there, here, "0123")
     merged = record.read(here)
-    assert merged is not None and len(merged["runs"]) == 2
+    assert merged is not None and [run.get("commit") for run in merged["runs"]] == [None, "0123"]
     assert [(row["figure"], merged["runs"][row["run"]]["date"]) for row in merged["rows"]] == [
         (2, "2026-01-02"),
         (3, "2026-01-02"),
