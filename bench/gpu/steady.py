@@ -24,18 +24,19 @@ from bench.gpu.record import Case, Row
 from bench.gpu.run import Run
 
 BLOCK_SECONDS = 1.0
-BLOCK_CALLS = (2, 50)  # of a block, at least and at most
-LONG_MS = 15e3  # a first call of this length is the only one before a block
+MOST_CALLS = 50  # of a block
+SLOW_MS = 700.0  # a call of this length is as good as a block, and alone enough for a preliminary row
+LONG_MS = 15e3  # after a first call of this length there is no second one before a block
 MOST_ROUNDS = 20
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself
 class Entry:
     """One form in one case.
 
     Attributes:
         case: of its row.
-        make: returns the call that is timed; what it builds and compiles is part of the first call's time.
+        make: builds the form and returns the call that is timed; a row has both times, of building and of a first call.
         facts: that its row holds besides.
         work: what a row says of a median in ms.
         outcome: what a row says of the result of a call.
@@ -61,9 +62,9 @@ class Steady:
     def __init__(self, run: Run, block_seconds: float = BLOCK_SECONDS) -> None:
         self.run = run
         self.block_seconds = block_seconds
-        self._calls: dict[int, Callable[[], Any]] = {}  # by the entry's id
-        self._rows: dict[int, Row] = {}  # what a row holds apart from times in turn
-        self._alone_ms: dict[int, float] = {}
+        self._calls: dict[Entry, Callable[[], Any]] = {}
+        self._rows: dict[Entry, Row] = {}  # what a row holds apart from times in turn
+        self._alone_ms: dict[Entry, float] = {}
 
     def alone(self, entry: Entry) -> None:
         """Makes the form and times a block that has nothing to take turns with, for a preliminary row."""
@@ -84,7 +85,7 @@ class Steady:
         if not pending:
             return
         ready = [entry for entry in entries if entry in pending or self._runs(entry)]
-        samples: dict[int, list[float]] = {id(entry): [] for entry in ready}
+        samples: dict[Entry, list[float]] = {entry: [] for entry in ready}
         start = time.monotonic()
         for rounds in range(MOST_ROUNDS):
             passed = time.monotonic() - start
@@ -94,31 +95,31 @@ class Steady:
             for entry in list(ready):
                 block, reason = self.run.result(entry.case, lambda: self._block(entry), self._limit(entry))  # noqa: B023
                 if reason is None:
-                    samples[id(entry)].append(block)
+                    samples[entry].append(block)
                 else:  # what it did alone stands
-                    self._rows[id(entry)]["in_turn_reason"] = reason
+                    self._rows[entry]["in_turn_reason"] = reason
                     ready.remove(entry)
-        taken = {id(entry): timing.Timing.of(samples[id(entry)]) for entry in entries if samples.get(id(entry))}
+        taken = {entry: timing.Timing.of(samples[entry]) for entry in entries if samples.get(entry)}
         for entry in pending:
-            others = [other for other in entries if other is not entry and id(other) in taken and id(entry) in taken]
-            row = self._rows[id(entry)] | {"in_turn_with": [other.case["form"] for other in others]}
-            known = {other.case["form"]: taken[id(other)].median_ms for other in others if other not in pending}
+            others = [other for other in entries if other is not entry and other in taken and entry in taken]
+            row = self._rows[entry] | {"in_turn_with": [other.case["form"] for other in others]}
+            known = {other.case["form"]: taken[other].median_ms for other in others if other not in pending}
             if known:  # whose rows hold what they did before
                 row["others_ms"] = known
-            self._rows[id(entry)] = row
-            self._add(entry, taken.get(id(entry)) or timing.Timing.of([self._alone_ms[id(entry)]]))
+            self._rows[entry] = row
+            self._add(entry, taken.get(entry) or timing.Timing.of([self._alone_ms[entry]]))
 
     def _runs(self, entry: Entry) -> bool:
         """Whether the entry has a call, which is made if it was not."""
-        if id(entry) in self._calls:
+        if entry in self._calls:
             return True
         self._forget_others()
         found = self.run.attempt(entry.case, lambda: self._first_block(entry), entry.seconds)
         if found is None:
             return False
-        self._calls[id(entry)], self._rows[id(entry)], self._alone_ms[id(entry)] = found
+        self._calls[entry], self._rows[entry], self._alone_ms[entry] = found
         if not self._is_final(entry):
-            self._add(entry, timing.Timing.of([self._alone_ms[id(entry)]]), preliminary=True)
+            self._add(entry, timing.Timing.of([self._alone_ms[entry]]), preliminary=True)
         return True
 
     def _first_block(self, entry: Entry) -> tuple[Callable[[], Any], Row, float]:
@@ -140,8 +141,10 @@ class Steady:
             peak = timing.peak_bytes(first, device)
         row |= {"peak_bytes": peak, **entry.facts, **entry.outcome(results[0])}
         results.clear()
-        calls = self._calls_of_a_block(milliseconds[-1])
-        alone = timing.steady_ms(call, device, calls)
+        alone = milliseconds[-1]
+        if alone > SLOW_MS:
+            return call, row, alone
+        alone = timing.steady_ms(call, device, self._calls_of_a_block(alone))
         if device.type == "cuda":
             on_device, on_host = timing.queued_ms(call, device, 1.5 * timing.host_ms(call, device) + 0.2)
             row |= {"device_ms": significant(on_device), "host_ms": significant(on_host)}
@@ -149,18 +152,17 @@ class Steady:
 
     def _block(self, entry: Entry) -> float:
         self._forget_others()
-        call = self._calls[id(entry)]
+        call = self._calls[entry]
         call()
-        calls = self._calls_of_a_block(self._alone_ms[id(entry)])
+        calls = self._calls_of_a_block(self._alone_ms[entry])
         return timing.steady_ms(call, self.run.device, calls)
 
     def _calls_of_a_block(self, ms: float) -> int:
-        least, most = BLOCK_CALLS
-        return min(most, max(least, math.ceil(1e3 * self.block_seconds / ms)))
+        return min(MOST_CALLS, max(1, math.ceil(1e3 * self.block_seconds / ms)))
 
     def _limit(self, entry: Entry) -> float:
         """Seconds after which a block must have hung."""
-        ms = self._alone_ms[id(entry)]
+        ms = self._alone_ms[entry]
         return 20.0 + 5e-3 * ms * (1 + self._calls_of_a_block(ms))
 
     def _forget_others(self) -> None:
@@ -173,7 +175,5 @@ class Steady:
         return row is not None and not row.get("preliminary")
 
     def _add(self, entry: Entry, timed: timing.Timing, **more: Any) -> None:
-        block = {"block_calls": self._calls_of_a_block(timed.median_ms)}
-        self.run.add(
-            entry.case, **timed.as_dict(), **block, **entry.work(timed.median_ms), **self._rows[id(entry)], **more
-        )
+        block = {"block_calls": self._calls_of_a_block(self._alone_ms[entry])}
+        self.run.add(entry.case, **timed.as_dict(), **block, **entry.work(timed.median_ms), **self._rows[entry], **more)

@@ -21,7 +21,7 @@ from bench import timing
 from bench.comparison import significant
 from bench.gpu.compare import ceilings
 from bench.gpu.profiled import Profile, labelled, profiled
-from bench.gpu.record import ABSENT, Case, Row
+from bench.gpu.record import ABSENT, NOT_REACHED, Case, Row
 from bench.gpu.run import Run
 from bench.gpu.steady import Entry, Steady
 from bench.parity import CAPTIONS, OurStep, synthetic_batch
@@ -75,8 +75,8 @@ class Steps:
             seconds,
         )
 
-    def in_turn(self, entries: Sequence[Entry], seconds: float) -> None:
-        self.steady.in_turn(entries, 0.0 if self.run.tiny else seconds, least=1 if self.run.tiny else 3)
+    def in_turn(self, entries: Sequence[Entry], seconds: float, least: int = 3) -> None:
+        self.steady.in_turn(entries, 0.0 if self.run.tiny else seconds, least=1 if self.run.tiny else least)
 
 
 def small(run: Run) -> None:
@@ -95,10 +95,14 @@ def small(run: Run) -> None:
             for entry in theirs:
                 run.add(entry.case, reason=ABSENT, **NO_CHECKOUT)
             theirs = []
-        steps.in_turn([own, *theirs], 12.0)
-        faster = steps.entry(compiled, rows, min(COMPILE_SECONDS, max(1.0, run.left - kept)))
+        steps.in_turn([own, *theirs], 10.0, least=3 if before is None else 2)
+        faster = steps.entry(compiled, rows, min(COMPILE_SECONDS, run.left - kept))
         if before is not None and run.failed(before):
             run.add(faster.case, reason=f"not tried, as it failed at {before['rows']} clips")
+        elif faster.seconds < 20 and not run.tiny:
+            run.add(
+                faster.case, reason=f"{NOT_REACHED}: no time to compile it and for the gradient cache and the profile"
+            )
         torch.compiler.reset()  # a training run has one batch size, to which its graphs are compiled
         # on a CPU compiling takes minutes
         with torch.compiler.set_stance("force_eager") if run.tiny else contextlib.nullcontext():

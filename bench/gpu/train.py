@@ -288,6 +288,8 @@ def figures(line: dict[str, Any]) -> Row:
     row: Row = {"clips_per_s": time_of["clips_per_second"]}
     row |= {name.replace("_second", "_s"): time_of[name] for name in TIMED if name in time_of}
     row |= {name: line[name] for name in COPIED if name in line}
+    if "mfu" in row:
+        row["notes"] = "mfu: of the dense bf16 rate in the vendor's data sheet"
     if line["loss"] is None or line["skipped_steps"]:
         row["passed"] = False
     return row
