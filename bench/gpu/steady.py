@@ -26,7 +26,6 @@ from bench.gpu.run import Run
 BLOCK_SECONDS = 1.0
 MOST_CALLS = 50  # of a block
 SLOW_MS = 700.0  # a call of this length is as good as a block, and alone enough for a preliminary row
-LONG_MS = 15e3  # after a first call of this length there is no second one before a block
 MOST_ROUNDS = 20
 
 
@@ -132,14 +131,13 @@ class Steady:
         def timed() -> None:
             results[:] = [call()]
 
-        def first() -> None:
+        def once() -> None:
             milliseconds.append(timing.elapsed_ms(timed, device))
 
-        peak = timing.peak_bytes(first, device)
-        row: Row = {"build_s": round(made, 2), "first_ms": significant(milliseconds[0])}
-        if milliseconds[0] < LONG_MS:
-            peak = timing.peak_bytes(first, device)
-        row |= {"peak_bytes": peak, **entry.facts, **entry.outcome(results[0])}
+        once()  # compiles, tunes, makes the optimizer's state
+        peak = timing.peak_bytes(once, device)
+        row: Row = {"build_s": round(made, 2), "first_ms": significant(milliseconds[0]), "peak_bytes": peak}
+        row |= {**entry.facts, **entry.outcome(results[0])}
         results.clear()
         alone = milliseconds[-1]
         if alone > SLOW_MS:
