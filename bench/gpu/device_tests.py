@@ -27,7 +27,8 @@ from bench.gpu.run import Run, die_with_parent
 
 KERNELS = ("contrastive", "toeplitz_attention", "logmel", "layer_norm_gelu", "waveform")
 FILES = (*(f"tests/kernels/test_{name}_triton.py" for name in KERNELS), "tests/train/test_device.py")
-DRY_RUN = ("tests/train/test_device.py", "-k", "test_gradients_of_a_step")
+ON_A_GPU = (*FILES, "-k", "not cpu")  # some tests run on both
+DRY_RUN = ("tests/train/test_device.py", "-k", "test_gradients_of_a_step and cpu")
 WORKERS = 12  # processes that share the GPU, on a machine of 16 cores
 LONGEST = 120.0  # seconds of a test, its kernels' compilation included
 RESERVE = 5.0  # seconds of the lot kept for ending in time
@@ -38,7 +39,7 @@ LAST_LINES = 40  # of pytest's output, shown where it did not end well
 
 def device_tests(run: Run) -> None:
     """The stage of `bench.gpu.lots`: all of `FILES` on a GPU, one test of them in a dry run."""
-    run_tests(run, DRY_RUN if run.tiny else FILES, workers=0 if run.tiny else WORKERS)
+    run_tests(run, DRY_RUN if run.tiny else ON_A_GPU, workers=0 if run.tiny else WORKERS)
 
 
 @dataclass
