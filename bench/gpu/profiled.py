@@ -8,7 +8,7 @@ part has a claim to is told apart by the operation. On a CPU, operations take th
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -114,12 +114,12 @@ def profiled(call: Callable[[], Any], device: torch.device) -> Profile:
 
 def _by_part(events: list[Any], on_gpu: bool, total: float) -> dict[str, tuple[float, int]]:
     host = [event for event in events if event.device_type == DeviceType.CPU and not event.is_async]
-    part_of_number = {}  # of forward operations that autograd will go back through
+    part_of_number: dict[int, str] = {}  # of forward operations that autograd will go back through
     for event in host:
         label = _label(event)
         if label is not None and event.sequence_nr >= 0 and not event.name.startswith(BACKWARD):
             part_of_number.setdefault(event.sequence_nr, label)
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
     launches: Counter[str] = Counter()
     for event in host:
         if on_gpu:
@@ -135,7 +135,8 @@ def _by_part(events: list[Any], on_gpu: bool, total: float) -> dict[str, tuple[f
     missing = total - sum(spent.values())
     if missing > 1e-3 * total:
         spent["not attributed"] += missing
-    return {part: (us / 1e3, launches[part]) for part, us in spent.most_common()}
+    longest = sorted(spent.items(), key=lambda entry: -entry[1])
+    return {part: (us / 1e3, launches[part]) for part, us in longest}
 
 
 def _ancestors(event: Any) -> Iterator[Any]:

@@ -4,8 +4,8 @@ The stages of the lots `step` and `step_more`. What a form is, and what a step t
 `bench.train_step`; how it is timed in `bench.gpu.steady`. Weights are random and drawn on the device.
 
 Our step comes first and has its row before anything else is built. Our forms share weights and optimizer; the
-reference has its own beside them. With the activations of the largest batch (64 clips without a gradient cache) that
-leaves a tenth of 80 GB: by shapes 53 GB for ours and 10 GB for the reference's weights and optimizer state.
+reference has its own beside them. By shapes, 64 clips without a gradient cache take 53 GB of ours, and what the
+reference keeps between its steps (weights, gradients, optimizer state) 10 GB.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def open_clip(run: Run) -> None:
     tokenizer = train_tokenizer(CAPTIONS, 1000)
     for name in OPEN_CLIP_MODELS[size]:
         names = (f"{OURS} log-mel, as {name}", f"open_clip {name}")
-        cases = [{"form": form, "clips": rows, "seconds": seconds, "rate": 48000} for form in names]
+        cases: list[Case] = [{"form": form, "clips": rows, "seconds": seconds, "rate": 48000} for form in names]
         if run.settings.open_clip is None:
             for case in cases:
                 run.add(case, reason=ABSENT, **NO_CHECKOUT)
