@@ -8,16 +8,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-LOSS = ("kernels/contrastive*.py", "fastclap/losses.py")
-LOG_MEL = ("kernels/logmel*.py", "fastclap/features.py")
-TOWERS = (
-    "kernels/toeplitz_attention*.py",
-    "kernels/layer_norm_gelu*.py",
-    "kernels/waveform*.py",
-    "kernels/dispatch.py",
-)
+DISPATCH = "kernels/dispatch.py"
+LOSS = ("kernels/contrastive*.py", "fastclap/losses.py", DISPATCH)
+LOG_MEL = ("kernels/logmel*.py", "fastclap/features.py", DISPATCH)
+TOWERS = ("kernels/toeplitz_attention*.py", "kernels/layer_norm_gelu*.py", "kernels/waveform*.py", DISPATCH)
 MODEL = (*TOWERS, "fastclap/wavlm.py", "fastclap/towers.py", "fastclap/packing.py", "fastclap/products.py")
-STEP = (*LOSS, *MODEL, "fastclap/model.py", "fastclap/heads.py", "fastclap/grad_cache.py", "train/objective.py")
+STEP = (*LOSS, *MODEL, "fastclap/model.py", "fastclap/heads.py", "fastclap/grad_cache.py")
+STEP = (*STEP, "train/objective.py", "train/distributed.py")
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ def report(records: Records) -> str:
         *_absent(records),
         *_step(records, brief=False),
         *_profile(records),
+        *_open_clip(records),
         *_train(records),
         *_loss(records, None),
         *_errors(records),
@@ -135,10 +136,15 @@ def _lots(records: Records) -> Iterator[str]:
     yield markdown(
         ["lot", "last run", "", "seconds", "commit"],
         [
-            [name, run["date"], run["status"], str(run.get("seconds", "")), str(run["commit"])[:10]]
+            [name, run["date"], run["status"], str(run.get("seconds", "")), _commit(run["commit"])]
             for name, run in runs.items()
         ],
     )
+
+
+def _commit(commit: str | None) -> str:
+    head, _, changes = (commit or "").partition(",")
+    return f"{head[:10]}{changes}"
 
 
 def _state(records: Records) -> Iterator[str]:
@@ -220,7 +226,24 @@ def _step(records: Records, *, brief: bool) -> Iterator[str]:
         )
 
 
+def _open_clip(records: Records) -> Iterator[str]:
+    rows = [row for row in rows_of(records, "step_more", rate=48000) if "median_ms" in row]
+    if rows:
+        yield f"open_clip's CLAP and our log-mel tower of as many parameters, {rows[0]['case']['clips']} clips at 48 kHz:"
+        yield markdown(
+            ["form", "ms", "clips/s", "memory"],
+            [[row["case"]["form"], _ms(row), _figure(row, "clips_per_s"), _gigabytes(row)] for row in rows],
+        )
+
+
 def _profile(records: Records) -> Iterator[str]:
+    parts = [row for row in rows_of(records, "step", part=...) if "ms" in row]
+    if parts:
+        yield f"Where the device's time of our step goes, {parts[0]['clips']} clips:"
+        yield markdown(
+            ["part", "ms", "share"],
+            [[row["case"]["part"], _figure(row, "ms"), _percent(row, "share")] for row in parts],
+        )
     rows = [row for row in rows_of(records, "step", kernel=...) if "ms" in row][:10]
     if rows:
         yield "The longest kernels of our step:"
