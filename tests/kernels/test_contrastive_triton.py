@@ -195,18 +195,17 @@ def check(
 def admitted(name: str, inputs: list[Tensor], dtype: torch.dtype, limit: float) -> float:
     """An error that is no fault where a value is small because large terms cancel in it; else 0.
 
-    Of two rows and a column, p less a smoothed target may be a twentieth of p, which was rounded; and their loss is the
-    difference of few logits, each rounded to 2^-24 of it. A scale's gradient is a sum of cosines, of
-    random rows 1 / √D each, that cancel like random numbers.
+    A loss near zero is a difference of logits, each rounded to 2^-24 of it. Of two rows and a column, p less a smoothed
+    target may be a twentieth of p, which was rounded. A scale's gradient is a sum of cosines, of random rows 1 / √D
+    each, that cancel like random numbers.
     """
     a, b, scale = inputs[0], inputs[1], inputs[2].item()
-    of_scale = name == "gradient of logit_scale"
-    if max(len(a), len(b)) <= 3:
-        if name == "loss":
-            return 2.0**-22 * scale
-        if dtype != torch.float32:
-            norm = 1.0 if of_scale else min(x.norm(dim=1).min().item() for x in (a, b)) / scale
-            return limit * 2.5 / norm
+    of_scale, few = name == "gradient of logit_scale", max(len(a), len(b)) <= 3
+    if name == "loss":
+        return 2.0**-22 * scale if few or not INTERPRETED else 0.0
+    if few and dtype != torch.float32:
+        norm = 1.0 if of_scale else min(x.norm(dim=1).min().item() for x in (a, b)) / scale
+        return limit * 2.5 / norm
     if of_scale and not INTERPRETED:
         return limit * 2.5 / (min(len(a), len(b)) * a.shape[1]) ** 0.5
     return 0.0

@@ -101,6 +101,41 @@ def test_lengths_offsets_and_integer_samples(preset: str) -> None:
     assert torch.equal(run(spoilt, lengths, spec, offsets=offsets)[0].isnan(), torch.zeros_like(features, dtype=bool))
 
 
+@pytest.mark.skipif(INTERPRETED, reason="is for GPUs")
+@pytest.mark.parametrize("engine", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@every_preset
+def test_every_preset_engine_and_dtype(preset: str, dtype: torch.dtype, engine: str) -> None:
+    if engine == "triton" and dtype.is_floating_point and dtype != torch.float32 and preset not in ("kaldi", "clap"):
+        pytest.skip("the load alone differs, and every form is compiled")
+    spec = SHORT[preset]
+    samples = 3 * spec.win_length
+    waveform = noise(4, samples)
+    waveform = (waveform * 32767).short() if dtype == torch.int16 else waveform.to(dtype)
+    lengths = torch.tensor([samples, samples // 2, 1, 0])
+    offsets = torch.tensor([0, 11, 7, 5])
+    moved = torch.zeros(4, samples)
+    for row, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
+        clip = waveform[row, offset : offset + length].float()
+        moved[row, :length] = clip / 32768 if dtype == torch.int16 else clip
+    leaf = waveform.to(DEVICE).requires_grad_(dtype == torch.float32)
+    features, frame_lengths = log_mel(leaf, lengths.to(DEVICE), spec, offsets=offsets.to(DEVICE), backend=engine)
+    double = moved.double().requires_grad_()
+    expected, expected_lengths = log_mel_reference(double, lengths, spec)
+    assert torch.equal(frame_lengths.cpu(), expected_lengths)
+    assert_close_rel("features", expected, features, 2e-5)
+    if leaf.requires_grad:
+        upstream = torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
+        (gradient,) = torch.autograd.grad(features, leaf, upstream.to(DEVICE))
+        (expected_gradient,) = torch.autograd.grad(expected, double, upstream.double())
+        for row, length in enumerate(lengths[:2].tolist()):
+            at = int(offsets[row])
+            # d log(mel) = d mel / mel: the weakest bands weigh most and carry the largest relative error.
+            assert_close_rel(
+                f"gradient of {row}", expected_gradient[row, :length], gradient[row, at : at + length], 2e-3
+            )
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -303,14 +338,43 @@ def test_module_in_training() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("preset", ["whisper", "kaldi"])
-def test_a_cuda_graph_replays_it(preset: str) -> None:
-    waveform, lengths = noise(4, 16000).cuda(), torch.tensor([16000, 9000, 500, 0]).cuda()
-    expected, _ = log_mel(waveform, lengths, PRESETS[preset])
+def test_a_cuda_graph_replays_it_and_the_host_does_not_wait(preset: str) -> None:
+    leaf = noise(4, 16000).cuda().requires_grad_()
+    lengths = torch.tensor([16000, 9000, 500, 0]).cuda()
+
+    def step() -> list[Tensor]:
+        features, _ = log_mel(leaf, lengths, PRESETS[preset])
+        return [features, *torch.autograd.grad(features.square().sum(), leaf)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # makes the constants
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            expected = [x.clone() for x in step()]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured, _ = log_mel(waveform, lengths, PRESETS[preset])
+        captured = step()
     graph.replay()
-    assert torch.equal(captured, expected)
+    assert all(torch.equal(one, other) for one, other in zip(expected, captured, strict=True))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="autocast and settings of products are for GPUs")
+@pytest.mark.parametrize("engine", ["triton", "torch"])
+def test_autocast_and_allowed_tf32_change_nothing(engine: str) -> None:
+    waveform = noise(2, 8000).cuda()
+    expected, _ = log_mel(waveform, None, PRESETS["kaldi"], backend=engine)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert torch.equal(log_mel(waveform, None, PRESETS["kaldi"], backend=engine)[0], expected)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert torch.equal(log_mel(waveform, None, PRESETS["kaldi"], backend=engine)[0], expected)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_says_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,9 @@
-"""The Triton engine of gated-Toeplitz attention against float64: on a GPU, or in Triton's interpreter
-(`TRITON_INTERPRET=1`), which knows float32 and float16 only and whose products are exact float32."""
+"""The engines of gated-Toeplitz attention against float64: on a GPU, or the Triton one in its interpreter.
+
+On a GPU every engine, dtype and shape meet each other, with lengths and without, with dropout and without. The
+interpreter (`TRITON_INTERPRET=1`) knows float32 and float16 only, and its products are exact float32; there one dtype
+of a shape has lengths and the other has none.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,8 @@ pytestmark = pytest.mark.skipif(
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+# torch's attention takes the bias in the dtype of q, and may multiply float32 in TF32.
+TORCH_TOLERANCE = {torch.float32: 3e-3, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 # (batch, heads, length, head width, dropout): tiles are 64×32 in the interpreter, the table's are 64×64.
 SHAPES = (
     (3, 2, 1, 16, 0.0),
@@ -35,6 +41,19 @@ SHAPES = (
     (2, 1, 129, 32, 0.0),
     (1, 1, 200, 16, 0.125),
 )
+# WavLM's heads; more keys than a few tiles; more tiles on a diagonal than programs share
+LARGE = ((2, 4, 499, 64, 0.125), (1, 2, 1499, 64, 0.125), (24, 2, 150, 64, 0.125), (3, 2, 333, 128, 0.25))
+
+
+def tolerance(dtype: torch.dtype, length: int, width: int, exact: float = TOLERANCE[torch.float32]) -> float:
+    """The Triton engine's largest relative error; ``exact``: of float32 products in float32, as in the interpreter.
+
+    A GPU adds the three products of TF32 parts (tf32x3) with fewer bits than float32 has: of emulated sums of 768
+    products that costs 2.6e-6 of the factors' norms, which logits of up to 8 multiply; admitted two and a half times.
+    """
+    if dtype != torch.float32:
+        return TOLERANCE[dtype]
+    return exact if INTERPRETED else exact + 2.5 * 8 * 2.6e-6 * (max(length, width) / 768) ** 0.5
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +67,7 @@ def poisoned() -> Iterator[None]:
 
 
 def some_lengths(batch: int, length: int) -> Tensor:
-    return torch.tensor([length, max(1, length * 5 // 8), 0][:batch], device=DEVICE)
+    return torch.tensor(([length, max(1, length * 5 // 8), 0] * batch)[:batch], device=DEVICE)
 
 
 def reference(
@@ -69,18 +88,40 @@ def next_mask(batch: int, heads: int, length: int, dropout: float) -> Tensor | N
     return dropout_mask(seed, batch, heads, length, dropout)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU all of them meet, below")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_float64(shape: tuple[int, int, int, int, float]) -> None:
-    batch, heads, length, width, dropout = shape
+    length = shape[2]
     for index, dtype in enumerate(DTYPES):
-        if dtype == torch.float32 and width > 64 and not INTERPRETED:
-            continue  # left to the torch engine
-        x = case(batch, heads, length, width, dtype, device=DEVICE, seed=length)
-        lengths = some_lengths(batch, length) if (index + length) % 2 else None
-        keep = next_mask(batch, heads, length, dropout)
-        out = gated_toeplitz_attention(*x.leaves, lengths, dropout=dropout, backend="triton")
-        assert out.dtype == dtype
-        check(f"{shape}, {dtype}", x, out, reference(x, lengths, dropout, keep), TOLERANCE[dtype])
+        matches_float64("triton", shape, dtype, bool((index + length) % 2))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is for GPUs")
+@pytest.mark.parametrize("engine", ("triton", "torch"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
+@pytest.mark.parametrize("with_lengths", (False, True), ids=("whole", "lengths"))
+def test_all_dtypes_and_shapes_match_float64(
+    engine: str, dtype: torch.dtype, shape: tuple[int, int, int, int, float], with_lengths: bool
+) -> None:
+    *sizes, dropout = shape
+    for rate in (0.0, dropout or 0.25) if engine == "triton" else (0.0,):  # torch's mask nobody knows
+        matches_float64(engine, (*sizes, rate), dtype, with_lengths)
+
+
+def matches_float64(
+    engine: str, shape: tuple[int, int, int, int, float], dtype: torch.dtype, with_lengths: bool
+) -> None:
+    batch, heads, length, width, dropout = shape
+    if engine == "triton" and dtype == torch.float32 and width > 64 and not INTERPRETED:
+        return  # left to the torch engine
+    x = case(batch, heads, length, width, dtype, device=DEVICE, seed=length)
+    lengths = some_lengths(batch, length) if with_lengths else None
+    keep = next_mask(batch, heads, length, dropout)
+    out = gated_toeplitz_attention(*x.leaves, lengths, dropout=dropout, backend=engine)
+    assert out.dtype == dtype
+    tol = tolerance(dtype, length, width) if engine == "triton" else TORCH_TOLERANCE[dtype]
+    check(f"{shape}, {dtype}", x, out, reference(x, lengths, dropout, keep), tol)
 
 
 def test_large_logits() -> None:
@@ -90,7 +131,8 @@ def test_large_logits() -> None:
         x.q.mul_(40)
         x.gate.add_(100)
     out = gated_toeplitz_attention(*x.leaves, backend="triton")
-    check("large logits", x, out, reference(x, None), 2e-4)
+    # Logits of 500 are themselves rounded to 3e-5, and to more by tf32x3.
+    check("large logits", x, out, reference(x, None), 2e-4 if INTERPRETED else 5e-4)
 
 
 def test_any_strides_and_dtypes_of_table_and_gate() -> None:
@@ -109,7 +151,8 @@ def test_any_strides_and_dtypes_of_table_and_gate() -> None:
     # The innermost dimension strided.
     x = Case(*(leaf.detach().repeat_interleave(2, 3)[..., ::2].requires_grad_() for leaf in plain.leaves[:3]),
              plain.table, plain.gate, plain.upstream.repeat_interleave(2, 3)[..., ::2])  # fmt: skip
-    check("strided", x, gated_toeplitz_attention(*x.leaves, backend="triton"), reference(x, None), 2e-5)
+    tol = tolerance(torch.float32, length, width)
+    check("strided", x, gated_toeplitz_attention(*x.leaves, backend="triton"), reference(x, None), tol)
 
 
 def test_padding_may_hold_anything() -> None:
@@ -169,7 +212,7 @@ def test_groups_of_clips_share_the_work_of_the_table(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(toeplitz_attention_triton, "DIAGONAL_PROGRAMS", programs)
         out = gated_toeplitz_attention(*x.leaves, backend="triton")
         (gradient,) = torch.autograd.grad(out, x.table, x.upstream)
-        assert_close_rel(f"table, {programs} programs", expected, gradient, 2e-5)
+        assert_close_rel(f"table, {programs} programs", expected, gradient, tolerance(torch.float32, 70, 16))
 
 
 def test_only_the_gradients_asked_for() -> None:
@@ -180,7 +223,7 @@ def test_only_the_gradients_asked_for() -> None:
         gated_toeplitz_attention(*leaves, backend="triton").backward(x.upstream)
         for i, leaf in enumerate(leaves):
             assert (leaf.grad is not None) == (i == index)
-        assert_close_rel(str(index), expected[index], leaves[index].grad, 2e-5)
+        assert_close_rel(str(index), expected[index], leaves[index].grad, tolerance(torch.float32, 19, 16))
 
 
 def test_second_differentiation_is_an_error() -> None:
@@ -222,4 +265,40 @@ def test_compiles_without_a_graph_break() -> None:
 
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     expected, gradients = reference(x, lengths)
-    check("compiled", x, compiled(*x.leaves), (2 * expected, tuple(2 * g for g in gradients)), 2e-5)
+    tol = tolerance(torch.float32, 11, 16)
+    check("compiled", x, compiled(*x.leaves), (2 * expected, tuple(2 * g for g in gradients)), tol)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cuda_graph_replays_forward_and_backward(dtype: torch.dtype) -> None:
+    torch.use_deterministic_algorithms(False)  # poison is not for a capture's memory
+    x = case(2, 2, 150, 64, dtype, device="cuda")
+    lengths = some_lengths(2, 150)
+
+    def step() -> list[Tensor]:
+        out = gated_toeplitz_attention(*x.leaves, lengths)
+        return [out, *torch.autograd.grad(out, x.leaves, x.upstream)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        eager = [value.clone() for value in step()]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(map(torch.equal, eager, captured))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is for GPUs")
+def test_the_host_does_not_wait() -> None:
+    x, lengths = case(2, 2, 45, 64, torch.bfloat16, device="cuda"), some_lengths(2, 45)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = gated_toeplitz_attention(*x.leaves, lengths, dropout=0.1)
+        gradients = torch.autograd.grad(out, x.leaves, x.upstream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(gradient.isfinite().all() for gradient in gradients)
