@@ -229,7 +229,8 @@ def _step(records: Records, *, brief: bool) -> Iterator[str]:
 def _open_clip(records: Records) -> Iterator[str]:
     rows = [row for row in rows_of(records, "step_more", rate=48000) if "median_ms" in row]
     if rows:
-        yield f"open_clip's CLAP and our log-mel tower of as many parameters, {rows[0]['case']['clips']} clips at 48 kHz:"
+        clips = rows[0]["case"]["clips"]
+        yield f"open_clip's CLAP and our log-mel tower of as many parameters, {clips} clips at 48 kHz:"
         yield markdown(
             ["form", "ms", "clips/s", "memory"],
             [[row["case"]["form"], _ms(row), _figure(row, "clips_per_s"), _gigabytes(row)] for row in rows],

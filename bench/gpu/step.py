@@ -162,7 +162,7 @@ def ablation(run: Run) -> None:
 def open_clip(run: Run) -> None:
     """open_clip's CLAP and our log-mel tower of as many parameters, 32 clips of 10 s at 48 kHz."""
     size = "tiny" if run.tiny else "large"
-    rows, seconds = (2, 0.5) if run.tiny else (32, 10.0)
+    rows, seconds = (2, 1.0) if run.tiny else (32, 10.0)
     steady = Steady(run, 0.02 if run.tiny else 1.0)
     tokenizer = train_tokenizer(CAPTIONS, 1000)
     for name in OPEN_CLIP_MODELS[size]:
