@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +137,7 @@ def test_no_step_waits_for_a_gpu(tiny: Build, tokenizer: None, chunk: int, recwa
     for steps in (4, 8):
         config = of_transformers(tiny(f"{steps} steps", steps=steps, log_every=1000, save_every=1000, valid_every=0))
         config.data.valid, config.device, config.chunk_size = [], "cuda", chunk
+        warnings.simplefilter("always")  # else the same place is counted once
         torch.cuda.set_sync_debug_mode("warn")
         try:
             train(config)
