@@ -210,7 +210,8 @@ def backward(
 # ---------------------------------------------------------------------------------------------------------------------
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-WIDTHS = (512, 80, 33, 1024, WIDEST)  # the family's; no powers of two, even and odd; one warp a row and more
+# The family's, and one that is neither a power of two nor a multiple of 16; one warp a row and more.
+WIDTHS = (512, 80, 500, 1024, WIDEST)
 
 
 def compilations(arch: int) -> Iterator[Compilation]:

@@ -328,7 +328,7 @@ def _layer_norm_gelus() -> Iterator[KernelForm]:
     for dtype, rows in product((bf16, fp32), (1, 301)):
         yield _layer_norm_gelu_form("layer norm gelu", rows, 512, dtype, dtype)
     for dtype in (bf16, fp32):
-        yield _layer_norm_gelu_form("layer norm gelu", 64, 33, dtype, fp32)
+        yield _layer_norm_gelu_form("layer norm gelu", 65, 500, dtype, fp32)
         # Activations of autocast, or of embedding without it, beside a model's float32 parameters.
         yield _layer_norm_gelu_form("layer norm gelu step", 1003, 512, dtype, fp32)
 
