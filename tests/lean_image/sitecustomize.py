@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from importlib.machinery import ModuleSpec, PathFinder
+from types import MethodType
 from typing import Any
 
 # Modules, and where it differs the name of the distribution: what reads audio files, parses flags or tracks runs, and
@@ -44,7 +45,7 @@ def _is_absent(name: str) -> bool:
     return name.partition(".")[0].lower().replace("-", "_") in ABSENT
 
 
-def find_spec(fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+def find_spec(_: type, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
     return None if _is_absent(fullname) else _find_spec(fullname, path, target)
 
 
@@ -53,5 +54,6 @@ def find_distributions(*context: importlib.metadata.DistributionFinder.Context) 
     return (distribution for distribution in found if not _is_absent(distribution.metadata["Name"]))
 
 
-PathFinder.find_spec = staticmethod(find_spec)  # type: ignore[method-assign,assignment]
+# Bound, as it was: pytest keeps it as an attribute of a class of its own.
+PathFinder.find_spec = MethodType(find_spec, PathFinder)  # type: ignore[method-assign,assignment]
 importlib.metadata.MetadataPathFinder.find_distributions = staticmethod(find_distributions)  # type: ignore[method-assign,assignment]
