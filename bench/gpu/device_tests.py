@@ -25,12 +25,12 @@ from bench.gpu.lots import ROOT
 from bench.gpu.pytest_rows import PIPE
 from bench.gpu.run import Run, die_with_parent
 
-KERNELS = ("contrastive", "toeplitz_attention", "logmel", "layer_norm_gelu", "waveform")
+KERNELS = ("logmel", "contrastive", "toeplitz_attention", "layer_norm_gelu", "waveform")  # by their compilation
 FILES = (*(f"tests/kernels/test_{name}_triton.py" for name in KERNELS), "tests/train/test_device.py")
 ON_A_GPU = (*FILES, "-k", "not cpu")  # some tests run on both
 DRY_RUN = ("tests/train/test_device.py", "-k", "test_gradients_of_a_step and cpu")
 WORKERS = 12  # processes that share the GPU, on a machine of 16 cores
-LONGEST = 120.0  # seconds of a test, its kernels' compilation included
+LONGEST = 150.0  # seconds of a test, its kernels' compilation included
 RESERVE = 5.0  # seconds of the lot kept for ending in time
 INTERVAL = 1.0  # seconds between two writings of the rows
 MOST_FAILURES = 10  # of a file whose messages are kept
@@ -173,7 +173,8 @@ def _command(arguments: Sequence[str], workers: int) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-p", "bench.gpu.pytest_rows", "-p", "no:cacheprovider", "-v", "-rf"]
     command += ["-m", "not slow", "--tb=short", "--continue-on-collection-errors", "-o", "faulthandler_timeout=60"]
     if workers and importlib.util.find_spec("xdist"):
-        command += ["-n", str(workers)]
+        # Neighbours launch the same kernels, which one process should compile; who has done its share helps others.
+        command += ["-n", str(workers), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout"):
         # By its own thread: a signal does not get through to a process that waits for the GPU.
         command += [f"--timeout={LONGEST:.0f}", "--timeout-method=thread"]

@@ -82,23 +82,24 @@ def test_error_is_of_the_size_of_a_float32_ffts(preset: str) -> None:
         assert ours <= 1.6 * theirs + 1e-6, f"{kind}: rms error {ours:.1e}, the FFT's {theirs:.1e}"
 
 
+@pytest.mark.parametrize("integers", [True, False], ids=["integers", "floats"])  # a minute's compilation each, on a GPU
 @every_preset
-def test_lengths_offsets_and_integer_samples(preset: str) -> None:
+def test_lengths_offsets_and_integer_samples(preset: str, integers: bool) -> None:
     spec = SHORT[preset]
     samples = 3 * spec.win_length // 2
     waveform = (noise(4, samples) * 32767).short()
     lengths = torch.tensor([samples - 40, samples // 2, samples // 3, 0])
     offsets = torch.tensor([40, 11, samples - samples // 3, 5])
-    features, frame_lengths = run(waveform, lengths, spec, offsets=offsets)
     spoilt = torch.full((4, samples), float("nan"))  # what lies outside of a clip must not matter
     moved = torch.zeros(4, samples)
     for row, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
         clip = waveform[row, offset : offset + length].float() / 32768
         spoilt[row, offset : offset + length] = moved[row, :length] = clip
+    features, frame_lengths = run(waveform if integers else spoilt, lengths, spec, offsets=offsets)
     expected, expected_lengths = log_mel_reference(moved, lengths, spec)
     assert torch.equal(frame_lengths, expected_lengths)
+    assert features.isfinite().all()
     assert_close_rel("features", expected, features, 1e-5)
-    assert torch.equal(run(spoilt, lengths, spec, offsets=offsets)[0].isnan(), torch.zeros_like(features, dtype=bool))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is for GPUs")
@@ -106,8 +107,8 @@ def test_lengths_offsets_and_integer_samples(preset: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.int16, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @every_preset
 def test_every_preset_engine_and_dtype(preset: str, dtype: torch.dtype, engine: str) -> None:
-    if engine == "triton" and dtype.is_floating_point and dtype != torch.float32 and preset not in ("kaldi", "clap"):
-        pytest.skip("the load alone differs, and every form is compiled")
+    if engine == "triton" and preset not in ("kaldi", "whisper"):
+        pytest.skip("every form is compiled, up to a minute each: other presets have the test above")
     spec = SHORT[preset]
     samples = 3 * spec.win_length
     waveform = noise(4, samples)
