@@ -19,6 +19,7 @@ from torch import Tensor
 from bench import peers, timing
 from bench.comparison import SCALE, dtype_name, rates, significant
 from bench.gpu.compare import Form, ceilings, compare
+from bench.gpu.profiled import profiled
 from bench.gpu.record import NOT_REACHED, Case, Row
 from bench.gpu.run import Run
 from fastclap.losses import info_nce, sigmoid_loss
@@ -36,6 +37,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "sigmoid": functools.partial(sigmoid_loss, logit_bias=peers.SIGMOID_BIAS),
 }
 CALLS = 20  # in a row, of a sample of the latency
+PROFILED = 3  # steps
 
 
 @dataclass(frozen=True)
@@ -272,10 +274,12 @@ def stages(run: Run) -> None:
 
 
 def _profiled(call: Callable[[], object], device: torch.device) -> tuple[timing.Timing, dict[str, float]]:
+    """Times of a step, and its milliseconds by kernel."""
     for _ in range(2):
         call()
     step = timing.interleaved({"step": call}, device, 2.0, most=20)["step"]
-    return step, _kernels(call, device)
+    kernels = profiled(lambda: [call() for _ in range(PROFILED)], device).kernels
+    return step, {name: ms / PROFILED for name, (ms, _) in kernels.items()}
 
 
 def _by_stage(by_kernel: dict[str, float], step: timing.Timing) -> dict[str, Row]:
@@ -290,29 +294,6 @@ def _by_stage(by_kernel: dict[str, float], step: timing.Timing) -> dict[str, Row
     longest = sorted(by_kernel.items(), key=lambda item: -item[1])[:12]
     found["kernels"] = {"kernels_ms": {name[:120]: significant(ms) for name, ms in longest}}
     return found
-
-
-def _kernels(call: Callable[[], object], device: torch.device, steps: int = 3) -> dict[str, float]:
-    """Milliseconds a step by kernel name (by operator on a CPU)."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities, acc_events=True) as profiler:
-        for _ in range(steps):
-            call()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-    times: dict[str, float] = {}
-    for event in profiler.key_averages():
-        if event.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU):
-            microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            if microseconds > 0:
-                times[event.key] = times.get(event.key, 0.0) + microseconds / 1e3 / steps
-    if not times:
-        raise RuntimeError("the profiler saw no kernel")
-    return times
 
 
 def _stage(kernel: str) -> str:

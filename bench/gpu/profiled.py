@@ -8,6 +8,7 @@ part has a claim to is told apart by the operation. On a CPU, operations take th
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,10 +38,22 @@ OTHER = "other"
 
 @dataclass
 class Profile:
-    """Of one call: milliseconds and launches by kernel and by part, the longest first."""
+    """Of one call: milliseconds and launches by kernel, the longest first.
+
+    Attributes:
+        kernels: by name.
+        events: of the profiler, which `parts` looks through.
+        on_gpu: whether the events are a GPU's.
+    """
 
     kernels: dict[str, tuple[float, int]]
-    parts: dict[str, tuple[float, int]]
+    events: list[Any]
+    on_gpu: bool
+
+    @functools.cached_property
+    def parts(self) -> dict[str, tuple[float, int]]:
+        """Milliseconds and launches by part of the model, the longest first."""
+        return _by_part(self.events, self.on_gpu, 1e3 * self.total_ms)
 
     @property
     def total_ms(self) -> float:
@@ -109,7 +122,7 @@ def profiled(call: Callable[[], Any], device: torch.device) -> Profile:
     if not kernels:
         raise RuntimeError("the profiler saw no kernel")
     by_kernel = {name: (us / 1e3, launches[name]) for name, us in kernels.most_common()}
-    return Profile(by_kernel, _by_part(events, on_gpu, sum(kernels.values())))
+    return Profile(by_kernel, events, on_gpu)
 
 
 def _by_part(events: list[Any], on_gpu: bool, total: float) -> dict[str, tuple[float, int]]:

@@ -129,10 +129,11 @@ def profile(run: Run) -> None:
         return
     launches = sum(calls for _, calls in found.kernels.values())
     run.add(whole, clips=rows, device_ms=significant(found.total_ms), launches=launches)
-    for name, figures in found.rows(found.parts):
-        run.add({"form": OURS, "part": name}, clips=rows, **figures)
     for name, figures in found.rows(found.kernels, 20):
         run.add({"form": OURS, "kernel": name[:160]}, clips=rows, **figures)
+    parts = run.attempt({"form": OURS, "part": "all"}, lambda: found.parts, 30.0)
+    for name, figures in found.rows(parts or {}):
+        run.add({"form": OURS, "part": name}, clips=rows, **figures)
 
 
 def _profiled(steps: Steps, form: Form, rows: int) -> Profile:
