@@ -777,7 +777,7 @@ def needs_gradient(*inputs: float | Tensor) -> tuple[bool, ...]:
 def on_triton(engine: str, a: Tensor, b: Tensor) -> bool:
     """Whether the Triton engine does the work: asked for, or "auto" on a GPU that it supports."""
     if engine == "auto" and dispatch.on_gpu(a) and torch.float64 not in (a.dtype, b.dtype):
-        return dispatch.HAS_TRITON and dispatch.architecture(a.device.index) >= 80
+        return dispatch.HAS_TRITON and dispatch.architecture(dispatch.index_of(a.device)) >= 80
     return engine == "triton"
 
 

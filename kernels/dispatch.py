@@ -76,6 +76,6 @@ def _why_no_triton(x: Tensor) -> str | None:
             return None
         return f"the tensor is on {x.device}; on a CPU set TRITON_INTERPRET=1 before the first import"
     # Nor can it trace this question, and a GPU that it generates code for is new enough.
-    if torch.compiler.is_compiling() or architecture(x.device.index) >= 80:
+    if torch.compiler.is_compiling() or architecture(index_of(x.device)) >= 80:
         return None
     return "the GPU is older than sm_80"
