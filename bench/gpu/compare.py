@@ -87,7 +87,13 @@ def compare(
     # Where three rounds of one form would take half of the seconds of all, its one call so far has to do.
     slow = {name for name in calls if 3e-3 * _median(run, cases[name]) > seconds / 2}
     quick = {name: call for name, call in calls.items() if name not in slow}
-    figures = _in_turn(run, quick, cases, seconds) if quick else {}
+    figures: dict[str, timing.Timing] = {}
+    while quick:
+        figures, broken, reason = _in_turn(run, quick, cases, seconds)
+        if broken is None:
+            break
+        rows[broken]["in_turn_reason"] = reason  # what it did alone stands; the others go again
+        del quick[broken]
     for name in calls:
         row = run.known(cases[name]) or {}
         timed = (
@@ -122,17 +128,24 @@ def _warm_up(form: Form, device: torch.device) -> tuple[Callable[[], Any], int |
 
 def _in_turn(
     run: Run, calls: Mapping[str, Callable[[], Any]], cases: Mapping[str, Case], seconds: float
-) -> dict[str, timing.Timing]:
-    """Timings of warmed-up calls; a form that hangs or dies in here is the one that was announced last."""
-    with run.watched(next(iter(cases.values())), 4 * seconds + 30):
-        announce = lambda name: run.at(cases[name], 2 * seconds + 20)  # noqa: E731
+) -> tuple[dict[str, timing.Timing], str | None, str | None]:
+    """(timings, None, None) of warmed-up calls, or ({}, the form that ended the loop, its reason)."""
+    last = next(iter(calls))
+
+    def announce(name: str) -> None:
+        nonlocal last
+        last = name
+        run.at(cases[name], 2 * seconds + 20)
+
+    with run.watched(cases[last], 4 * seconds + 30):
         found, reason = timing.attempt(
             lambda: timing.interleaved(calls, run.device, min(seconds, max(0.1, run.left / 3)), announce=announce),
             max(5.0, run.left),
         )
-    if reason is not None:
-        print(f"timed loop: {reason}", flush=True)  # the rows keep what they have
-    return found or {}
+        if reason is not None:
+            run.end_if_lost(cases[last], reason)
+            return {}, last, reason
+    return found, None, None
 
 
 def ceilings(run: Run) -> tuple[float | None, float | None]:

@@ -34,6 +34,7 @@ from bench.gpu.record import NOT_REACHED, Case, Record, Row
 
 GRACE = 5.0  # seconds past its limit after which a case is killed
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+CONTEXT_SECONDS = 10.0  # for what is still running on the GPU after an error
 CONTEXT_LOST = 77  # exit code of a stage whose GPU context an error took along; the case has its row
 
 UNSAID = ("case", "run", "notes", "errors", "package", "version", "scale_gradient", "passes")  # on the terminal
@@ -143,13 +144,19 @@ class Run:
             return None, f"{NOT_REACHED}: no time left"
         with self.watched(case, seconds):
             result, reason = timing.attempt(call, seconds)
-        if reason is not None and not self._context_lives():
-            self.add(case, reason=reason)
-            sys.stdout.flush()
-            os._exit(CONTEXT_LOST)
+            if reason is not None:
+                self.end_if_lost(case, reason)
         if reason is not None and self.left <= 0:
             reason = f"{NOT_REACHED}: the lot's time was up"
         return result, reason
+
+    def end_if_lost(self, case: Case, reason: str) -> None:
+        """Within `watched`, after an error: ends the process, with a row for the case, if the GPU's context is gone."""
+        self.at(case, CONTEXT_SECONDS)  # a kernel that never ends would hold up whoever asks
+        if not self._context_lives():
+            self.add(case, reason=reason)
+            sys.stdout.flush()
+            os._exit(CONTEXT_LOST)
 
     def _context_lives(self) -> bool:
         if self.device.type == "cuda":

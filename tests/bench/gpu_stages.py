@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.gpu.run import Run
@@ -59,6 +60,18 @@ def _end(form: str) -> int:
     if form == "exits":
         os._exit(3)
     return 1
+
+
+def loses_the_gpu(run: Run) -> None:
+    """After the first error the GPU's context is gone; after the second a kernel runs on for ever."""
+    answers: dict[str, Callable[[], bool]] = {"loses": lambda: False, "holds up": lambda: time.sleep(60) is None}
+    for form in ("loses", "holds up", "good"):
+        case = {"form": form}
+        if run.known(case) is None:
+            run._context_lives = answers.get(form, lambda: True)  # type: ignore[method-assign]
+            found = run.attempt(case, lambda form=form: _end("raises" if form in answers else form), 5.0)  # type: ignore[misc]
+            if found is not None:
+                run.add(case, figure=found)
 
 
 def dies_between_cases(run: Run) -> None:

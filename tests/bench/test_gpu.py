@@ -120,6 +120,18 @@ def test_forms_that_raise_hang_or_are_killed_are_rows_and_the_rest_goes_on(
     }
 
 
+def test_a_lost_or_hanging_gpu_costs_the_case_that_did_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "GRACE", 0.3)
+    monkeypatch.setattr(run, "CONTEXT_SECONDS", 0.3)
+    status, found = stages(tmp_path / "lot.json", "loses_the_gpu")
+    assert status == "done"
+    assert found == {
+        "loses": "RuntimeError: no such case",
+        "holds up": "killed: it hung past its time",
+        "good": 1,
+    }
+
+
 def test_a_stage_that_dies_or_raises_between_cases_is_a_row_and_the_next_begins(tmp_path: Path) -> None:
     status, found = stages(tmp_path / "lot.json", "dies_between_cases", "raises_outside_of_a_case", "one_row")
     assert status == "done"

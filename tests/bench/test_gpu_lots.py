@@ -180,6 +180,16 @@ def test_forms_have_rows_whatever_becomes_of_them(tmp_path: Path) -> None:
     assert len(calls) == before
 
 
+def test_a_form_that_breaks_in_its_turn_leaves_the_others_their_times(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    calls = iter(range(3))  # one to warm up, one for the peak, one in turn
+    compare(run, {}, [form("lasts", lambda: None), form("breaks", lambda: next(calls))], seconds=0.1, warm_up_seconds=5)
+    rows = {row["case"]["form"]: row for row in run.record.rows()}
+    assert rows["lasts"]["repeats"] >= 3 and "in_turn_reason" not in rows["lasts"]
+    assert rows["breaks"]["repeats"] == 1 and rows["breaks"]["in_turn_reason"].startswith("StopIteration")
+    assert not any(row.get("preliminary") for row in rows.values())
+
+
 def test_a_wrong_loss_fails_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = loss.LOSSES["info_nce"]
     monkeypatch.setitem(loss.LOSSES, "info_nce", lambda *x, backend: 1.001 * right(*x, backend=backend))
