@@ -198,7 +198,7 @@ class Reference:
             with torch.autocast(self.device.type, dtype=autocast):
                 return self.model(*args, **kwargs)
 
-        with _deterministic_cudnn(), contextlib.nullcontext() if statistics else _without_statistics():
+        with deterministic_cudnn(), contextlib.nullcontext() if statistics else _without_statistics():
             return self.train.run_training_step(
                 model=self.model if autocast is None else model,
                 batch=batch,
@@ -289,10 +289,10 @@ def from_configuration(size: Size) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _deterministic_cudnn() -> Iterator[None]:
-    """As its ``setup_seed`` asks for."""
+def deterministic_cudnn(wanted: bool = True) -> Iterator[None]:
+    """Whether cuDNN is kept to deterministic algorithms, as the reference's ``setup_seed`` asks for."""
     before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.deterministic = wanted
     try:
         yield
     finally:

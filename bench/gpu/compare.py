@@ -65,6 +65,7 @@ def compare(
     timing.release()
     calls: dict[str, Callable[[], Any]] = {}
     rows: dict[str, Row] = {}
+    alone: dict[str, timing.Timing] = {}
     for form in forms:
         name, of = form.peer.name, cases[form.peer.name]
         facts = {"package": form.peer.package, "version": form.peer.version, "notes": form.peer.notes, **form.facts}
@@ -80,12 +81,12 @@ def compare(
         if form.errors is not None:
             errors, reason = run.result(of, form.errors, warm_up_seconds)
             rows[name] |= {"errors_reason": reason} if reason else {"errors": errors}
-        first = timing.Timing.of([milliseconds]).as_dict()
-        run.add(of, **first, **rows[name], **work(milliseconds), preliminary=True)
+        alone[name] = timing.Timing.of([milliseconds])
+        run.add(of, **alone[name].as_dict(), **rows[name], **work(milliseconds), preliminary=True)
         if run.device.type == "cuda":
             torch.cuda.empty_cache()  # forms differ in the sizes that they ask for
     # Where three rounds of one form would take half of the seconds of all, its one call so far has to do.
-    slow = {name for name in calls if 3e-3 * _median(run, cases[name]) > seconds / 2}
+    slow = {name for name in calls if 3e-3 * alone[name].median_ms > seconds / 2}
     quick = {name: call for name, call in calls.items() if name not in slow}
     figures: dict[str, timing.Timing] = {}
     while quick:
@@ -95,13 +96,8 @@ def compare(
         rows[broken]["in_turn_reason"] = reason  # what it did alone stands; the others go again
         del quick[broken]
     for name in calls:
-        row = run.known(cases[name]) or {}
-        timed = (
-            figures[name].as_dict()
-            if name in figures
-            else {k: row[k] for k in timing.Timing.__annotations__ if k in row}
-        )
-        run.add(cases[name], **timed, **rows[name], **work(timed["median_ms"]))
+        timed = figures.get(name, alone[name])
+        run.add(cases[name], **timed.as_dict(), **rows[name], **work(timed.median_ms))
     del calls
     timing.release()
 
@@ -109,12 +105,6 @@ def compare(
 def _finished(run: Run, case: Case) -> bool:
     row = run.known(case)
     return row is not None and not row.get("preliminary")
-
-
-def _median(run: Run, case: Case) -> float:
-    row = run.known(case)
-    assert row is not None
-    return float(row["median_ms"])
 
 
 def _warm_up(form: Form, device: torch.device) -> tuple[Callable[[], Any], int | None, float]:

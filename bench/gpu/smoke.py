@@ -5,10 +5,9 @@ Failures are rows like all others; none of them ends the lot, and a table at the
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from bench.gpu import compare
 from bench.gpu.forms import FORMS, KernelForm
 from bench.gpu.record import Case, Row
 from bench.gpu.run import Run
+from bench.reference_step import deterministic_cudnn
 from bench.tables import markdown
 from fastclap.testing import relative_error
 
@@ -179,7 +179,7 @@ def _convolution_errors(run: Run, sizes: Sizes, dtype: torch.dtype) -> Row:
 
 def _convolution_times(run: Run, sizes: Sizes, passes: str, deterministic: bool) -> timing.Timing:
     forward, leaves, upstream = _with_graph(_convolution(run, sizes), run, sizes, sizes.batch, torch.bfloat16)
-    with _cudnn(deterministic):
+    with deterministic_cudnn(deterministic):
         out = forward()
         upstream = upstream.to(out.dtype)
 
@@ -189,13 +189,3 @@ def _convolution_times(run: Run, sizes: Sizes, passes: str, deterministic: bool)
         call: Callable[[], Any] = forward if passes == "forward" else backward
         call()
         return timing.interleaved({passes: call}, run.device, sizes.seconds)[passes]
-
-
-@contextlib.contextmanager
-def _cudnn(deterministic: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = deterministic
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic = before
