@@ -1,0 +1,634 @@
+"""Manifests: tables of clips and captions, read, checked and held in a form that suits a million rows and many workers.
+
+Every format is turned into the same stream of records, one checker turns records into rows, and all errors of a
+manifest are reported together, each with file, row, column, value and remedy. Rows are kept pickled in one byte tensor:
+loader processes share that tensor instead of each holding millions of Python objects, and reading a row costs
+microseconds.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import math
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TextIO, overload
+
+import torch
+from torch import Tensor
+
+from fastclap.data.shards import CLIP_COLUMN, PackedClip, is_pack, read_pack
+from fastclap.errors import DataError, required
+
+Mix = Literal["concat", "interleave"]
+Record = Mapping[str, Any]
+
+_MAX_ERRORS = 10
+_FILES_TO_TRY = 8
+_PATH_COLUMNS = ("audio", "relative_audio_path")
+_CAPTION_COLUMNS = ("text_description", "fine_description")
+_FIELD_COLUMNS = ("source", "classification_tag", "duration", "text_style_prompt")
+_TAG_COLUMNS = ("intrinsic_tags", "situational_tags")
+_KNOWN_COLUMNS = (*_PATH_COLUMNS, *_CAPTION_COLUMNS, *_FIELD_COLUMNS, *_TAG_COLUMNS)
+_NOT_TAGS = frozenset((*_PATH_COLUMNS, *_CAPTION_COLUMNS, "classification_tag", "duration", "text_style_prompt"))
+
+
+class Row(NamedTuple):
+    """One clip of a manifest."""
+
+    audio: str  # path of the audio file; of a packed row, the one it was packed from (see ``open_clip``)
+    captions: tuple[str, ...]  # global descriptions; empty only if captions were not required
+    fine_captions: tuple[str, ...]  # fine-grained descriptions, often none
+    tags: dict[str, tuple[str, ...]]  # every tag column that the row fills
+    classification_tag: str | None
+    duration: float | None  # seconds
+    style_prompt: str | None
+    origin: str  # where the row was read, "FILE:LINE"
+    source: int  # index of the manifest among those loaded together
+    packed: PackedClip | None = None  # where the samples are, if the row is of a packed folder
+
+    def tags_of(self, column: str) -> tuple[str, ...]:
+        """The tags in a tag column, or the one in classification_tag."""
+        if column == "classification_tag":
+            return (self.classification_tag,) if self.classification_tag else ()
+        return self.tags.get(column, ())
+
+
+class Manifest(Sequence[Row]):
+    """An immutable sequence of rows, in the order of their sources.
+
+    Attributes:
+        source_names: the sources as given to :func:`load_manifest`.
+        source_sizes: rows of each source; rows of one source are contiguous.
+        columns: names of the tag columns.
+        durations: float64 [rows], seconds, NaN where the manifest has none.
+        mix, probabilities: how :class:`~fastclap.data.BatchSampler` draws from several sources.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        *,
+        source_names: Sequence[str] = ("rows",),
+        mix: Mix = "concat",
+        probabilities: Sequence[float] | None = None,
+    ) -> None:
+        self.source_names = tuple(source_names)
+        self.mix = mix
+        self.probabilities = _check_mix(self.source_names, mix, probabilities)
+        encoded, ends = bytearray(), []
+        durations: list[float] = []
+        sizes = [0] * len(self.source_names)
+        columns: dict[str, None] = {}
+        for row in rows:
+            if row.source != len(sizes) - 1 and any(sizes[row.source + 1 :]):
+                raise ValueError(f"{row.origin}: rows must come in the order of their sources")
+            encoded += pickle.dumps(tuple(row), protocol=5)
+            ends.append(len(encoded))
+            durations.append(math.nan if row.duration is None else row.duration)
+            sizes[row.source] += 1
+            columns.update(dict.fromkeys(row.tags))
+        self.source_sizes = tuple(sizes)
+        self.columns = tuple(columns)
+        self.durations = torch.tensor(durations, dtype=torch.float64)
+        self._ends = torch.tensor(ends, dtype=torch.int64)
+        self._bytes: Tensor = torch.frombuffer(encoded or bytearray(1), dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.durations)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of a manifest with {len(self)} rows")
+        index %= len(self)
+        # No view outlives this call: sharing a tensor with another process moves its memory.
+        ends = self._ends.numpy()
+        begin = ends[index - 1] if index else 0
+        return Row(*pickle.loads(self._bytes.numpy()[begin : ends[index]].data))
+
+    def __repr__(self) -> str:
+        tags = ", ".join(self.columns) or "none"
+        return f"Manifest({len(self)} rows from {', '.join(self.source_names)}; tags: {tags})"
+
+
+def with_fine_captions(manifest: Manifest, shortest: int, longest: int) -> Manifest:
+    """The manifest with only those fine captions that have ``shortest`` to ``longest`` characters.
+
+    Rows that lose all of theirs are left out; rows that never had any stay, for whoever needs one to name.
+
+    Raises:
+        DataError: no row of a source is left.
+    """
+    rows = []
+    for row in manifest:
+        fine = tuple(text for text in row.fine_captions if shortest <= len(text) <= longest)
+        if fine or not row.fine_captions:
+            rows.append(row._replace(fine_captions=fine))
+    left = {row.source for row in rows}
+    for source, name in enumerate(manifest.source_names):
+        if source not in left:
+            raise DataError(
+                f"{name}: no fine_description has {shortest} to {longest} characters; change the bounds "
+                "(--data.fine-characters)"
+            )
+    return Manifest(rows, source_names=manifest.source_names, mix=manifest.mix, probabilities=manifest.probabilities)
+
+
+def load_manifest(
+    sources: str | Sequence[str],
+    *,
+    audio_root: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    mix: Mix = "concat",
+    probabilities: Sequence[float] | None = None,
+    require_captions: bool = True,
+    check_files: bool = False,
+) -> Manifest:
+    """Read, join and check manifests.
+
+    A row has ``audio`` or ``relative_audio_path`` (``audio`` wins if both are there), ``text_description`` (a string or
+    a list of strings), and optionally ``fine_description`` (likewise), ``classification_tag``, ``duration`` in seconds
+    and ``text_style_prompt``. Every other column that holds strings, numbers or lists of them is a tag column,
+    ``source``, ``intrinsic_tags`` and ``situational_tags`` among them; nested values are left out. In CSV and TSV a
+    cell may hold a list as JSON or Python writes it. The same audio may occur with different captions; a row that
+    repeats another in audio, captions and tags is an error.
+
+    A relative path is looked up under ``audio_root``, by default the manifest's own folder, as ROOT/PATH or as
+    ROOT/SOURCE/PATH (ParaSpeechCaps' layout) with the row's ``source``. Which of the two holds is settled once for each
+    value of ``source`` by looking for a few of its files.
+
+    Args:
+        sources: one or more of: a .jsonl, .json (an array of objects), .csv, .tsv or .parquet file; a folder written by
+            ``fastclap pack`` or ``datasets.save_to_disk``; "hf:NAME" or "hf:NAME:SPLIT" for ``datasets.load_dataset``,
+            split "train" if not given.
+        audio_root: folder that relative paths are relative to.
+        columns: our column name → the name the files use for it. A file without their name may still use ours.
+        mix: "concat" shuffles all rows together; "interleave" alternates between sources, see
+            :class:`~fastclap.data.BatchSampler`.
+        probabilities: for "interleave", the share of each source in the batches; they sum to 1.
+        require_captions: whether a row without ``text_description`` is an error.
+        check_files: look for every audio file now, instead of a few for each source; takes long over a network.
+
+    Raises:
+        DataError: nothing to read, or rows that break the rules above; up to ten errors are listed, the rest counted.
+    """
+    names = [sources] if isinstance(sources, str) else list(sources)
+    if not names:
+        raise DataError("no manifest given; name at least one file, packed or datasets folder, or hf:NAME")
+    _check_mix(names, mix, probabilities)
+    for ours in columns or {}:
+        if ours not in _KNOWN_COLUMNS:
+            raise DataError(f"cannot remap {ours!r}: the columns with a meaning are {', '.join(_KNOWN_COLUMNS)}")
+    remap = columns or {}
+    errors = _Errors()
+    seen: dict[int, str] = {}
+    checkers = [
+        _Checker(name, index, audio_root, remap, require_captions, check_files, seen, errors)
+        for index, name in enumerate(names)
+    ]
+    rows = (row for checker in checkers for row in checker.rows())
+    manifest = Manifest(rows, source_names=names, mix=mix, probabilities=probabilities)
+    found = {column: None for checker in checkers for column in checker.columns}
+    for column, theirs in remap.items():
+        if found and theirs not in found:
+            errors.add(
+                f"{', '.join(names)}: no column {theirs!r} to use as {column!r}; the columns are {', '.join(found)}; "
+                "correct the remapping (--data.columns)"
+            )
+    errors.raise_if_any()
+    return manifest
+
+
+def read_records(name: str) -> list[tuple[int, Record]]:
+    """The records of any table that a manifest may be, each with its line (or number), whatever its columns.
+
+    In CSV and TSV an empty cell is None and a cell that holds a list becomes that list; other cells stay text.
+
+    Raises:
+        DataError: the file is missing, of an unknown type or damaged, or has no record.
+    """
+    errors = _Errors()
+    records = list(_open(name, errors)[0])
+    errors.raise_if_any()
+    if not records:
+        raise DataError(f"{name}: the table is empty; it needs at least one row")
+    return records
+
+
+class _Errors:
+    """Collects the errors of all sources, keeping the first few."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.count = 0
+
+    def add(self, message: str) -> None:
+        self.count += 1
+        if len(self.messages) < _MAX_ERRORS:
+            self.messages.append(message)
+
+    def raise_if_any(self) -> None:
+        if self.count:
+            more = f"\n... and {self.count - len(self.messages)} more" if self.count > len(self.messages) else ""
+            raise DataError("\n".join(self.messages) + more)
+
+
+class _RowError(Exception):
+    """What is wrong with a row; becomes a message that also names the file and the row."""
+
+
+class _Columns(NamedTuple):
+    """What the columns of a record mean; records with the same columns share one."""
+
+    theirs: dict[str, str]  # our name → the record's, of the columns with a meaning
+    tags: list[tuple[str, str]]  # (the record's name, the tag column's name)
+    absent: list[str]  # required columns that the record lacks
+
+
+class _Checker:
+    """Turns the records of one source into rows."""
+
+    def __init__(
+        self,
+        name: str,
+        index: int,
+        audio_root: str | None,
+        remap: Mapping[str, str],
+        require_captions: bool,
+        check_files: bool,
+        seen: dict[int, str],
+        errors: _Errors,
+    ) -> None:
+        self.name = name
+        self.index = index
+        self.records, folder = _open(name, errors)
+        self.root = folder if audio_root is None else audio_root
+        self.remap = remap
+        self.required = ("audio", "text_description") if require_captions else ("audio",)
+        self.check_files = check_files
+        self.seen = seen
+        self.errors = errors
+        self.numbers_are_text = name.lower().endswith((".csv", ".tsv"))
+        self.columns: dict[str, None] = {}
+        self.layouts: dict[str, bool] = {}  # value of ``source`` → whether files lie under ROOT/SOURCE
+        self.tried: dict[str, list[tuple[str, ...]]] = {}  # value of ``source`` → paths that were looked for in vain
+
+    def rows(self) -> Iterator[Row]:
+        total, errors_before = 0, self.errors.count
+        lacking: dict[str, list[str]] = {column: [] for column in self.required}
+        meanings: dict[tuple[str, ...], _Columns] = {}
+        for line, record in self.records:
+            total += 1
+            origin = f"{self.name}:{line}"
+            columns = meanings.get(keys := tuple(record))
+            if columns is None:
+                self.columns.update(dict.fromkeys(keys))
+                columns = meanings[keys] = self._meaning(keys)
+            for column in columns.absent:
+                lacking[column].append(origin)
+            if columns.absent:
+                continue
+            try:
+                row = self._row(record, columns, origin)
+            except _RowError as error:
+                self.errors.add(f"{origin}: {error}")
+                continue
+            key = hash((row.audio, *row[1:3], tuple(row.tags.items()), *row[4:7]))
+            first = self.seen.setdefault(key, origin)
+            if first is not origin:
+                self.errors.add(f"{origin}: duplicate of {first} (same audio, captions and tags); remove one of them")
+                continue
+            yield row
+        if not total and self.errors.count == errors_before:
+            self.errors.add(f"{self.name}: the manifest is empty; it needs at least one row")
+        if total:
+            self._report_columns(lacking, total)
+        for value, tried in self.tried.items():
+            # A few missing files are for the training run to replace; a source without any is a wrong root.
+            if value not in self.layouts and (len(tried) == _FILES_TO_TRY or not self.layouts):
+                self._report_root(value, tried)
+
+    def _meaning(self, keys: Sequence[str]) -> _Columns:
+        theirs = {column: column for column in _KNOWN_COLUMNS}
+        theirs.update((column, name) for column, name in self.remap.items() if name in keys)
+        ours = {name: column for column, name in theirs.items()}
+        tags = [(name, ours.get(name, name)) for name in keys if name in ours or name not in theirs]
+        alternatives = {column: _PATH_COLUMNS if column == "audio" else (column,) for column in self.required}
+        return _Columns(
+            theirs,
+            [(name, column) for name, column in tags if column not in _NOT_TAGS],
+            [column for column, names in alternatives.items() if not any(theirs[name] in keys for name in names)],
+        )
+
+    def _report_columns(self, lacking: Mapping[str, Sequence[str]], total: int) -> None:
+        found = f"the columns are {', '.join(map(str, self.columns))}"
+        for column, origins in lacking.items():
+            wanted = " or ".join(map(repr, _PATH_COLUMNS)) if column == "audio" else repr(column)
+            remedy = f"{found}; add it, or name the one you have with columns={{{column!r}: ...}} (--data.columns)"
+            if len(origins) == total:
+                self.errors.add(f"{self.name}: missing column {wanted}; {remedy}")
+            else:
+                for origin in origins:
+                    self.errors.add(f"{origin}: missing column {wanted}; {remedy}")
+
+    def _report_root(self, value: str, tried: Sequence[tuple[str, ...]]) -> None:
+        of_source = f" of source {value!r}" if value else ""
+        self.errors.add(
+            f"{self.name}: none of the first {len(tried)} audio files{of_source} exists; looked for "
+            f"{' or '.join(tried[0])}; say which folder the paths are relative to with audio_root (--data.audio-root)"
+        )
+
+    def _row(self, record: Record, columns: _Columns, origin: str) -> Row:
+        def get(column: str) -> tuple[str, Any]:
+            theirs = columns.theirs[column]
+            return theirs, record.get(theirs)
+
+        tags: dict[str, tuple[str, ...]] = {}
+        for theirs, column in columns.tags:
+            tag = _as_tags(record[theirs])
+            if tag:
+                tags[column] = tag
+            elif tag is None and column in _TAG_COLUMNS:
+                raise _wrong_type(theirs, record[theirs], "a string or a list of strings")
+        captions = _as_captions(*get("text_description"))
+        if not captions and "text_description" in self.required:
+            raise _RowError(f"column {get('text_description')[0]!r} has an empty caption; write one or remove the row")
+        path = _as_path(*next((pair for pair in map(get, _PATH_COLUMNS) if pair[1] is not None), get("audio")))
+        packed = record.get(CLIP_COLUMN)
+        if not isinstance(packed, PackedClip):
+            packed = None
+            path = self._resolve(path, tags.get("source", ("",))[0])
+        return Row(
+            path,
+            captions,
+            _as_captions(*get("fine_description")),
+            tags,
+            _as_string(*get("classification_tag")),
+            _as_duration(*get("duration"), self.numbers_are_text),
+            _as_string(*get("text_style_prompt")),
+            origin,
+            self.index,
+            packed,
+        )
+
+    def _resolve(self, path: str, source: str) -> str:
+        """Join a path to the root, with or without ``source``; the first rows of each source settle which."""
+        if os.path.isabs(path):
+            candidates: tuple[str, ...] = (path,)
+        elif self.root is None:
+            raise _RowError(f"the path {path!r} is relative; give its folder with audio_root (--data.audio-root)")
+        else:
+            candidates = (os.path.join(self.root, path), os.path.join(self.root, source, path))[: 2 if source else 1]
+        layout = self.layouts.get(source)
+        if layout is None and len(tried := self.tried.setdefault(source, [])) < _FILES_TO_TRY:
+            found = [os.path.isfile(candidate) for candidate in candidates]
+            if any(found):
+                layout = self.layouts[source] = not found[0]
+            else:
+                tried.append(candidates)
+        chosen = candidates[-1 if layout else 0]
+        if self.check_files and not os.path.isfile(chosen):
+            raise _RowError(f"no such audio file: {chosen}; correct the path, set audio_root, or remove the row")
+        return chosen
+
+
+def _wrong_type(column: str, value: Any, expected: str) -> _RowError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return _RowError(f"column {column!r} is {shown} ({type(value).__name__}); it must be {expected}")
+
+
+def _as_path(column: str, value: Any) -> str:
+    if isinstance(value, Mapping):  # an undecoded datasets.Audio
+        value = value.get("path")
+        if not value or not os.path.isfile(value):
+            raise _RowError(f"column {column!r} holds audio bytes; write the clips to files and give their paths")
+    if value is None or value == "":
+        raise _RowError(f"column {column!r} is empty; name the audio file or remove the row")
+    if not isinstance(value, str):
+        raise _wrong_type(column, value, "the path of an audio file")
+    return value
+
+
+def _as_captions(column: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    captions = (value,) if isinstance(value, str) else value
+    if not isinstance(captions, (list, tuple)) or not all(isinstance(item, str) for item in captions):
+        raise _wrong_type(column, value, "a string or a list of strings")
+    if not all(map(str.strip, captions)):
+        raise _RowError(f"column {column!r} has an empty caption, {value!r}; write one or remove it")
+    return tuple(captions)
+
+
+def _as_tags(value: Any) -> tuple[str, ...] | None:
+    """A tag column's value as strings, empty if it holds nothing; None if it is not tag-like."""
+    if isinstance(value, str):
+        return (value,) if value else ()
+    if value is None:
+        return ()
+    if isinstance(value, (bool, int, float)):
+        return () if value != value else (str(value),)
+    if isinstance(value, (list, tuple)) and all(isinstance(item, (str, bool, int, float)) for item in value):
+        return tuple(map(str, value))
+    return None
+
+
+def _as_string(column: str, value: Any) -> str | None:
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if value is None or value == "":
+        return None
+    if not isinstance(value, (str, int, float)):
+        raise _wrong_type(column, value, "one string")
+    return str(value)
+
+
+def _as_duration(column: str, value: Any, numbers_are_text: bool) -> float | None:
+    if value is None or value != value:
+        return None
+    try:
+        if isinstance(value, bool) or (isinstance(value, str) and not numbers_are_text):
+            raise TypeError
+        seconds = float(value)
+    except (TypeError, ValueError):
+        raise _wrong_type(column, value, "a number of seconds") from None
+    if not 0 < seconds < math.inf:
+        raise _RowError(f"column {column!r} is {value}; a duration is a positive number of seconds")
+    return seconds
+
+
+Records = Iterator[tuple[int, Record]]
+
+
+def _open(name: str, errors: _Errors) -> tuple[Records, str | None]:
+    """The numbered records of a source, and the folder that its paths are relative to."""
+    if name.startswith("hf:"):
+        return _read_hub(name), None
+    if not os.path.exists(name):
+        raise DataError(f"{name}: no such manifest; check the path (a Hugging Face name is written hf:NAME)")
+    if os.path.isdir(name):
+        return read_pack(name) if is_pack(name) else _read_datasets_folder(name), name
+    readers: dict[str, Callable[[str, _Errors], Records]] = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".parquet": _read_parquet,
+    }
+    extension = os.path.splitext(name)[1].lower()
+    if extension not in readers:
+        known = ", ".join(readers)
+        raise DataError(
+            f"{name}: unknown manifest type {extension!r}; use one of {known}, or a packed or datasets folder"
+        )
+    return readers[extension](name, errors), os.path.dirname(name)
+
+
+def _read_jsonl(name: str, errors: _Errors) -> Records:
+    with _text(name) as file:
+        for line, text in enumerate(_decoded(name, file), 1):
+            if not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+            except json.JSONDecodeError as error:
+                errors.add(f"{name}:{line}: not valid JSON ({error.msg} at column {error.colno}); correct the line")
+                continue
+            if isinstance(record, dict):
+                yield line, record
+            else:
+                errors.add(f"{name}:{line}: holds {text.strip()[:40]!r}, not a JSON object; write one object a line")
+
+
+def _read_json(name: str, errors: _Errors) -> Records:
+    with _text(name) as file:
+        try:
+            records = json.loads("".join(_decoded(name, file)))
+        except json.JSONDecodeError as error:
+            hint = "; one object a line is named .jsonl" if error.msg == "Extra data" else ""
+            where = f"{name}:{error.lineno}"
+            raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}){hint}") from error
+    if not isinstance(records, list):
+        raise DataError(f"{name}: holds a {type(records).__name__}; a .json manifest is an array of objects")
+    for number, record in enumerate(records, 1):
+        if isinstance(record, dict):
+            yield number, record
+        else:
+            errors.add(f"{name}:{number}: holds {str(record)[:40]!r}, not an object")
+
+
+def _read_csv(name: str, errors: _Errors) -> Records:
+    with _text(name, newline="") as file:
+        table = csv.reader(_decoded(name, file), delimiter="\t" if name.lower().endswith(".tsv") else ",")
+        try:
+            header = next(table, [])
+            if len(set(header)) < len(header):
+                raise DataError(f"{name}:1: a column name occurs twice in the header {header}; rename one")
+            for cells in table:
+                if len(cells) == len(header):
+                    yield table.line_num, {column: _cell(cell) for column, cell in zip(header, cells, strict=True)}
+                elif cells:
+                    errors.add(
+                        f"{name}:{table.line_num}: {len(cells)} cells under a header of {len(header)}; "
+                        "quote cells that contain the separator"
+                    )
+        except csv.Error as error:
+            raise DataError(f"{name}:{table.line_num}: not valid CSV ({error})") from error
+
+
+def _cell(cell: str) -> str | list[Any] | None:
+    """A CSV cell; one that holds a list, as JSON or as Python prints it, becomes that list."""
+    if not cell.startswith("[") or not cell.endswith("]"):
+        return cell or None
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(cell)
+        except (ValueError, SyntaxError):
+            continue
+        if isinstance(value, list):
+            return value
+    return cell
+
+
+def _read_parquet(name: str, errors: _Errors) -> Records:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(name).iter_batches(batch_size=4096):
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{name}: not a readable Parquet file ({error})") from error
+
+
+def _read_datasets_folder(name: str) -> Records:
+    datasets = required("datasets", "reading a saved `datasets` folder")
+    try:
+        data = datasets.load_from_disk(name)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{name}: not a folder of `fastclap pack` or datasets.save_to_disk; name a manifest file instead"
+        ) from error
+    if isinstance(data, datasets.DatasetDict):
+        raise DataError(f"{name}: holds several splits; name one, such as {os.path.join(name, next(iter(data)))}")
+    return _read_dataset(data)
+
+
+def _read_hub(name: str) -> Records:
+    datasets = required("datasets", "reading a data set of the hub")
+    path, _, split = name.removeprefix("hf:").partition(":")
+    try:
+        data = datasets.load_dataset(path, split=split or "train")
+    except Exception as error:  # network, permission, unknown name or split: all are the user's to solve
+        raise DataError(f"{name}: datasets could not load it: {error}") from error
+    return _read_dataset(data)
+
+
+def _read_dataset(data: Any) -> Records:
+    import datasets
+
+    for column, feature in data.features.items():
+        if isinstance(feature, datasets.Audio):
+            data = data.cast_column(column, datasets.Audio(decode=False))
+    return enumerate(data, 1)
+
+
+def _text(name: str, newline: str | None = None) -> TextIO:
+    try:
+        return open(name, encoding="utf-8-sig", newline=newline)
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror}") from error
+
+
+def _decoded(name: str, lines: Iterable[str]) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def _check_mix(names: Sequence[str], mix: str, probabilities: Sequence[float] | None) -> tuple[float, ...] | None:
+    if mix not in ("concat", "interleave"):
+        raise DataError(f"mix={mix!r}: it is either 'concat' or 'interleave'")
+    if probabilities is None:
+        return None
+    if mix != "interleave":
+        raise DataError("probabilities only mean something with mix='interleave'")
+    if len(probabilities) != len(names):
+        raise DataError(f"{len(probabilities)} probabilities for {len(names)} manifests; give one for each")
+    if min(probabilities) <= 0 or abs(sum(probabilities) - 1) > 1e-6:
+        raise DataError(f"probabilities {list(probabilities)} must be positive and sum to 1")
+    return tuple(probabilities)
