@@ -45,11 +45,11 @@ from bench.parity import CAPTIONS
 from bench.reference_step import SIZES, Size, build_ours, commit_of, from_configuration, load
 from bench.tables import markdown
 from fastclap import CLAP
-from fastclap.embed import Index, embed, gather, load_index
+from fastclap.apps.embed import Index, embed, gather, load_index
+from fastclap.apps.search import search
 from fastclap.files import write_atomic
-from fastclap.products import fast_products
-from fastclap.search import search
-from fastclap.tokenizer import Tokenizer, train_tokenizer
+from fastclap.models.products import fast_products
+from fastclap.models.tokenizer import Tokenizer, train_tokenizer
 
 CPU = torch.device("cpu")
 QUERY = "A young woman speaks in a calm voice, slowly."
@@ -140,7 +140,7 @@ class Ours:
         """One call; without ``products`` torch multiplies as it does by itself."""
         run = Run([], [])
         methods = {"encode_audio": "audio", "encode_text": "text"}
-        plain = mock.patch("fastclap.model.fast_products", lambda device: contextlib.nullcontext())
+        plain = mock.patch("fastclap.models.clap.fast_products", lambda device: contextlib.nullcontext())
         with (
             tempfile.TemporaryDirectory() as folder,
             timed_methods(self.model, methods, run.within),

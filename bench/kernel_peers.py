@@ -17,7 +17,8 @@ from torch import Tensor
 from bench.peers import Peer, UnavailableError, load, on_gpu
 from fastclap.features import PRESETS
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu
-from fastclap.kernels.logmel import LogMelSpec, log_mel
+from fastclap.kernels.log_mel.operator import log_mel
+from fastclap.kernels.log_mel.spec import LogMelSpec
 from fastclap.kernels.toeplitz_attention import gated_toeplitz_attention
 from fastclap.kernels.waveform import normalize_waveform
 

@@ -23,11 +23,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from bench.tables import markdown
-from fastclap.kernels.offline import ARCHITECTURES, MATRIX_INSTRUCTION, compile_offline, problems
+from fastclap.kernels.offline import ARCHITECTURES, MATRIX_INSTRUCTION, compile_offline, operator_name, problems
 
 MODULES = (  # each offers compilations(arch)
-    "fastclap.kernels.contrastive_triton",
-    "fastclap.kernels.logmel_triton",
+    "fastclap.kernels.contrastive.triton_engine",
+    "fastclap.kernels.log_mel.triton_engine",
     "fastclap.kernels.toeplitz_attention_triton",
     "fastclap.kernels.layer_norm_gelu_triton",
     "fastclap.kernels.waveform_triton",
@@ -61,7 +61,7 @@ class Result:
 
     Attributes:
         name: of the compilation.
-        kernel: the function, as "contrastive_triton.sums".
+        kernel: the function, as "contrastive.sums".
         arch: compute capability, 80, 90 or 100.
         matrix_instruction: the one that is looked for.
         numbers: None where it did not compile.
@@ -88,7 +88,7 @@ class Result:
 def result(module: str, arch: int, index: int) -> Result:
     """Compiles the index-th compilation of a module; a JIT function itself cannot travel between processes."""
     c = list(importlib.import_module(module).compilations(arch))[index]
-    kernel = f"{module.rsplit('.', 1)[-1]}.{c.function.__name__.strip('_').removesuffix('_kernel')}"
+    kernel = f"{operator_name(module)}.{c.function.__name__.strip('_').removesuffix('_kernel')}"
     matrix = c.matrix_instruction if isinstance(c.matrix_instruction, str) else MATRIX_INSTRUCTION[arch]
     try:
         compiled = compile_offline(c, arch)

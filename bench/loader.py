@@ -34,7 +34,7 @@ import fastclap
 from bench import timing
 from fastclap.audio import read_audio
 from fastclap.data import BatchSampler, ClipDataset, Manifest, load_manifest, make_loader
-from fastclap.data.shards import pack
+from fastclap.data.pack import pack
 
 RATE = 16000
 FILES = {"WAV": ("wav", "PCM_16"), "FLAC": ("flac", "PCM_16"), "MP3": ("mp3", "MPEG_LAYER_III")}

@@ -4,7 +4,7 @@
 
 On a machine with a GPU without the variable: then Triton's engine runs there. With neither it is left out.
 
-The truth is `fastclap.kernels.logmel.log_mel_reference`. Every engine gets the same float32 samples: generated sounds
+The truth is `log_mel_reference`. Every engine gets the same float32 samples: generated sounds
 (silence, full-scale tones, hum under weak noise, clicks, noise, a voice of 0.05 s to `--longest` seconds, a ragged
 batch with noise behind each clip's end) and, with `--audio`, clips of real speech, resampled where a front-end asks for
 it. In the ragged batch ours run all clips at once with their lengths; the others, which know no lengths, clip by clip.
@@ -33,8 +33,10 @@ from torchaudio.compliance import kaldi
 
 from bench import timing
 from fastclap.features import PRESETS
-from fastclap.kernels import native
-from fastclap.kernels.logmel import LogMelSpec, log_mel, log_mel_reference
+from fastclap.kernels.log_mel import native
+from fastclap.kernels.log_mel.operator import log_mel
+from fastclap.kernels.log_mel.spec import LogMelSpec
+from fastclap.kernels.log_mel.torch_engine import log_mel_reference
 
 Engine = Callable[[Tensor], Tensor]  # [samples] -> [frames, mels]
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from bench import timing
 from bench.tables import markdown
 from bench.test_native import CASES, ENGINES, SECONDS, SLOW_ENGINES, Case, Run, by_kaldi_native_fbank
-from fastclap.kernels import native
+from fastclap.kernels.log_mel import native
 
 CPU = torch.device("cpu")
 FLOAT, INT16 = "fastclap C++", "fastclap C++, int16"

@@ -163,7 +163,9 @@ def log_mel_tile(code: Sequence[Instruction], groups: int) -> Counts:
 
 def main() -> None:
     from bench.kernel_peers import FRONT_ENDS
-    from fastclap.kernels import contrastive_triton, layer_norm_gelu_triton, logmel_triton, offline
+    from fastclap.kernels import layer_norm_gelu_triton, offline
+    from fastclap.kernels.contrastive import triton_engine as contrastive
+    from fastclap.kernels.log_mel import triton_engine as log_mel
 
     def machine_code(module: ModuleType, name: str) -> list[Instruction]:
         found = next(c for c in module.compilations(ARCH) if c.name == name)
@@ -171,15 +173,15 @@ def main() -> None:
 
     rows = []
     for name in ("sums bf16 columns fixed", "sums bf16 columns store fixed", "gradient bf16 columns inverse fixed"):
-        tile, step = product_tile(machine_code(contrastive_triton, name))
+        tile, step = product_tile(machine_code(contrastive, name))
         rows += [(name, "a tile", tile), (name, "a step of 64 in depth", step)]
     for name in ("forward 512 bf16 bf16 weight bias", "backward 512 bf16 bf16 weight bias sums"):
         tile = row_tile(machine_code(layer_norm_gelu_triton, f"layer norm gelu {name}"))
         rows.append((f"layer norm gelu {name}", "a tile of 4 rows", tile))
     for label, form in FORMS.items():
-        groups = -(-FRONT_ENDS[label].n_mels // logmel_triton._flags(FRONT_ENDS[label])["MELS"])
-        tile = log_mel_tile(machine_code(logmel_triton, f"log-mel {form} fp32 to fp32"), groups)
-        rows.append((f"log-mel {label}", f"a tile of {logmel_triton.TILE.frames} frames", tile))
+        groups = -(-FRONT_ENDS[label].n_mels // log_mel._flags(FRONT_ENDS[label])["MELS"])
+        tile = log_mel_tile(machine_code(log_mel, f"log-mel {form} fp32 to fp32"), groups)
+        rows.append((f"log-mel {label}", f"a tile of {log_mel.TILE.frames} frames", tile))
     header = ("kernel", "of a warp", "instructions", "wavefronts", "matrix instructions")
     print(markdown(header, [(name, what, *map(str, counts.values)) for name, what, counts in rows]))
 

@@ -45,12 +45,13 @@ from bench.reference_step import (
     without_dropout,
 )
 from bench.tables import markdown
-from fastclap import CLAP, towers
+from fastclap import CLAP
 from fastclap.data import Batch, BatchSampler, ClipDataset, Manifest, load_manifest
 from fastclap.files import write_atomic
 from fastclap.kernels.waveform import normalize_waveform_reference
+from fastclap.models import audio_towers, layers
+from fastclap.models.tokenizer import train_tokenizer
 from fastclap.testing import relative_error
-from fastclap.tokenizer import train_tokenizer
 from fastclap.train.config import LossConfig, OptimizerConfig
 from fastclap.train.distributed import Gradients, World
 from fastclap.train.objective import Objective
@@ -203,8 +204,8 @@ def _double_precision_towers() -> Iterator[None]:
         return normalize_waveform_reference(*tensors, **options)
 
     with (
-        mock.patch.object(towers, "normalize_waveform", waveform),
-        mock.patch.object(towers, "masked_mean", mean),
+        mock.patch.object(layers, "normalize_waveform", waveform),
+        mock.patch.object(audio_towers, "masked_mean", mean),
     ):
         yield
 

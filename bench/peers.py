@@ -103,7 +103,7 @@ def _fastclap(loss: Callable[..., Any], backend: str, device: torch.device) -> L
 
 def storing(run: Loss, stored: bool) -> Loss:
     """The fused loss with exponentials stored (3 passes), or formed twice (4 passes, less memory), whatever fits."""
-    engine: Any = importlib.import_module("fastclap.kernels.contrastive_triton")
+    engine: Any = importlib.import_module("fastclap.kernels.contrastive.triton_engine")
 
     def call(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         kept, engine.stores_exponentials = engine.stores_exponentials, lambda *_: stored

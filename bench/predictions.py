@@ -15,7 +15,7 @@ from bench import model_flops, scale_model
 from bench.kernel_peers import FRONT_ENDS
 from bench.reference_step import SIZES
 from bench.tables import markdown
-from fastclap.kernels.logmel import LogMelSpec
+from fastclap.kernels.log_mel.spec import LogMelSpec
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from fastclap import CLAP
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.data import Batch
 from fastclap.errors import ConfigError
-from fastclap.tokenizer import Tokenizer
+from fastclap.models.tokenizer import Tokenizer
 from fastclap.train.config import LossConfig, OptimizerConfig
 
 LEARNING_RATE = 1e-5

@@ -27,7 +27,8 @@ from torch import Tensor
 from bench import timing
 from bench.kernel_peers import FRONT_ENDS, log_mel_forms
 from bench.peers import Peer
-from fastclap.kernels.logmel import LogMelSpec, log_mel_reference
+from fastclap.kernels.log_mel.spec import LogMelSpec
+from fastclap.kernels.log_mel.torch_engine import log_mel_reference
 from fastclap.testing import relative_error
 
 DEVICE = torch.device(os.environ.get("FASTCLAP_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu"))

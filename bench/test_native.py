@@ -30,8 +30,9 @@ import torchaudio
 from torch import Tensor
 
 from fastclap.features import PRESETS
-from fastclap.kernels import native
-from fastclap.kernels.logmel import LogMelSpec, log_mel
+from fastclap.kernels.log_mel import native
+from fastclap.kernels.log_mel.operator import log_mel
+from fastclap.kernels.log_mel.spec import LogMelSpec
 
 CLIPS = int(os.environ.get("FASTCLAP_BENCH_CLIPS", "4"))
 ROUNDS = int(os.environ.get("FASTCLAP_BENCH_ROUNDS", "15"))

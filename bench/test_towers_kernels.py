@@ -28,8 +28,8 @@ from torch import Tensor
 from bench import timing
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu, layer_norm_gelu_reference
 from fastclap.kernels.waveform import normalize_waveform, normalize_waveform_reference
+from fastclap.models.layers import length_mask, masked_mean, prepare_waveform
 from fastclap.testing import assert_close_rel
-from fastclap.towers import length_mask, masked_mean, prepare_waveform
 
 DEVICE = torch.device(os.environ.get("FASTCLAP_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu"))
 ON_GPU = DEVICE.type == "cuda"

@@ -50,12 +50,13 @@ from bench.gpu.steady import Entry, Steady
 from bench.parity import CAPTIONS, OurStep, parity_loss, parity_optimizer, synthetic_batch
 from bench.reference_step import SIZES, Reference, Size, build_ours, collated, commit_of, without_packages
 from bench.tables import markdown
-from fastclap import CLAP, towers, wavlm
+from fastclap import CLAP, towers
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.data import Batch, load_manifest
 from fastclap.errors import ConfigError, DataError
 from fastclap.files import write_atomic
-from fastclap.tokenizer import Tokenizer, train_tokenizer
+from fastclap.models import wavlm
+from fastclap.models.tokenizer import Tokenizer, train_tokenizer
 from fastclap.train.config import LossConfig
 from fastclap.train.objective import Objective
 

@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastclap import drop_in as drop_in
+    from fastclap.apps.scoring import reward as reward
+    from fastclap.drop_in.open_clip import ClipLoss as ClipLoss
+    from fastclap.drop_in.open_clip import SigLipLoss as SigLipLoss
     from fastclap.features import LogMel as LogMel
     from fastclap.grad_cache import GradCache as GradCache
-    from fastclap.losses import ClipLoss as ClipLoss
-    from fastclap.losses import SigLipLoss as SigLipLoss
     from fastclap.losses import info_nce as info_nce
     from fastclap.losses import sigmoid_loss as sigmoid_loss
-    from fastclap.model import CLAP as CLAP
-    from fastclap.scoring import reward as reward
+    from fastclap.models.clap import CLAP as CLAP
 
 _PUBLIC = {
     "info_nce": "fastclap.losses",
     "sigmoid_loss": "fastclap.losses",
-    "ClipLoss": "fastclap.losses",
-    "SigLipLoss": "fastclap.losses",
+    "ClipLoss": "fastclap.drop_in.open_clip",
+    "SigLipLoss": "fastclap.drop_in.open_clip",
     "LogMel": "fastclap.features",
     "GradCache": "fastclap.grad_cache",
-    "CLAP": "fastclap.model",
-    "reward": "fastclap.scoring",
+    "CLAP": "fastclap.models.clap",
+    "reward": "fastclap.apps.scoring",
 }
 
 __all__ = ["CLAP", "ClipLoss", "GradCache", "LogMel", "SigLipLoss", "drop_in", "info_nce", "reward", "sigmoid_loss"]

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fastclap.cli import main
+from fastclap.commands.main import main
 
 raise SystemExit(main())

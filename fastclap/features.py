@@ -1,6 +1,6 @@
 """`LogMel`: the log-mel front-ends of the CLAP family by name, as a module that takes raw waveforms and their lengths.
 
-A preset is a set of numbers for `fastclap.kernels.logmel.log_mel`, taken from the code that its models were trained
+A preset is a set of numbers for `log_mel`, taken from the code that its models were trained
 with; any of them can be overridden. The module has no parameters and no buffers: it runs wherever the waveform is, adds
 nothing to a checkpoint, and can stand inside a model, so that features are made on the device.
 """
@@ -16,7 +16,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from fastclap.kernels.logmel import LogMelSpec, Masks, log_mel, mel_bank, silence
+from fastclap.kernels.log_mel.operator import Masks, log_mel
+from fastclap.kernels.log_mel.spec import LogMelSpec, mel_bank
+from fastclap.kernels.log_mel.torch_engine import silence
 
 # The floor of torchaudio.compliance.kaldi: the spacing of float32 at 1.
 _EPSILON = 2.0**-23
@@ -139,7 +141,7 @@ class LogMel(nn.Module):
       clsp         CLSP and lhotse: Kaldi, snip_edges=False, 128 mels, 20-7600 Hz, floor 1e-10
       torchaudio   MelSpectrogram() with its defaults, then log(max(mel, 1e-10))
 
-    Overrides are the fields of `fastclap.kernels.logmel.LogMelSpec`; window and hop stay in samples when sampling_rate
+    Overrides are the fields of `LogMelSpec`; window and hop stay in samples when sampling_rate
     changes. Two that are often asked for:
 
       speech from scratch  LogMel("kaldi", framing="no_snip_edges", mean=..., std=...)
@@ -212,7 +214,7 @@ class LogMel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(features [B, frames, n_mels], frame_lengths [B] int64), both on the waveform's device.
 
-        Features are float32 unless `dtype` says otherwise. `fastclap.kernels.logmel.log_mel` states what holds for
+        Features are float32 unless `dtype` says otherwise. `log_mel` states what holds for
         short clips, crops, padding, NaN, gradients and errors.
         """
         spec = self.spec if self.training else self._without_dither

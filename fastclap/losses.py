@@ -1,6 +1,6 @@
 """Contrastive losses for dual encoders: InfoNCE, SigLIP, and their open_clip-compatible modules.
 
-The arguments are checked here, with messages meant for the caller; the arithmetic is `fastclap.kernels.contrastive`,
+The arguments are checked here, with messages meant for the caller; the arithmetic is `kernels/contrastive`,
 which never holds the N×M matrix of logits. With a process group the ranks exchange their shapes first, so that a
 wrong argument on one rank is an error on all of them and not a hang.
 """
@@ -14,16 +14,11 @@ from typing import Any, Literal, overload
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastclap.kernels import dispatch
-from fastclap.kernels.contrastive import (
-    Teacher,
-    info_nce_engine,
-    info_nce_reference,
-    sigmoid_engine,
-    sigmoid_loss_reference,
-)
+from fastclap.kernels.contrastive.operator import info_nce_engine, sigmoid_engine
+from fastclap.kernels.contrastive.shared import Teacher, info_nce_reference, sigmoid_loss_reference
 
 DIRECTIONS = ("both", "a_to_b", "b_to_a")
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -231,194 +226,6 @@ def tag_loss(
     count = both[1].clamp(min=1)
     own = total * dist.get_world_size(process_group) / count
     return both[0] / count + (own - own.detach())
-
-
-class ClipLoss(nn.Module):
-    """`info_nce` under open_clip's signature, its four distributed modes included.
-
-    Like open_clip's it expects features that are already normalised (pass ``normalize=True`` otherwise). With
-    world_size > 1 it works on the default process group and keeps open_clip's conventions:
-
-    ==========  ================  ====================  ==================================================
-    local_loss  gather_with_grad  value                 gradient of the features
-    ==========  ================  ====================  ==================================================
-    False       False             global                that of the batch (1/W of it after averaging)
-    False       True              global                W times, exact after averaging
-    True        False             mean of local rows    gathered features are constants
-    True        True              mean of local rows    W times, exact after averaging
-    ==========  ================  ====================  ==================================================
-
-    Args:
-        local_loss, gather_with_grad: as above.
-        cache_labels: accepted for open_clip's callers; there are no label tensors to cache.
-        rank, world_size: of the default process group.
-        normalize, label_smoothing, direction, teacher_weight: as in `info_nce`. With world_size > 1 and local_loss
-            only ``normalize`` and ``label_smoothing`` apply.
-    """
-
-    def __init__(
-        self,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        *,
-        normalize: bool = False,
-        label_smoothing: float = 0.0,
-        direction: str = "both",
-        teacher_weight: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.local_loss = local_loss
-        self.gather_with_grad = gather_with_grad
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-        self.normalize = normalize
-        self.label_smoothing = label_smoothing
-        self.direction = direction
-        self.teacher_weight = teacher_weight
-        if local_loss and world_size > 1 and (direction != "both" or teacher_weight > 0):
-            raise ValueError(
-                "local_loss is two-sided and takes no teacher; use local_loss=False, gather_with_grad=True"
-            )
-
-    def forward(
-        self,
-        image_features: Tensor,  # (N, D)
-        text_features: Tensor,  # (M, D)
-        logit_scale: float | Tensor,
-        logit_bias: Tensor | None = None,
-        output_dict: bool = False,
-        *,
-        a_ids: Tensor | None = None,  # (N,)
-        b_ids: Tensor | None = None,  # (M,)
-        teacher: Teacher | None = None,
-    ) -> Tensor | dict[str, Tensor]:
-        """The loss, or {"contrastive_loss": loss} with ``output_dict``. A bias cancels in the softmax."""
-        if self.world_size > 1 and self.local_loss:
-            loss = self._local_loss(image_features, text_features, logit_scale, a_ids, b_ids, teacher)
-        else:
-            if self.world_size > 1 and not self.gather_with_grad:
-                image_features = _divide_gradient(image_features, self.world_size)
-                text_features = _divide_gradient(text_features, self.world_size)
-            loss = info_nce(
-                image_features,
-                text_features,
-                logit_scale,
-                a_ids=a_ids,
-                b_ids=b_ids,
-                teacher=teacher,
-                teacher_weight=self.teacher_weight,
-                label_smoothing=self.label_smoothing,
-                normalize=self.normalize,
-                direction=self.direction,
-                process_group=dist.group.WORLD if self.world_size > 1 else None,
-            )
-        if logit_bias is not None:
-            loss = loss + 0.0 * logit_bias.sum()  # a parameter without a gradient would stall DistributedDataParallel
-        return {"contrastive_loss": loss} if output_dict else loss
-
-    def _local_loss(
-        self,
-        a: Tensor,
-        b: Tensor,
-        scale: float | Tensor,
-        a_ids: Tensor | None,
-        b_ids: Tensor | None,
-        teacher: Teacher | None,
-    ) -> Tensor:
-        if teacher is not None or a_ids is not None or b_ids is not None:
-            raise ValueError("local_loss takes neither ids nor a teacher; use local_loss=False, gather_with_grad=True")
-        own = torch.arange(a.shape[0], device=a.device) + self.rank * a.shape[0]
-        every = torch.arange(a.shape[0] * self.world_size, device=a.device)
-        losses = [
-            info_nce(
-                local,
-                self._gather(other),
-                scale,
-                a_ids=own,
-                b_ids=every,
-                normalize=self.normalize,
-                label_smoothing=self.label_smoothing,
-                direction="a_to_b",
-            )
-            for local, other in ((a, b), (b, a))
-        ]
-        return (losses[0] + losses[1]) / 2
-
-    def _gather(self, features: Tensor) -> Tensor:
-        if self.gather_with_grad:
-            from torch.distributed.nn.functional import all_gather
-
-            return torch.cat(all_gather(features))
-        gathered = features.new_empty(features.shape[0] * self.world_size, *features.shape[1:])
-        dist.all_gather_into_tensor(gathered, features.detach().contiguous())
-        return gathered
-
-
-class SigLipLoss(nn.Module):
-    """`sigmoid_loss` under open_clip's signature, on features that are already normalised.
-
-    With world_size > 1 it works on the default process group: the value is that of the whole batch, and after
-    averaging the gradients equal open_clip's, whichever of its exchange schemes is named.
-
-    Args:
-        cache_labels, dist_impl, chunk_size: accepted for open_clip's callers; one exact exchange serves all of them.
-        rank, world_size: of the default process group.
-        normalize: as in `sigmoid_loss`.
-    """
-
-    def __init__(
-        self,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        dist_impl: str | None = None,
-        chunk_size: int = 0,
-        *,
-        normalize: bool = False,
-    ) -> None:
-        super().__init__()
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-        self.dist_impl = dist_impl
-        self.chunk_size = chunk_size
-        self.normalize = normalize
-
-    def forward(
-        self,
-        image_features: Tensor,  # (N, D)
-        text_features: Tensor,  # (M, D)
-        logit_scale: float | Tensor,
-        logit_bias: float | Tensor | None = None,
-        output_dict: bool = False,
-        *,
-        a_ids: Tensor | None = None,  # (N,)
-        b_ids: Tensor | None = None,  # (M,)
-    ) -> Tensor | dict[str, Tensor]:
-        """The loss, or {"contrastive_loss": loss} with ``output_dict``."""
-        loss = sigmoid_loss(
-            image_features,
-            text_features,
-            logit_scale,
-            0.0 if logit_bias is None else logit_bias,
-            a_ids=a_ids,
-            b_ids=b_ids,
-            normalize=self.normalize,
-            process_group=dist.group.WORLD if self.world_size > 1 else None,
-        )
-        return {"contrastive_loss": loss} if output_dict else loss
-
-
-def _divide_gradient(features: Tensor, by: int) -> Tensor:
-    if not (torch.is_grad_enabled() and features.requires_grad):
-        return features
-    alias = features.view_as(features)
-    alias.register_hook(lambda gradient: gradient / by)
-    return alias
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -63,6 +63,11 @@ class Compilation:
     tile_loop: bool = False
 
 
+def operator_name(module: str) -> str:
+    """The operator that a module of kernels belongs to: "log_mel" of "fastclap.kernels.log_mel.triton_kernels"."""
+    return module.removeprefix("fastclap.kernels.").split(".")[0].removesuffix("_triton")
+
+
 def signature_and_attrs(
     function: Any, types: Mapping[str, str], constexprs: Mapping[str, Any], not_divisible: Collection[str] = ()
 ) -> tuple[dict[str, str], dict[tuple[int, ...], list[list[Any]]]]:

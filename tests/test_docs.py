@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from fastclap import CLAP, cli, cli_apps
+from fastclap import CLAP
+from fastclap.commands.main import COMMANDS
+from fastclap.commands.main import main as fastclap_main
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.data.demo_voices import write_demo
+from fastclap.models.tokenizer import train_tokenizer
 from fastclap.prompts import PROMPT_SETS
-from fastclap.tokenizer import train_tokenizer
 from fastclap.train import cli as train_cli
 
 ROOT = Path(__file__).parents[1]
@@ -45,10 +47,8 @@ def test_every_command_is_understood(page: Path, monkeypatch: pytest.MonkeyPatch
         understood.append(arguments)
         return 0
 
-    for name in ("_eval", "_classify", "_report", "_prepare", "_convert", "_pack", "_doctor"):
-        monkeypatch.setattr(cli, name, note)
-    for name, (kind, text, _) in list(cli_apps.COMMANDS.items()):
-        monkeypatch.setitem(cli_apps.COMMANDS, name, (kind, text, note))
+    for name, (kind, text, _) in list(COMMANDS.items()):
+        monkeypatch.setitem(COMMANDS, name, (kind, text, note))
     monkeypatch.setattr("fastclap.train.checkpoint.average_checkpoints", lambda *arguments: note(arguments))
     monkeypatch.setattr("fastclap.train.loop.train", lambda config: (config.check(), note(config)))
 
@@ -62,7 +62,7 @@ def test_every_command_is_understood(page: Path, monkeypatch: pytest.MonkeyPatch
             continue
         ours += 1
         try:
-            status = cli.main(words[1:]) if words[0] == "fastclap" else train_cli.main(words[1:])
+            status = fastclap_main(words[1:]) if words[0] == "fastclap" else train_cli.main(words[1:])
         except SystemExit as stop:
             status = stop.code
         assert not status and len(understood) == ours, shlex.join(words)
@@ -111,7 +111,7 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
         for words in commands(text) if needs != "checkpoint" else ():
             done.append(words[1])
             if words[0] == "fastclap":
-                assert cli.main([*words[1:], *(["--workers", "0"] if words[1] == "pack" else [])]) == 0, words
+                assert fastclap_main([*words[1:], *(["--workers", "0"] if words[1] == "pack" else [])]) == 0, words
                 continue
             assert (words[words.index("--steps") + 1], words[-1] == "--resume") == ("300", model.exists())
             words[words.index("--steps") + 1] = "6"
@@ -158,7 +158,7 @@ def test_the_released_clsp_is_used_as_its_page_says(
         )
         return CLAP(config, train_tokenizer(["A female speaker in a happy tone."], 300)).eval()
 
-    monkeypatch.setattr("fastclap.checkpoints.load_clsp", load_clsp)
+    monkeypatch.setattr("fastclap.models.clsp.load_clsp", load_clsp)
     monkeypatch.chdir(tmp_path)
     Path(write_demo(".", 2, 6)[1]).rename("fcaps-test.jsonl")
     (code,) = (text for language, _, text in blocks(ROOT / "docs/clsp.md") if language == "python")

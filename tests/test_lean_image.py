@@ -13,7 +13,7 @@ import soundfile
 import yaml
 
 from fastclap.data import load_manifest
-from fastclap.data.shards import pack
+from fastclap.data.pack import pack
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAN = ROOT / "tests" / "lean_image"

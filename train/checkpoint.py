@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fastclap.errors import ModelError, TrainingError
 from fastclap.files import fsync
-from fastclap.model import CLAP, WEIGHTS_FILE, check_weights, load_state_dict_file
+from fastclap.models.clap import CLAP
+from fastclap.models.folder import WEIGHTS_FILE, check_weights, load_state_dict_file
 from fastclap.train.averaging import WeightAverage, applied
 from fastclap.train.distributed import World, placed_like, whole
 

@@ -30,11 +30,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastclap.data import Batch, BatchSampler, ClipDataset, Manifest, Quarantine, load_manifest, make_loader
-from fastclap.data.manifest import with_fine_captions
+from fastclap.data.rows import with_fine_captions
 from fastclap.errors import ConfigError, TrainingError
 from fastclap.evaluation import ClassificationTask, evaluate, write_report
 from fastclap.files import write_atomic
-from fastclap.model import CLAP
+from fastclap.models.clap import CLAP
 from fastclap.prompts import load_prompts
 from fastclap.train import checkpoint, distributed
 from fastclap.train.averaging import WeightAverage, applied

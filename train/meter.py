@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastclap.model import CLAP
+from fastclap.models.clap import CLAP
 from fastclap.train.distributed import World
 
 # Dense bf16 matrix throughput in FLOP/s, from the vendors' data sheets, by a part of the device's name.

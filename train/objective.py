@@ -14,7 +14,7 @@ from fastclap.data.dataset import distinct_texts
 from fastclap.errors import ConfigError
 from fastclap.grad_cache import GradCache
 from fastclap.losses import info_nce, sigmoid_loss, tag_loss
-from fastclap.model import CLAP
+from fastclap.models.clap import CLAP
 from fastclap.train.config import LossConfig
 from fastclap.train.distributed import World
 

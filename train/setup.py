@@ -20,9 +20,9 @@ from fastclap.data.demo_voices import write_demo
 from fastclap.data.tags import TagPrompts
 from fastclap.errors import ConfigError
 from fastclap.files import write_atomic
-from fastclap.model import CLAP
-from fastclap.tokenizer import train_tokenizer
-from fastclap.towers import LogMelTower
+from fastclap.models.audio_towers import LogMelTower
+from fastclap.models.clap import CLAP
+from fastclap.models.tokenizer import train_tokenizer
 from fastclap.train import checkpoint, distributed
 from fastclap.train.averaging import WeightAverage
 from fastclap.train.config import OptimizerConfig, TrainConfig

@@ -26,7 +26,7 @@ from fastclap.kernels.offline import Compilation, compiled_kernel, is_cached
 
 PROGRESS_SECONDS = 5.0
 # Of a processor, to compile a kernel for sm_90, by how its name begins; the others take less than one.
-SECONDS = {"logmel log_mel": 12.0, "logmel frame": 3.0, "contrastive": 2.0, "toeplitz_attention": 1.5}
+SECONDS = {"log_mel log_mel": 12.0, "log_mel frame": 3.0, "contrastive": 2.0, "toeplitz_attention": 1.5}
 LONG_TRANSFORM, LONG_TRANSFORM_SECONDS = 32, 55.0  # a log-mel kernel's with so many first factors, as CLAP's
 
 _fork = multiprocessing.get_context("fork")

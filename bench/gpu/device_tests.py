@@ -25,8 +25,14 @@ from bench.gpu.lots import ROOT
 from bench.gpu.pytest_rows import PIPE
 from bench.gpu.run import Run, die_with_parent
 
-KERNELS = ("logmel", "contrastive", "toeplitz_attention", "layer_norm_gelu", "waveform")  # by their compilation
-FILES = (*(f"tests/kernels/test_{name}_triton.py" for name in KERNELS), "tests/train/test_device.py")
+FILES = (  # those that compile longest first
+    "tests/kernels/log_mel/test_triton_engine.py",
+    "tests/kernels/contrastive/test_triton_engine.py",
+    "tests/kernels/test_toeplitz_attention_triton.py",
+    "tests/kernels/test_layer_norm_gelu_triton.py",
+    "tests/kernels/test_waveform_triton.py",
+    "tests/train/test_device.py",
+)
 ON_A_GPU = (*FILES, "-k", "not cpu")  # some tests run on both
 DRY_RUN = ("tests/train/test_device.py", "-k", "test_gradients_of_a_step and cpu")
 WORKERS = 12  # processes that share the GPU, on a machine of 16 cores

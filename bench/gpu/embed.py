@@ -29,8 +29,9 @@ from bench.gpu.run import Run
 from bench.gpu.steady import Entry, Steady
 from bench.parity import CAPTIONS
 from bench.reference_step import SIZES, Size, build_ours
-from fastclap import CLAP, wavlm
-from fastclap.tokenizer import train_tokenizer
+from fastclap import CLAP
+from fastclap.models import wavlm
+from fastclap.models.tokenizer import train_tokenizer
 
 RATE = 16000
 OURS, PEER = "fastclap", "transformers' WavLM"

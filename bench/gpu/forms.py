@@ -26,7 +26,9 @@ from bench.comparison import SCALE, dtype_name
 from bench.kernel_peers import FRONT_ENDS, in_dtype
 from fastclap.features import PRESETS
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu, layer_norm_gelu_reference
-from fastclap.kernels.logmel import LogMelSpec, log_mel, log_mel_reference
+from fastclap.kernels.log_mel.operator import log_mel
+from fastclap.kernels.log_mel.spec import LogMelSpec
+from fastclap.kernels.log_mel.torch_engine import log_mel_reference
 from fastclap.kernels.toeplitz_attention import (
     dropout_mask,
     gated_toeplitz_attention,
@@ -200,7 +202,7 @@ def _losses() -> Iterator[KernelForm]:
 
 
 def _draw_attention(dtype: torch.dtype, frames: int, lengths: bool) -> Tensors:
-    """As `fastclap.wavlm` passes them: views of [B, T, H, d], a float32 table, the gates a view of [B, T, H]."""
+    """As `fastclap.models.wavlm` passes them: views of [B, T, H, d], a float32 table, the gates a view of [B, T, H]."""
     normal, heads = _normal(frames), 3
     found = {name: normal(2, frames, heads, 64).to(dtype).transpose(1, 2) for name in "qkv"}
     found |= {"table": normal(heads, 2 * frames - 1), "gate": (1 + normal(2, frames, heads)).transpose(1, 2)}

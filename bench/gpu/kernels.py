@@ -32,8 +32,9 @@ from bench.kernel_peers import (
 )
 from bench.peers import Peer
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu, layer_norm_gelu_reference
-from fastclap.kernels.logmel import LogMelSpec, log_mel_reference
-from fastclap.kernels.logmel import log_mel as log_mel_kernel
+from fastclap.kernels.log_mel.operator import log_mel as log_mel_kernel
+from fastclap.kernels.log_mel.spec import LogMelSpec
+from fastclap.kernels.log_mel.torch_engine import log_mel_reference
 from fastclap.kernels.toeplitz_attention import gated_toeplitz_attention, gated_toeplitz_attention_reference
 from fastclap.kernels.waveform import normalize_waveform, normalize_waveform_reference
 from fastclap.testing import relative_error

@@ -9,11 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 DISPATCH = "kernels/dispatch.py"
-LOSS = ("kernels/contrastive*.py", "fastclap/losses.py", DISPATCH)
-LOG_MEL = ("kernels/logmel*.py", "fastclap/features.py", DISPATCH)
+LOSS = ("kernels/contrastive/*.py", "fastclap/losses.py", DISPATCH)
+LOG_MEL = ("kernels/log_mel/*.py", "fastclap/features.py", DISPATCH)
 TOWERS = ("kernels/toeplitz_attention*.py", "kernels/layer_norm_gelu*.py", "kernels/waveform*.py", DISPATCH)
-MODEL = (*TOWERS, "fastclap/wavlm.py", "fastclap/towers.py", "fastclap/packing.py", "fastclap/products.py")
-STEP = (*LOSS, *MODEL, "fastclap/model.py", "fastclap/heads.py", "fastclap/grad_cache.py")
+MODEL = (*TOWERS, "fastclap/models/*.py")
+STEP = (*LOSS, *MODEL, "fastclap/grad_cache.py")
 STEP = (*STEP, "train/objective.py", "train/distributed.py")
 
 
@@ -62,7 +62,7 @@ _LOTS = (
         ("bench.gpu.device_tests:device_tests",),
         (),
         200,
-        ("kernels/*.py", "fastclap/**/*.py", "train/*.py", "tests/kernels/*.py", "tests/train/*.py"),
+        ("kernels/**/*.py", "fastclap/**/*.py", "train/*.py", "tests/kernels/**/*.py", "tests/train/*.py"),
     ),
     Lot(
         "step",
@@ -118,7 +118,7 @@ _LOTS = (
         ("bench.gpu.embed:embed",),
         ("attention step", "layer norm gelu step", "waveform step"),
         100,
-        (*MODEL, "fastclap/model.py", "fastclap/embed.py"),
+        MODEL,
     ),
     Lot(
         "step_more",

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fastclap.kernels import dispatch
-from fastclap.kernels.offline import Compilation, cache_key
+from fastclap.kernels.offline import Compilation, cache_key, operator_name
 
 MULTIPROCESSORS = 132  # of an H100 or H200
 
@@ -145,7 +145,7 @@ def _recorded(
     source = ASTSource(function, signature, constexprs, attrs)
     name = function.__name__.strip("_").removesuffix("_kernel")
     compilation = Compilation(
-        name=f"{function.__module__.rsplit('.', 1)[-1].removesuffix('_triton')} {name}",
+        name=f"{operator_name(function.__module__)} {name}",
         function=function,
         signature=signature,
         constexprs={function.arg_names[index]: value for (index,), value in constexprs.items()},

@@ -27,7 +27,7 @@ from bench.gpu.steady import Entry, Steady
 from bench.parity import CAPTIONS, OurStep, synthetic_batch
 from bench.reference_step import SIZES
 from bench.train_step import OPEN_CLIP_MODELS, Form, Forms, HostBatch, OpenClipPair, host_batch, work
-from fastclap.tokenizer import train_tokenizer
+from fastclap.models.tokenizer import train_tokenizer
 
 OURS = "fastclap"
 COMPILE_SECONDS = 75.0

@@ -33,9 +33,9 @@ from bench.gpu.run import Run, die_with_parent
 from bench.parity import CAPTIONS
 from bench.reference_step import SIZES, build_ours
 from fastclap.data import shards
-from fastclap.data.manifest import Manifest
-from fastclap.data.manifest import Row as Clip
-from fastclap.tokenizer import train_tokenizer
+from fastclap.data.rows import Manifest
+from fastclap.data.rows import Row as Clip
+from fastclap.models.tokenizer import train_tokenizer
 
 RATE = 16000
 RECIPE = "paraspeechclap-situational"
@@ -107,7 +107,7 @@ def make_inputs(folder: Path, sizes: Sizes, device: torch.device) -> Row:
 
 
 def pack_noise(folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """A packed folder of noise; what `fastclap.data.shards.pack` says of it. No audio file is read or written."""
+    """A packed folder of noise; what `fastclap.data.pack.pack` says of it. No audio file is read or written."""
     generator = np.random.default_rng(0)
     least, most = (round(RATE * seconds) for seconds in sizes.lengths)
     tape = (3000 * generator.standard_normal(4 * most, dtype=np.float32)).astype(np.int16)

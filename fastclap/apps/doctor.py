@@ -101,7 +101,7 @@ def _gpu(torch: Any) -> dict[str, Any]:
 def _engines(torch: Any) -> dict[str, str]:
     if torch is None:
         return {"torch": "no: torch does not load", "native log-mel": "no: torch does not load"}
-    from fastclap.kernels import native
+    from fastclap.kernels.log_mel import native
 
     return {"torch": "yes", "native log-mel": f"{'yes' if native.available() else 'no'}: {native.description()}"}
 

@@ -32,7 +32,7 @@ from fastclap.data import BadClip, Manifest, Row, eval_batches, load_manifest
 from fastclap.data.shards import is_pack
 from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.files import fsync, locked, replacing, write_atomic
-from fastclap.model import DualEncoder
+from fastclap.models.encoder import DualEncoder
 
 VERSION = 1
 AUDIO_SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc"))

@@ -1,7 +1,7 @@
 """A model as MTEB's benchmarks (and MAEB, its audio part) take it.
 
     import mteb
-    from fastclap.mteb_model import MTEBEncoder
+    from fastclap.apps.mteb_model import MTEBEncoder
 
     mteb.evaluate(MTEBEncoder("runs/first/model"), mteb.get_tasks(tasks=["RavdessZeroshot"]))
 
@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclap.errors import ConfigError, DataError
-from fastclap.model import CLAP, DualEncoder
+from fastclap.models.clap import CLAP
+from fastclap.models.encoder import DualEncoder
 
 if TYPE_CHECKING:
     from mteb.models import ModelMeta

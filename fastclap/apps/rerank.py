@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastclap.apps.embed import clip_row, embed_clips, read_lines
+from fastclap.apps.scoring import normalized_weights, prompt_cosines
 from fastclap.console import Advance
 from fastclap.data import BadClip
 from fastclap.data.manifest import read_records
-from fastclap.embed import clip_row, embed_clips, read_lines
 from fastclap.errors import ConfigError, DataError
 from fastclap.files import fsync
-from fastclap.model import DualEncoder
-from fastclap.scoring import normalized_weights, prompt_cosines
+from fastclap.models.encoder import DualEncoder
 
 PROMPTS_FILE = "input_descriptions.txt"
 _COMMON_FILES = (PROMPTS_FILE, "input_genders.txt", "input_negative_descriptions.txt", "input_texts.txt")

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclap.errors import ConfigError, DataError
-from fastclap.model import CLAP, DualEncoder
+from fastclap.models.clap import CLAP
+from fastclap.models.encoder import DualEncoder
 
 Models = DualEncoder | str | os.PathLike[str]
 

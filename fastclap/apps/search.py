@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastclap.embed import Index
+from fastclap.apps.embed import Index
 from fastclap.errors import ConfigError, DataError, ModelError
 
 
@@ -20,7 +20,7 @@ def search(index: Index, query: Tensor, k: int = 10, *, engine: Literal["torch",
     """The ``k`` rows of highest cosine for each query, best first; all rows if there are fewer.
 
     Args:
-        index: as of :func:`fastclap.embed.load_index`.
+        index: as of :func:`fastclap.apps.embed.load_index`.
         query: unit vectors [q, D].
         engine: what computes the product.
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastclap.apps.embed import check_finite, clip_row, embed_clips
 from fastclap.console import Advance
 from fastclap.data import BadClip
 from fastclap.data.manifest import read_records
-from fastclap.embed import check_finite, clip_row, embed_clips
 from fastclap.errors import DataError
-from fastclap.model import DualEncoder
+from fastclap.models.encoder import DualEncoder
 
 _MAX_ERRORS = 10
 

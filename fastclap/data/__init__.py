@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from fastclap.data.dataset import BadClip, Batch, ClipDataset, Quarantine, eval_batches, make_loader
-from fastclap.data.manifest import Manifest, Row, load_manifest
+from fastclap.data.manifest import load_manifest
+from fastclap.data.pack import pack
+from fastclap.data.rows import Manifest, Row
 from fastclap.data.sampler import BatchSampler
-from fastclap.data.shards import open_clip, pack
+from fastclap.data.shards import open_clip
 
 __all__ = [
     "BadClip",

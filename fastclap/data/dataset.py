@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastclap.audio import MIN_SECONDS, AudioError, Clip, whole_clip
-from fastclap.data.manifest import Manifest, Row
-from fastclap.data.sampler import BatchSampler, clip_durations, draw, hash64
+from fastclap.data.hashing import draw, hash64
+from fastclap.data.rows import Manifest, Row
+from fastclap.data.sampler import BatchSampler, clip_durations
 from fastclap.data.shards import open_clip
 from fastclap.data.tags import TagPrompts
 from fastclap.data.workers import describe_deaths, fork_server, start_worker
@@ -121,7 +122,7 @@ class ClipDataset(Dataset[Batch]):
         cache_mb: each process keeps up to this many MB of decoded clips, so that a small set is decoded only once.
         tokenize: fill ``Batch.text`` and ``Batch.text_rows`` with what this makes of the distinct captions of a batch,
             so that loader processes tokenize. It must be picklable, as ``functools.partial(tokenizer, max_tokens=77)``
-            of a :class:`~fastclap.tokenizer.Tokenizer` is.
+            of a :class:`~fastclap.models.tokenizer.Tokenizer` is.
         tags: fill ``Batch.tags`` and ``Batch.prompts``; the prompts are tokenized together with the captions.
         pad_to_crop: every clip is padded to the crop length with zeros, and ``lengths`` count them as sound.
         repeats: rows recur within an epoch, as a balanced sampler draws them: crops and captions are then drawn for

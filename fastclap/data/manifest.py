@@ -13,17 +13,13 @@ import csv
 import json
 import math
 import os
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TextIO, overload
+from typing import Any, NamedTuple, TextIO
 
-import torch
-from torch import Tensor
-
+from fastclap.data.rows import Manifest, Mix, Row, check_mix
 from fastclap.data.shards import CLIP_COLUMN, PackedClip, is_pack, read_pack
 from fastclap.errors import DataError, required
 
-Mix = Literal["concat", "interleave"]
 Record = Mapping[str, Any]
 
 _MAX_ERRORS = 10
@@ -34,113 +30,6 @@ _FIELD_COLUMNS = ("source", "classification_tag", "duration", "text_style_prompt
 _TAG_COLUMNS = ("intrinsic_tags", "situational_tags")
 _KNOWN_COLUMNS = (*_PATH_COLUMNS, *_CAPTION_COLUMNS, *_FIELD_COLUMNS, *_TAG_COLUMNS)
 _NOT_TAGS = frozenset((*_PATH_COLUMNS, *_CAPTION_COLUMNS, "classification_tag", "duration", "text_style_prompt"))
-
-
-class Row(NamedTuple):
-    """One clip of a manifest."""
-
-    audio: str  # path of the audio file; of a packed row, the one it was packed from (see ``open_clip``)
-    captions: tuple[str, ...]  # global descriptions; empty only if captions were not required
-    fine_captions: tuple[str, ...]  # fine-grained descriptions, often none
-    tags: dict[str, tuple[str, ...]]  # every tag column that the row fills
-    classification_tag: str | None
-    duration: float | None  # seconds
-    style_prompt: str | None
-    origin: str  # where the row was read, "FILE:LINE"
-    source: int  # index of the manifest among those loaded together
-    packed: PackedClip | None = None  # where the samples are, if the row is of a packed folder
-
-    def tags_of(self, column: str) -> tuple[str, ...]:
-        """The tags in a tag column, or the one in classification_tag."""
-        if column == "classification_tag":
-            return (self.classification_tag,) if self.classification_tag else ()
-        return self.tags.get(column, ())
-
-
-class Manifest(Sequence[Row]):
-    """An immutable sequence of rows, in the order of their sources.
-
-    Attributes:
-        source_names: the sources as given to :func:`load_manifest`.
-        source_sizes: rows of each source; rows of one source are contiguous.
-        columns: names of the tag columns.
-        durations: float64 [rows], seconds, NaN where the manifest has none.
-        mix, probabilities: how :class:`~fastclap.data.BatchSampler` draws from several sources.
-    """
-
-    def __init__(
-        self,
-        rows: Iterable[Row],
-        *,
-        source_names: Sequence[str] = ("rows",),
-        mix: Mix = "concat",
-        probabilities: Sequence[float] | None = None,
-    ) -> None:
-        self.source_names = tuple(source_names)
-        self.mix = mix
-        self.probabilities = _check_mix(self.source_names, mix, probabilities)
-        encoded, ends = bytearray(), []
-        durations: list[float] = []
-        sizes = [0] * len(self.source_names)
-        columns: dict[str, None] = {}
-        for row in rows:
-            if row.source != len(sizes) - 1 and any(sizes[row.source + 1 :]):
-                raise ValueError(f"{row.origin}: rows must come in the order of their sources")
-            encoded += pickle.dumps(tuple(row), protocol=5)
-            ends.append(len(encoded))
-            durations.append(math.nan if row.duration is None else row.duration)
-            sizes[row.source] += 1
-            columns.update(dict.fromkeys(row.tags))
-        self.source_sizes = tuple(sizes)
-        self.columns = tuple(columns)
-        self.durations = torch.tensor(durations, dtype=torch.float64)
-        self._ends = torch.tensor(ends, dtype=torch.int64)
-        self._bytes: Tensor = torch.frombuffer(encoded or bytearray(1), dtype=torch.uint8)
-
-    def __len__(self) -> int:
-        return len(self.durations)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of a manifest with {len(self)} rows")
-        index %= len(self)
-        # No view outlives this call: sharing a tensor with another process moves its memory.
-        ends = self._ends.numpy()
-        begin = ends[index - 1] if index else 0
-        return Row(*pickle.loads(self._bytes.numpy()[begin : ends[index]].data))
-
-    def __repr__(self) -> str:
-        tags = ", ".join(self.columns) or "none"
-        return f"Manifest({len(self)} rows from {', '.join(self.source_names)}; tags: {tags})"
-
-
-def with_fine_captions(manifest: Manifest, shortest: int, longest: int) -> Manifest:
-    """The manifest with only those fine captions that have ``shortest`` to ``longest`` characters.
-
-    Rows that lose all of theirs are left out; rows that never had any stay, for whoever needs one to name.
-
-    Raises:
-        DataError: no row of a source is left.
-    """
-    rows = []
-    for row in manifest:
-        fine = tuple(text for text in row.fine_captions if shortest <= len(text) <= longest)
-        if fine or not row.fine_captions:
-            rows.append(row._replace(fine_captions=fine))
-    left = {row.source for row in rows}
-    for source, name in enumerate(manifest.source_names):
-        if source not in left:
-            raise DataError(
-                f"{name}: no fine_description has {shortest} to {longest} characters; change the bounds "
-                "(--data.fine-characters)"
-            )
-    return Manifest(rows, source_names=manifest.source_names, mix=manifest.mix, probabilities=manifest.probabilities)
 
 
 def load_manifest(
@@ -184,7 +73,7 @@ def load_manifest(
     names = [sources] if isinstance(sources, str) else list(sources)
     if not names:
         raise DataError("no manifest given; name at least one file, packed or datasets folder, or hf:NAME")
-    _check_mix(names, mix, probabilities)
+    check_mix(names, mix, probabilities)
     for ours in columns or {}:
         if ours not in _KNOWN_COLUMNS:
             raise DataError(f"cannot remap {ours!r}: the columns with a meaning are {', '.join(_KNOWN_COLUMNS)}")
@@ -618,17 +507,3 @@ def _decoded(name: str, lines: Iterable[str]) -> Iterator[str]:
         yield from lines
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 text ({error}); save it as UTF-8") from error
-
-
-def _check_mix(names: Sequence[str], mix: str, probabilities: Sequence[float] | None) -> tuple[float, ...] | None:
-    if mix not in ("concat", "interleave"):
-        raise DataError(f"mix={mix!r}: it is either 'concat' or 'interleave'")
-    if probabilities is None:
-        return None
-    if mix != "interleave":
-        raise DataError("probabilities only mean something with mix='interleave'")
-    if len(probabilities) != len(names):
-        raise DataError(f"{len(probabilities)} probabilities for {len(names)} manifests; give one for each")
-    if min(probabilities) <= 0 or abs(sum(probabilities) - 1) > 1e-6:
-        raise DataError(f"probabilities {list(probabilities)} must be positive and sum to 1")
-    return tuple(probabilities)

@@ -1,24 +1,4 @@
-"""Packed folders: every clip decoded once, so that an epoch is plain reads and a crop costs only its own bytes.
-
-A packed folder is a complete manifest with its audio:
-
-- ``shard-00000.pcm``, ``shard-00001.pcm``, ...: mono samples, int16 little-endian, one clip after the other.
-- ``index.parquet``: one line for each row. The columns ``audio`` (the path it was packed from), ``text_description``,
-  ``fine_description``, ``classification_tag``, ``duration``, ``text_style_prompt`` and every tag column are the
-  manifest's; rows of the same audio share its samples. The column ``fastclap_clip`` says where they are: ``shard``,
-  ``offset`` in bytes, ``samples``, ``mean`` and ``variance`` (of the whole file, full scale = ±1), ``crc32`` (one
-  little-endian uint32 for each block of 16384 samples, the last one shorter) and ``origin`` (manifest and line).
-- ``skipped.jsonl``: the rows that could not be packed, with their reasons; there only if there are any.
-- ``pack.json``: version of this format, sampling rate, shard size and id of the input; once the pack is finished, also
-  the byte size of each shard and the BLAKE2b sum of the index.
-
-A crop reads the blocks that it lies in and checks their sums: on average one block (a second at 16 kHz) more than was
-asked for.
-
-Packing writes every file aside and renames it once it is on the disk, the finished ``pack.json`` last. Before that, the
-folder is an unfinished pack, which the same command continues behind its last finished shard. The bytes of a pack
-follow from its input alone, however many processes decoded it and however often it was interrupted.
-"""
+"""`fastclap pack`: clips decoded once into shards that `fastclap.data.shards` reads."""
 
 from __future__ import annotations
 
@@ -31,10 +11,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -45,210 +23,21 @@ from fastclap.errors import ConfigError, DataError, FastclapError
 from fastclap.files import fsync, locked, write_atomic
 
 if TYPE_CHECKING:
-    from fastclap.data.manifest import Manifest, Row
-
-VERSION = 1
-CLIP_COLUMN = "fastclap_clip"
-_INPUT = ("version", "sampling_rate", "shard_mb", "input")  # what a pack is made of, in pack.json
-_BLOCK = 1 << 14  # samples under one checksum
-_OPEN_SHARDS = 128
-_ROWS_AT_ONCE = 4096
-_SAMPLE = np.dtype("<i2")
-_AGAIN = "copy the folder again from where it came from, or remove it and run `fastclap pack` again"
-
-
-class PackedClip(NamedTuple):
-    """Where the samples of a row are, and what is known of them without reading."""
-
-    shard: str  # path of the shard
-    offset: int  # bytes
-    samples: int
-    sampling_rate: int  # Hz
-    mean: float  # of the whole clip, full scale = ±1
-    variance: float  # population variance, likewise
-    checksums: bytes  # CRC-32 of each block, uint32 little-endian
-    origin: str  # manifest and line that the clip was packed from
-
-
-class PackedFile:
-    """A packed clip, read like an :class:`~fastclap.audio.AudioFile`. Shards are opened once in each process.
-
-    Raises:
-        DataError: the clip was packed at another sampling rate than the wanted one.
-    """
-
-    def __init__(self, clip: PackedClip, sampling_rate: int | None = None) -> None:
-        self.path = clip.shard
-        self.sampling_rate = clip.sampling_rate
-        self.statistics: tuple[float, float] | None = (clip.mean, clip.variance)
-        self._clip = clip
-        if sampling_rate not in (None, clip.sampling_rate):
-            raise DataError(
-                f"{os.path.dirname(clip.shard)}: packed at {clip.sampling_rate} Hz, but {sampling_rate} Hz are wanted; "
-                f"pack the files again with --sampling-rate {sampling_rate}"
-            )
-
-    @property
-    def num_samples(self) -> int:
-        return self._clip.samples
-
-    def read(self, start: int = 0, num_samples: int | None = None) -> np.ndarray:
-        """Samples [start, start + num_samples) or to the end; int16, read-only.
-
-        Raises:
-            AudioError: ``start`` lies outside the clip, the shard is missing or shorter than it was, cannot be read, or
-                a block that was read does not have its checksum.
-        """
-        clip = self._clip
-        if not 0 <= start < clip.samples:
-            raise AudioError(self.path, f"start={start} lies outside the clip, which has {clip.samples} samples")
-        stop = clip.samples if num_samples is None else min(start + num_samples, clip.samples)
-        first, last = start // _BLOCK, -(-stop // _BLOCK)
-        begin = first * _BLOCK
-        size = 2 * (min(last * _BLOCK, clip.samples) - begin)
-        try:
-            data = _shard(self.path).read(clip.offset + 2 * begin, size)
-        except OSError as error:
-            raise AudioError(self.path, f"cannot be read: {error.strerror}; {self._remedy()}") from error
-        if len(data) < size:
-            raise AudioError(self.path, f"truncated: the shard ends within this clip; {self._remedy()}")
-        expected = np.frombuffer(clip.checksums, "<u4", last - first, 4 * first).tolist()
-        view = memoryview(data)
-        for block, checksum in enumerate(expected):
-            if zlib.crc32(view[2 * _BLOCK * block : 2 * _BLOCK * (block + 1)]) != checksum:
-                at = clip.offset + 2 * (begin + _BLOCK * block)
-                raise AudioError(
-                    self.path, f"damaged: the block at byte {at} does not have its checksum; {self._remedy()}"
-                )
-        wave = np.frombuffer(data, _SAMPLE, stop - start, 2 * (start - begin))
-        return wave.astype(np.int16, copy=False)
-
-    def _remedy(self) -> str:
-        return f"the clip was packed from {self._clip.origin}; {_AGAIN}"
-
-    def __enter__(self) -> PackedFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Nothing to close: the shard stays open for the next clip."""
-
-
-def open_clip(row: Row, sampling_rate: int) -> AudioFile | PackedFile:
-    """The audio of a row, from its file or from the packed folder that the row is of.
-
-    Raises:
-        AudioError: the file cannot be used.
-        DataError: the row was packed at another sampling rate.
-    """
-    return AudioFile(row.audio, sampling_rate) if row.packed is None else PackedFile(row.packed, sampling_rate)
-
-
-class _Shard:
-    """An open shard; closed when nobody reads from it any more."""
-
-    def __init__(self, path: str) -> None:
-        self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-
-    def read(self, offset: int, size: int) -> bytes:
-        """``size`` bytes from ``offset``, fewer only at the end of the file; any number of threads at a time."""
-        data = os.pread(self._descriptor, size, offset)
-        while len(data) < size and (more := os.pread(self._descriptor, size - len(data), offset + len(data))):
-            data += more
-        return data
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-
-
-_shard = lru_cache(_OPEN_SHARDS)(_Shard)
-
-
-# Reading the index
-
-
-def is_pack(folder: str) -> bool:
-    """Whether a folder is a packed folder, finished or not."""
-    return os.path.isfile(os.path.join(folder, "pack.json"))
-
-
-def read_pack(folder: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The numbered records of a packed folder, each with a :class:`PackedClip` under ``fastclap_clip``.
-
-    Raises:
-        DataError: the pack is unfinished, of another version or damaged, or a shard is missing or has changed its size.
-    """
-    header = _read_header(Path(folder))
-    index = _open_index(Path(folder), header)
-    for number, size in enumerate(header["shards"]):
-        path = os.path.join(folder, _shard_name(number))
-        try:
-            found = os.path.getsize(path)
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror}), but the folder lists clips of it; {_AGAIN}"
-            ) from error
-        if found != size:
-            state = "truncated" if found < size else "too long"
-            raise DataError(f"{path}: {state}: {found} bytes instead of {size}; {_AGAIN}")
-    number = 0
-    for batch in index.iter_batches(batch_size=_ROWS_AT_ONCE):
-        for record in batch.to_pylist():
-            number += 1
-            clip = record[CLIP_COLUMN]
-            record[CLIP_COLUMN] = PackedClip(
-                os.path.join(folder, _shard_name(clip["shard"])),
-                clip["offset"],
-                clip["samples"],
-                header["sampling_rate"],
-                clip["mean"],
-                clip["variance"],
-                clip["crc32"],
-                clip["origin"],
-            )
-            yield number, record
-
-
-def _read_header(folder: Path) -> dict[str, Any]:
-    path = folder / "pack.json"
-    try:
-        header: dict[str, Any] = json.loads(path.read_bytes())
-        version = header["version"]
-        if version == VERSION:
-            return {**{key: header[key] for key in _INPUT}, **header}
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: not the header of a packed folder ({type(error).__name__}: {error}); {_AGAIN}"
-        ) from error
-    raise DataError(
-        f"{path}: the folder was packed in version {version!r} of the format, this fastclap reads version {VERSION}; "
-        "use the fastclap that packed it, or pack it again"
-    )
-
-
-def _open_index(folder: Path, header: Mapping[str, Any]) -> Any:
-    import pyarrow.parquet
-
-    path = folder / "index.parquet"
-    if "index" not in header:
-        raise DataError(f"{folder}: an unfinished pack; run the same `fastclap pack` command again, it goes on")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; {_AGAIN}") from error
-    if _sum(data) != header["index"]:
-        raise DataError(f"{path}: damaged, or of another pack than {folder}/pack.json: its sum is another; {_AGAIN}")
-    return pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
-
-
-def _sum(data: bytes) -> str:
-    return blake2b(data, digest_size=16).hexdigest()
-
+    from fastclap.data.rows import Manifest, Row
+from fastclap.data.shards import (
+    _BLOCK,
+    _INPUT,
+    _ROWS_AT_ONCE,
+    _SAMPLE,
+    CLIP_COLUMN,
+    VERSION,
+    _open_index,
+    _read_header,
+    _shard_name,
+    _sum,
+    is_pack,
+    open_clip,
+)
 
 # Packing
 
@@ -606,10 +395,6 @@ def _summary(folder: Path) -> dict[str, Any]:
         "shards": len(header["shards"]),
         "skipped": len(skipped.read_bytes().splitlines()) if skipped.exists() else 0,
     }
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}.pcm"
 
 
 def _note_name(number: int) -> str:

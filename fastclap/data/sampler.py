@@ -17,49 +17,13 @@ from typing import Literal
 import numpy as np
 
 from fastclap.audio import MIN_SECONDS, AudioError, audio_info
-from fastclap.data.manifest import Manifest
+from fastclap.data.hashing import draw, permutation, uniform
+from fastclap.data.rows import Manifest
 from fastclap.errors import DataError
 
 Balance = Literal["none", "inverse", "sqrt", "log"]
-
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
 _RARE_SHARE = 0.05  # of the clips; a tag that fewer have is rare (ParaSpeechCLAP)
 _MAX_BUCKET_WINDOW = 32  # batches that are sorted by length together
-
-
-def hash64(*values: int) -> int:
-    """A 64-bit hash of integers, one SplitMix64 step (Steele et al. 2014) for each; about 1 µs, the same everywhere."""
-    state = 0
-    for value in values:
-        state = (state + _GOLDEN ^ value) & _MASK
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
-        state ^= state >> 31
-    return state
-
-
-def draw(below: int, *values: int) -> int:
-    """An integer in [0, below), fixed by ``values``."""
-    return hash64(*values) * below >> 64
-
-
-def permutation(size: int, *values: int) -> np.ndarray:
-    """A shuffle of 0 … size-1, fixed by ``values``: the argsort of hash64(*values, i). int64 [size]."""
-    return np.argsort(_hashes(size, *values), kind="stable")
-
-
-def uniform(size: int, *values: int) -> np.ndarray:
-    """Numbers from [0, 1), fixed by ``values``. float64 [size]."""
-    return (_hashes(size, *values) >> np.uint64(11)) * 2.0**-53
-
-
-def _hashes(size: int, *values: int) -> np.ndarray:
-    """hash64(*values, i) for i in 0 … size-1. uint64 [size]."""
-    state = np.uint64((hash64(*values) + _GOLDEN) & _MASK) ^ np.arange(size, dtype=np.uint64)
-    state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return state ^ state >> np.uint64(31)
 
 
 class BatchSampler:

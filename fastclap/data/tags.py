@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclap.data.manifest import Manifest, Row
-from fastclap.data.sampler import draw
+from fastclap.data.hashing import draw
+from fastclap.data.rows import Manifest, Row
 from fastclap.errors import DataError
 from fastclap.prompts import DEFAULT_TEMPLATE, fill_template, load_prompts
 

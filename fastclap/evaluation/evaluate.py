@@ -24,7 +24,7 @@ from fastclap.data import BadClip, Manifest, eval_batches
 from fastclap.errors import DataError, ModelError
 from fastclap.evaluation.metrics import classification, prompt_ensemble, retrieval, unique_texts
 from fastclap.evaluation.projection import coordinates, even_selection, principal_components
-from fastclap.model import DualEncoder
+from fastclap.models.encoder import DualEncoder
 from fastclap.prompts import DEFAULT_TEMPLATE, fill_template
 
 Captions = Literal["global", "fine"]

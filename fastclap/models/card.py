@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastclap.config import AudioTowerConfig, TextTowerConfig
-    from fastclap.model import CLAP
+    from fastclap.models.clap import CLAP
 
 _HERE = 'CLAP.from_pretrained(".")'
 

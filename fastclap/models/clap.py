@@ -13,123 +13,38 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
 
 from fastclap.config import FORMAT_VERSION, CLAPConfig
-from fastclap.errors import ConfigError, DataError, ModelError, required
+from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.files import fsync
-from fastclap.heads import build_head
-from fastclap.model_card import card_of, published_at
-from fastclap.products import fast_products
-from fastclap.tokenizer import TOKENIZER_FILE, Tokenizer, as_tokenizer
-from fastclap.towers import as_float, build_audio_tower, build_text_tower
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-CARD_FILE = "README.md"
-_MODEL_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CARD_FILE}
-
-
-class DualEncoder(nn.Module):
-    """Embeddings of clips and captions for users, on top of an encoder of padded batches."""
-
-    @property
-    def sampling_rate(self) -> int:
-        """Rate in Hz of the waveforms that :meth:`encode_audio` takes."""
-        raise NotImplementedError
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
-
-    def encode_audio(
-        self,
-        audio: Tensor,  # int16 or float [B, T]
-        lengths: Tensor | None = None,  # [B]
-        mean: Tensor | None = None,  # [B]
-        std: Tensor | None = None,  # [B]
-        host_lengths: Sequence[int] | None = None,
-    ) -> Tensor:  # [B, D]
-        """Embeddings of a padded batch, not normalised."""
-        raise NotImplementedError
-
-    def embed_audio(
-        self,
-        audio: Sequence[Any] | np.ndarray | Tensor,
-        lengths: Sequence[int] | Tensor | None = None,
-        *,
-        sampling_rate: int = 16000,
-        batch_size: int = 32,
-    ) -> Tensor:
-        """Unit vectors of clips, in the order given.
-
-        Args:
-            audio: a list of paths and of 1-D arrays or tensors (int16, or float in ±1), or one padded [n, T] tensor.
-            lengths: valid samples of each row, for the padded form.
-            sampling_rate: of arrays and tensors, in Hz; resampled to the model's rate. Files know their own.
-            batch_size: clips encoded at a time; some towers take one at a time on a CPU, which is faster there.
-
-        Returns:
-            float32 [n, D] on the model's device.
-
-        Raises:
-            DataError: nothing to embed, or a clip that is empty, not 1-D, not finite or not readable; it is named.
-        """
-        clips = _as_clips(audio, lengths)
-        ratio = self.sampling_rate / sampling_rate
-        sizes = [_num_samples(index, clip, self.sampling_rate, ratio) for index, clip in enumerate(clips)]
-        order = sorted(range(len(clips)), key=sizes.__getitem__)
-        chunks = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-        with self._inference():
-            rows: dict[int, Tensor] = {}
-            for chunk in chunks:
-                waves = {index: _waveform(index, clips[index], self.sampling_rate, sampling_rate) for index in chunk}
-                for group in self._batches(waves):
-                    batch, sizes_of_group = _pad([waves[index] for index in group], self.device)
-                    host_lengths = [len(waves[index]) for index in group]
-                    encoded = self.encode_audio(batch, sizes_of_group, host_lengths=host_lengths)
-                    rows.update(zip(group, encoded, strict=True))
-            embeddings = F.normalize(torch.stack([rows[index] for index in range(len(clips))]).float(), dim=-1)
-        return embeddings.clone()  # outside of inference mode, so that the result can enter a graph
-
-    def _batches(self, waves: Mapping[int, Tensor]) -> list[list[int]]:
-        """Keys of the clips that are padded to one batch."""
-        return [list(waves)]
-
-    def embed_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """Unit vectors of captions, in the order given: float32 [n, D] on the model's device."""
-        raise NotImplementedError
-
-    def similarity(
-        self, audio: Sequence[Any] | np.ndarray | Tensor, texts: Sequence[str], *, sampling_rate: int = 16000
-    ) -> Tensor:
-        """Cosines [n, m] between clips and captions; arguments and errors as for the two embedding methods."""
-        return self.embed_audio(audio, sampling_rate=sampling_rate) @ self.embed_text(texts).T
-
-    @contextlib.contextmanager
-    def _inference(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            # weights that a parametrization computes, such as WavLM's positional convolution, are computed once
-            with torch.inference_mode(), fast_products(self.device), parametrize.cached():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+from fastclap.models.audio_towers import build_audio_tower
+from fastclap.models.card import card_of, published_at
+from fastclap.models.encoder import DualEncoder
+from fastclap.models.folder import (
+    _MODEL_FILES,
+    CARD_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    _is_hub_id,
+    _read_config,
+    check_weights,
+    find_model,
+    is_foreign,
+    load_state_dict_file,
+    without_initialisation,
+)
+from fastclap.models.heads import build_head
+from fastclap.models.text_towers import build_text_tower
+from fastclap.models.tokenizer import TOKENIZER_FILE, Tokenizer, as_tokenizer
 
 
 class CLAP(DualEncoder):
@@ -441,7 +356,7 @@ class CLAP(DualEncoder):
 
         Args:
             path: an exported folder, a run folder (its newest checkpoint is read), a hub id, or a checkpoint of another
-                code (see :func:`fastclap.checkpoints.read_checkpoint`): a ParaSpeechCLAP ``.pth.tar``, a LAION-CLAP
+                code (see :func:`fastclap.models.foreign.read_checkpoint`): a ParaSpeechCLAP ``.pth.tar``, a LAION-CLAP
                 ``.pt``, or the folder of a transformers ``ClapModel``.
             device: where to put it.
             dtype: of the parameters; float32 by default.
@@ -453,7 +368,7 @@ class CLAP(DualEncoder):
         """
         folder = find_model(path)
         if is_foreign(folder):
-            from fastclap.checkpoints import read_checkpoint
+            from fastclap.models.foreign import read_checkpoint
 
             return read_checkpoint(folder, tokenizer=tokenizer).to(device=device, dtype=dtype)
         config = _read_config(folder / CONFIG_FILE)
@@ -474,258 +389,5 @@ class CLAP(DualEncoder):
         return model.to(device=device, dtype=dtype).eval()
 
 
-@contextlib.contextmanager
-def without_initialisation() -> Iterator[None]:
-    """Parameters made within keep what the memory holds, until weights are read into all of them.
-
-    Drawing 600 million random numbers to overwrite them takes ten times as long as reading the weights. What is left of
-    the drawing does not advance torch's generator.
-    """
-    with torch.random.fork_rng(devices=[]), _WithoutInitialisation():
-        yield
-
-
-class _WithoutInitialisation(TorchFunctionMode):
-    # by name: tensors' methods, the functions of torch.nn.init, and those that transformers puts in their place
-    _DRAWS = frozenset(
-        f"{name}_"
-        for name in ("normal", "uniform", "trunc_normal", "kaiming_normal", "kaiming_uniform", "xavier_uniform")
-    )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        target = args[0] if args else kwargs.get("tensor")
-        if isinstance(target, nn.Parameter) and getattr(func, "__name__", None) in self._DRAWS:
-            return target
-        return func(*args, **kwargs)
-
-
-def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` file or of a file that ``torch.save`` wrote, on the CPU.
-
-    A torch file is read with ``weights_only=True``: a pickle that would run code is refused, and none of it is run; of
-    NumPy, plain numbers are let through, because training codes keep a loss or an epoch beside the weights. A state
-    dict under the key ``state_dict``, ``model`` or ``model_state_dict`` is taken out of its wrapping.
-
-    Raises:
-        ModelError: the file is missing, damaged, not a state dict, or a pickle that does more than hold tensors.
-    """
-    import pickle
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"{path}: no such weights file")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            size = path.stat().st_size
-            raise ModelError(f"{path}: truncated or damaged ({error}; {size} bytes); copy or save it again") from error
-    try:
-        with torch.serialization.safe_globals(_numpy_numbers()):
-            data = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{path}: refused, because it is damaged or its pickle asks to run code instead of holding tensors only; "
-            "nothing of it was run. Ask its author for a safetensors file"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: not a readable torch file ({error}); copy or save it again") from error
-    for wrapping in ("state_dict", "model", "model_state_dict"):
-        if isinstance(data, Mapping) and isinstance(data.get(wrapping), Mapping):
-            data = data[wrapping]
-    if not isinstance(data, Mapping) or not all(isinstance(value, Tensor) for value in data.values()):
-        raise ModelError(f"{path}: holds no state dict (a mapping from names to tensors)")
-    return dict(data)
-
-
-def _numpy_numbers() -> list[Any]:
-    """What the unpickling of a NumPy number calls: it makes a number of bytes and nothing else."""
-    scalar = np.float64(0).__reduce__()[0]  # NumPy 1 and 2 pickle it under different names
-    kinds = [type(np.dtype(kind)) for kind in ("?", "i4", "i8", "f4", "f8")]
-    return [np.dtype, *kinds, *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# clips
-
-
-def _as_clips(audio: Sequence[Any] | np.ndarray | Tensor, lengths: Sequence[int] | Tensor | None) -> list[Any]:
-    if isinstance(audio, (str, os.PathLike)):
-        raise DataError(f"embed_audio takes a list of clips; for one file write [{str(audio)!r}]")
-    if isinstance(audio, (Tensor, np.ndarray)):
-        if audio.ndim != 2:
-            raise DataError(f"a padded batch has the shape [clips, samples], not {tuple(audio.shape)}")
-        sizes = [audio.shape[1]] * len(audio) if lengths is None else [int(length) for length in lengths]
-        if len(sizes) != len(audio):
-            raise DataError(f"{len(sizes)} lengths for {len(audio)} clips")
-        for index, size in enumerate(sizes):
-            if not 0 <= size <= audio.shape[1]:
-                raise DataError(f"length {index} is {size}, but the batch is {audio.shape[1]} samples long")
-        clips = [row[:size] for row, size in zip(audio, sizes, strict=True)]
-    elif lengths is not None:
-        raise DataError("lengths go with a padded [clips, samples] batch; the clips of a list know their own")
-    else:
-        clips = list(audio)
-    if not clips:
-        raise DataError("there is no clip to embed")
-    return clips
-
-
-def _num_samples(index: int, clip: Any, target_rate: int, ratio: float) -> float:
-    """Length at the model's rate (of a file, by its header), after the checks that need no decoding."""
-    if isinstance(clip, (str, os.PathLike)):
-        from fastclap.audio import audio_info
-
-        with _naming(index):
-            return audio_info(clip).duration * target_rate
-    if not isinstance(clip, (Tensor, np.ndarray)):
-        raise DataError(f"clip {index} is {type(clip).__name__}; give a path, an array or a tensor")
-    if clip.ndim != 1:
-        raise DataError(f"clip {index} has the shape {tuple(clip.shape)}; give mono 1-D audio (average the channels)")
-    if len(clip) == 0:
-        raise DataError(f"clip {index} is empty")
-    return len(clip) * ratio
-
-
-def _waveform(index: int, clip: Any, target_rate: int, sampling_rate: int) -> Tensor:
-    """One clip as an int16 or float32 1-D tensor at the model's rate."""
-    if isinstance(clip, (str, os.PathLike)):
-        from fastclap.audio import read_audio
-
-        with _naming(index):
-            return torch.from_numpy(read_audio(clip, target_rate))
-    wave = clip.detach() if isinstance(clip, Tensor) else torch.from_numpy(np.ascontiguousarray(clip))
-    if wave.dtype != torch.int16:
-        if not wave.is_floating_point():
-            raise DataError(f"clip {index} is of type {wave.dtype}; give int16, or float in ±1")
-        wave = wave.float()
-        if not wave.isfinite().all():
-            raise DataError(f"clip {index} has NaN or infinite samples")
-    if sampling_rate != target_rate:
-        soxr = required("soxr", "changing the sampling rate")
-        wave = torch.from_numpy(soxr.resample(as_float(wave).cpu().numpy(), sampling_rate, target_rate))
-        if len(wave) == 0:
-            raise DataError(f"clip {index} is too short to resample from {sampling_rate} to {target_rate} Hz")
-    return wave
-
-
-@contextlib.contextmanager
-def _naming(index: int) -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"clip {index}: {error}") from error
-
-
-def _pad(waves: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Zero-padded batch on the device and its lengths; float32 if any clip is."""
-    lengths = torch.tensor([len(wave) for wave in waves])
-    if any(wave.dtype != torch.int16 for wave in waves):
-        waves = [as_float(wave) for wave in waves]
-    return nn.utils.rnn.pad_sequence([wave.to(device) for wave in waves], batch_first=True), lengths.to(device)
-
-
 def _no_grad_if(frozen: bool) -> contextlib.AbstractContextManager[Any]:
     return torch.no_grad() if frozen else contextlib.nullcontext()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# folders
-
-
-def find_model(path: str | os.PathLike[str]) -> Path:
-    """What holds the weights: the folder of an export or of a run's checkpoint, or a foreign checkpoint."""
-    folder = Path(path)
-    if not folder.exists():
-        folder = _download(os.fspath(path))
-    if folder.is_file() or is_foreign(folder):
-        return folder
-    archives = sorted(folder.glob("*.pth.tar"))
-    if archives and not isinstance(_format_of(folder), int):
-        if len(archives) > 1:
-            raise ModelError(f"{folder}: name one of {', '.join(item.name for item in archives)}")
-        return archives[0]
-    if (folder / CONFIG_FILE).is_file():
-        return folder
-    steps = {
-        int(match[1]): item
-        for item in folder.glob("checkpoints/step-*")
-        if (match := re.fullmatch(r"step-(\d+)", item.name)) and (item / WEIGHTS_FILE).is_file()
-    }
-    if not steps:
-        raise ModelError(f"{folder}: neither an exported model ({CONFIG_FILE}) nor a run with a complete checkpoint")
-    return steps[max(steps)]
-
-
-def is_foreign(path: Path) -> bool:
-    """Whether this is a checkpoint that :mod:`fastclap.checkpoints` reads: a weights file, or a transformers CLAP."""
-    return path.is_file() or _format_of(path) == "clap"
-
-
-def _format_of(folder: Path) -> str | int | None:
-    """Format version of an export, model type of a transformers folder, None without a readable configuration."""
-    try:
-        data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return data.get("format_version", data.get("model_type")) if isinstance(data, dict) else None
-
-
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-
-
-# of transformers' CLAP (its tokenizer) and of ParaSpeechCLAP
-_FOREIGN_FILES = {"tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "*.pth.tar"}
-
-
-def _download(name: str) -> Path:
-    if not _is_hub_id(name):
-        raise ModelError(f"{name}: no such model folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=sorted(_MODEL_FILES | _FOREIGN_FILES)))
-        if _format_of(folder) == "clap" and not (folder / WEIGHTS_FILE).exists():
-            snapshot_download(name, allow_patterns=["pytorch_model*", "model*.safetensors*"])
-        return folder
-    except Exception as error:  # every failure of the network, the hub or the name ends here
-        raise ModelError(f"{name}: no such folder, and it cannot be fetched from the hub ({error})") from error
-
-
-def _read_config(path: Path) -> CLAPConfig:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: missing; this is not an exported model") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}); export the model again") from error
-    version = data.pop("format_version", None) if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
-        raise ModelError(
-            f"{path}: format version {version}, this fastclap reads {FORMAT_VERSION}; "
-            "the file is not a fastclap model or needs another release"
-        )
-    try:
-        return CLAPConfig.from_dict(data)
-    except ConfigError as error:
-        raise ModelError(f"{path}: {error}") from error
-
-
-def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Compare names and shapes, so that a checkpoint of another model says what differs."""
-    expected = model.state_dict()
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is not part of the model" for name in weights if name not in expected]
-    problems += [
-        f"{name} has the shape {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ModelError(f"{path}: not the weights of this configuration: {'; '.join(problems[:5])}{more}")

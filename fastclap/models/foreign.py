@@ -12,28 +12,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
-from fastclap.errors import ConfigError, DataError, ModelError
-from fastclap.model import (
-    CLAP,
-    DualEncoder,
-    check_weights,
-    find_model,
-    is_foreign,
-    load_state_dict_file,
-    without_initialisation,
-)
-from fastclap.model_card import model_card
-from fastclap.tokenizer import Tokenizer, as_tokenizer
+from fastclap.errors import ModelError
+from fastclap.models.card import model_card
+from fastclap.models.clap import CLAP
+from fastclap.models.folder import check_weights, find_model, is_foreign, load_state_dict_file, without_initialisation
+from fastclap.models.tokenizer import Tokenizer, as_tokenizer
 
 PARASPEECHCLAP_TOKENIZER = "ibm-granite/granite-embedding-278m-multilingual"
 LAION_TOKENIZER = "roberta-base"
@@ -202,10 +194,6 @@ def _normalized(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ParaSpeechCLAP
-
-
 def _paraspeechclap(weights: _Weights, audio: dict[str, Any], text: dict[str, Any]) -> _Source:
     config = CLAPConfig(
         audio=AudioTowerConfig(kind="wav2vec2", hf_config=_wav2vec2_config(weights, "audio_branch.base", audio)),
@@ -277,10 +265,6 @@ def _roberta_config(weights: _Weights, base: str) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LAION-CLAP
-
-
 def _laion(weights: _Weights, audio: dict[str, Any], text: dict[str, Any]) -> _Source:
     names = weights.tensors
     if any("fusion_model" in name or ".mel_conv" in name for name in names):
@@ -341,10 +325,6 @@ def _htsat_config(weights: _Weights) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# transformers
-
-
 def _transformers(folder: Path, audio: dict[str, Any], text: dict[str, Any]) -> _Source:
     from safetensors import SafetensorError
     from transformers import ClapConfig, ClapModel
@@ -391,96 +371,3 @@ def _transformers(folder: Path, audio: dict[str, Any], text: dict[str, Any]) -> 
         head=HeadConfig("laion", whole.projection_dim),
     )
     return _Source(config, renamed, os.fspath(folder), "transformers CLAP")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# CLSP
-
-
-class CLSP(DualEncoder):
-    """The released CLSP model with the interface of :class:`fastclap.CLAP` for embeddings; it trains in its own code.
-
-    Args:
-        base: module called as ``base(audio=[B, T] float in ±1, audio_lens=[B])`` or ``base(text=list of strings)``; it
-            returns audio embeddings, text embeddings (None for what was not given) and the logit scale.
-    """
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-
-    @property
-    def sampling_rate(self) -> int:
-        """16000 Hz."""
-        return 16000
-
-    def encode_audio(
-        self,
-        audio: Tensor,  # int16 or float [B, T]
-        lengths: Tensor | None = None,  # [B]
-        mean: Tensor | None = None,  # [B], not used: CLSP does not normalise the waveform
-        std: Tensor | None = None,  # [B], likewise
-        host_lengths: Sequence[int] | None = None,  # likewise
-    ) -> Tensor:  # [B, D]
-        """Embeddings of a padded batch, in full scale ±32768 (int16) or ±1 (float)."""
-        if lengths is None:
-            lengths = torch.full((len(audio),), audio.shape[1], device=audio.device)
-        waveform = audio.float() / 32768 if audio.dtype == torch.int16 else audio.float()
-        return self.base(audio=waveform.to(self.device), audio_lens=lengths.to(self.device))[0]
-
-    def embed_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """Unit vectors of captions, in the order given: float32 [n, D] on the model's device.
-
-        Raises:
-            DataError: no texts, or one that is not a string or is blank; it is named.
-        """
-        if isinstance(texts, str) or len(texts) == 0:
-            raise DataError(f"embed_text takes a non-empty list of strings, not {texts!r}")
-        for index, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise DataError(f"text {index} is {'blank' if isinstance(text, str) else f'{text!r}, not a string'}")
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # short with short: less padding
-        with self._inference():
-            parts = [
-                self.base(text=[texts[index] for index in order[first : first + batch_size]])[1]
-                for first in range(0, len(order), batch_size)
-            ]
-            back = torch.tensor(order, device=parts[0].device).argsort()
-            embeddings = F.normalize(torch.cat(parts)[back].float(), dim=-1)
-        return embeddings.clone()
-
-
-def load_clsp(
-    path: str | os.PathLike[str],
-    *,
-    trust_remote_code: bool = False,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-) -> CLSP:
-    """The released CLSP model, in evaluation mode.
-
-    Args:
-        path: folder or hub id (``yfyeung/CLSP``) of a model with the interface that :class:`CLSP` tells.
-        trust_remote_code: the model is Python code of its authors that comes with the weights and runs with your
-            rights. Read it, then agree with True.
-        device: where to put it.
-        dtype: of the parameters; float32 by default.
-
-    Raises:
-        ConfigError: no agreement.
-        ModelError: it cannot be loaded.
-    """
-    if not trust_remote_code:
-        raise ConfigError(
-            f"{path}: CLSP is released as Python code that comes with the weights and would run with your rights; read "
-            "it, then agree with trust_remote_code=True"
-        )
-    from transformers import AutoModel
-
-    try:
-        base = AutoModel.from_pretrained(
-            os.fspath(path), trust_remote_code=True, dtype=torch.float32 if dtype is None else dtype
-        )
-    except Exception as error:  # its own code may raise anything
-        raise ModelError(f"{path}: the model could not be loaded ({error})") from error
-    return CLSP(base).to(device).eval()

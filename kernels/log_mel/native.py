@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastclap.kernels.logmel import LogMelSpec, _check, _scaled, mel_bank, normalised, window
+from fastclap.kernels.log_mel.operator import _check
+from fastclap.kernels.log_mel.spec import LogMelSpec, mel_bank, window
+from fastclap.kernels.log_mel.torch_engine import _scaled, normalised
 
 LIBRARY_VARIABLE = "FASTCLAP_NATIVE_LIBRARY"
 _LIBRARY_NAME = "libfastclap_native.dylib" if sys.platform == "darwin" else "libfastclap_native.so"
@@ -271,7 +273,7 @@ def log_mel_native(
     simd: str = "auto",
     threads: int | None = None,  # None: torch.get_num_threads()
 ) -> tuple[Tensor, Tensor]:
-    """`fastclap.kernels.logmel.log_mel` without gradients: (features [B, frames, n_mels], frame_lengths [B]).
+    """`fastclap.kernels.log_mel.operator.log_mel` without gradients: (features [B, frames, n_mels], frame_lengths [B]).
 
     The result does not depend on `threads`. `simd` names one of `simd_paths()`; they differ by float32 rounding. Float
     samples far above full scale (1e17) may overflow to infinite features.

@@ -17,7 +17,7 @@ from bench import embedding
 from bench.parity import CAPTIONS
 from bench.reference_step import SIZES, build_ours
 from fastclap import CLAP
-from fastclap.tokenizer import train_tokenizer
+from fastclap.models.tokenizer import train_tokenizer
 
 TINY = SIZES["tiny"]
 

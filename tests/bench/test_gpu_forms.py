@@ -44,7 +44,7 @@ from fastclap.kernels import dispatch
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu
 from fastclap.kernels.offline import ARCHITECTURES, Compilation, cache_key, is_cached
 from fastclap.kernels.waveform import normalize_waveform
-from fastclap.tokenizer import Tokenizer, train_tokenizer
+from fastclap.models.tokenizer import Tokenizer, train_tokenizer
 from fastclap.train.config import LossConfig
 
 CPU = torch.device("cpu")
@@ -193,7 +193,7 @@ def test_the_log_mel_tower_launches_what_its_lot_compiles(tokenizer: Tokenizer, 
     step = OurStep(model, LossConfig(), parity_optimizer(), bf16=True)
     batch = tokenized(synthetic_batch(3, 0.3, 0, least=1.0, rate=48000), tokenizer, 32)
     found = launched(lambda: step(batch), 90)
-    assert kinds(found) == {"contrastive", "logmel"}
+    assert kinds(found) == {"contrastive", "log_mel"}
     assert names(found, keys_of(LOTS["step_more"].forms)) == []
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from bench import kernel_report
 from bench.kernel_report import Numbers, Result
+from fastclap.kernels.offline import operator_name
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = """
@@ -92,7 +93,8 @@ def test_pages_in_the_records_name_every_kernel_of_their_modules_and_fit_on_a_pa
     assert command.endswith(f"--out bench/records/{page}.md")
     for module in modules:
         # By name: a module of kernels cannot be looked into where TRITON_INTERPRET is set.
-        source = (ROOT / "kernels" / f"{module.rsplit('.', 1)[1]}.py").read_text(encoding="utf-8")
+        file = module.removeprefix("fastclap.kernels.").replace(".", "/").replace("triton_engine", "triton_kernels")
+        source = (ROOT / "kernels" / f"{file}.py").read_text(encoding="utf-8")
         for kernel in re.findall(r"^def _(\w+)_kernel\(", source, re.MULTILINE):
-            rows = [line for line in text.splitlines() if line.startswith(f"| {module.rsplit('.', 1)[1]}.{kernel} |")]
+            rows = [line for line in text.splitlines() if line.startswith(f"| {operator_name(module)}.{kernel} |")]
             assert [row.split(" | ")[1] for row in rows] == ["80", "90", "100"], kernel

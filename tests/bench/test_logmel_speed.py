@@ -12,7 +12,7 @@ import torch
 from bench import logmel_speed, test_native
 from bench.logmel_speed import FLOAT, HANDOVER, tables, verdicts
 from bench.test_native import CASES
-from fastclap.kernels import native
+from fastclap.kernels.log_mel import native
 
 
 def test_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from bench import kernel_peers, peers, timing
 from bench.comparison import Comparison
-from fastclap.kernels.logmel import log_mel_reference
+from fastclap.kernels.log_mel.torch_engine import log_mel_reference
 from fastclap.testing import assert_close_rel
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def test_absent_packages_are_named_as_pip_finds_them(monkeypatch: pytest.MonkeyP
 
 
 def test_the_lean_form_leaves_the_engine_as_it_was() -> None:
-    engine = pytest.importorskip("fastclap.kernels.contrastive_triton")
+    engine = pytest.importorskip("fastclap.kernels.contrastive.triton_engine")
     before = engine.stores_exponentials
     seen = []
 

@@ -83,7 +83,7 @@ def test_gradients_hide_behind_the_backward_pass_only_as_far_as_it_lasts() -> No
 
 
 def test_the_chunk_is_the_engines() -> None:
-    engine = pytest.importorskip("fastclap.kernels.contrastive_triton")
+    engine = pytest.importorskip("fastclap.kernels.contrastive.triton_engine")
     for dim in (512, 768, 1024):
         for row_bytes in (0, 1 << 20, 1 << 24, 1 << 40):
             assert scale_model.chunk_rows(132, dim, row_bytes) == engine.chunk_rows(90, 132, dim, row_bytes)

@@ -23,9 +23,9 @@ from bench.gpu import steady
 from bench.parity import CAPTIONS, synthetic_batch
 from bench.reference_step import SIZES, without_dropout
 from fastclap.errors import ConfigError, DataError
+from fastclap.models.audio_towers import build_audio_tower
+from fastclap.models.tokenizer import train_tokenizer
 from fastclap.testing import assert_close_rel
-from fastclap.tokenizer import train_tokenizer
-from fastclap.towers import build_audio_tower
 
 CPU = torch.device("cpu")
 TINY = SIZES["tiny"]

@@ -11,8 +11,8 @@ import soundfile
 import torch
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
-from fastclap.model import CLAP
-from fastclap.tokenizer import train_tokenizer
+from fastclap.models.clap import CLAP
+from fastclap.models.tokenizer import train_tokenizer
 
 RATE = 16000
 

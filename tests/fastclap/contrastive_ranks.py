@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastclap.drop_in.open_clip import ClipLoss, SigLipLoss
 from fastclap.grad_cache import GradCache
-from fastclap.kernels import contrastive
-from fastclap.losses import ClipLoss, SigLipLoss, info_nce, sigmoid_loss
+from fastclap.kernels.contrastive import torch_engine
+from fastclap.losses import info_nce, sigmoid_loss
 
 WORLD = 4
 DIM = 12
@@ -239,7 +240,7 @@ def disagreements(rank: int) -> dict[str, str]:
 
 def worker(rank: int, folder: Path, triton: bool) -> None:
     torch.set_num_threads(1)
-    contrastive.CPU_CHUNK_BYTES = 1  # several chunks on the larger ranks
+    torch_engine.CPU_CHUNK_BYTES = 1  # several chunks on the larger ranks
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
     )

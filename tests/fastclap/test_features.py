@@ -26,7 +26,7 @@ from torchaudio.compliance import kaldi
 from transformers import ASTFeatureExtractor, ClapFeatureExtractor, WhisperFeatureExtractor
 
 from fastclap.features import PRESETS, LogMel, SpecAugment
-from fastclap.kernels.logmel import log_mel_reference
+from fastclap.kernels.log_mel.torch_engine import log_mel_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter")
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastclap
-from fastclap.losses import ClipLoss, SigLipLoss, info_nce, sigmoid_loss
+from fastclap.drop_in.open_clip import ClipLoss, SigLipLoss
+from fastclap.losses import info_nce, sigmoid_loss
 from fastclap.testing import assert_close_rel
 
 BACKENDS = ("torch", "reference")

@@ -17,10 +17,10 @@ import torch
 import fastclap
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.errors import MissingPackageError
-from fastclap.tokenizer import train_tokenizer
+from fastclap.models.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("cli", "cli_apps", "commands", "__main__")
+COMMANDS = ("commands", "__main__")
 
 
 def modules() -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 from fastclap.data import BatchSampler, ClipDataset, Manifest, load_manifest
 from fastclap.data.dataset import both_fine_probability
-from fastclap.data.manifest import with_fine_captions
+from fastclap.data.rows import with_fine_captions
 from fastclap.errors import ConfigError, DataError
 from fastclap.train.config import LossConfig, TrainConfig
 from fastclap.train.distributed import World

@@ -96,7 +96,7 @@ def syncs(config: TrainConfig) -> list[str]:
     with host_syncs() as found:
         train(config)
     package = Path(fastclap.__file__).parent
-    cpu = tuple(str(package / part) for part in ("data", "evaluation", "kernels/logmel.py", "kernels/contrastive.py"))
+    cpu = tuple(str(package / part) for part in ("data", "evaluation", "kernels/log_mel", "kernels/contrastive"))
     return [entry for entry in found if not entry.rpartition(" at ")[2].startswith(cpu)]
 
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from fastclap import CLAP
-from fastclap.cli import main
-from fastclap.embed import embed, fingerprint, gather, load_index
+from fastclap.apps.embed import embed, fingerprint, gather, load_index
+from fastclap.commands.main import main
 from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.files import locked
 from fastclap.testing import assert_close_rel
@@ -120,7 +120,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(
     script = f"""
 import os, signal
 from fastclap import CLAP
-from fastclap.embed import embed, gather
+from fastclap.apps.embed import embed, gather
 def advance(done, total):
     if done >= 4:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -161,7 +161,7 @@ def test_ctrl_c_and_a_full_disk_keep_what_was_computed(
         raise OSError(28, "No space left on device", "x")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr("fastclap.embed._write_parquet", full)
+        patch.setattr("fastclap.apps.embed._write_parquet", full)
         embed(model, items, out, batch_size=2)
     assert not out.exists()
     assert calls == 4, "two batches before the interruption, of which nothing is computed again, and the last"
@@ -178,7 +178,7 @@ def test_files_added_since_join_and_changed_ones_are_embedded_again(
     (tmp_path / "clips/1.wav").write_bytes(b"broken")
     out = tmp_path / "x.npy"
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr("fastclap.embed._finish", lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))
+        patch.setattr("fastclap.apps.embed._finish", lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))
         embed(model, gather([str(tmp_path / "clips")]), out)
     for name, number in (("0", 7), ("1", 1), ("3", 3)):  # another recording, a repaired one, a new one
         write_clip(f"clips/{name}.wav", number)

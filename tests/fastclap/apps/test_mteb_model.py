@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastclap import CLAP
+from fastclap.apps.mteb_model import MTEBEncoder
 from fastclap.errors import ConfigError, DataError
-from fastclap.mteb_model import MTEBEncoder
 from fastclap.testing import assert_close_rel
 
 TEXTS = ["A calm voice.", "An angry deep voice.", "A person is speaking."]

@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 from fastclap import CLAP
-from fastclap.cli import main
+from fastclap.commands.main import main
 
 PROMPTS = ["A calm voice.", "An angry deep voice.", "A person is speaking."]
 

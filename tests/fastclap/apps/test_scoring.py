@@ -15,9 +15,9 @@ from scipy import stats
 
 import fastclap
 from fastclap import CLAP
-from fastclap.cli import main
+from fastclap.apps.scoring import agreement
+from fastclap.commands.main import main
 from fastclap.errors import ConfigError, DataError
-from fastclap.scoring import agreement
 from fastclap.testing import assert_close_rel
 
 TEXTS = ["A calm voice.", "An angry deep voice.", "A person is speaking."]

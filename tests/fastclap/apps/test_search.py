@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from fastclap import CLAP
-from fastclap.cli import main
-from fastclap.embed import Index, load_index
+from fastclap.apps.embed import Index, load_index
+from fastclap.apps.search import search
+from fastclap.commands.main import main
 from fastclap.errors import ConfigError
-from fastclap.search import search
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import pytest
 import soundfile
 import torch
 
-from fastclap.cli import main
+from fastclap.commands.main import main
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.data.demo_voices import write_demo
-from fastclap.model import CLAP
-from fastclap.tokenizer import train_tokenizer
+from fastclap.models.clap import CLAP
+from fastclap.models.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_help_imports_nothing_heavy() -> None:
     """In a process of its own: help of every command comes from the arguments alone."""
     script = """
 import sys
-from fastclap.cli import main
+from fastclap.commands.main import main
 for command in ("eval", "classify", "report", "pack", "embed", "search", "rerank", "similarity", "convert", "doctor"):
     try:
         main([command, "--help"])

@@ -37,8 +37,8 @@ from fastclap.data import (
 from fastclap.data.dataset import text_id
 from fastclap.data.workers import describe_deaths
 from fastclap.errors import DataError, TrainingError
+from fastclap.models.tokenizer import train_tokenizer
 from fastclap.testing import assert_close_rel
-from fastclap.tokenizer import train_tokenizer
 
 RATE = 16000
 MakeSet = Callable[..., str]

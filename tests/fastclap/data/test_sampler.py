@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastclap.data import BatchSampler, Manifest, Row
+from fastclap.data.hashing import draw, hash64, permutation
 from fastclap.data.manifest import Mix
-from fastclap.data.sampler import clip_durations, draw, hash64, permutation
+from fastclap.data.sampler import clip_durations
 from fastclap.errors import DataError
 
 

@@ -20,9 +20,10 @@ import soundfile
 import torch
 
 from fastclap.audio import AudioError, AudioFile, whole_clip
-from fastclap.cli import main
+from fastclap.commands.main import main
 from fastclap.data import BatchSampler, ClipDataset, Manifest, Quarantine, eval_batches, load_manifest, make_loader
-from fastclap.data.shards import _BLOCK, PackedFile, open_clip, pack
+from fastclap.data.pack import pack
+from fastclap.data.shards import _BLOCK, PackedFile, open_clip
 from fastclap.errors import ConfigError, DataError
 
 RATE = 16000
@@ -274,7 +275,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_result(mixed: str, tmp_path
 KILLED = """
 import sys, time
 from fastclap.data import load_manifest
-from fastclap.data.shards import pack
+from fastclap.data import pack
 if __name__ == "__main__":
     def advance(done, total):
         print(done, flush=True)
@@ -337,7 +338,7 @@ def test_a_decoding_process_that_dies_is_named(mixed: str, tmp_path: Path) -> No
 FULL = """
 import resource, sys
 from fastclap.data import load_manifest
-from fastclap.data.shards import pack
+from fastclap.data import pack
 resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, resource.RLIM_INFINITY))  # as on a full disk
 try:
     pack(load_manifest(sys.argv[1]), sys.argv[2], shard_mb=0.2)

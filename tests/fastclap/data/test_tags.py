@@ -15,7 +15,7 @@ import torch
 from fastclap.data import ClipDataset, Manifest, Row, load_manifest
 from fastclap.data.tags import TagPrompts
 from fastclap.errors import DataError
-from fastclap.tokenizer import train_tokenizer
+from fastclap.models.tokenizer import train_tokenizer
 
 
 def manifest_of(*tags: tuple[str, ...], label: str | None = None) -> Manifest:

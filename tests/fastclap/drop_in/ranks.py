@@ -1,6 +1,6 @@
 """Clients' own losses beside the patched ones: what each gives, in this process or on two gloo ranks.
 
-    python drop_in_ranks.py FOLDER
+    python ranks.py FOLDER
 
 writes what both ranks got; `test_drop_in.py` judges it, and calls the same cases in its own process. Only clients that
 are installed take part; FASTCLAP_REFERENCE names a checkout of ParaSpeechCLAP, which is no package.
@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastclap import drop_in, losses
+from fastclap import drop_in
+from fastclap.drop_in import open_clip, paraspeechclap, sentence_transformers, transformers_clap
 
 WORLD = 2
 ROWS, DIM = 5, 12  # rows of each rank
@@ -460,7 +461,7 @@ def adapter_cases(rank: int, world: int) -> Cases:
         directions = ("query_to_doc", "doc_to_query") if two else ("query_to_doc",)
 
         def ranking(*columns: Tensor, directions: tuple[str, ...] = directions) -> Tensor:
-            loss = drop_in._ranking_loss(ranking_options(directions, world), columns)
+            loss = sentence_transformers._ranking_loss(ranking_options(directions, world), columns)
             assert loss is not None
             return loss
 
@@ -524,6 +525,15 @@ CLIENTS: Mapping[str, Callable[[int, int], Cases]] = {
 }
 
 
+FUSED = (
+    (open_clip, "info_nce"),
+    (open_clip, "sigmoid_loss"),
+    (paraspeechclap, "info_nce"),
+    (transformers_clap, "info_nce"),
+    (sentence_transformers, "info_nce"),
+)
+
+
 def installed(client: str) -> bool:
     return client == "adapters" or importlib.util.find_spec(client) is not None
 
@@ -546,7 +556,7 @@ def compare(client: str, rank: int, world: int) -> dict[str, tuple[Results, Resu
         with ExitStack() as stack:
             if client != "adapters":
                 stack.enter_context(drop_in.patch(client))
-            for module, function in ((losses, "info_nce"), (losses, "sigmoid_loss"), (drop_in, "info_nce")):
+            for module, function in FUSED:
                 stack.enter_context(mock.patch.object(module, function, counted(getattr(module, function))))
             after = (ours[0] if ours else theirs)()
         results[name] = before, after, bool(calls)

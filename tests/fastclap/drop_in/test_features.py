@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ASTFeatureExtractor, ClapFeatureExtractor, WhisperFeatureExtractor
 
-from fastclap import drop_in
-from fastclap.drop_in import patch
+from fastclap.drop_in import patch, torchlibrosa, transformers_features
 
 Sound = np.ndarray
 
@@ -26,13 +25,14 @@ Sound = np.ndarray
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The specs that fastclap's log-mel was called with."""
     specs: list[Any] = []
-    own = drop_in.log_mel
+    own = torchlibrosa.log_mel
 
     def counted(waveform: Tensor, lengths: Tensor | None, spec: Any) -> tuple[Tensor, Tensor]:
         specs.append(spec)
         return own(waveform, lengths, spec)
 
-    monkeypatch.setattr(drop_in, "log_mel", counted)
+    for module in (torchlibrosa, transformers_features):
+        monkeypatch.setattr(module, "log_mel", counted)
     yield specs
 
 
@@ -143,8 +143,9 @@ def test_kinds_of_input(raw: Any, calls: list[Any]) -> None:
 
 def test_whisper_device_is_where_it_is_computed(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     devices: list[torch.device] = []
-    counted = drop_in.log_mel
-    monkeypatch.setattr(drop_in, "log_mel", lambda x, *rest: (devices.append(x.device), counted(x, *rest))[1])
+    counted = transformers_features.log_mel
+    noting = lambda x, *rest: (devices.append(x.device), counted(x, *rest))[1]  # noqa: E731
+    monkeypatch.setattr(transformers_features, "log_mel", noting)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     extractor = WhisperFeatureExtractor(chunk_length=2)
     compare(calls, lambda: extractor(CLIPS[0], sampling_rate=16000, return_tensors="pt", device=device), 1e-4)

@@ -19,8 +19,8 @@ from fastclap.data import Manifest, load_manifest
 from fastclap.errors import DataError, ModelError
 from fastclap.evaluation import ClassificationTask, evaluate, evaluate_classification, evaluate_retrieval
 from fastclap.evaluation.projection import even_selection
-from fastclap.model import CLAP
-from fastclap.tokenizer import train_tokenizer
+from fastclap.models.clap import CLAP
+from fastclap.models.tokenizer import train_tokenizer
 
 HAPPY = {"classification_tag": "happy", "sex": "male"}
 SAD = {"classification_tag": "sad", "sex": "female"}

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.errors import ConfigError, DataError, ModelError
-from fastclap.model import CLAP, load_state_dict_file
+from fastclap.models.clap import CLAP
+from fastclap.models.folder import load_state_dict_file
+from fastclap.models.tokenizer import Tokenizer, train_tokenizer
 from fastclap.testing import assert_close_rel
-from fastclap.tokenizer import Tokenizer, train_tokenizer
 
 CAPTIONS = ["A man speaks in an angry tone.", "A woman sounds sad.", "A sad man, softly.", "happy"] * 2
 BERT = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

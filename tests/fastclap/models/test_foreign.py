@@ -20,13 +20,14 @@ from torch import Tensor
 
 from bench.reference_step import SIZES, clap_config
 from fastclap import CLAP
-from fastclap.checkpoints import CLSP, _laion, _paraspeechclap, _Weights, load_clsp, read_checkpoint
-from fastclap.cli import main
+from fastclap.commands.main import main
 from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.features import LogMel
-from fastclap.model_card import model_card
+from fastclap.models.card import model_card
+from fastclap.models.clsp import CLSP, load_clsp
+from fastclap.models.foreign import _laion, _paraspeechclap, _Weights, read_checkpoint
+from fastclap.models.tokenizer import Tokenizer
 from fastclap.testing import assert_close_rel
-from fastclap.tokenizer import Tokenizer
 
 CAPTIONS = ["A man speaks in an angry tone.", "A woman sounds sad.", "Calm.", "A sad man, softly."]
 
@@ -699,7 +700,7 @@ def test_convert(paraspeechclap: CLAP, tokenizer_folder: Path, tmp_path: Path, c
     torch.save(paraspeechclap.state_dict(), source)
     flags = ["--tokenizer", str(tokenizer_folder), "--license", "cc-by-nc-sa-4.0"]
     command = [sys.executable, "-m", "fastclap", "convert", str(source), str(target), *flags, "--json"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["dim"] == 64 and summary["model"] == str(target) and f"reading {source}" in done.stderr

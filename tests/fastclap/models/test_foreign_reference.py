@@ -23,8 +23,8 @@ from bench import reference_step
 from bench.reference_step import SIZES, Reference
 from fastclap import CLAP
 from fastclap.evaluation import retrieval
+from fastclap.models.tokenizer import Tokenizer, train_tokenizer
 from fastclap.testing import assert_close_rel
-from fastclap.tokenizer import Tokenizer, train_tokenizer
 
 PROMPTS = ["A man speaks in an angry tone.", "A woman whispers sadly, at a slow pace.", "Calm."]
 CANDIDATES = 3

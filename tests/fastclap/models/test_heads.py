@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastclap.config import HeadConfig
 from fastclap.errors import ConfigError
-from fastclap.heads import build_head
+from fastclap.models.heads import build_head
 
 
 def test_paraspeechclap_head_is_its_formula() -> None:

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastclap import CLAP, wavlm
+from fastclap import CLAP
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.errors import ConfigError
+from fastclap.models import wavlm
+from fastclap.models.audio_towers import Wav2Vec2Tower, build_audio_tower, normalize_waveform
+from fastclap.models.layers import length_mask
+from fastclap.models.tokenizer import train_tokenizer
 from fastclap.testing import assert_close_rel
-from fastclap.tokenizer import train_tokenizer
-from fastclap.towers import Wav2Vec2Tower, build_audio_tower, length_mask, normalize_waveform
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastclap import products
+from fastclap.models import products
 from fastclap.testing import assert_close_rel
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastclap.errors import ConfigError, DataError, ModelError
-from fastclap.tokenizer import Tokenizer, train_tokenizer
+from fastclap.models.tokenizer import Tokenizer, train_tokenizer
 
 CAPTIONS = [
     f"A {pitch} {who} speaks in {article} {emotion} tone, {loudness}."
@@ -33,7 +33,7 @@ def test_same_texts_same_vocabulary_in_any_order_and_process(tokenizer: Tokenize
     random.Random(0).shuffle(shuffled)
     assert train_tokenizer(shuffled, 400).backend.to_str() == tokenizer.backend.to_str()
     code = (
-        "import sys, pickle; from fastclap.tokenizer import train_tokenizer\n"
+        "import sys, pickle; from fastclap.models.tokenizer import train_tokenizer\n"
         "sys.stdout.write(train_tokenizer(pickle.load(sys.stdin.buffer), 400).backend.to_str())"
     )
     done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(CAPTIONS), capture_output=True, check=True)

@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclap import wavlm
 from fastclap.config import AudioTowerConfig, TextTowerConfig
 from fastclap.errors import ConfigError
 from fastclap.grad_cache import GradCache
+from fastclap.models import wavlm
+from fastclap.models.audio_towers import Wav2Vec2Tower, build_audio_tower
+from fastclap.models.layers import length_mask
+from fastclap.models.text_towers import build_text_tower
 from fastclap.testing import assert_close_rel, host_syncs, relative_error
-from fastclap.towers import Wav2Vec2Tower, build_audio_tower, build_text_tower, length_mask
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,

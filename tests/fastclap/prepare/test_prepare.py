@@ -17,7 +17,8 @@ import pyarrow.parquet
 import pytest
 import soundfile
 
-from fastclap.cli import Prepare, main
+from fastclap.commands.main import main
+from fastclap.commands.prepare import Prepare
 from fastclap.data import load_manifest
 from fastclap.prepare import DATASETS
 

@@ -13,7 +13,7 @@ from tests.kernels.compiling import all_problems, compilations
 # The interpreter's kernels cannot be compiled, and one process has either those or the others.
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1")
 
-MODULE = "contrastive_triton"
+MODULE = "contrastive.triton_engine"
 MOST_USED = (
     "sums bf16 columns fixed",
     "sums bf16 columns store fixed",

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastclap.kernels import contrastive
+from fastclap.kernels.contrastive import torch_engine
 from fastclap.losses import info_nce, sigmoid_loss
 from fastclap.testing import assert_close_rel
-from tests.kernels.contrastive_cases import OPTIONS, SCALES, embeddings, evaluate, ids, teacher
+from tests.kernels.contrastive.cases import OPTIONS, SCALES, embeddings, evaluate, ids, teacher
 
 SHAPES = ((1, 1), (2, 3), (3, 1), (127, 127), (127, 300), (1000, 1023), (1023, 127), (2000, 1000))
 
@@ -24,8 +24,8 @@ SHAPES = ((1, 1), (2, 3), (3, 1), (127, 127), (127, 300), (1000, 1023), (1023, 1
 @pytest.fixture(autouse=True)
 def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 64 rows, some of them kept and the others formed twice, at sizes that are quick to check."""
-    monkeypatch.setattr(contrastive, "CPU_CHUNK_BYTES", 1)
-    monkeypatch.setattr(contrastive, "KEEP_BYTES", 300_000)
+    monkeypatch.setattr(torch_engine, "CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(torch_engine, "KEEP_BYTES", 300_000)
 
 
 def check(
@@ -238,7 +238,7 @@ def test_no_tensor_is_larger_than_a_chunk(option: str) -> None:
     inputs = [x.requires_grad_() for x in (*embeddings(n, m, 0.0, dim), torch.tensor(14.3))]
     with LargestTensor() as largest:
         info_nce(*inputs, **OPTIONS[option](n, m)).backward()
-    assert largest.numel == contrastive.MIN_CHUNK_ROWS * m
+    assert largest.numel == torch_engine.MIN_CHUNK_ROWS * m
 
 
 class Multiplications(TorchDispatchMode):
@@ -265,9 +265,9 @@ def products(call: Callable[[], Tensor], backward: bool = True) -> float:
 def test_work_done_is_that_which_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = embeddings(200, 300, 0.0)
     ag, bg, scale = a.clone().requires_grad_(), b.clone().requires_grad_(), torch.tensor(14.3, requires_grad=True)
-    monkeypatch.setattr(contrastive, "KEEP_BYTES", 0)
+    monkeypatch.setattr(torch_engine, "KEEP_BYTES", 0)
     assert products(lambda: info_nce(ag, bg, scale)) == 4
-    monkeypatch.setattr(contrastive, "KEEP_BYTES", 1 << 30)
+    monkeypatch.setattr(torch_engine, "KEEP_BYTES", 1 << 30)
     assert products(lambda: info_nce(ag, bg, scale)) == 3
     assert products(lambda: info_nce(ag, b, scale)) == 2  # locked tower: one side only
     assert products(lambda: info_nce(a, bg, scale)) == 2

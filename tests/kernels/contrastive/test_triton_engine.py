@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastclap.kernels import contrastive
+from fastclap.kernels.contrastive import torch_engine
 from fastclap.losses import info_nce, sigmoid_loss
 from fastclap.testing import assert_close_rel
-from tests.kernels.contrastive_cases import OPTIONS, SCALES, embeddings, evaluate, ids, teacher
+from tests.kernels.contrastive.cases import OPTIONS, SCALES, embeddings, evaluate, ids, teacher
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
@@ -111,9 +111,9 @@ def cases() -> Iterator[Any]:
 
 def store(monkeypatch: pytest.MonkeyPatch, stored: bool) -> None:
     """Both engines keep what they can from the first pass to the second, or nothing; torch's in several chunks."""
-    monkeypatch.setattr("fastclap.kernels.contrastive_triton.stores_exponentials", lambda *_: stored)
-    monkeypatch.setattr(contrastive, "KEEP_BYTES", (1 << 30) * stored)
-    monkeypatch.setattr(contrastive, "GPU_CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr("fastclap.kernels.contrastive.triton_engine.stores_exponentials", lambda *_: stored)
+    monkeypatch.setattr(torch_engine, "KEEP_BYTES", (1 << 30) * stored)
+    monkeypatch.setattr(torch_engine, "GPU_CHUNK_BYTES", 1 << 20)
 
 
 @pytest.fixture(autouse=True)

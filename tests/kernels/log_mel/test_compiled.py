@@ -13,7 +13,7 @@ from tests.kernels.compiling import all_problems, compilations
 # The interpreter's kernels cannot be compiled, and one process has either those or the others.
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1")
 
-MODULE = "logmel_triton"
+MODULE = "log_mel.triton_engine"
 MOST_USED = (
     "log-mel whisper fp32 to fp32 lengths",
     "log-mel kaldi 128 i16 to bf16 lengths offsets masks",

@@ -25,14 +25,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastclap.features import PRESETS
-from fastclap.kernels import native
-from fastclap.kernels.logmel import LogMelSpec, log_mel, log_mel_reference
-from fastclap.kernels.native import log_mel_native
+from fastclap.kernels.log_mel import native
+from fastclap.kernels.log_mel.native import log_mel_native
+from fastclap.kernels.log_mel.operator import log_mel
+from fastclap.kernels.log_mel.spec import LogMelSpec
+from fastclap.kernels.log_mel.torch_engine import log_mel_reference
 
 needs_library = pytest.mark.skipif(not native.available(), reason=f"no native log-mel engine: {native.description()}")
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 every_path = pytest.mark.parametrize("simd", native.simd_paths() or ["auto"])
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def noise(batch: int, samples: int, seed: int = 0) -> Tensor:

@@ -19,8 +19,11 @@ from torch.utils._pytree import tree_leaves
 from torchaudio.compliance import kaldi
 
 from fastclap.features import PRESETS
-from fastclap.kernels import logmel
-from fastclap.kernels.logmel import LogMelSpec, log_mel, log_mel_reference
+from fastclap.kernels.log_mel import operator, torch_engine
+from fastclap.kernels.log_mel import spec as spec_module
+from fastclap.kernels.log_mel.operator import log_mel
+from fastclap.kernels.log_mel.spec import LogMelSpec
+from fastclap.kernels.log_mel.torch_engine import log_mel_reference
 from fastclap.testing import assert_close_rel
 
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filterbank has all zero values")
@@ -108,12 +111,12 @@ def test_mel_bank_equals_librosa(scale: str, norm: str | None) -> None:
         bank = librosa.filters.mel(
             sr=rate, n_fft=n_fft, n_mels=n_mels, fmin=f_min, fmax=f_max, htk=scale == "htk", norm=norm, dtype=np.float64
         )
-        np.testing.assert_allclose(logmel.mel_bank(spec), bank.T, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(spec_module.mel_bank(spec), bank.T, rtol=0, atol=1e-12)
 
 
 def test_mel_bank_equals_kaldi() -> None:
     bank, _ = kaldi.get_mel_banks(80, 512, 16000.0, 20.0, 0.0, 100.0, -500.0, 1.0)
-    ours = logmel.mel_bank(PRESETS["kaldi"])
+    ours = spec_module.mel_bank(PRESETS["kaldi"])
     np.testing.assert_allclose(ours[:256], bank.T.numpy(), rtol=0, atol=1e-4)  # theirs is made in float32
     assert not ours[256].any()
 
@@ -124,7 +127,7 @@ def test_windows(kind: str, size: int) -> None:
     expected = torch.hann_window(size, periodic=kind == "hann", dtype=torch.float64)
     expected = expected**0.85 if kind == "povey" else expected
     spec = LogMelSpec(16000, 512, size, 160, 80, window=kind)  # type: ignore[arg-type]
-    np.testing.assert_allclose(logmel.window(spec), expected.numpy(), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(spec_module.window(spec), expected.numpy(), rtol=0, atol=1e-12)
 
 
 @every_preset
@@ -280,7 +283,7 @@ def test_a_bad_sample_spoils_its_own_frames_only(preset: str, bad: float) -> Non
     assert torch.equal(a[0], b[0])
     starts = torch.arange(spec.frames(12000)) * spec.hop_length - spec.offset
     touched = (starts <= 6000) & (starts + spec.win_length > 6000)
-    usable = torch.from_numpy(logmel.mel_bank(spec).any(axis=0)) if not math.isnan(bad) else slice(None)
+    usable = torch.from_numpy(spec_module.mel_bank(spec).any(axis=0)) if not math.isnan(bad) else slice(None)
     finite = b[1, : len(starts)].isfinite()
     if spec.dynamic_range is not None:
         assert not finite.any()
@@ -362,7 +365,7 @@ def test_precision_does_not_depend_on_autocast_or_matmul_settings() -> None:
 
 
 def test_a_first_call_in_inference_mode_does_not_spoil_training() -> None:
-    logmel._constants.cache_clear()
+    torch_engine._constants.cache_clear()
     waveform = noise(1, 3000).requires_grad_()
     with torch.inference_mode():
         log_mel(waveform, None, PRESETS["kaldi"])
@@ -394,7 +397,7 @@ def test_memory_is_bounded_by_features_a_clip_and_a_chunk(
     waveform = noise(*shape)
     lengths = torch.full(shape[:1], shape[1])
     expected, _ = log_mel(waveform, lengths, spec)
-    monkeypatch.setattr(logmel, "CPU_CHUNK", (1 << 16) // torch.get_num_threads())
+    monkeypatch.setattr(torch_engine, "CPU_CHUNK", (1 << 16) // torch.get_num_threads())
     with LargestAllocation(waveform) as allocation:
         features, _ = log_mel(waveform, lengths, spec)
     clip = 4 * (shape[1] + 2 * spec.n_fft)
@@ -412,7 +415,7 @@ def test_nothing_waits_for_a_gpu() -> None:
             try:
                 features, frame_lengths = log_mel(waveform, lengths, spec)
             finally:
-                logmel._constants.cache_clear()  # fake constants
+                torch_engine._constants.cache_clear()  # fake constants
         assert features.device.type == frame_lengths.device.type == "cuda", preset
         assert features.shape == (3, spec.num_frames or spec.frames(16000), spec.n_mels)
 
@@ -490,7 +493,7 @@ def test_masks_and_statistics_of_each_mel(dtype: str) -> None:
 def test_the_operator_is_registered_properly() -> None:
     lengths, offsets = torch.tensor([1500, 700]), torch.tensor([0, 800])
     spans = torch.tensor([[[1, 3]], [[0, 2]]])
-    assert logmel._spec_of(PRESETS["ast"].key) == PRESETS["ast"]
+    assert operator._spec_of(PRESETS["ast"].key) == PRESETS["ast"]
     for waveform in (noise(2, 1500).requires_grad_(), noise(2, 1500), (noise(2, 1500) * 3e4).short()):
         for options in ((lengths, offsets, spans, spans), (None, None, None, None)):
             torch.library.opcheck(torch.ops.fastclap.log_mel, (waveform, *options, PRESETS["whisper"].key, "auto"))

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fastclap.features import PRESETS, LogMel, SpecAugment
-from fastclap.kernels.logmel import LogMelSpec, log_mel, log_mel_reference
+from fastclap.kernels.log_mel.operator import log_mel
+from fastclap.kernels.log_mel.spec import LogMelSpec
+from fastclap.kernels.log_mel.torch_engine import log_mel_reference
 from fastclap.testing import assert_close_rel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -258,7 +260,7 @@ def test_waveforms_of_other_types_and_layouts(dtype: torch.dtype) -> None:
 
 
 def test_a_clip_does_not_depend_on_the_batch_nor_on_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastclap.kernels import logmel_triton
+    from fastclap.kernels.log_mel import triton_engine
 
     waveform, lengths = noise(3, 900), torch.tensor([900, 500, 333])
     together, _ = run(waveform, lengths, TINY)
@@ -274,9 +276,9 @@ def test_a_clip_does_not_depend_on_the_batch_nor_on_the_run(monkeypatch: pytest.
         return leaf.grad
 
     whole = gradient()
-    monkeypatch.setattr(logmel_triton, "GRADIENT_CHUNK", 1)
+    monkeypatch.setattr(triton_engine, "GRADIENT_CHUNK", 1)
     assert torch.equal(whole, gradient())  # one clip at a time
-    monkeypatch.setattr(logmel_triton, "_resident", lambda index: 1)
+    monkeypatch.setattr(triton_engine, "_resident", lambda index: 1)
     assert torch.equal(together, run(waveform, lengths, TINY)[0])  # one program takes all tiles
 
 

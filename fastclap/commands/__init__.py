@@ -1,0 +1,1 @@
+"""The `fastclap` command, a file a command."""
