@@ -9,11 +9,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-BACKENDS = ("auto", "triton", "torch", "reference")
+BACKENDS = ("auto", "triton", "torch", "reference")  # of the losses and the towers' operators
+LOG_MEL_BACKENDS = ("auto", "torch", "native", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # found here, as torch.compile cannot trace the search
 
 
@@ -31,8 +34,8 @@ def index_of(device: torch.device) -> int | None:
 
 @functools.cache
 def architecture(index: int | None) -> int:
-    """Compute capability of a CUDA device as 80, 90, 100, …; 0 in the interpreter."""
-    if index is None:
+    """Compute capability of a CUDA device as 80, 90, 100, …; 0 in the interpreter and for GPUs of other makers."""
+    if index is None or torch.version.cuda is None:
         return 0
     major, minor = torch.cuda.get_device_capability(index)
     return major * 10 + minor
@@ -44,14 +47,26 @@ def multiprocessors(index: int | None) -> int:
     return 1 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def engine(x: Tensor, backend: str, why_not: str | None = None) -> str:
-    """ "triton", "torch" or "reference".
+def why_only_torch(x: Tensor) -> str | None:
+    """Why no engine but torch can follow this tensor: a subclass, a trace, forward-mode or a functorch transform."""
+    if type(x) is not Tensor:
+        return f"it takes a plain tensor, not a {type(x).__name__}"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace follows only torch operations"
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None:
+        return "functorch and forward-mode differentiation follow only torch operations"
+    return None
+
+
+def engine(x: Tensor, backend: str, why_not: str | None = None, *, tensor: str = "") -> str:
+    """The engine of a loss or of a tower's operator: "triton", "torch" or "reference".
 
     Args:
         x: the tensor that is worked on.
         backend: one of `BACKENDS`. "auto" is Triton for CUDA devices from sm_80 on, else torch; an empty tensor has
             nothing to launch a kernel for.
-        why_not: a reason of the operator's own not to take Triton, as "x is float64".
+        why_not: a reason of the operator's own not to take Triton, such as "x is float64".
+        tensor: what the operator's user calls `x`, such as "embeddings".
 
     Raises:
         ValueError: the backend is unknown, or "triton" cannot take the tensor.
@@ -64,8 +79,35 @@ def engine(x: Tensor, backend: str, why_not: str | None = None) -> str:
         return "torch"
     reason = why_not or _why_no_triton(x)
     if backend == "triton" and reason:
+        if tensor and not why_not and not on_gpu(x):
+            raise ValueError(f"backend='triton' needs {tensor} on a GPU, got {x.device}; backend='torch' runs anywhere")
         raise ValueError(f'backend="triton" cannot be used: {reason}; use backend="auto"')
     return "torch" if reason or x.numel() == 0 else "triton"
+
+
+def log_mel_engine(
+    waveform: Tensor, backend: str, why_not_triton: str | None, why_not_native: Callable[[], str | None]
+) -> str:
+    """The engine of the log-mel features: "torch", "native" or "triton".
+
+    Args:
+        waveform: the tensor that is worked on.
+        backend: one of `LOG_MEL_BACKENDS`. "auto" is the native engine on a CPU and Triton on a GPU, else torch.
+        why_not_triton: a reason not to take Triton.
+        why_not_native: gives a reason not to take the native engine, asked only where that would be taken.
+
+    Raises:
+        ValueError: the backend is unknown or cannot take the waveform.
+    """
+    if backend not in LOG_MEL_BACKENDS:
+        raise ValueError(f"backend={backend!r}: choose one of {', '.join(map(repr, LOG_MEL_BACKENDS))}")
+    on_cpu = waveform.device.type == "cpu" and not on_gpu(waveform)
+    if backend == "native" or (backend == "auto" and on_cpu):
+        reason = why_not_native()
+        if backend == "native" and reason:
+            raise ValueError(f'backend="native" cannot be used: {reason}; use backend="auto"')
+        return "torch" if reason else "native"
+    return engine(waveform, backend, why_not_triton, tensor="a waveform")
 
 
 def _why_no_triton(x: Tensor) -> str | None:
@@ -78,4 +120,4 @@ def _why_no_triton(x: Tensor) -> str | None:
     # Nor can it trace this question, and a GPU that it generates code for is new enough.
     if torch.compiler.is_compiling() or architecture(index_of(x.device)) >= 80:
         return None
-    return "the GPU is older than sm_80"
+    return "the GPU is not one of NVIDIA from sm_80 on"
