@@ -1,1 +1,1 @@
-"""The `fastclap` command, a file a command."""
+"""The `fastclap` command: `main` and a module a command."""

@@ -1,24 +1,21 @@
-"""`fastclap classify`."""
+"""`fastclap classify`: zero-shot classification of the clips of a manifest."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fastclap.console import make_table
+from fastclap.commands.shared import DataFlags, load_model_and_data, make_table, percent, print_evaluation, print_note
 from fastclap.errors import DataError
 from fastclap.prompts import DEFAULT_TEMPLATE, PROMPT_SETS, load_prompts
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-from fastclap.commands.shared import OnData, load_model_and_data, percent, present
-
 
 @dataclass(kw_only=True)
-class Classify(OnData):
+class Flags(DataFlags):
     column: str = "classification_tag"
     """Manifest column that holds the true class."""
     template: list[str] = field(default_factory=lambda: [DEFAULT_TEMPLATE])
@@ -31,8 +28,7 @@ class Classify(OnData):
     """Candidate classes (default: those of the prompts file, else all values of the column)."""
 
 
-DESCRIPTION = """Zero-shot classification: accuracy (WA), UAR (UA), macro-F1 and each class's recall.
-
+HELP = """\
 A clip gets the class whose prompt is nearest to it.
 
 Examples:
@@ -46,44 +42,43 @@ Examples:
 """
 
 
-def run(arguments: Classify) -> int:
-    templates, prompts, classes = arguments.template, None, arguments.classes
-    if arguments.prompts in PROMPT_SETS:
-        published = PROMPT_SETS[arguments.prompts]
+def run(flags: Flags) -> int:
+    templates, prompts, classes = flags.template, None, flags.classes
+    if flags.prompts in PROMPT_SETS:
+        published = PROMPT_SETS[flags.prompts]
         templates, prompts = [published.template or DEFAULT_TEMPLATE], published.prompts
         classes = classes or (None if published.classes is None else list(published.classes))
-    elif arguments.prompts:
-        prompts = load_prompts(arguments.prompts, arguments.column)
+    elif flags.prompts:
+        prompts = load_prompts(flags.prompts, flags.column)
         if not prompts:
-            raise DataError(f"{arguments.prompts}: no prompts for the column {arguments.column!r}")
+            raise DataError(f"{flags.prompts}: no prompts for the column {flags.column!r}")
 
     from fastclap.evaluation import ClassificationTask, evaluate
 
-    task = ClassificationTask(arguments.column, templates, prompts, classes)
-    model, manifest = load_model_and_data(arguments, require_captions=False)
+    task = ClassificationTask(flags.column, templates, prompts, classes)
+    model, manifest = load_model_and_data(flags, require_captions=False)
     result = evaluate(
         model,
         manifest,
         captions=[],
         tasks=[task],
-        embedding_map=arguments.out is not None,
-        batch_size=arguments.batch_size,
+        embedding_map=flags.out is not None,
+        batch_size=flags.batch_size,
         progress=True,
     )
-    figures = result["classification"][arguments.column]
+    figures = result["classification"][flags.column]
     notes = {
         "clips_without_class": "clips have none of the classes and were left out",
         "clips_with_several": "clips have several of the classes and were left out",
     }
     for key, text in notes.items():
         if figures[key]:
-            print(f"fastclap: {figures[key]} {text}", file=sys.stderr)
+            print_note(f"{figures[key]} {text}")
     unused = [row["class"] for row in figures["per_class"] if not row["clips"]]
     if unused:
-        print(
-            f"fastclap: no clip has the class {', '.join(unused)}; it counts in macro-F1, not in UAR", file=sys.stderr
-        )
-    return present(arguments, result, _classification_tables(arguments.column, figures))
+        print_note(f"no clip has the class {', '.join(unused)}; it counts in macro-F1, not in UAR")
+    print_evaluation(flags, result, _classification_tables(flags.column, figures))
+    return 0
 
 
 def _classification_tables(column: str, figures: Mapping[str, Any]) -> list[Table]:

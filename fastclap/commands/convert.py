@@ -1,20 +1,19 @@
-"""`fastclap convert`."""
+"""`fastclap convert`: checkpoints of other codebases to model folders."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
 
-from fastclap.console import print_json
+from fastclap.commands.shared import print_json, print_note
 
 
 @dataclass(kw_only=True)
-class Convert:
+class Flags:
     checkpoint: Annotated[str, tyro.conf.Positional]
     """ParaSpeechCLAP .pth.tar, LAION-CLAP .pt, folder of a transformers CLAP, or the hub id of one of these."""
     folder: Annotated[str, tyro.conf.Positional]
@@ -31,8 +30,7 @@ class Convert:
     """Print the summary as JSON, and nothing else, on stdout."""
 
 
-DESCRIPTION = """Turn a checkpoint of another code into a model folder: safetensors, configuration, tokenizer, card.
-
+HELP = """\
 Every command takes such checkpoints as they are too; a converted one loads without the hub and without unpickling.
 
 Examples:
@@ -44,35 +42,26 @@ Examples:
 """
 
 
-def run(arguments: Convert) -> int:
-    def values(pairs: Mapping[str, str]) -> dict[str, Any]:
-        parsed: dict[str, Any] = {}
-        for name, value in pairs.items():
-            try:
-                parsed[name] = json.loads(value)
-            except ValueError:  # a bare word, such as a model type
-                parsed[name] = value
-        return parsed
-
-    if arguments.tokenizer is not None:  # a mistake in its name is better found before a large file is read
+def run(flags: Flags) -> int:
+    if flags.tokenizer is not None:  # a mistake in its name is better found before a large file is read
         from fastclap.models.tokenizer import as_tokenizer
 
-        as_tokenizer(arguments.tokenizer)
+        as_tokenizer(flags.tokenizer)
 
     from fastclap.models.foreign import find_checkpoint, read_checkpoint
 
-    found = find_checkpoint(arguments.checkpoint)
-    print(f"fastclap: reading {found}", file=sys.stderr)
+    found = find_checkpoint(flags.checkpoint)
+    print_note(f"reading {found}")
     model = read_checkpoint(
         found,
-        tokenizer=arguments.tokenizer,
-        audio_config=values(arguments.audio_config),
-        text_config=values(arguments.text_config),
+        tokenizer=flags.tokenizer,
+        audio_config=_parse_values(flags.audio_config),
+        text_config=_parse_values(flags.text_config),
     )
-    print(f"fastclap: writing {arguments.folder}", file=sys.stderr)
-    model.save_pretrained(arguments.folder, license=arguments.license)
+    print_note(f"writing {flags.folder}")
+    model.save_pretrained(flags.folder, license=flags.license)
     summary: dict[str, Any] = {
-        "model": arguments.folder,
+        "model": flags.folder,
         "audio": model.config.audio.kind,
         "text": model.config.text.kind,
         "dim": model.config.head.dim,
@@ -80,11 +69,21 @@ def run(arguments: Convert) -> int:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "logit_scale": model.logit_scale.item(),
     }
-    if arguments.json:
+    if flags.json:
         print_json(summary)
     else:
         print(
             f"{summary['parameters'] / 1e6:.1f} million parameters, {summary['dim']} dimensions, "
-            f"{summary['sampling_rate']} Hz: {arguments.folder}"
+            f"{summary['sampling_rate']} Hz: {flags.folder}"
         )
     return 0
+
+
+def _parse_values(pairs: Mapping[str, str]) -> dict[str, Any]:
+    parsed: dict[str, Any] = {}
+    for name, value in pairs.items():
+        try:
+            parsed[name] = json.loads(value)
+        except ValueError:  # a bare word, such as a model type
+            parsed[name] = value
+    return parsed

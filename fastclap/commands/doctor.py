@@ -1,31 +1,30 @@
-"""`fastclap doctor`."""
+"""`fastclap doctor`: what this machine and this installation can do."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastclap.console import print_json
+from fastclap.commands.shared import print_json
 
 
 @dataclass(kw_only=True)
-class Doctor:
+class Flags:
     json: bool = False
     """Print JSON, and nothing else, on stdout."""
 
 
-DESCRIPTION = """Say what this machine and this installation can do; exit status 1 if something needed is missing.
-
+HELP = """\
 Examples:
   fastclap doctor
   fastclap doctor --json
 """
 
 
-def run(arguments: Doctor) -> int:
+def run(flags: Flags) -> int:
     from fastclap.apps.doctor import diagnose
 
     findings, problems = diagnose()
-    if arguments.json:
+    if flags.json:
         print_json({**findings, "problems": problems})
         return 1 if problems else 0
     from rich.console import Console

@@ -1,20 +1,18 @@
-"""`fastclap embed`."""
+"""`fastclap embed`: clips and captions to a table of unit vectors."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
 
-from fastclap.commands.shared import OnModel, load_models
-from fastclap.console import print_json, progress
+from fastclap.commands.shared import ModelFlags, load_models, print_json, print_note
+from fastclap.console import progress
 
 
 @dataclass(kw_only=True)
-class Embed(OnModel):
+class Flags(ModelFlags):
     model: Annotated[str, tyro.conf.Positional]
     """Exported model folder, run folder (its newest checkpoint) or Hugging Face hub id."""
     inputs: Annotated[list[str], tyro.conf.Positional]
@@ -30,8 +28,7 @@ class Embed(OnModel):
     """Of the products: bfloat16 is faster where the processor has instructions for it; a cosine moves by up to 0.01."""
 
 
-DESCRIPTION = """Embed clips and captions into one table of unit vectors.
-
+HELP = """\
 Parquet has the columns path, text, origin and vector; NPY has its names beside it in FILE.npy.jsonl. What cannot be
 used is listed in FILE.skipped.jsonl and counted; the exit status is 0 all the same, and 2 if nothing can be used. An
 interrupted call is continued by the same command. clips_per_second leaves out loading the model.
@@ -43,37 +40,30 @@ Examples:
 """
 
 
-def run(arguments: Embed) -> int:
+def run(flags: Flags) -> int:
     from fastclap.apps.embed import embed, gather
 
-    items = gather(arguments.inputs, audio_root=arguments.audio_root, columns=arguments.columns)
-    (model,), loading = load_models(arguments, [arguments.model])
+    items = gather(flags.inputs, audio_root=flags.audio_root, columns=flags.columns)
+    (model,), loading = load_models(flags, [flags.model])
     with progress("embedding", "embedded", "inputs") as advance:
         summary = embed(
             model,
             items,
-            arguments.out,
-            batch_size=arguments.batch_size,
-            threads=arguments.threads,
-            precision=arguments.precision,
+            flags.out,
+            batch_size=flags.batch_size,
+            threads=flags.threads,
+            precision=flags.precision,
             advance=advance,
         )
     summary["time"]["loading_seconds"] = round(loading, 3)
     if summary["skipped"]:
-        listing = f"{arguments.out}.skipped.jsonl"
-        print(f"fastclap: {summary['skipped']} of {len(items)} inputs left out, see {listing}", file=sys.stderr)
-    if arguments.json:
-        print_json({"model": arguments.model, "inputs": arguments.inputs, **summary})
+        listing = f"{flags.out}.skipped.jsonl"
+        print_note(f"{summary['skipped']} of {len(items)} inputs left out, see {listing}")
+    if flags.json:
+        print_json({"model": flags.model, "inputs": flags.inputs, **summary})
     else:
         print(
             f"{summary['clips']} clips, {summary['texts']} captions, {summary['dimension']} dimensions, "
-            f"{summary['reused']} embedded before, {summary['time']['clips_per_second']:.1f} clips/s: {arguments.out}"
+            f"{summary['reused']} embedded before, {summary['time']['clips_per_second']:.1f} clips/s: {flags.out}"
         )
     return 0
-
-
-def _list_skipped(skipped: Sequence[dict[str, str]]) -> None:
-    for clip in skipped[:5]:
-        print(f"fastclap: skipped {clip['path']}: {clip['reason']}", file=sys.stderr)
-    if len(skipped) > 5:
-        print(f"fastclap: skipped {len(skipped) - 5} more clips (--json lists them)", file=sys.stderr)

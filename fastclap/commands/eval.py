@@ -1,4 +1,4 @@
-"""`fastclap eval`."""
+"""`fastclap eval`: retrieval between the clips and the captions of a manifest."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastclap.console import make_table
+from fastclap.commands.shared import DataFlags, load_model_and_data, make_table, percent, print_evaluation
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-from fastclap.commands.shared import OnData, load_model_and_data, percent, present
-
 
 @dataclass(kw_only=True)
-class Eval(OnData):
+class Flags(DataFlags):
     captions: Literal["global", "fine", "both"] = "global"
     """Captions to retrieve with: text_description, fine_description, or each in turn."""
     captions_per_clip: Literal["first", "all"] = "first"
     """Of a clip with several captions, use the first, or all (its rank is then that of its best-ranked one)."""
 
 
-DESCRIPTION = """Retrieval in both directions: R@1, R@5, R@10, mAP@10, median and mean rank, each with its chance level.
-
+HELP = """\
 Equal texts are one candidate; ties count against the model.
 
 Examples:
@@ -33,22 +30,23 @@ Examples:
 """
 
 
-def run(arguments: Eval) -> int:
+def run(flags: Flags) -> int:
     from fastclap.evaluation import evaluate
 
-    names: Any = ["global", "fine"] if arguments.captions == "both" else [arguments.captions]
-    model, manifest = load_model_and_data(arguments, require_captions=arguments.captions == "global")
+    names: Any = ["global", "fine"] if flags.captions == "both" else [flags.captions]
+    model, manifest = load_model_and_data(flags, require_captions=flags.captions == "global")
     result = evaluate(
         model,
         manifest,
         captions=names,
         tasks=[],
-        captions_per_clip=arguments.captions_per_clip,
-        embedding_map=arguments.out is not None,
-        batch_size=arguments.batch_size,
+        captions_per_clip=flags.captions_per_clip,
+        embedding_map=flags.out is not None,
+        batch_size=flags.batch_size,
         progress=True,
     )
-    return present(arguments, result, [_retrieval_table(result["retrieval"])])
+    print_evaluation(flags, result, [_retrieval_table(result["retrieval"])])
+    return 0
 
 
 def _retrieval_table(retrieval: Mapping[str, Any]) -> Table:

@@ -1,49 +1,33 @@
-"""The ``fastclap`` command: what can be done with a trained model, and packing of the data to train on.
+"""The `fastclap` command: what can be done with a trained model, and packing of the data to train on.
 
-Each command is a file of this folder: a dataclass of its flags, its help, and `run`. torch is imported after the
-arguments have been understood, so that ``--help`` and mistyped flags answer at once. Figures go to stdout, as a table
-or with ``--json`` as JSON and nothing else; progress, notes and errors go to stderr. Exit status: 0 done, 1 ``doctor``
-found a problem, 2 a mistake in the arguments, the data or the model, told in one line.
+Each command is a module of this folder, named like it: `Flags`, a dataclass of its flags, `HELP`, and `run`. Only the
+module of the command that is asked for is imported, and torch not before its flags have been understood, so that
+`--help` and mistyped flags answer at once. Figures go to stdout, as a table or with `--json` as JSON and nothing else;
+progress, notes and errors go to stderr. Exit status: 0 done, 1 `doctor` found a problem, 2 a mistake in the arguments,
+the data or the model, reported in one line.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import tyro
-
-from fastclap.commands import (
-    classify,
-    convert,
-    doctor,
-    embed,
-    eval,
-    pack,
-    prepare,
-    report,
-    rerank,
-    search,
-    similarity,
-)
 from fastclap.errors import ConfigError, FastclapError
 
-# Of each command its flags, its help and what it does.
-COMMANDS: dict[str, tuple[Any, str, Callable[[Any], int]]] = {
-    "eval": (eval.Eval, eval.DESCRIPTION, eval.run),
-    "classify": (classify.Classify, classify.DESCRIPTION, classify.run),
-    "report": (report.Report, report.DESCRIPTION, report.run),
-    "pack": (pack.Pack, pack.DESCRIPTION, pack.run),
-    "embed": (embed.Embed, embed.DESCRIPTION, embed.run),
-    "search": (search.Search, search.DESCRIPTION, search.run),
-    "rerank": (rerank.Rerank, rerank.DESCRIPTION, rerank.run),
-    "similarity": (similarity.Similarity, similarity.DESCRIPTION, similarity.run),
-    "prepare": (prepare.Prepare, prepare.DESCRIPTION, prepare.run),
-    "convert": (convert.Convert, convert.DESCRIPTION, convert.run),
-    "doctor": (doctor.Doctor, doctor.DESCRIPTION, doctor.run),
+COMMANDS = {
+    "eval": "Retrieval in both directions: R@1, R@5, R@10, mAP@10, median and mean rank, each with its chance level.",
+    "classify": "Zero-shot classification: accuracy (WA), UAR (UA), macro-F1 and each class's recall.",
+    "report": "Write the one-page report of a training run: curves, last validation, configuration.",
+    "pack": "Decode clips once into shards of int16 samples: a packed folder is a manifest with its audio.",
+    "embed": "Embed clips and captions into one table of unit vectors.",
+    "search": "Find the clips (or captions) that a description, or another clip, is nearest to: exact, best first.",
+    "rerank": "Best of N: of several clips synthesised for one description, select those that fit it best.",
+    "similarity": "Speech style similarity: the cosine of each pair, and how well it agrees with human ratings.",
+    "prepare": "Write the manifest of a public dataset: audio, captions, tags, emotion, sex, age, durations, splits.",
+    "convert": "Turn a checkpoint of another code into a model folder: safetensors, configuration, tokenizer, card.",
+    "doctor": "Say what this machine and this installation can do; exit status 1 if something needed is missing.",
 }
-_FLAGS = (tyro.conf.FlagCreatePairsOff,)  # no --no-json
 _USAGE = """usage: fastclap COMMAND [--flag value ...]
 
 Measure and use contrastive language-audio models, and pack data (fastclap-train trains them). Commands:
@@ -56,18 +40,26 @@ Measure and use contrastive language-audio models, and pack data (fastclap-train
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's) and return the exit status; help and mistyped flags exit at once."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    usage = _USAGE.format(
-        commands="\n".join(f"  {name:<12}{text.splitlines()[0]}" for name, (_, text, _) in COMMANDS.items())
-    )
     if not arguments or arguments[0] in ("-h", "--help"):
+        usage = _USAGE.format(commands="\n".join(f"  {name:<12}{summary}" for name, summary in COMMANDS.items()))
         print(usage, end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
-    name, *flags = arguments
+    name, *words = arguments
     try:
         if name not in COMMANDS:
             raise ConfigError(f"there is no command {name!r}; choose one of: {', '.join(COMMANDS)} (fastclap --help)")
-        kind, text, run = COMMANDS[name]
-        return run(tyro.cli(kind, prog=f"fastclap {name}", description=text, args=flags, config=_FLAGS))
+        import tyro
+
+        command = importlib.import_module(f"fastclap.commands.{name}")
+        flags = tyro.cli(
+            command.Flags,
+            prog=f"fastclap {name}",
+            description=f"{COMMANDS[name]}\n\n{command.HELP}",
+            args=words,
+            config=(tyro.conf.FlagCreatePairsOff,),  # no --no-json
+        )
+        status: int = command.run(flags)
+        return status
     except FastclapError as error:
         message = str(error)
     except OSError as error:  # a full disk, a folder that may not be written

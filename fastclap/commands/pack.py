@@ -1,20 +1,20 @@
-"""`fastclap pack`."""
+"""`fastclap pack`: the clips of manifests to a packed folder."""
 
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
 
-from fastclap.console import print_json, progress
+from fastclap.commands.shared import print_json, print_note
+from fastclap.console import progress
 from fastclap.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class Pack:
+class Flags:
     manifests: Annotated[list[str], tyro.conf.Positional]
     """Manifests: .jsonl, .json, .csv, .tsv or .parquet files, saved `datasets` folders, packed folders, or
     hf:NAME[:SPLIT]."""
@@ -34,8 +34,7 @@ class Pack:
     """Print the summary as JSON, and nothing else, on stdout."""
 
 
-DESCRIPTION = """Decode clips once into shards of int16 samples: a packed folder is a manifest with its audio.
-
+HELP = """\
 Training and evaluation read it like any manifest (--data.train FOLDER), without decoding. Clips that cannot be used are
 left out and listed in FOLDER/skipped.jsonl. An interrupted pack is continued by the same command.
 
@@ -46,32 +45,32 @@ Examples:
 """
 
 
-def run(arguments: Pack) -> int:
+def run(flags: Flags) -> int:
     from fastclap.data import load_manifest
     from fastclap.data.pack import pack
 
-    if not arguments.manifests:
+    if not flags.manifests:
         raise ConfigError("name at least one manifest to pack")
     manifest = load_manifest(
-        arguments.manifests, audio_root=arguments.audio_root, columns=arguments.columns, require_captions=False
+        flags.manifests, audio_root=flags.audio_root, columns=flags.columns, require_captions=False
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with progress("packing", "packed", "clips") as advance:
         summary = pack(
             manifest,
-            arguments.out,
-            sampling_rate=arguments.sampling_rate,
-            shard_mb=arguments.shard_mb,
-            workers=cores if arguments.workers is None else arguments.workers,
+            flags.out,
+            sampling_rate=flags.sampling_rate,
+            shard_mb=flags.shard_mb,
+            workers=cores if flags.workers is None else flags.workers,
             advance=advance,
         )
     if summary["skipped"]:
-        print(f"fastclap: {summary['skipped']} rows left out, see {arguments.out}/skipped.jsonl", file=sys.stderr)
-    if arguments.json:
+        print_note(f"{summary['skipped']} rows left out, see {flags.out}/skipped.jsonl")
+    if flags.json:
         print_json(summary)
     else:
         print(
             f"{summary['rows']} rows, {summary['clips']} clips, {summary['hours']:.2f} h, "
-            f"{summary['bytes'] / 1e6:.1f} MB in {summary['shards']} shards: {arguments.out}"
+            f"{summary['bytes'] / 1e6:.1f} MB in {summary['shards']} shards: {flags.out}"
         )
     return 0

@@ -1,18 +1,18 @@
-"""`fastclap prepare`."""
+"""`fastclap prepare`: a public dataset to a manifest."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
 
-from fastclap.console import print_json, progress
+from fastclap.commands.shared import print_json, print_note
+from fastclap.console import progress
 
 
 @dataclass(kw_only=True)
-class Prepare:
+class Flags:
     dataset: Annotated[
         Literal[
             "paraspeechcaps", "fcaps", "promptspeech", "textrolspeech", "speechcraft", "ravdess", "crema-d", "iemocap"
@@ -32,8 +32,7 @@ class Prepare:
     """Print the summary as JSON, and nothing else, on stdout."""
 
 
-DESCRIPTION = """Write the manifest of a public dataset: audio, captions, tags, emotion, sex, age, durations, splits.
-
+HELP = """\
 Clips whose audio is missing or unreadable are left out and listed beside the manifest, in NAME-skipped.jsonl. Where to
 get each dataset, under which licence, and how its folder looks: docs/data.md.
 
@@ -45,25 +44,24 @@ Examples:
 """
 
 
-def run(arguments: Prepare) -> int:
+def run(flags: Flags) -> int:
     from fastclap.prepare import prepare
 
     with progress("preparing", "prepared", "clips") as advance:
         summary = prepare(
-            arguments.dataset,
-            arguments.root,
-            arguments.out,
-            annotations=arguments.annotations,
-            columns=arguments.columns,
+            flags.dataset,
+            flags.root,
+            flags.out,
+            annotations=flags.annotations,
+            columns=flags.columns,
             advance=advance,
         )
     if summary["skipped_file"]:
-        print(
-            f"fastclap: {summary['missing']} clips without audio and {summary['unreadable']} unreadable ones left out, "
-            f"see {summary['skipped_file']}",
-            file=sys.stderr,
+        print_note(
+            f"{summary['missing']} clips without audio and {summary['unreadable']} unreadable ones left out, "
+            f"see {summary['skipped_file']}"
         )
-    if arguments.json:
+    if flags.json:
         print_json(summary)
         return 0
     for reason, clips in summary["left_out"].items():

@@ -1,4 +1,4 @@
-"""`fastclap report`."""
+"""`fastclap report`: the report of a training run."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ import tyro
 
 
 @dataclass(kw_only=True)
-class Report:
+class Flags:
     run: Annotated[str, tyro.conf.Positional]
     """Run folder of fastclap-train."""
     out: str | None = None
     """Folder for report.html, its pictures and report.json (default: RUN/report)."""
 
 
-DESCRIPTION = """Write the one-page report of a training run: curves, last validation, configuration.
-
+HELP = """\
 Examples:
   fastclap report runs/demo
   fastclap report runs/demo --out /tmp/report
 """
 
 
-def run(arguments: Report) -> int:
+def run(flags: Flags) -> int:
     from fastclap.evaluation import write_report
 
-    print(write_report(arguments.out or Path(arguments.run) / "report", run=arguments.run))
+    print(write_report(flags.out or Path(flags.run) / "report", run=flags.run))
     return 0

@@ -1,4 +1,4 @@
-"""`fastclap rerank`."""
+"""`fastclap rerank`: the best of several synthesised clips."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from typing import Annotated
 
 import tyro
 
-from fastclap.commands.embed import _list_skipped
-from fastclap.commands.shared import OnModel, load_models, plain, print_table
-from fastclap.console import make_table, print_json, progress
+from fastclap.commands.shared import (
+    ModelFlags,
+    load_models,
+    make_table,
+    plain,
+    print_json,
+    print_skipped,
+    print_table,
+)
+from fastclap.console import progress
 from fastclap.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class Rerank(OnModel):
+class Flags(ModelFlags):
     models: Annotated[list[str], tyro.conf.Positional]
     """One model or several, whose cosines are averaged: exported or run folders, or Hugging Face hub ids."""
     data: str
@@ -39,8 +46,7 @@ class Rerank(OnModel):
     """Accept a table whose items have different numbers of candidates."""
 
 
-DESCRIPTION = """Best of N: of several clips synthesised for one description, select those that fit it best.
-
+HELP = """\
 A candidate that cannot be decoded or is silent is listed and never selected. OUT appears only when it is complete.
 
 Examples:
@@ -51,49 +57,49 @@ Examples:
 """
 
 
-def run(arguments: Rerank) -> int:
-    if not arguments.models:
+def run(flags: Flags) -> int:
+    if not flags.models:
         raise ConfigError("name at least one model")
-    is_folder = Path(arguments.data).is_dir()
-    for_folders = {"--iterations": arguments.iterations is not None, "--prompts": bool(arguments.prompts)}
-    for_tables = {"--audio-root": arguments.audio_root is not None, "--unequal": arguments.unequal}
+    is_folder = Path(flags.data).is_dir()
+    for_folders = {"--iterations": flags.iterations is not None, "--prompts": bool(flags.prompts)}
+    for_tables = {"--audio-root": flags.audio_root is not None, "--unequal": flags.unequal}
     for flag, given in (for_tables if is_folder else for_folders).items():
         if given:
             raise ConfigError(f"{flag} has no meaning for {'a folder of iterations' if is_folder else 'a table'}")
     from fastclap.apps.rerank import check_free, read_iterations, read_table, rerank, write_selection
     from fastclap.apps.scoring import normalized_weights
 
-    normalized_weights(len(arguments.models), arguments.weights)  # before anything slow
-    if arguments.out is not None:
-        check_free(arguments.out)
+    normalized_weights(len(flags.models), flags.weights)  # before anything slow
+    if flags.out is not None:
+        check_free(flags.out)
     candidates = (
-        read_iterations(arguments.data, iterations=arguments.iterations, prompts=arguments.prompts)
+        read_iterations(flags.data, iterations=flags.iterations, prompts=flags.prompts)
         if is_folder
-        else read_table(arguments.data, audio_root=arguments.audio_root, unequal=arguments.unequal)
+        else read_table(flags.data, audio_root=flags.audio_root, unequal=flags.unequal)
     )
-    models, loading = load_models(arguments, arguments.models)
+    models, loading = load_models(flags, flags.models)
     start = time.perf_counter()
     with progress("scoring", "scored", "clips") as advance:
         result = rerank(
             models,
             candidates,
-            weights=arguments.weights,
-            top_k=arguments.top_k,
-            batch_size=arguments.batch_size,
-            threads=arguments.threads,
+            weights=flags.weights,
+            top_k=flags.top_k,
+            batch_size=flags.batch_size,
+            threads=flags.threads,
             advance=advance,
         )
     seconds = time.perf_counter() - start
-    _list_skipped(result["skipped"])
-    if arguments.out is not None:
-        write_selection(candidates, result, arguments.out)
-    result = {"models": arguments.models, "data": arguments.data, "out": arguments.out, **result}
+    print_skipped(result["skipped"])
+    if flags.out is not None:
+        write_selection(candidates, result, flags.out)
+    result = {"models": flags.models, "data": flags.data, "out": flags.out, **result}
     result["time"] = {
         "loading_seconds": round(loading, 3),
         "seconds": round(seconds, 3),
         "clips_per_second": round(result["candidates"] * len(models) / seconds, 2),
     }
-    if arguments.json:
+    if flags.json:
         print_json(result)
         return 0
     table = make_table(f"Best of {len(candidates.items[0].paths)}", "item")
@@ -105,7 +111,5 @@ def run(arguments: Rerank) -> int:
         mean = sum(scores) / len(scores)
         cells = (item.id, str(label), f"{entry['best_score']:.3f}", f"{mean:.3f}", " | ".join(item.prompts))
         table.add_row(*map(plain, cells))
-    print_table(
-        table, f"{result['candidates']} clips in {seconds:.1f} s" + (f": {arguments.out}" if arguments.out else "")
-    )
+    print_table(table, f"{result['candidates']} clips in {seconds:.1f} s" + (f": {flags.out}" if flags.out else ""))
     return 0

@@ -1,4 +1,4 @@
-"""`fastclap search`."""
+"""`fastclap search`: the nearest rows of an embedded collection."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastclap.commands.shared import OnModel, load_models, plain, print_table
-from fastclap.console import make_table, print_json
+from fastclap.commands.shared import ModelFlags, load_models, make_table, plain, print_json, print_table
 from fastclap.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class Search(OnModel):
+class Flags(ModelFlags):
     model: Annotated[str, tyro.conf.Positional]
     """Exported model folder, run folder (its newest checkpoint) or Hugging Face hub id; the one that embedded INDEX."""
     index: Annotated[str, tyro.conf.Positional]
@@ -32,8 +31,7 @@ class Search(OnModel):
     """What computes the cosines, exactly in both cases; faiss has to be installed (pip install faiss-cpu)."""
 
 
-DESCRIPTION = """Find the clips (or captions) that a description, or another clip, is nearest to: exact, best first.
-
+HELP = """\
 Examples:
   fastclap search runs/demo recordings.parquet "a calm female voice"
   fastclap search runs/demo recordings.parquet --audio like-this.wav -k 5
@@ -42,26 +40,26 @@ Examples:
 """
 
 
-def run(arguments: Search) -> int:
-    if (arguments.query is None) == (arguments.audio is None):
+def run(flags: Flags) -> int:
+    if (flags.query is None) == (flags.audio is None):
         raise ConfigError("give either a description or --audio FILE to search with")
-    if arguments.query is not None and not arguments.query.strip():
+    if flags.query is not None and not flags.query.strip():
         raise ConfigError("the description is blank")
     from fastclap.apps.embed import check_finite, fingerprint, load_index
     from fastclap.apps.search import check_same_model, search
 
-    (model,), loading = load_models(arguments, [arguments.model])
+    (model,), loading = load_models(flags, [flags.model])
     start = time.perf_counter()
-    index = load_index(arguments.index)
-    check_same_model(index, fingerprint(model), arguments.index)
+    index = load_index(flags.index)
+    check_same_model(index, fingerprint(model), flags.index)
     reading = time.perf_counter() - start
-    for asked in [str(arguments.audio)] if arguments.query is None else _queries(arguments.query):
+    for asked in [str(flags.audio)] if flags.query is None else _queries(flags.query):
         start = time.perf_counter()
-        query = model.embed_audio([asked]) if arguments.query is None else model.embed_text([asked])
+        query = model.embed_audio([asked]) if flags.query is None else model.embed_text([asked])
         check_finite(query, ["the query"])
-        found = search(index, query, arguments.k, engine=arguments.engine)[0]
+        found = search(index, query, flags.k, engine=flags.engine)[0]
         answering = time.perf_counter() - start
-        if not arguments.json:
+        if not flags.json:
             table = make_table(f"Nearest to {asked!r}, of {len(index.names)}", "rank")
             table.add_column("cosine", justify="right")
             table.add_column("clip or caption", overflow="fold")
@@ -70,8 +68,8 @@ def run(arguments: Search) -> int:
             print_table(table, f"{answering:.3f} s, model and index in memory")
             continue
         result = {
-            "model": arguments.model,
-            "index": arguments.index,
+            "model": flags.model,
+            "index": flags.index,
             "query": asked,
             "rows": len(index.names),
             "found": found,
@@ -81,7 +79,7 @@ def run(arguments: Search) -> int:
                 "query_seconds": round(answering, 4),
             },
         }
-        print_json(result, lines=arguments.query == "-")
+        print_json(result, lines=flags.query == "-")
     return 0
 
 

@@ -1,7 +1,8 @@
-"""What the commands share: their common flags, loading, tables."""
+"""What several commands share: flags, loading of models and data, and what they print."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastclap.console import pick_device, print_json
 from fastclap.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class OnData:
+class DataFlags:
+    """Flags of commands that evaluate a model on manifests."""
+
     model: str
     """Exported model folder, run folder (its newest checkpoint) or Hugging Face hub id."""
     data: list[str]
@@ -40,59 +42,10 @@ class OnData:
     """Clips embedded at a time."""
 
 
-def load_model_and_data(arguments: OnData, *, require_captions: bool) -> tuple[CLAP, Manifest]:
-    from fastclap.data import load_manifest
-    from fastclap.models.clap import CLAP
-
-    if arguments.batch_size < 1:
-        raise ConfigError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
-    if not arguments.data:
-        raise ConfigError("--data is empty: name at least one manifest")
-    if arguments.out is not None:
-        Path(arguments.out).mkdir(parents=True, exist_ok=True)  # an unusable folder is better found now than at the end
-    device = pick_device(arguments.device)
-    manifest = load_manifest(
-        arguments.data,
-        audio_root=arguments.audio_root,
-        columns=arguments.columns,
-        require_captions=require_captions,
-    )
-    return CLAP.from_pretrained(arguments.model, device=device), manifest
-
-
-def present(arguments: OnData, result: Mapping[str, Any], tables: Sequence[Table]) -> int:
-    result = {"model": arguments.model, "data": arguments.data, **result}
-    skipped = result["skipped"]
-    for clip in skipped[:5]:
-        print(f"fastclap: skipped {clip['path']}: {clip['reason']}", file=sys.stderr)
-    if len(skipped) > 5:
-        print(f"fastclap: skipped {len(skipped) - 5} more clips (--json and --out list them)", file=sys.stderr)
-    page = None
-    if arguments.out is not None:
-        from fastclap.evaluation import write_report
-
-        page = write_report(arguments.out, results=result)
-    if arguments.json:
-        print_json(result)
-        return 0
-    from rich.console import Console
-
-    console = Console()
-    for table in tables:
-        console.print(table)
-    seconds = result["time"]["seconds"]
-    console.print(f"{result['clips']} clips, {len(skipped)} skipped, {seconds:.1f} s", highlight=False)
-    if page is not None:
-        console.print(f"report: {page}", highlight=False, soft_wrap=True)
-    return 0
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
 @dataclass(kw_only=True)
-class OnModel:
+class ModelFlags:
+    """Flags of commands that embed clips with one model or several."""
+
     json: bool = False
     """Print the whole result as JSON, and nothing else, on stdout."""
     device: str = "auto"
@@ -103,13 +56,28 @@ class OnModel:
     """Decoding threads."""
 
 
-def load_models(arguments: OnModel, paths: Sequence[str]) -> tuple[list[CLAP], float]:
+def load_model_and_data(flags: DataFlags, *, require_captions: bool) -> tuple[CLAP, Manifest]:
+    from fastclap.data import load_manifest
+    from fastclap.models.clap import CLAP
+
+    if flags.batch_size < 1:
+        raise ConfigError(f"--batch-size is {flags.batch_size}; it must be at least 1")
+    if not flags.data:
+        raise ConfigError("--data is empty: name at least one manifest")
+    if flags.out is not None:
+        Path(flags.out).mkdir(parents=True, exist_ok=True)  # an unusable folder is better found now than at the end
+    device = _usable_device(flags.device)
+    manifest = load_manifest(
+        flags.data, audio_root=flags.audio_root, columns=flags.columns, require_captions=require_captions
+    )
+    return CLAP.from_pretrained(flags.model, device=device), manifest
+
+
+def load_models(flags: ModelFlags, paths: Sequence[str]) -> tuple[list[CLAP], float]:
     """The models, and the seconds that reading them took."""
-    if arguments.batch_size < 1 or arguments.threads < 1:
-        raise ConfigError(
-            f"--batch-size is {arguments.batch_size} and --threads {arguments.threads}; both must be at least 1"
-        )
-    device = pick_device(arguments.device)
+    if flags.batch_size < 1 or flags.threads < 1:
+        raise ConfigError(f"--batch-size is {flags.batch_size} and --threads {flags.threads}; both must be at least 1")
+    device = _usable_device(flags.device)
 
     from fastclap.models.clap import CLAP
 
@@ -117,7 +85,75 @@ def load_models(arguments: OnModel, paths: Sequence[str]) -> tuple[list[CLAP], f
     return [CLAP.from_pretrained(path, device=device) for path in paths], time.perf_counter() - start
 
 
-def print_table(table: Any, note: str) -> None:
+def _usable_device(name: str) -> str:
+    """`name`, or for "auto" a GPU if there is one.
+
+    Raises:
+        ConfigError: torch cannot use the device.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def print_evaluation(flags: DataFlags, result: Mapping[str, Any], tables: Sequence[Table]) -> None:
+    """Print the result of `evaluate` as tables or JSON, with what was skipped, and write the report if asked for."""
+    result = {"model": flags.model, "data": flags.data, **result}
+    print_skipped(result["skipped"], "--json and --out list them")
+    page = None
+    if flags.out is not None:
+        from fastclap.evaluation import write_report
+
+        page = write_report(flags.out, results=result)
+    if flags.json:
+        print_json(result)
+        return
+    from rich.console import Console
+
+    console = Console()
+    for table in tables:
+        console.print(table)
+    seconds = result["time"]["seconds"]
+    console.print(f"{result['clips']} clips, {len(result['skipped'])} skipped, {seconds:.1f} s", highlight=False)
+    if page is not None:
+        console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+def print_note(text: str) -> None:
+    """A line for the user on stderr."""
+    print(f"fastclap: {text}", file=sys.stderr)
+
+
+def print_skipped(skipped: Sequence[Mapping[str, str]], where: str = "--json lists them") -> None:
+    """The first skipped clips with their reasons, and how many more there are, on stderr."""
+    for clip in skipped[:5]:
+        print_note(f"skipped {clip['path']}: {clip['reason']}")
+    if len(skipped) > 5:
+        print_note(f"skipped {len(skipped) - 5} more clips ({where})")
+
+
+def print_json(result: Any, *, lines: bool = False) -> None:
+    """A result on stdout as `--json` asks for; with `lines` as one line of several, to be seen at once."""
+    print(json.dumps(result, indent=None if lines else 1, ensure_ascii=False), flush=lines)
+
+
+def make_table(title: str, first: str) -> Table:
+    """An empty table whose first column is called `first`."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column(first)
+    return table
+
+
+def print_table(table: Table, note: str) -> None:
     from rich.console import Console
 
     console = Console()
@@ -130,3 +166,7 @@ def plain(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"

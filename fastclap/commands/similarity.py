@@ -1,4 +1,4 @@
-"""`fastclap similarity`."""
+"""`fastclap similarity`: the style similarity of pairs of clips."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Annotated
 
 import tyro
 
-from fastclap.commands.embed import _list_skipped
-from fastclap.commands.shared import OnModel, load_models, print_table
-from fastclap.console import make_table, print_json, progress
+from fastclap.commands.shared import ModelFlags, load_models, make_table, print_json, print_skipped, print_table
+from fastclap.console import progress
 from fastclap.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class Similarity(OnModel):
+class Flags(ModelFlags):
     model: Annotated[str, tyro.conf.Positional]
     """Exported model folder, run folder (its newest checkpoint) or Hugging Face hub id."""
     pairs: Annotated[str, tyro.conf.Positional]
@@ -33,8 +32,7 @@ class Similarity(OnModel):
     """Folder that relative audio paths start from (default: the table's)."""
 
 
-DESCRIPTION = """Speech style similarity: the cosine of each pair, and how well it agrees with human ratings.
-
+HELP = """\
 Pearson's r and Spearman's rho have 95 % confidence intervals (Fisher). Pairs whose audio cannot be used are listed and
 left out.
 
@@ -45,31 +43,29 @@ Examples:
 """
 
 
-def run(arguments: Similarity) -> int:
+def run(flags: Flags) -> int:
     from fastclap.apps.scoring import agreement
     from fastclap.apps.similarity import read_pairs, score_pairs
 
-    if arguments.out is not None and not arguments.out.endswith(".csv"):
-        raise ConfigError(f"--out {arguments.out}: name a .csv file")
+    if flags.out is not None and not flags.out.endswith(".csv"):
+        raise ConfigError(f"--out {flags.out}: name a .csv file")
     pairs = read_pairs(
-        arguments.pairs,
-        audio_root=arguments.audio_root,
-        rating_column=arguments.rating_column,
-        ratings=arguments.ratings,
+        flags.pairs,
+        audio_root=flags.audio_root,
+        rating_column=flags.rating_column,
+        ratings=flags.ratings,
     )
-    (model,), loading = load_models(arguments, [arguments.model])
+    (model,), loading = load_models(flags, [flags.model])
     start = time.perf_counter()
     with progress("embedding", "embedded", "clips") as advance:
-        scores, skipped = score_pairs(
-            model, pairs, batch_size=arguments.batch_size, threads=arguments.threads, advance=advance
-        )
+        scores, skipped = score_pairs(model, pairs, batch_size=flags.batch_size, threads=flags.threads, advance=advance)
     seconds = time.perf_counter() - start
-    _list_skipped(skipped)
+    print_skipped(skipped)
     kept = [(score, pair.rating) for score, pair in zip(scores, pairs, strict=True) if score is not None]
     rated = [(score, rating) for score, rating in kept if rating is not None]
     found = agreement([score for score, _ in rated], [rating for _, rating in rated]) if rated else None
     result = {
-        "model": arguments.model,
+        "model": flags.model,
         "pairs": len(pairs),
         "scored": len(kept),
         "skipped": skipped,
@@ -78,7 +74,7 @@ def run(arguments: Similarity) -> int:
         "scores": scores,
         "time": {"loading_seconds": round(loading, 3), "seconds": round(seconds, 3)},
     }
-    if arguments.out is not None:
+    if flags.out is not None:
         from fastclap.files import write_atomic
 
         buffer = io.StringIO()
@@ -86,8 +82,8 @@ def run(arguments: Similarity) -> int:
         writer.writerow(("audio", "other_audio", "text", "rating", "cosine"))
         for pair, score in zip(pairs, scores, strict=True):
             writer.writerow(["" if value is None else value for value in (*pair.named, pair.rating, score)])
-        write_atomic(Path(arguments.out), buffer.getvalue().encode(errors="replace"))
-    if arguments.json:
+        write_atomic(Path(flags.out), buffer.getvalue().encode(errors="replace"))
+    if flags.json:
         print_json(result)
         return 0
     table = make_table(f"Style similarity of {len(kept)} pairs", "figure")
@@ -98,5 +94,5 @@ def run(arguments: Similarity) -> int:
         figures = found[name] if found else {}
         table.add_row(title, f"{figures['value']:.3f}", f"{figures['low']:.3f} to {figures['high']:.3f}")
     note = f"{len(pairs)} pairs, {len(pairs) - len(kept)} skipped, {seconds:.1f} s"
-    print_table(table, note + (f": {arguments.out}" if arguments.out else ""))
+    print_table(table, note + (f": {flags.out}" if flags.out else ""))
     return 0

@@ -18,7 +18,7 @@ import pytest
 import soundfile
 
 from fastclap.commands.main import main
-from fastclap.commands.prepare import Prepare
+from fastclap.commands.prepare import Flags
 from fastclap.data import load_manifest
 from fastclap.prepare import DATASETS
 
@@ -481,7 +481,7 @@ def test_a_failure_leaves_the_earlier_manifest(tmp_path: Path, mistake: Any) -> 
 
 
 def test_the_command_names_every_dataset() -> None:
-    kinds = get_args(get_type_hints(Prepare, include_extras=False)["dataset"])
+    kinds = get_args(get_type_hints(Flags, include_extras=False)["dataset"])
     assert kinds == tuple(DATASETS)
 
 
