@@ -1,14 +1,12 @@
-"""fastclap: contrastive language-audio pretraining at the speed of the hardware.
+"""fastclap: contrastive language-audio pretraining with fused kernels.
 
-Every public name is loaded on first use, so ``import fastclap`` costs next to nothing beyond ``import torch`` and works
+Every public name is loaded on first use, so `import fastclap` costs next to nothing beyond ``import torch`` and works
 without a GPU, without Triton and without a compiler.
 """
 
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,10 +33,7 @@ _PUBLIC = {
 
 __all__ = ["CLAP", "ClipLoss", "GradCache", "LogMel", "SigLipLoss", "drop_in", "info_nce", "reward", "sigmoid_loss"]
 
-try:
-    __version__ = _version("fastclap")
-except PackageNotFoundError:  # a bare source tree on PYTHONPATH
-    __version__ = "0.1.0"
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,8 @@ import csv
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from bench.gpu.report import UNMEASURED
 from fastclap import CLAP
 from fastclap.commands.main import COMMANDS
 from fastclap.commands.main import main as fastclap_main
@@ -23,7 +26,17 @@ from fastclap.prompts import PROMPT_SETS
 from fastclap.train import cli as train_cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITHOUT_COMMANDS = {
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks.md",
+    "drop-in.md",
+    "guarantees.md",
+    "results.md",
+    "scaling.md",
+}
+RUN_ELSEWHERE = {"tutorial.md", "clsp.md"}  # their Python blocks, by tests of their own
 
 
 def blocks(page: Path) -> list[tuple[str, str, str]]:
@@ -69,7 +82,39 @@ def test_every_command_is_understood(page: Path, monkeypatch: pytest.MonkeyPatch
         prompts = getattr(understood[-1], "prompts", None)
         if words[:2] == ["fastclap", "classify"] and prompts is not None:
             assert prompts in PROMPT_SETS or prompts.endswith(".json"), shlex.join(words)
-    assert ours or page.name == "scaling.md"
+    assert ours or page.name in WITHOUT_COMMANDS
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in RUN_ELSEWHERE], ids=lambda page: page.name)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand, one after the other; those that need a client (needs=NAME) run where it is installed, elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "page"}
+    for language, needs, text in blocks(page):
+        if language == "python" and not needs:
+            exec(compile(text, page.name, "exec"), namespace)
+
+
+def test_the_readme_prints_what_it_says() -> None:
+    """Its first block, typed into an empty file."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    ((code, printed),) = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, flags=re.S)
+    assert len(code.splitlines()) == 6
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.stdout == printed, run.stderr
+
+
+def test_the_readme_says_what_no_gpu_has_measured() -> None:
+    """As long as the page of the benchmarks, whose tables are generated, says so."""
+    readme, page = ((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/benchmarks.md"))
+    assert (UNMEASURED in readme) == (UNMEASURED in page)
+
+
+def test_the_readme_is_a_door() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+    index = (ROOT / "docs/README.md").read_text("utf-8")
+    for page in PAGES:
+        assert page.parent != ROOT / "docs" or page.name == "README.md" or f"]({page.name})" in index
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import fastclap
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -43,6 +45,11 @@ def test_bare_source_tree_imports_and_leaves_transformers_alone() -> None:
 def test_no_top_level_kernels_or_train_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "train" / "__init__.py").exists()
+
+
+def test_the_newest_changes_are_of_this_version() -> None:
+    newest = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.M)[0]
+    assert newest == fastclap.__version__
 
 
 def test_import_is_lazy() -> None:
@@ -103,12 +110,3 @@ def test_wheel_holds_every_module_once(tmp_path: Path) -> None:
         path=str(site),
     )
     assert str(site) in out
-
-
-def test_readme_examples_run() -> None:
-    """Every ```python block of the README runs as it stands, one after the other."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert blocks
-    namespace = {"__name__": "readme"}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)

@@ -1,4 +1,4 @@
-"""Tables and plots of the records: ``README.md`` in each device's folder, and the tables of the project's README."""
+"""Tables and plots of the records: `README.md` in each device's folder, and the tables of `docs/benchmarks.md`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.lots import LOTS, ROOT
-from bench.gpu.record import ABSENT, NOT_REACHED, Row, read_all
+from bench.gpu.records import read_all
+from bench.run import ABSENT, NOT_REACHED, Row
 from bench.tables import markdown
 
 Records = dict[str, dict[str, Any]]
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- tables of bench.gpu: begin -->", "<!-- end -->"
 UNMEASURED = "**Nothing here has been measured on a GPU yet.**"
 OURS = ("fastclap", "fastclap Triton")  # forms of the kernels that are ours
-FORMS_IN_README = ("fastclap Triton", "materialised, compiled", "open_clip, compiled", "inf_cl", "memeff")
+FORMS_ON_PAGE = ("fastclap Triton", "materialised, compiled", "open_clip, compiled", "inf_cl", "memeff")
 
 
 def write_reports(root: Path) -> list[Path]:
-    """Writes the page and the plots of every device under ``root``, and the project's README from its own records."""
+    """Writes the page and the plots of every device under ``root``, and the tables of `PAGE` from its own records."""
     written = []
     devices = {folder: read_all(folder) for folder in sorted(root.glob("*")) if folder.is_dir()}
     for folder, records in devices.items():
@@ -33,27 +34,27 @@ def write_reports(root: Path) -> list[Path]:
         page.write_text(report(records), encoding="utf-8")
         written.append(page)
     if root == ROOT / "bench" / "records" / "gpu":
-        README.write_text(with_tables(README.read_text(encoding="utf-8"), devices), encoding="utf-8")
-        written.append(README)
+        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), devices), encoding="utf-8")
+        written.append(PAGE)
     return written
 
 
-def with_tables(readme: str, devices: dict[Path, Records]) -> str:
-    """The README with what stands between its marks made anew."""
-    before, _, rest = readme.partition(BEGIN)
+def with_tables(page: str, devices: dict[Path, Records]) -> str:
+    """The page with what stands between its marks made anew."""
+    before, _, rest = page.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:
-        raise ValueError(f"the README has no “{BEGIN}” … “{END}”")
-    return f"{before}{BEGIN}\n{readme_tables(devices)}\n{END}{after}"
+        raise ValueError(f"the page has no “{BEGIN}” … “{END}”")
+    return f"{before}{BEGIN}\n{tables_of(devices)}\n{END}{after}"
 
 
-def readme_tables(devices: dict[Path, Records]) -> str:
+def tables_of(devices: dict[Path, Records]) -> str:
     """The training step and the loss on every device that has records."""
     parts = []
     for folder, records in devices.items():
-        tables = [*_step(records, brief=True), *_loss(records, FORMS_IN_README), *_state(records)]
+        tables = [*_step(records, brief=True), *_loss(records, FORMS_ON_PAGE), *_state(records)]
         if tables:
-            link = f"bench/records/gpu/{folder.name}/README.md"
+            link = f"../bench/records/gpu/{folder.name}/README.md"
             parts += [f"On one {_device(records)} ([all of it]({link})):", *tables]
     return "\n\n".join(parts or [UNMEASURED])
 
