@@ -48,7 +48,8 @@ def run(flags: Flags) -> int:
 
         as_tokenizer(flags.tokenizer)
 
-    from fastclap.models.foreign import find_checkpoint, read_checkpoint
+    from fastclap.models.clap import read_checkpoint
+    from fastclap.models.foreign import find_checkpoint
 
     found = find_checkpoint(flags.checkpoint)
     print_note(f"reading {found}")

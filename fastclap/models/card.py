@@ -1,8 +1,8 @@
-"""The model card: ``README.md`` of an exported model, in the form that the Hugging Face hub shows.
+"""The model card: `README.md` of an exported model, in the form that the Hugging Face hub shows.
 
-It tells what the model itself knows (towers, sizes, how to use it) and, given a run folder, what it was trained on and
-how it scored at the last validation, beside what chance would have scored. Of manifests and models on a disk the name
-alone is told: a card is meant for others. Whoever publishes a model names the licence of its weights.
+It describes the model (towers, sizes, how to use it) and, given a run folder, says what it was trained on and how it
+scored at the last validation, compared with chance. Manifests and models on a disk appear by their name alone, without
+the path: a card is meant for others. Whoever publishes a model names the licence of its weights.
 """
 
 from __future__ import annotations
@@ -11,49 +11,42 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fastclap.config import AudioTowerConfig, TextTowerConfig
-    from fastclap.models.clap import CLAP
+from fastclap.config import AudioTowerConfig, CLAPConfig, TextTowerConfig
 
-_HERE = 'CLAP.from_pretrained(".")'
+_FROM_HERE = 'CLAP.from_pretrained(".")'
 
 
-def card_of(model: CLAP, run: str | os.PathLike[str] | None = None, license: str | None = None) -> str:
-    """Card to save beside a model: the one it came with, or a new one where there is none or ``run`` has news.
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a card says about the model itself."""
 
-    Args:
-        model: whose ``card`` is kept without ``run``.
-        run: run folder, of which ``config.yaml`` and ``metrics.jsonl`` are read where they are there and readable.
-        license: name of a licence on the hub; entered into a kept card too.
-    """
-    card = model.card
-    if card is None or run is not None:
-        card = model_card(model, run=run)
-    if license is not None:
-        card = re.sub(r"\A(---\n(?:(?!---\n).*\n)*?)license:.*\n", rf"\g<1>license: {license}\n", card)
-    return card
+    config: CLAPConfig
+    sampling_rate: int
+    parameters: int
+    has_tokenizer: bool
 
 
-def model_card(model: CLAP, *, run: str | os.PathLike[str] | None = None, origin: str | None = None) -> str:
+def model_card(facts: ModelFacts, *, run: str | os.PathLike[str] | None = None, origin: str | None = None) -> str:
     """A new card, in Markdown with the hub's YAML header; the licence is entered as unknown.
 
     Args:
-        model: to describe.
-        run: run folder to report on, see :func:`card_of`.
-        origin: sentence that tells where the weights come from.
+        facts: of the model to describe.
+        run: run folder to report on; its `config.yaml`, `environment.json` and `metrics.jsonl` are read where they are
+            there and readable.
+        origin: sentence on where the weights come from.
     """
-    config = model.config
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    facts = {
+    config = facts.config
+    rows = {
         "audio tower": _audio_tower(config.audio),
         "text tower": _text_tower(config.text),
         "projection heads": f"{config.head.kind}, to {config.head.dim} dimensions",
-        "audio": f"mono, {model.sampling_rate} Hz (other rates are resampled)",
+        "audio": f"mono, {facts.sampling_rate} Hz (other rates are resampled)",
         "captions": f"up to {config.text.max_tokens} tokens",
-        "parameters": f"{parameters / 1e6:.1f} million",
+        "parameters": f"{facts.parameters / 1e6:.1f} million",
     }
     sections = [
         "---\nlicense: unknown\nlibrary_name: fastclap\npipeline_tag: zero-shot-audio-classification\n"
@@ -63,9 +56,9 @@ def model_card(model: CLAP, *, run: str | os.PathLike[str] | None = None, origin
         "together. For retrieval in both directions, zero-shot classification, style similarity, and choosing the best "
         "of several synthesised clips.",
         *([origin] if origin else []),
-        _table(("", "what it is"), facts.items()),
+        _table(("", "what it is"), rows.items()),
         "## Usage",
-        _usage(model),
+        _usage(facts),
         "The `fastclap` command takes the folder, or its name on the hub, wherever it asks for a model: "
         "`fastclap classify`, `eval`, `embed`, `search`, `similarity` and `rerank`.",
         *(_training(Path(run)) if run is not None else ()),
@@ -80,20 +73,26 @@ def model_card(model: CLAP, *, run: str | os.PathLike[str] | None = None, origin
     return "\n\n".join(sections) + "\n"
 
 
+def with_license(card: str, license: str) -> str:
+    """The card with another licence in its header, by its name on the hub."""
+    return re.sub(r"\A(---\n(?:(?!---\n).*\n)*?)license:.*\n", rf"\g<1>license: {license}\n", card)
+
+
 def published_at(card: str, repo_id: str) -> str:
     """The card with its example reading the model from the hub."""
-    return card.replace(f"{_HERE}  # this folder", f'CLAP.from_pretrained("{repo_id}")')
+    return card.replace(f"{_FROM_HERE}  # this folder", f'CLAP.from_pretrained("{repo_id}")')
 
 
-def _usage(model: CLAP) -> str:
+def _usage(facts: ModelFacts) -> str:
+    rate = facts.sampling_rate
     lines = ["```python", "import torch", "from fastclap import CLAP", ""]
-    lines += [f"model = {_HERE}  # this folder", f"clips = [torch.randn({model.sampling_rate})]  # or audio files"]
-    if model.tokenizer is None:
-        lines += [f"print(model.embed_audio(clips, sampling_rate={model.sampling_rate}).shape)"]
+    lines += [f"model = {_FROM_HERE}  # this folder", f"clips = [torch.randn({rate})]  # or audio files"]
+    if not facts.has_tokenizer:
+        lines += [f"print(model.embed_audio(clips, sampling_rate={rate}).shape)"]
     else:
         lines += [
             'captions = ["A person is speaking in a calm style.", "A person is speaking in an angry style."]',
-            f"cosines = model.similarity(clips, captions, sampling_rate={model.sampling_rate})",
+            f"cosines = model.similarity(clips, captions, sampling_rate={rate})",
             "print(cosines)  # [clips, captions]",
         ]
     return "\n".join([*lines, "```"])
@@ -119,7 +118,7 @@ def _transformers_tower(kind: str, config: AudioTowerConfig | TextTowerConfig) -
     layers = fields.get("depths") or fields.get("num_hidden_layers") or fields.get("encoder_layers")
     width = fields.get("patch_embeds_hidden_size") or fields.get("hidden_size") or fields.get("d_model")
     source = config.pretrained
-    # a folder on somebody's disk tells nobody anything
+    # a folder on somebody's disk means nothing to anyone else
     start = f", started from {source}" if source is not None and not os.path.exists(source) else ""
     return f"{name}, layers {layers}, width {width}{start}"
 
@@ -145,7 +144,7 @@ def _training(run: Path) -> Iterator[str]:
 
 
 def _training_facts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What of a run's configuration others need to know, where it is there."""
+    """What others need to know of a run's configuration, as far as it is there."""
     data, loss, optimizer = (_part(config, name) for name in ("data", "loss", "optimizer"))
     if not data.get("train"):
         return
@@ -180,8 +179,11 @@ def _figures(record: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
                     chance = figures.get("chance", {}).get(figure)
                     yield f"{captions} captions, {title}, {figure}", _percent(figures[figure]), _percent(chance)
     for column, figures in record.get("classification", {}).items():
-        beside = {"accuracy": "majority_accuracy", "uar": "chance", "macro_f1": ""}
-        for (figure, chance), title in zip(beside.items(), ("accuracy", "UAR", "macro-F1"), strict=True):
+        for figure, chance, title in (
+            ("accuracy", "majority_accuracy", "accuracy"),
+            ("uar", "chance", "UAR"),
+            ("macro_f1", "", "macro-F1"),
+        ):
             if figure in figures:
                 yield f"{column}, {title}", _percent(figures[figure]), _percent(figures.get(chance))
 
@@ -246,7 +248,7 @@ def _public_name(source: str) -> str:
 
 
 def _model_name(source: str) -> str:
-    """A hub id as it is; of a folder its name, of the folder ``model`` in a run that of the run."""
+    """A hub id as it is; a folder's name, and for the folder `model` of a run the run's."""
     path = Path(source)
     if len(path.parts) == 2 and not path.is_absolute() and not path.exists():
         return source

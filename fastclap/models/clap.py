@@ -1,50 +1,46 @@
-"""The dual encoder: training-time encoders, embeddings for users, and a folder format that is safe to read.
+"""`CLAP`, the dual encoder: encoders for training, embeddings for users, loading and saving.
 
-``encode_audio`` and ``encode_text`` are what the training step calls: padded batches in, unnormalised embeddings out,
-no host sync. ``embed_audio`` and ``embed_text`` are what a user calls: files, arrays or strings in, unit vectors out in
-the order given; they sort by length so that little is computed on padding, and leave the model's mode as it was. Models
-are saved as safetensors only, and torch files are read without unpickling anything but tensors and numbers.
+`encode_audio` and `encode_text` are what the training step calls: padded batches in, unnormalised embeddings out, no
+host sync. `embed_audio` and `embed_text` are what a user calls: files, arrays or strings in, unit vectors out in the
+order given; they sort by length so that little is computed on padding, and leave the model's mode as it was. Models are
+saved as safetensors only, and torch files are read without unpickling anything but tensors and numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
-import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from fastclap.config import FORMAT_VERSION, CLAPConfig
+from fastclap.config import CLAPConfig
 from fastclap.errors import ConfigError, DataError, ModelError
-from fastclap.files import fsync
 from fastclap.models.audio_towers import build_audio_tower
-from fastclap.models.card import card_of, published_at
+from fastclap.models.card import ModelFacts, model_card, published_at, with_license
 from fastclap.models.encoder import DualEncoder
 from fastclap.models.folder import (
-    _MODEL_FILES,
-    CARD_FILE,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    _is_hub_id,
-    _read_config,
+    SavedModel,
     check_weights,
     find_model,
     is_foreign,
-    load_state_dict_file,
-    without_initialisation,
+    is_hub_id,
+    read_model,
+    upload,
+    write_model,
 )
+from fastclap.models.foreign import read_foreign
 from fastclap.models.heads import build_head
 from fastclap.models.text_towers import build_text_tower
-from fastclap.models.tokenizer import TOKENIZER_FILE, Tokenizer, as_tokenizer
+from fastclap.models.tokenizer import TOKENIZER_FILE, Tokenizer
 
 
 class CLAP(DualEncoder):
@@ -52,9 +48,9 @@ class CLAP(DualEncoder):
 
     Args:
         config: architecture; copied, and completed with the transformers configuration of the towers that have one.
-        tokenizer: of the text tower; by default that of ``config.text.pretrained``. Without one the model takes token
+        tokenizer: of the text tower; by default that of `config.text.pretrained`. Without one the model takes token
             ids only.
-        load_pretrained: start the towers from ``config.*.pretrained``; False leaves them random, for weights that are
+        load_pretrained: start the towers from `config.*.pretrained`; False leaves them random, for weights that are
             about to be read.
 
     Raises:
@@ -72,6 +68,9 @@ class CLAP(DualEncoder):
                 f"not at {config.init_logit_scale}"
             )
         self.audio_branch = build_audio_tower(config.audio, load_pretrained)
+        self.sampling_rate = self.audio_branch.sampling_rate
+        self.equal_lengths_only = self.audio_branch.equal_lengths_only
+        self.single_on_cpu = self.audio_branch.single_on_cpu
         self.text_branch = build_text_tower(config.text, load_pretrained)
         self.audio_projection = build_head(config.head, self.audio_branch.width)
         self.text_projection = build_head(config.head, self.text_branch.width)
@@ -87,7 +86,8 @@ class CLAP(DualEncoder):
             tokenizer = Tokenizer.from_pretrained(config.text.pretrained)
         if tokenizer is not None and tokenizer.vocab_size > self.text_branch.vocab_size:
             raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size} ids but the text tower only {self.text_branch.vocab_size}"
+                f"the text tower has {self.text_branch.vocab_size} tokens, the tokenizer has {tokenizer.vocab_size}; "
+                "give the one that the tower was trained with, or set config.text.vocab_size"
             )
         self.tokenizer = tokenizer
         self.card: str | None = None  # README.md that the model came with
@@ -97,7 +97,7 @@ class CLAP(DualEncoder):
         self.train()
 
     def train(self, mode: bool = True) -> CLAP:
-        """As ``nn.Module.train``, except that a frozen tower stays in evaluation mode."""
+        """As `nn.Module.train`, except that a frozen tower stays in evaluation mode."""
         super().train(mode)
         if self.config.audio.freeze:
             self.audio_branch.eval()
@@ -108,18 +108,13 @@ class CLAP(DualEncoder):
     # -- training ------------------------------------------------------------------------------------------------------
 
     @property
-    def sampling_rate(self) -> int:
-        """Rate in Hz of the waveforms that :meth:`encode_audio` takes."""
-        return self.audio_branch.sampling_rate
-
-    @property
     def logit_scale(self) -> Tensor:
         """Multiplier of the cosines, exp(log_logit_scale); 0-d, differentiable."""
         return self.log_logit_scale.exp()
 
     @torch.no_grad()
     def clamp_logit_scale_(self) -> None:
-        """Clamp the multiplier to between 1 and ``config.max_logit_scale``, on the device."""
+        """Clamp the multiplier to between 1 and `config.max_logit_scale`, on the device."""
         self.log_logit_scale.clamp_(0.0, math.log(self.config.max_logit_scale))
 
     def encode_audio(
@@ -133,15 +128,15 @@ class CLAP(DualEncoder):
         """Embeddings of a padded batch, not normalised.
 
         Args:
-            audio: waveforms at ``sampling_rate``, full scale ±32768 (int16) or ±1 (float); padding may hold anything.
+            audio: waveforms at `sampling_rate`, full scale ±32768 (int16) or ±1 (float); padding may hold anything.
             lengths: valid samples of each clip; all when None.
             mean: whole-file mean of each clip, full scale 1. Waveform towers normalise by it; without it by the clip's.
             std: whole-file standard deviation, likewise.
-            host_lengths: the numbers in ``lengths``, for the host. They change nothing but the speed: a tower that
-                knows the shapes beforehand computes next to nothing on padding, without waiting for the device.
+            host_lengths: the numbers in `lengths`, for the host. They change nothing but the speed: a tower that knows
+                the shapes beforehand computes next to nothing on padding, without waiting for the device.
 
         Raises:
-            ValueError: ``host_lengths`` are not those of the batch.
+            ValueError: `host_lengths` are not those of the batch.
         """
         with _no_grad_if(self.config.audio.freeze):
             pooled = self.audio_branch(audio, lengths, mean, std, host_lengths)
@@ -156,12 +151,12 @@ class CLAP(DualEncoder):
         """Embeddings of tokenized captions, not normalised.
 
         Args:
-            input_ids: as of :meth:`tokenize`, padded on the right.
+            input_ids: as from `tokenize`, padded on the right.
             attention_mask: likewise.
-            token_counts: row sums of ``attention_mask``, for the host; as ``host_lengths`` of :meth:`encode_audio`.
+            token_counts: row sums of `attention_mask`, for the host; what `host_lengths` are to `encode_audio`.
 
         Raises:
-            ValueError: ``token_counts`` are not those of the batch.
+            ValueError: `token_counts` are not those of the batch.
         """
         with _no_grad_if(self.config.text.freeze):
             pooled = self.text_branch(input_ids, attention_mask, token_counts)
@@ -176,7 +171,7 @@ class CLAP(DualEncoder):
         mean: Tensor | None = None,  # [B]
         std: Tensor | None = None,  # [B]
     ) -> tuple[Tensor, Tensor, Tensor]:  # [B, D], [M, D], 0-d
-        """Both encoders and the logit scale in one call, for wrappers of ``forward`` (DistributedDataParallel)."""
+        """Both encoders and the logit scale in one call, for wrappers of `forward` (DistributedDataParallel)."""
         return (
             self.encode_audio(audio, lengths, mean, std),
             self.encode_text(input_ids, attention_mask),
@@ -184,7 +179,7 @@ class CLAP(DualEncoder):
         )
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` (CPU, int64 [n, tokens]) of captions, cut at ``config.text.max_tokens``.
+        """`input_ids` and `attention_mask` (CPU, int64 [n, tokens]) of captions, cut at `config.text.max_tokens`.
 
         Raises:
             ModelError: the model has no tokenizer.
@@ -223,125 +218,7 @@ class CLAP(DualEncoder):
             embeddings = F.normalize(torch.cat(rows)[order.argsort().to(self.device)].float(), dim=-1)
         return embeddings.clone()
 
-    def _batches(self, waves: Mapping[int, Tensor]) -> list[list[int]]:
-        if self.audio_branch.single_on_cpu and self.device.type == "cpu":
-            return [[index] for index in waves]
-        if not self.audio_branch.equal_lengths_only:
-            return [list(waves)]
-        groups: dict[int, list[int]] = {}
-        for index, wave in waves.items():
-            groups.setdefault(len(wave), []).append(index)
-        return list(groups.values())
-
     # -- files ---------------------------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        state_dict: Mapping[str, Tensor] | None = None,
-        run: str | os.PathLike[str] | None = None,
-        license: str | None = None,
-    ) -> None:
-        """Write ``config.json``, ``model.safetensors``, ``tokenizer.json`` and the model card ``README.md``.
-
-        A crash leaves no half of them.
-
-        The files are written and fsynced in a temporary folder beside ``folder`` that is then renamed to it. An earlier
-        export of the same name is replaced; a folder with other files in it is not touched.
-
-        Args:
-            folder: where to.
-            state_dict: the weights to write, by default the model's own (of sharded towers, the caller gathers them).
-            run: run folder whose training data and figures the model card tells. Without it the card that the model was
-                loaded with is kept, or one without them is written.
-            license: licence of the weights for the model card, by its name on the hub, such as apache-2.0.
-
-        Raises:
-            ModelError: ``folder`` holds files that are not a model's.
-            OSError: the disk is full or the place is not writable; nothing is left behind.
-        """
-        target = Path(folder)
-        names = {item.name for item in target.iterdir()} if target.is_dir() else set()
-        # without a model beside it, a README is somebody's own
-        foreign = names - (_MODEL_FILES if CONFIG_FILE in names else _MODEL_FILES - {CARD_FILE})
-        if foreign or (target.exists() and not target.is_dir()):
-            what = f"holds other files ({', '.join(sorted(foreign)[:3])})" if foreign else "is a file"
-            raise ModelError(f"{target} {what}; save the model to a folder of its own")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # fixed names, so that what a killed save has left behind goes with the next one
-        temporary, old = (target.parent / f".{target.name.lstrip('.')}.{end}" for end in ("tmp", "old"))
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir()
-            self._write(temporary, self.state_dict() if state_dict is None else state_dict)
-            (temporary / CARD_FILE).write_text(card_of(self, run, license), encoding="utf-8")
-            for item in (*temporary.iterdir(), temporary):
-                fsync(item)
-            if target.is_dir():
-                shutil.rmtree(old, ignore_errors=True)
-                target.replace(old)
-            temporary.replace(target)
-            fsync(target.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-    def _write(self, folder: Path, state_dict: Mapping[str, Tensor]) -> None:
-        from safetensors.torch import save_file
-
-        config = {"format_version": FORMAT_VERSION, **self.config.to_dict()}
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder / TOKENIZER_FILE)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        run: str | os.PathLike[str] | None = None,
-        license: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "Upload a fastclap model",
-    ) -> str:
-        """Upload the model's folder to the Hugging Face hub, whence :meth:`from_pretrained` reads it by ``repo_id``.
-
-        Args:
-            repo_id: ``owner/name``; made if it does not exist.
-            run, license: for the model card, as for :meth:`save_pretrained`.
-            private: whether a new repository is; the account's default when None.
-            token: of the hub; that of ``hf auth login`` when None.
-            commit_message: of the upload.
-
-        Returns:
-            Address of the commit.
-
-        Raises:
-            ModelError: ``repo_id`` is malformed, or the hub refused.
-        """
-        from huggingface_hub import HfApi
-
-        if not _is_hub_id(repo_id):
-            raise ModelError(f"{repo_id!r} is not a hub id; give owner/name")
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "model"
-            self.save_pretrained(folder, run=run, license=license)
-            card = (folder / CARD_FILE).read_text(encoding="utf-8")
-            (folder / CARD_FILE).write_text(published_at(card, repo_id), encoding="utf-8")
-            try:
-                api = HfApi(token=token)
-                api.create_repo(repo_id, private=private, exist_ok=True)
-                commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
-            except Exception as error:  # every failure of the network, the hub or the account ends here
-                raise ModelError(
-                    f"{repo_id}: could not be uploaded ({error}); log in with `hf auth login` or pass a token that may "
-                    "write there"
-                ) from error
-        return str(commit.commit_url)
 
     @classmethod
     def from_pretrained(
@@ -356,8 +233,8 @@ class CLAP(DualEncoder):
 
         Args:
             path: an exported folder, a run folder (its newest checkpoint is read), a hub id, or a checkpoint of another
-                code (see :func:`fastclap.models.foreign.read_checkpoint`): a ParaSpeechCLAP ``.pth.tar``, a LAION-CLAP
-                ``.pt``, or the folder of a transformers ``ClapModel``.
+                code (see `read_checkpoint`): a ParaSpeechCLAP `.pth.tar`, a LAION-CLAP `.pt`, or the folder of a
+                transformers `ClapModel`.
             device: where to put it.
             dtype: of the parameters; float32 by default.
             tokenizer: folder or hub id of a tokenizer, or one that is loaded. By default the model's own; checkpoints
@@ -366,28 +243,147 @@ class CLAP(DualEncoder):
         Raises:
             ModelError: there is no model, a file is damaged, or the weights are those of another architecture.
         """
-        folder = find_model(path)
-        if is_foreign(folder):
-            from fastclap.models.foreign import read_checkpoint
+        found = find_model(path)
+        saved = read_foreign(found, tokenizer) if is_foreign(found) else read_model(found, tokenizer)
+        return cls._from_saved(saved).to(device=device, dtype=dtype)
 
-            return read_checkpoint(folder, tokenizer=tokenizer).to(device=device, dtype=dtype)
-        config = _read_config(folder / CONFIG_FILE)
-        if tokenizer is not None:
-            tokenizer = as_tokenizer(tokenizer)
-        elif (folder / TOKENIZER_FILE).exists():
-            tokenizer = Tokenizer.load(folder)
-        weights = load_state_dict_file(folder / WEIGHTS_FILE)
+    @classmethod
+    def _from_saved(cls, saved: SavedModel) -> CLAP:
         try:
-            with without_initialisation():
-                model = cls(config, tokenizer, load_pretrained=False)
+            with _uninitialized_parameters():
+                model = cls(saved.config, saved.tokenizer, load_pretrained=False)
         except ConfigError as error:
-            raise ModelError(f"{folder / CONFIG_FILE}: {error}") from error
-        check_weights(model, weights, folder / WEIGHTS_FILE)
-        model.load_state_dict(weights)
-        card = folder / CARD_FILE
-        model.card = card.read_text(encoding="utf-8") if card.is_file() else None
-        return model.to(device=device, dtype=dtype).eval()
+            raise ModelError(f"{saved.config_file}: {error}") from error
+        except ValueError as error:  # transformers raises it for sizes that do not go together
+            raise ModelError(f"{saved.config_file}: no tower has this configuration: {error}") from error
+        check_weights(model, saved.weights, saved.weights_file)
+        model.load_state_dict(saved.weights)
+        model.card = saved.card if saved.origin is None else model_card(model.facts, origin=saved.origin)
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        run: str | os.PathLike[str] | None = None,
+        license: str | None = None,
+    ) -> None:
+        """Write `config.json`, `model.safetensors`, `tokenizer.json` and the model card `README.md`.
+
+        The files are written and fsynced in a temporary folder next to `folder` that is then renamed to it, so a crash
+        leaves no half of them. An earlier export of the same name is replaced; a folder with other files in it is not
+        touched.
+
+        Args:
+            folder: where to.
+            state_dict: the weights to write, by default the model's own (of sharded towers, the caller gathers them).
+            run: run folder whose training data and figures go into the model card. Without it the card that the model
+                was loaded with is kept, or one without them is written.
+            license: licence of the weights for the model card, by its name on the hub, such as apache-2.0.
+
+        Raises:
+            ModelError: `folder` holds files that are not a model's.
+            OSError: the disk is full or the place is not writable; nothing is left behind.
+        """
+        weights = self.state_dict() if state_dict is None else state_dict
+        write_model(Path(folder), self.config, weights, self.tokenizer, self._card_to_save(run, license))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        run: str | os.PathLike[str] | None = None,
+        license: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a fastclap model",
+    ) -> str:
+        """Upload the model's folder to the Hugging Face hub, from which `from_pretrained` reads it by `repo_id`.
+
+        Args:
+            repo_id: `owner/name`; made if it does not exist.
+            run, license: for the model card, as for `save_pretrained`.
+            private: whether a new repository is; the account's default when None.
+            token: of the hub; that of `hf auth login` when None.
+            commit_message: of the upload.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ModelError: `repo_id` is malformed, or the hub refused.
+        """
+        if not is_hub_id(repo_id):
+            raise ModelError(f"{repo_id!r} is not a hub id; give owner/name")
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            card = published_at(self._card_to_save(run, license), repo_id)
+            write_model(folder, self.config, self.state_dict(), self.tokenizer, card)
+            return upload(folder, repo_id, private=private, token=token, commit_message=commit_message)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What a model card says about this model."""
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return ModelFacts(self.config, self.sampling_rate, parameters, self.tokenizer is not None)
+
+    def _card_to_save(self, run: str | os.PathLike[str] | None, license: str | None) -> str:
+        """The card that the model came with, or a new one where there is none or a run to report on."""
+        card = model_card(self.facts, run=run) if self.card is None or run is not None else self.card
+        return card if license is None else with_license(card, license)
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+    audio_config: Mapping[str, Any] | None = None,
+    text_config: Mapping[str, Any] | None = None,
+) -> CLAP:
+    """A checkpoint of another code as a model in evaluation mode, on the CPU.
+
+    Args:
+        path: a ParaSpeechCLAP `.pth.tar`, a LAION-CLAP `.pt` (HTSAT without fusion, RoBERTa), or the folder of a
+            transformers `ClapModel` without fusion.
+        tokenizer: folder or hub id, or a loaded one. By default that of the published text tower, from the hub; of a
+            transformers folder, its own.
+        audio_config: entries of the audio tower's transformers configuration that are not as published, such as
+            `{"num_attention_heads": 12}`; of ParaSpeechCLAP, `model_type` where the tower is not WavLM.
+        text_config: likewise of the text tower.
+
+    Raises:
+        ModelError: not such a checkpoint, damaged, or of another architecture; keys and shapes at fault are named.
+    """
+    saved = read_foreign(Path(path), tokenizer, audio_config=audio_config, text_config=text_config)
+    return CLAP._from_saved(saved)
 
 
 def _no_grad_if(frozen: bool) -> contextlib.AbstractContextManager[Any]:
     return torch.no_grad() if frozen else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _uninitialized_parameters() -> Iterator[None]:
+    """Parameters made within keep what the memory holds, until weights are read into all of them.
+
+    Drawing 600 million random numbers to overwrite them takes ten times as long as reading the weights. What is left of
+    the drawing does not advance torch's generator.
+    """
+    with torch.random.fork_rng(devices=[]), _WithoutDraws():
+        yield
+
+
+class _WithoutDraws(TorchFunctionMode):
+    # by name: tensors' methods, the functions of torch.nn.init, and those that transformers puts in their place
+    _DRAWS = frozenset(
+        f"{name}_"
+        for name in ("normal", "uniform", "trunc_normal", "kaiming_normal", "kaiming_uniform", "xavier_uniform")
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        if isinstance(target, nn.Parameter) and getattr(func, "__name__", None) in self._DRAWS:
+            return target
+        return func(*args, **kwargs)

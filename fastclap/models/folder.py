@@ -1,68 +1,161 @@
-"""Model folders, run folders and hub ids: finding them, and reading weights without running anything."""
+"""The model folder: finding one by path, run or hub id, reading it without running code, writing it whole.
+
+A folder holds `config.json`, `model.safetensors`, `tokenizer.json` if the model reads text, and the model card
+`README.md`. Checkpoints of other codes are found here too and read in `fastclap.models.foreign`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import pickle
 import re
+import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fastclap.config import FORMAT_VERSION, CLAPConfig
 from fastclap.errors import ConfigError, ModelError
-from fastclap.models.tokenizer import TOKENIZER_FILE
+from fastclap.files import fsync
+from fastclap.models.tokenizer import TOKENIZER_FILE, Tokenizer, as_tokenizer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 _MODEL_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CARD_FILE}
+# of transformers' CLAP (its tokenizer) and of ParaSpeechCLAP
+_FOREIGN_FILES = {"tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "*.pth.tar"}
 
 
-@contextlib.contextmanager
-def without_initialisation() -> Iterator[None]:
-    """Parameters made within keep what the memory holds, until weights are read into all of them.
+@dataclass
+class SavedModel:
+    """What a model folder or a checkpoint of another code holds: all that a model is built from.
 
-    Drawing 600 million random numbers to overwrite them takes ten times as long as reading the weights. What is left of
-    the drawing does not advance torch's generator.
+    Attributes:
+        config: the architecture.
+        weights: the state dict.
+        tokenizer: of the text tower, if there is one.
+        config_file, weights_file: what to name where the configuration or the weights do not fit.
+        card: text of the model card, if there is one.
+        origin: of a checkpoint of another code, the sentence about it for a new model card.
     """
-    with torch.random.fork_rng(devices=[]), _WithoutInitialisation():
-        yield
+
+    config: CLAPConfig
+    weights: Mapping[str, Tensor]
+    tokenizer: Tokenizer | None
+    config_file: Path
+    weights_file: Path
+    card: str | None = None
+    origin: str | None = None
 
 
-class _WithoutInitialisation(TorchFunctionMode):
-    # by name: tensors' methods, the functions of torch.nn.init, and those that transformers puts in their place
-    _DRAWS = frozenset(
-        f"{name}_"
-        for name in ("normal", "uniform", "trunc_normal", "kaiming_normal", "kaiming_uniform", "xavier_uniform")
-    )
+# ---------------------------------------------------------------------------------------------------------------------
+# finding
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        target = args[0] if args else kwargs.get("tensor")
-        if isinstance(target, nn.Parameter) and getattr(func, "__name__", None) in self._DRAWS:
-            return target
-        return func(*args, **kwargs)
+
+def find_model(path: str | os.PathLike[str]) -> Path:
+    """What holds the weights: the folder of an export or of a run's checkpoint, or a checkpoint of another code.
+
+    Raises:
+        ModelError: there is none, or there are several.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        folder = _download(os.fspath(path))
+    if is_foreign(folder):
+        return folder
+    archives = sorted(folder.glob("*.pth.tar"))
+    if archives and not isinstance(_format_of(folder), int):
+        if len(archives) > 1:
+            raise ModelError(f"{folder}: name one of {', '.join(item.name for item in archives)}")
+        return archives[0]
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    steps = {
+        int(match[1]): item
+        for item in folder.glob("checkpoints/step-*")
+        if (match := re.fullmatch(r"step-(\d+)", item.name)) and (item / WEIGHTS_FILE).is_file()
+    }
+    if not steps:
+        raise ModelError(f"{folder}: neither an exported model ({CONFIG_FILE}) nor a run with a complete checkpoint")
+    return steps[max(steps)]
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether this is a checkpoint that `fastclap.models.foreign` reads: a weights file, or a transformers CLAP."""
+    return path.is_file() or _format_of(path) == "clap"
+
+
+def _format_of(folder: Path) -> str | int | None:
+    """Format version of an export, model type of a transformers folder, None without a readable configuration."""
+    try:
+        data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data.get("format_version", data.get("model_type")) if isinstance(data, dict) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+def read_model(folder: Path, tokenizer: Tokenizer | str | os.PathLike[str] | None = None) -> SavedModel:
+    """The contents of a model folder.
+
+    Args:
+        folder: as found by `find_model`.
+        tokenizer: to take instead of the folder's own: a loaded one, or the folder or hub id of one.
+
+    Raises:
+        ModelError: a file is missing, damaged, or of another format.
+    """
+    config = _read_config(folder / CONFIG_FILE)
+    if tokenizer is not None:
+        tokenizer = as_tokenizer(tokenizer)
+    elif (folder / TOKENIZER_FILE).exists():
+        tokenizer = Tokenizer.load(folder)
+    weights = load_state_dict_file(folder / WEIGHTS_FILE)
+    card = folder / CARD_FILE
+    text = card.read_text(encoding="utf-8") if card.is_file() else None
+    return SavedModel(config, weights, tokenizer, folder / CONFIG_FILE, folder / WEIGHTS_FILE, text)
+
+
+def _read_config(path: Path) -> CLAPConfig:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: missing; this is not an exported model") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({error}); export the model again") from error
+    version = data.pop("format_version", None) if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise ModelError(
+            f"{path}: format version {version}, this fastclap reads {FORMAT_VERSION}; "
+            "the file is not a fastclap model or needs another release"
+        )
+    try:
+        return CLAPConfig.from_dict(data)
+    except ConfigError as error:
+        raise ModelError(f"{path}: {error}") from error
 
 
 def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` file or of a file that ``torch.save`` wrote, on the CPU.
+    """Tensors of a `.safetensors` file or of a file that `torch.save` wrote, on the CPU.
 
-    A torch file is read with ``weights_only=True``: a pickle that would run code is refused, and none of it is run; of
-    NumPy, plain numbers are let through, because training codes keep a loss or an epoch beside the weights. A state
-    dict under the key ``state_dict``, ``model`` or ``model_state_dict`` is taken out of its wrapping.
+    A torch file is read with `weights_only=True`: a pickle that would run code is refused, and none of it is run. Of
+    NumPy, plain numbers are let through, because training codes keep a loss or an epoch with the weights. A state dict
+    under the key `state_dict`, `model` or `model_state_dict` is unwrapped.
 
     Raises:
         ModelError: the file is missing, damaged, not a state dict, or a pickle that does more than hold tensors.
     """
-    import pickle
-
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -94,60 +187,96 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _numpy_numbers() -> list[Any]:
-    """What the unpickling of a NumPy number calls: it makes a number of bytes and nothing else."""
+    """What the unpickling of a NumPy number calls: it makes a number from bytes and does nothing else."""
     scalar = np.float64(0).__reduce__()[0]  # NumPy 1 and 2 pickle it under different names
     kinds = [type(np.dtype(kind)) for kind in ("?", "i4", "i8", "f4", "f8")]
     return [np.dtype, *kinds, *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
 
-def find_model(path: str | os.PathLike[str]) -> Path:
-    """What holds the weights: the folder of an export or of a run's checkpoint, or a foreign checkpoint."""
-    folder = Path(path)
-    if not folder.exists():
-        folder = _download(os.fspath(path))
-    if folder.is_file() or is_foreign(folder):
-        return folder
-    archives = sorted(folder.glob("*.pth.tar"))
-    if archives and not isinstance(_format_of(folder), int):
-        if len(archives) > 1:
-            raise ModelError(f"{folder}: name one of {', '.join(item.name for item in archives)}")
-        return archives[0]
-    if (folder / CONFIG_FILE).is_file():
-        return folder
-    steps = {
-        int(match[1]): item
-        for item in folder.glob("checkpoints/step-*")
-        if (match := re.fullmatch(r"step-(\d+)", item.name)) and (item / WEIGHTS_FILE).is_file()
-    }
-    if not steps:
-        raise ModelError(f"{folder}: neither an exported model ({CONFIG_FILE}) nor a run with a complete checkpoint")
-    return steps[max(steps)]
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Compare names and shapes with the model's, so that the error for a checkpoint of another model says what differs.
+
+    Raises:
+        ModelError: a tensor is missing, left over or of another shape.
+    """
+    expected = model.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    problems += [f"{name} is not part of the model" for name in weights if name not in expected]
+    problems += [
+        f"{name} has the shape {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ModelError(f"{path}: not the weights of this configuration: {'; '.join(problems[:5])}{more}")
 
 
-def is_foreign(path: Path) -> bool:
-    """Whether this is a checkpoint that `models.foreign` reads: a weights file, or a transformers CLAP."""
-    return path.is_file() or _format_of(path) == "clap"
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
 
 
-def _format_of(folder: Path) -> str | int | None:
-    """Format version of an export, model type of a transformers folder, None without a readable configuration."""
+def write_model(
+    folder: Path, config: CLAPConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer | None, card: str
+) -> None:
+    """Write a model folder. An earlier export of the same name is replaced; a crash leaves no half of either.
+
+    Raises:
+        ModelError: `folder` holds files that are not a model's.
+        OSError: the disk is full or the place is not writable; nothing is left behind.
+    """
+    from safetensors.torch import save_file
+
+    names = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
+    # without a model next to it, a README is somebody's own
+    others = names - (_MODEL_FILES if CONFIG_FILE in names else _MODEL_FILES - {CARD_FILE})
+    if others or (folder.exists() and not folder.is_dir()):
+        what = f"holds other files ({', '.join(sorted(others)[:3])})" if others else "is a file"
+        raise ModelError(f"{folder} {what}; save the model to a folder of its own")
+    with _replacing(folder) as temporary:
+        fields = {"format_version": FORMAT_VERSION, **config.to_dict()}
+        (temporary / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save(temporary / TOKENIZER_FILE)
+        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write to; it is then flushed to the disk and renamed to `folder`, or removed after an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # fixed names, so that the next save clears what a killed one has left behind
+    temporary, old = (folder.parent / f".{folder.name.lstrip('.')}.{end}" for end in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return data.get("format_version", data.get("model_type")) if isinstance(data, dict) else None
+        temporary.mkdir()
+        yield temporary
+        for item in (*temporary.iterdir(), temporary):
+            fsync(item)
+        if folder.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.replace(old)
+        temporary.replace(folder)
+        fsync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
-def _is_hub_id(name: str) -> bool:
+# ---------------------------------------------------------------------------------------------------------------------
+# the hub
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this has the form `owner/name`."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
-# of transformers' CLAP (its tokenizer) and of ParaSpeechCLAP
-_FOREIGN_FILES = {"tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "*.pth.tar"}
-
-
 def _download(name: str) -> Path:
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         raise ModelError(f"{name}: no such model folder")
     from huggingface_hub import snapshot_download
 
@@ -160,35 +289,24 @@ def _download(name: str) -> Path:
         raise ModelError(f"{name}: no such folder, and it cannot be fetched from the hub ({error})") from error
 
 
-def _read_config(path: Path) -> CLAPConfig:
+def upload(folder: Path, repo_id: str, *, private: bool | None, token: str | None, commit_message: str) -> str:
+    """Upload a folder to the Hugging Face hub, to a repository that is made if it does not exist.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        ModelError: the hub refused.
+    """
+    from huggingface_hub import HfApi
+
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: missing; this is not an exported model") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}); export the model again") from error
-    version = data.pop("format_version", None) if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+    except Exception as error:  # every failure of the network, the hub or the account ends here
         raise ModelError(
-            f"{path}: format version {version}, this fastclap reads {FORMAT_VERSION}; "
-            "the file is not a fastclap model or needs another release"
-        )
-    try:
-        return CLAPConfig.from_dict(data)
-    except ConfigError as error:
-        raise ModelError(f"{path}: {error}") from error
-
-
-def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Compare names and shapes, so that a checkpoint of another model says what differs."""
-    expected = model.state_dict()
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is not part of the model" for name in weights if name not in expected]
-    problems += [
-        f"{name} has the shape {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ModelError(f"{path}: not the weights of this configuration: {'; '.join(problems[:5])}{more}")
+            f"{repo_id}: could not be uploaded ({error}); log in with `hf auth login` or pass a token that may "
+            "write there"
+        ) from error
+    return str(commit.commit_url)

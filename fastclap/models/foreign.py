@@ -1,11 +1,11 @@
-"""Checkpoints of other codes as fastclap models: ParaSpeechCLAP, LAION-CLAP, transformers' CLAP, and CLSP.
+"""Reading checkpoints of other codes: ParaSpeechCLAP, LAION-CLAP and transformers' CLAP.
 
-A foreign state dict holds weights and no configuration. What the shapes tell (widths, depths, kernel and window sizes)
-is read from them, the rest is as published, and both can be overridden. Then keys are renamed and everything must fit:
-a key that is missing, left over or of another shape is an error that names it, since a model with a few random layers
-would still give plausible numbers. Only tensors and plain numbers are unpickled.
+A foreign state dict holds weights and no configuration. Widths, depths, kernel and window sizes are read from the
+shapes, the rest is as published, and both can be overridden. Keys are renamed, and later everything must fit: a key
+that is missing, left over or of another shape is an error that names it, since a model with a few random layers would
+still give plausible numbers. Only tensors and plain numbers are unpickled.
 
-CLSP is released as code and weights together, for raw audio and strings. It is wrapped as it is (:func:`load_clsp`).
+The released CLSP, which is code and weights together, is wrapped in `fastclap.models.clsp` instead.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from torch import Tensor
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.errors import ModelError
-from fastclap.models.card import model_card
-from fastclap.models.clap import CLAP
-from fastclap.models.folder import check_weights, find_model, is_foreign, load_state_dict_file, without_initialisation
+from fastclap.models.folder import SavedModel, find_model, is_foreign, load_state_dict_file
 from fastclap.models.tokenizer import Tokenizer, as_tokenizer
 
 PARASPEECHCLAP_TOKENIZER = "ibm-granite/granite-embedding-278m-multilingual"
@@ -68,13 +66,13 @@ _LAION_NAMES = [
 
 
 @dataclass
-class _Source:
-    """A foreign checkpoint in our terms."""
+class ForeignModel:
+    """A checkpoint of another code in our terms: whose code, the hub id or folder of its tokenizer, and the model."""
 
+    code: str
+    tokenizer: str
     config: CLAPConfig
     weights: dict[str, Tensor]
-    tokenizer: str
-    name: str
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -89,70 +87,54 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     return found
 
 
-def read_checkpoint(
-    path: str | os.PathLike[str],
-    *,
+def read_foreign(
+    path: Path,
     tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+    *,
     audio_config: Mapping[str, Any] | None = None,
     text_config: Mapping[str, Any] | None = None,
-) -> CLAP:
-    """A checkpoint of another code as a model in evaluation mode, on the CPU.
-
-    Args:
-        path: a ParaSpeechCLAP ``.pth.tar``, a LAION-CLAP ``.pt`` (HTSAT without fusion, RoBERTa), or the folder of a
-            transformers ``ClapModel`` without fusion.
-        tokenizer: folder or hub id, or a loaded one. By default that of the published text tower, from the hub; of a
-            transformers folder, its own.
-        audio_config: entries of the audio tower's transformers configuration that are not as published, such as
-            ``{"num_attention_heads": 12}``; of ParaSpeechCLAP, ``model_type`` where the tower is not WavLM.
-        text_config: likewise of the text tower.
+) -> SavedModel:
+    """The contents of a checkpoint of another code; `fastclap.models.clap.read_checkpoint` describes the arguments.
 
     Raises:
-        ModelError: not such a checkpoint, damaged, or of another architecture; keys and shapes at fault are named.
+        ModelError: not such a checkpoint, damaged, or without a tokenizer.
     """
-    path = Path(path)
     audio, text = dict(audio_config or {}), dict(text_config or {})
     if path.is_dir():
         if not is_foreign(path):
             raise ModelError(f"{path}: no configuration of a transformers CLAP (config.json with model_type clap)")
-        source = _transformers(path, audio, text)
+        found = read_transformers(path, audio, text)
     else:
-        weights = _normalized(load_state_dict_file(path))
+        weights = _modern_names(load_state_dict_file(path))
         if any(name.startswith("audio_branch.base.") for name in weights):
-            source = _paraspeechclap(_Weights(path, "ParaSpeechCLAP", weights), audio, text)
+            found = read_paraspeechclap(ForeignWeights(path, "ParaSpeechCLAP", weights), audio, text)
         elif "logit_scale_a" in weights:
-            source = _laion(_Weights(path, "LAION-CLAP", weights), audio, text)
+            found = read_laion(ForeignWeights(path, "LAION-CLAP", weights), audio, text)
         else:
-            found = ", ".join(list(weights)[:3]) or "nothing"
+            names = ", ".join(list(weights)[:3]) or "nothing"
             raise ModelError(
                 f"{path}: the state dict of neither ParaSpeechCLAP (audio_branch.base.*, text_branch.base.*, "
                 f"audio_projection.linear1.weight, log_logit_scale, …) nor LAION-CLAP (logit_scale_a, …); "
-                f"it holds {found}"
+                f"it holds {names}"
             )
     try:
-        with without_initialisation():
-            model = CLAP(source.config, load_pretrained=False)
-    except ValueError as error:  # ours, and what transformers raises for sizes that do not go together
-        raise ModelError(f"{path}: no tower has this configuration: {error}") from error
-    check_weights(model, source.weights, path)
-    model.load_state_dict(source.weights)
-    try:
-        model.tokenizer = as_tokenizer(source.tokenizer if tokenizer is None else tokenizer)
+        tokenizer = as_tokenizer(found.tokenizer if tokenizer is None else tokenizer)
     except ModelError as error:
         raise ModelError(
             f"{error}. The checkpoint {path} holds no tokenizer; give the folder or hub id of one with tokenizer="
         ) from error
-    if model.tokenizer.vocab_size > model.text_branch.vocab_size:
-        raise ModelError(
-            f"{path}: its text tower has {model.text_branch.vocab_size} tokens, the tokenizer has "
-            f"{model.tokenizer.vocab_size}; give the one it was trained with"
-        )
-    model.card = model_card(model, origin=f"Weights converted from the {source.name} checkpoint `{path.name}`.")
-    return model.eval()
+    origin = f"Weights converted from the {found.code} checkpoint `{path.name}`."
+    return SavedModel(found.config, found.weights, tokenizer, path, path, origin=origin)
 
 
-class _Weights:
-    """A foreign state dict whose shapes are asked for by name."""
+class ForeignWeights:
+    """A foreign state dict, to be asked for shapes and counts by name; what is missing is an error.
+
+    Args:
+        path: to name in errors.
+        code: whose checkpoint it should be, likewise.
+        tensors: the state dict.
+    """
 
     def __init__(self, path: Path, code: str, tensors: dict[str, Tensor]) -> None:
         self.path, self.code, self.tensors = path, code, tensors
@@ -176,7 +158,7 @@ class _Weights:
         return len(found)
 
 
-def _normalized(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _modern_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The names that today's releases give the parameters, without the wrappers' prefixes and the constant buffers."""
     for prefix in ("module.", "_orig_mod.", "module."):  # of DistributedDataParallel around or inside torch.compile
         if weights and all(name.startswith(prefix) for name in weights):
@@ -194,7 +176,8 @@ def _normalized(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _paraspeechclap(weights: _Weights, audio: dict[str, Any], text: dict[str, Any]) -> _Source:
+def read_paraspeechclap(weights: ForeignWeights, audio: dict[str, Any], text: dict[str, Any]) -> ForeignModel:
+    """ParaSpeechCLAP, whose names are ours; `audio` and `text` go over what the shapes and the published model say."""
     config = CLAPConfig(
         audio=AudioTowerConfig(kind="wav2vec2", hf_config=_wav2vec2_config(weights, "audio_branch.base", audio)),
         text=TextTowerConfig(
@@ -205,18 +188,18 @@ def _paraspeechclap(weights: _Weights, audio: dict[str, Any], text: dict[str, An
         ),
         head=HeadConfig("paraspeechclap", weights.shape("audio_projection.linear1.weight", 2)[0]),
     )
-    return _Source(config, weights.tensors, PARASPEECHCLAP_TOKENIZER, "ParaSpeechCLAP")
+    return ForeignModel(weights.code, PARASPEECHCLAP_TOKENIZER, config, weights.tensors)
 
 
-def _wav2vec2_config(weights: _Weights, base: str, changes: dict[str, Any]) -> dict[str, Any]:
+def _wav2vec2_config(weights: ForeignWeights, base: str, changes: dict[str, Any]) -> dict[str, Any]:
     layers = weights.count(f"{base}.feature_extractor.conv_layers")
     convolutions = [
         weights.shape(f"{base}.feature_extractor.conv_layers.{layer}.conv.weight", 3) for layer in range(layers)
     ]
     if layers != len(_FAMILY_STRIDES) and "conv_stride" not in changes:
         raise ModelError(
-            f"{weights.path}: {layers} convolutions instead of {len(_FAMILY_STRIDES)}, and weights do not tell their "
-            'strides; give audio_config={"conv_stride": [...]}'
+            f"{weights.path}: {layers} convolutions instead of {len(_FAMILY_STRIDES)}, whose strides do not follow "
+            'from the weights; give audio_config={"conv_stride": [...]}'
         )
     layer = f"{base}.encoder.layers.0"
     hidden, _ = weights.shape(f"{base}.feature_projection.projection.weight", 2)
@@ -233,7 +216,7 @@ def _wav2vec2_config(weights: _Weights, base: str, changes: dict[str, Any]) -> d
         "intermediate_size": weights.shape(f"{layer}.feed_forward.intermediate_dense.weight", 2)[0],
         "num_conv_pos_embeddings": taps,
         "num_conv_pos_embedding_groups": hidden // per_group,
-        # no shape tells; so it is in every published size of the family
+        # no shape depends on it; the two go together in every published size of the family
         "do_stable_layer_norm": every_norm,
         "mask_time_prob": 0.075 if f"{base}.masked_spec_embed" in weights else 0.0,
     }
@@ -250,7 +233,7 @@ def _wav2vec2_config(weights: _Weights, base: str, changes: dict[str, Any]) -> d
     return {**_WAVLM_LARGE, **read, **changes}
 
 
-def _roberta_config(weights: _Weights, base: str) -> dict[str, Any]:
+def _roberta_config(weights: ForeignWeights, base: str) -> dict[str, Any]:
     vocabulary, hidden = weights.shape(f"{base}.embeddings.word_embeddings.weight", 2)
     return {
         "vocab_size": vocabulary,
@@ -265,7 +248,8 @@ def _roberta_config(weights: _Weights, base: str) -> dict[str, Any]:
     }
 
 
-def _laion(weights: _Weights, audio: dict[str, Any], text: dict[str, Any]) -> _Source:
+def read_laion(weights: ForeignWeights, audio: dict[str, Any], text: dict[str, Any]) -> ForeignModel:
+    """LAION-CLAP with HTSAT and RoBERTa, renamed to transformers' names; `audio` and `text` as for ParaSpeechCLAP."""
     names = weights.tensors
     if any("fusion_model" in name or ".mel_conv" in name for name in names):
         raise ModelError(
@@ -299,10 +283,10 @@ def _laion(weights: _Weights, audio: dict[str, Any], text: dict[str, Any]) -> _S
                 ours[new.replace(".attn.qkv.", f".attention.self.{part}.")] = chunk
         else:
             ours[new] = tensor
-    return _Source(config, ours, LAION_TOKENIZER, "LAION-CLAP")
+    return ForeignModel(weights.code, LAION_TOKENIZER, config, ours)
 
 
-def _htsat_config(weights: _Weights) -> dict[str, Any]:
+def _htsat_config(weights: ForeignWeights) -> dict[str, Any]:
     stages = weights.count("audio_branch.layers")
     depths, heads = [], []
     for stage in range(stages):
@@ -325,7 +309,8 @@ def _htsat_config(weights: _Weights) -> dict[str, Any]:
     }
 
 
-def _transformers(folder: Path, audio: dict[str, Any], text: dict[str, Any]) -> _Source:
+def read_transformers(folder: Path, audio: dict[str, Any], text: dict[str, Any]) -> ForeignModel:
+    """The folder of a transformers `ClapModel`, whose configuration says everything; `audio` and `text` change it."""
     from safetensors import SafetensorError
     from transformers import ClapConfig, ClapModel
 
@@ -345,7 +330,7 @@ def _transformers(folder: Path, audio: dict[str, Any], text: dict[str, Any]) -> 
     if wrong:
         raise ModelError(f"{folder}: not the weights of its configuration: {'; '.join(wrong[:5])}")
     renamed = {}
-    for name, tensor in _normalized(model.state_dict()).items():
+    for name, tensor in _modern_names(model.state_dict()).items():
         if name == "logit_scale_t":
             continue
         name = re.sub(r"^(audio|text)_model\.", r"\1_branch.base.", name)
@@ -370,4 +355,4 @@ def _transformers(folder: Path, audio: dict[str, Any], text: dict[str, Any]) -> 
         ),
         head=HeadConfig("laion", whole.projection_dim),
     )
-    return _Source(config, renamed, os.fspath(folder), "transformers CLAP")
+    return ForeignModel("transformers CLAP", os.fspath(folder), config, renamed)

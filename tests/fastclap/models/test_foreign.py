@@ -18,14 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.reference_step import SIZES, clap_config
+from bench.reference_step import clap_config
+from bench.run import SIZES
 from fastclap import CLAP
 from fastclap.commands.main import main
 from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.features import LogMel
 from fastclap.models.card import model_card
+from fastclap.models.clap import read_checkpoint
 from fastclap.models.clsp import CLSP, load_clsp
-from fastclap.models.foreign import _laion, _paraspeechclap, _Weights, read_checkpoint
+from fastclap.models.foreign import ForeignWeights, read_laion, read_paraspeechclap
 from fastclap.models.tokenizer import Tokenizer
 from fastclap.testing import assert_close_rel
 
@@ -135,7 +137,7 @@ def test_published_configurations_follow_from_the_shapes(size: str) -> None:
     config = clap_config(SIZES[size])
     with torch.device("meta"):
         weights = CLAP(config, load_pretrained=False).state_dict()
-    read = _paraspeechclap(_Weights(Path("x"), "ParaSpeechCLAP", weights), {}, {}).config
+    read = read_paraspeechclap(ForeignWeights(Path("x"), "ParaSpeechCLAP", weights), {}, {}).config
     for side in ("audio", "text"):
         mine, published = getattr(read, side).hf_config, getattr(config, side).hf_config
         assert {name: mine.get(name) for name in published} == published
@@ -377,7 +379,7 @@ def test_the_published_laion_configuration_follows_from_the_shapes() -> None:
 
     with torch.device("meta"):
         state = laion_state(ClapModel(ClapConfig()))  # HTSAT-tiny and RoBERTa-base, but for its epsilon
-    read = _laion(_Weights(Path("x"), "LAION-CLAP", state), {}, {}).config
+    read = read_laion(ForeignWeights(Path("x"), "LAION-CLAP", state), {}, {}).config
     published = ClapConfig()
     for side, theirs in ((read.audio, published.audio_config), (read.text, published.text_config)):
         for name, value in (side.hf_config or {}).items():
@@ -571,8 +573,8 @@ def test_the_card_tells_training_and_figures(paraspeechclap: CLAP, tmp_path: Pat
     assert (tmp_path / "again/README.md").read_text() == card.replace("cc-by-4.0", "mit")
     (tmp_path / "run/metrics.jsonl").write_text("cut")
     (tmp_path / "run/config.yaml").write_text("- no\n- mapping")
-    assert "## Figures" not in model_card(paraspeechclap, run=tmp_path / "run")
-    assert front_matter(model_card(paraspeechclap))["license"] == "unknown"
+    assert "## Figures" not in model_card(paraspeechclap.facts, run=tmp_path / "run")
+    assert front_matter(model_card(paraspeechclap.facts))["license"] == "unknown"
 
 
 def test_the_card_of_a_whole_run_tells_what_made_the_model_and_what_chance_scores(
@@ -601,7 +603,7 @@ def test_the_card_of_a_whole_run_tells_what_made_the_model_and_what_chance_score
     figures = {"audio_to_text": {"R@1": 0.25, "chance": {"R@1": 0.0125}}}
     record = {"kind": "valid", "step": 9, "clips": 78, "retrieval": {"fine": figures}, "classification": {"tag": uar}}
     (tmp_path / "run/metrics.jsonl").write_text(json.dumps(record) + "\n")
-    card = model_card(paraspeechclap, run=tmp_path / "run")
+    card = model_card(paraspeechclap.facts, run=tmp_path / "run")
     for line in (
         "| training data | a.jsonl, b (interleave) |",
         "| captions | pair |",
@@ -648,7 +650,11 @@ def test_push_and_load(
     assert 'CLAP.from_pretrained("me/voices")' in card and front_matter(card)["license"] == "apache-2.0"
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path / "hub"))
     assert_same(paraspeechclap, CLAP.from_pretrained("me/voices"))
-    for text in (card, model_card(paraspeechclap), model_card(CLAP(paraspeechclap.config))):  # as they stand
+    for text in (
+        card,
+        model_card(paraspeechclap.facts),
+        model_card(CLAP(paraspeechclap.config).facts),
+    ):  # as they stand
         monkeypatch.chdir(tmp_path / "hub")
         exec(text.split("```python\n")[1].split("```")[0], {})
     assert capsys.readouterr().out.count("tensor([[") == 2
