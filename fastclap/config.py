@@ -1,7 +1,7 @@
 """What a dual encoder is made of, as plain dataclasses.
 
-This file imports no torch: the command lines read it to build their flags and answer ``--help`` at once, and
-``config.json`` of every exported model is exactly ``CLAPConfig.to_dict()`` plus a format version. Reading is strict: a
+This file imports no torch: the command lines read it to build their flags and answer `--help` at once, and
+`config.json` of every exported model is exactly `CLAPConfig.to_dict()` plus a format version. Reading is strict: a
 key that is not a field is an error that names it, because a silently ignored option gives a model nobody asked for.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, Literal
 from fastclap.errors import ConfigError
 
 FORMAT_VERSION = 1
-"""Version of ``config.json``; a higher one in a file means that a newer fastclap wrote it."""
+"""Version of `config.json`; a higher one in a file means that a newer fastclap wrote it."""
 
 
 @dataclass
@@ -149,7 +149,7 @@ class CLAPConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CLAPConfig:
-        """Inverse of :meth:`to_dict`; fields that are left out keep their defaults.
+        """Inverse of `to_dict`; fields that are left out keep their defaults.
 
         Raises:
             ConfigError: a key that is not a field, or a value of the wrong type; the message names its path.

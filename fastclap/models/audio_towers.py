@@ -1,13 +1,13 @@
-"""Audio and text towers: padded batches in, one vector a clip or caption out.
+"""Audio towers: padded waveforms in, one vector a clip out.
 
-Every tower takes the raw batch (int16 or float waveform with lengths; token ids with a mask) and does its own front-end
-on the device, so a training step copies nothing but samples and ids. Padding is invisible: samples, frames and tokens
-past an item's end are zeroed or masked wherever a layer could carry them into valid positions, hence the same clip
-gives the same vector alone, in a batch, or padded. Where a pretrained architecture makes that impossible (a GroupNorm
-over time), ``equal_lengths_only`` says so and ``CLAP.embed_audio`` batches equal lengths.
+Every tower takes the raw batch (int16 or float waveform with lengths) and does its own front-end on the device, so a
+training step copies nothing but samples. Padding is invisible: samples and frames past a clip's end are zeroed or
+masked wherever a layer could carry them into valid positions, hence the same clip gives the same vector alone, in a
+batch, or padded. Where a pretrained architecture makes that impossible (a GroupNorm over time), `equal_lengths_only`
+says so and `CLAP.embed_audio` batches equal lengths.
 
 SpecAugment masks are drawn by torch on the device: no host sync, and a gradient cache that restores torch's generators
-replays the same masks. The towers of transformers keep their module as ``.base``, the name in published checkpoints.
+replays the same masks. The towers of transformers keep their module as `.base`, the name in published checkpoints.
 """
 
 from __future__ import annotations
@@ -25,18 +25,9 @@ from fastclap.errors import ConfigError, ModelError
 from fastclap.features import LogMel
 from fastclap.kernels.waveform import normalize_waveform
 from fastclap.models import wavlm
-from fastclap.models.layers import (
-    Transformer,
-    as_float,
-    length_mask,
-    masked_mean,
-    prepare_waveform,
-    proportional_spans,
-    uniform_spans,
-    warp_bands,
-)
+from fastclap.models.layers import Transformer, as_float, length_mask, masked_mean, prepare_waveform
 from fastclap.models.packing import Packing, longest_of
-from fastclap.models.pretrained import _checkpoint_layers, _complete, _load_transformers, _transformers_config
+from fastclap.models.pretrained import checkpoint_layers, complete_config, load_transformers, transformers_config
 
 
 class AudioTower(nn.Module):
@@ -44,10 +35,11 @@ class AudioTower(nn.Module):
 
     Attributes:
         width: size of the output vector.
-        sampling_rate: of the waveform that ``forward`` takes, in Hz.
+        sampling_rate: of the waveform that `forward` takes, in Hz.
         min_samples: shorter clips are extended with zeros to this, so that every layer has at least one frame.
         equal_lengths_only: padding would change the result, so embed clips of equal length together.
-        single_on_cpu: on a CPU a clip by itself is faster than in a batch; it fills the products, and fits the cache.
+        single_on_cpu: on a CPU a clip by itself is faster than in a batch: its products are large enough, and its data
+            stay in the cache.
         hf_config: complete transformers configuration, None for a tower of our own.
     """
 
@@ -72,12 +64,12 @@ class AudioTower(nn.Module):
         """Execution options, to be set once before training; they have no effect on results.
 
         Args:
-            compile: compile each transformer layer with ``torch.compile``, where the tower can.
-            checkpoint: keep each transformer layer's input only and compute the layer again in the backward pass. Small
-                towers of our own have too little to gain and take no notice.
+            compile: compile each transformer layer with `torch.compile`, where the tower can.
+            checkpoint: keep each transformer layer's input only and compute the layer again in the backward pass.
+                Our own small towers have too little to gain and ignore it.
 
         Raises:
-            ConfigError: ``checkpoint`` with an architecture that transformers cannot checkpoint.
+            ConfigError: `checkpoint` with an architecture that transformers cannot checkpoint.
         """
 
 
@@ -85,7 +77,7 @@ class LogMelTower(AudioTower):
     """Log-mel features, strided convolutions and a compact transformer, to be trained from scratch.
 
     Attributes:
-        feature_mean, feature_std: float32 [n_mels] buffers, 0 and 1 until :meth:`fit_feature_statistics` sets them.
+        feature_mean, feature_std: float32 [n_mels] buffers, 0 and 1 until `fit_feature_statistics` sets them.
     """
 
     feature_mean: Tensor
@@ -126,7 +118,7 @@ class LogMelTower(AudioTower):
 
     @torch.no_grad()
     def fit_feature_statistics(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
-        """Measure the fixed feature normalisation on ``(audio, lengths)`` batches of training clips.
+        """Measure the fixed feature normalisation on `(audio, lengths)` batches of training clips.
 
         Raises:
             ModelError: there was no batch.
@@ -135,10 +127,7 @@ class LogMelTower(AudioTower):
         count = torch.zeros((), dtype=torch.float64, device=device)
         sums = torch.zeros(2, len(self.feature_mean), dtype=torch.float64, device=device)
         for audio, lengths in batches:
-            features, frames = self._features(audio.to(device), lengths)
-            valid = length_mask(frames, features.shape[1])
-            if self.config.feature_normalization == "clip":
-                features = features - _clip_level(features, valid)
+            features, frames, valid = self._features(audio.to(device), lengths)
             features = features.double().masked_fill(~valid[..., None], 0.0)
             count += frames.sum()
             sums += torch.stack([features.sum((0, 1)), features.square().sum((0, 1))])
@@ -150,9 +139,18 @@ class LogMelTower(AudioTower):
         self.feature_mean.copy_(mean)
         self.feature_std.copy_((square - mean.square()).clamp(min=1e-10).sqrt())
 
-    def _features(self, audio: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _features(
+        self,
+        audio: Tensor,  # int16 or float [B, T]
+        lengths: Tensor | None,  # [B]
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [B, T, bands], [B], bool [B, T]
+        """Log-mel features (with `feature_normalization` clip, less each clip's level), frames, and valid positions."""
         with torch.autocast(audio.device.type, enabled=False):
-            return self.log_mel(audio, lengths)
+            features, frames = self.log_mel(audio, lengths)
+        valid = length_mask(frames, features.shape[1])
+        if self.config.feature_normalization == "clip":
+            features = features - masked_mean(features, valid).mean(1)[:, None, None]
+        return features, frames, valid
 
     def forward(
         self,
@@ -170,10 +168,7 @@ class LogMelTower(AudioTower):
         if self.training and config.random_gain:
             decibels = config.random_gain * (2 * torch.rand(len(audio), 1, device=audio.device) - 1)
             audio = as_float(audio) * 10 ** (decibels / 20)
-        features, frames = self._features(audio, lengths)
-        valid = length_mask(frames, features.shape[1])
-        if config.feature_normalization == "clip":
-            features = features - _clip_level(features, valid)
+        features, frames, valid = self._features(audio, lengths)
         x = (features - self.feature_mean.float()) / self.feature_std.float()
         if self.training and config.frequency_warp:
             x = warp_bands(x, config.frequency_warp)
@@ -217,17 +212,41 @@ class LogMelTower(AudioTower):
         return mean.to(x.dtype)
 
 
-def _clip_level(
+def uniform_spans(
+    lengths: Tensor,  # [B] valid size of the axis
+    size: int,
+    count: int,
+    max_width: int,
+) -> Tensor:  # bool [B, size], True where masked
+    """SpecAugment: union of `count` spans an item, width uniform in 0..max_width, at most half of the item each."""
+    draws = torch.rand(2, lengths.shape[0], count, 1, device=lengths.device)
+    lengths = lengths[:, None, None]
+    width = torch.minimum((draws[0] * (max_width + 1)).long(), lengths // 2)
+    start = (draws[1] * (lengths - width + 1)).long()
+    position = torch.arange(size, device=lengths.device)
+    return ((position >= start) & (position < start + width)).any(1)
+
+
+def warp_bands(
     features: Tensor,  # [B, T, bands]
-    valid: Tensor,  # bool [B, T]
-) -> Tensor:  # [B, 1, 1]
-    return masked_mean(features, valid).mean(1)[:, None, None]
+    share: float,
+) -> Tensor:  # [B, T, bands]
+    """Vocal tract length perturbation (Jaitly & Hinton 2013) on the mel axis: band i takes the value at i·(1 ± share).
+
+    The factor is drawn for each clip, uniformly; values between bands are interpolated and the last band is repeated.
+    """
+    batch, frames, bands = features.shape
+    factor = 1 + share * (2 * torch.rand(batch, 1, device=features.device) - 1)
+    position = (torch.arange(bands, device=features.device) * factor).clamp(max=bands - 1)
+    low = position.long().clamp(max=bands - 2)
+    left, right = (features.gather(2, at[:, None].expand(-1, frames, -1)) for at in (low, low + 1))
+    return torch.lerp(left, right, (position - low)[:, None].to(features.dtype))
 
 
 class Wav2Vec2Tower(AudioTower):
     """Any wav2vec2-family encoder of transformers on the normalised waveform; masked mean of the last layer.
 
-    With ``layer_weights`` the embedding is Σ_l α_l · mean_t h_t^l (ESS-CLAP, arXiv 2505.19437) over the input of every
+    With `layer_weights` the embedding is Σ_l α_l · mean_t h_t^l (ESS-CLAP, arXiv 2505.19437) over the input of every
     layer and the last hidden state, with α = softmax(layer_weights) learned from equal weights on.
     """
 
@@ -241,13 +260,13 @@ class Wav2Vec2Tower(AudioTower):
         super().__init__()
         from transformers import AutoConfig, AutoModel
 
-        model_config, pretrained = _transformers_config(config, AutoConfig, load_pretrained)
+        model_config, pretrained = transformers_config(config, AutoConfig, load_pretrained)
         if not hasattr(model_config, "conv_kernel"):
             raise ConfigError(f"{model_config.model_type} is not a wav2vec2-family model")
         if getattr(model_config, "add_adapter", False):
             raise ConfigError("add_adapter changes the number of frames and is not supported; set it to false")
-        self.hf_config = _complete(model_config)
-        self.base = _load_transformers(
+        self.hf_config = complete_config(model_config)
+        self.base = load_transformers(
             AutoModel, AutoModel.from_config, model_config, pretrained, optional=("masked_spec_embed",)
         )
         self.width = model_config.hidden_size
@@ -297,7 +316,7 @@ class Wav2Vec2Tower(AudioTower):
         if isinstance(self.base.encoder, wavlm.Encoder):
             self.base.encoder.prepare_training(compile=compile, checkpoint=checkpoint)
         elif checkpoint:
-            _checkpoint_layers(self.base)
+            checkpoint_layers(self.base)
 
     def forward(
         self,
@@ -349,6 +368,30 @@ class Wav2Vec2Tower(AudioTower):
         return torch.einsum("l,lbh->bh", weights, torch.stack(means)).to(hidden.dtype)
 
 
+def proportional_spans(
+    lengths: Tensor,  # [B] valid size of the axis
+    size: int,
+    share: float,
+    width: int,
+    min_spans: int,
+) -> Tensor:  # bool [B, size], True where masked
+    """wav2vec 2.0's masking on the device: share·length/width spans (rounded at random) at distinct starts.
+
+    The definition is that of transformers' `_compute_mask_indices`, which draws from NumPy on the host instead.
+    """
+    width = min(width, size)
+    spans = (share * lengths / width + torch.rand(lengths.shape[0], device=lengths.device)).long().clamp(min=min_spans)
+    spans = torch.minimum(spans, lengths // width)
+    most = min(size, max(int(share * size / width) + 1, min_spans))
+    order = torch.rand(lengths.shape[0], size, device=lengths.device)
+    order = order.masked_fill(~length_mask(lengths - width + 1, size), -1.0)
+    starts = order.topk(most, dim=1).indices
+    chosen = length_mask(spans, most).int()
+    marks = torch.zeros(lengths.shape[0], size, dtype=torch.int, device=lengths.device).scatter_(1, starts, chosen)
+    running = marks.cumsum(1)
+    return (running - F.pad(running, (width, 0))[:, :size]) > 0
+
+
 class WhisperTower(AudioTower):
     """Whisper's encoder; its window is fixed (30 s), so a longer clip is cut, and valid frames alone are averaged."""
 
@@ -359,9 +402,9 @@ class WhisperTower(AudioTower):
         from transformers import WhisperConfig, WhisperModel
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-        model_config, pretrained = _transformers_config(config, WhisperConfig, load_pretrained)
-        self.hf_config = _complete(model_config)
-        module: Any = _load_transformers(WhisperModel, WhisperEncoder, model_config, pretrained)
+        model_config, pretrained = transformers_config(config, WhisperConfig, load_pretrained)
+        self.hf_config = complete_config(model_config)
+        module: Any = load_transformers(WhisperModel, WhisperEncoder, model_config, pretrained)
         self.base = module.encoder if pretrained is not None else module
         self.width = model_config.d_model
         self.log_mel = LogMel("whisper", n_mels=model_config.num_mel_bins)
@@ -376,8 +419,6 @@ class WhisperTower(AudioTower):
         host_lengths: Sequence[int] | None = None,
     ) -> Tensor:
         waveform, lengths = prepare_waveform(audio[:, : self.window], lengths)
-        if lengths is None:
-            lengths = torch.full((waveform.shape[0],), waveform.shape[1], device=waveform.device)
         waveform = F.pad(waveform, (0, self.window - waveform.shape[1]))
         with torch.autocast(waveform.device.type, enabled=False):
             features, _ = self.log_mel(waveform)  # of the padded window, as Whisper was trained
@@ -396,9 +437,9 @@ class ASTTower(AudioTower):
         super().__init__()
         from transformers import ASTConfig, ASTModel
 
-        model_config, pretrained = _transformers_config(config, ASTConfig, load_pretrained)
-        self.hf_config = _complete(model_config)
-        self.base = _load_transformers(ASTModel, ASTModel, model_config, pretrained)
+        model_config, pretrained = transformers_config(config, ASTConfig, load_pretrained)
+        self.hf_config = complete_config(model_config)
+        self.base = load_transformers(ASTModel, ASTModel, model_config, pretrained)
         self.width = model_config.hidden_size
         self.log_mel = LogMel("ast", n_mels=model_config.num_mel_bins, num_frames=model_config.max_length)
 
@@ -424,12 +465,12 @@ class CLAPHTSATTower(AudioTower):
         super().__init__()
         from transformers import ClapAudioConfig, ClapAudioModel, ClapAudioModelWithProjection
 
-        model_config, pretrained = _transformers_config(config, ClapAudioConfig, load_pretrained)
+        model_config, pretrained = transformers_config(config, ClapAudioConfig, load_pretrained)
         if model_config.enable_fusion:
             raise ConfigError("fusion checkpoints take four spectrograms a clip; use an unfused CLAP-HTSAT")
-        self.hf_config = _complete(model_config)
+        self.hf_config = complete_config(model_config)
         # the checkpoints hold the whole CLAP model, whose keys the projection class knows how to map
-        module: Any = _load_transformers(ClapAudioModelWithProjection, ClapAudioModel, model_config, pretrained)
+        module: Any = load_transformers(ClapAudioModelWithProjection, ClapAudioModel, model_config, pretrained)
         self.base = module.audio_model if pretrained is not None else module
         self.width = self.base.audio_encoder.num_features
         self.log_mel = LogMel("clap", n_mels=model_config.num_mel_bins)
@@ -445,8 +486,6 @@ class CLAPHTSATTower(AudioTower):
         host_lengths: Sequence[int] | None = None,
     ) -> Tensor:
         waveform, lengths = prepare_waveform(audio[:, : self.window], lengths)
-        if lengths is None:
-            lengths = torch.full((waveform.shape[0],), waveform.shape[1], device=waveform.device)
         lengths = lengths.clamp(max=self.window)[:, None]
         position = torch.arange(self.window, device=waveform.device)
         repeated = waveform.gather(1, position % lengths)
@@ -457,11 +496,11 @@ class CLAPHTSATTower(AudioTower):
 
 
 def build_audio_tower(config: AudioTowerConfig, load_pretrained: bool = True) -> AudioTower:
-    """Audio tower of ``config.kind``.
+    """Audio tower of `config.kind`.
 
     Args:
         config: the tower's configuration.
-        load_pretrained: start from ``config.pretrained``; False builds the architecture from ``config.hf_config`` with
+        load_pretrained: start from `config.pretrained`; False builds the architecture from `config.hf_config` with
             random weights, for a checkpoint that is about to be read.
 
     Raises:

@@ -37,12 +37,12 @@ class ParaSpeechCLAPHead(nn.Module):
 
 
 class CLSPHead(nn.Module):
-    """Linear-ReLU-Linear (``projection``), then Linear-ReLU-Dropout-Linear (``transform``); CLSP, arXiv 2601.03065.
+    """Linear-ReLU-Linear (`projection`), then Linear-ReLU-Dropout-Linear (`transform`); CLSP, arXiv 2601.03065.
 
     Args:
         in_dim: width of the tower.
         dim: dimension of the shared space and of both hidden layers.
-        dropout: probability inside ``transform``, 0.1 as published.
+        dropout: probability inside `transform`, 0.1 as published.
     """
 
     def __init__(self, in_dim: int, dim: int, dropout: float = 0.1) -> None:
@@ -78,7 +78,7 @@ class LAIONHead(nn.Module):
 
 
 def build_head(config: HeadConfig, in_dim: int) -> nn.Module:
-    """Head of ``config.kind`` for a tower of width ``in_dim``.
+    """Head of `config.kind` for a tower of width `in_dim`.
 
     Raises:
         ConfigError: unknown kind.

@@ -1,4 +1,4 @@
-"""What the towers are built from: masks, pooling, waveforms, spans for augmentation, pre-norm transformer blocks."""
+"""What the towers have in common: masks, pooling, waveforms, and the transformer of those trained from scratch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def length_mask(
     lengths: Tensor,  # [B]
     size: int,
 ) -> Tensor:  # bool [B, size], True on valid positions
-    """Valid positions of items of the given lengths in a padded axis of ``size``."""
+    """Valid positions of items of the given lengths in a padded axis of `size`."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
@@ -37,69 +37,14 @@ def as_float(audio: Tensor) -> Tensor:
 def prepare_waveform(
     audio: Tensor,  # int16 or float [B, T]
     lengths: Tensor | None,  # [B]
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:  # [B, T], [B]
     """Float32 waveform in ±1 with zeros past each end, and the lengths, at least 1, on its device."""
     waveform = as_float(audio)
-    if lengths is not None:
-        lengths = lengths.to(waveform.device)
-        waveform = waveform.masked_fill(~length_mask(lengths, waveform.shape[1]), 0.0)
-        lengths = lengths.clamp(min=1)
-    return waveform, lengths
-
-
-def uniform_spans(
-    lengths: Tensor,  # [B] valid size of the axis
-    size: int,
-    count: int,
-    max_width: int,
-) -> Tensor:  # bool [B, size], True where masked
-    """SpecAugment: union of ``count`` spans an item, width uniform in 0..max_width, at most half of the item each."""
-    draws = torch.rand(2, lengths.shape[0], count, 1, device=lengths.device)
-    lengths = lengths[:, None, None]
-    width = torch.minimum((draws[0] * (max_width + 1)).long(), lengths // 2)
-    start = (draws[1] * (lengths - width + 1)).long()
-    position = torch.arange(size, device=lengths.device)
-    return ((position >= start) & (position < start + width)).any(1)
-
-
-def warp_bands(
-    features: Tensor,  # [B, T, bands]
-    share: float,
-) -> Tensor:  # [B, T, bands]
-    """Vocal tract length perturbation (Jaitly & Hinton 2013) on the mel axis: band i takes the value at i·(1 ± share).
-
-    The factor is drawn for each clip, uniformly; values between bands are interpolated and the last band is repeated.
-    """
-    batch, frames, bands = features.shape
-    factor = 1 + share * (2 * torch.rand(batch, 1, device=features.device) - 1)
-    position = (torch.arange(bands, device=features.device) * factor).clamp(max=bands - 1)
-    low = position.long().clamp(max=bands - 2)
-    left, right = (features.gather(2, at[:, None].expand(-1, frames, -1)) for at in (low, low + 1))
-    return torch.lerp(left, right, (position - low)[:, None].to(features.dtype))
-
-
-def proportional_spans(
-    lengths: Tensor,  # [B] valid size of the axis
-    size: int,
-    share: float,
-    width: int,
-    min_spans: int,
-) -> Tensor:  # bool [B, size], True where masked
-    """wav2vec 2.0's masking on the device: share·length/width spans (rounded at random) at distinct starts.
-
-    The definition is that of transformers' ``_compute_mask_indices``, which draws from NumPy on the host instead.
-    """
-    width = min(width, size)
-    spans = (share * lengths / width + torch.rand(lengths.shape[0], device=lengths.device)).long().clamp(min=min_spans)
-    spans = torch.minimum(spans, lengths // width)
-    most = min(size, max(int(share * size / width) + 1, min_spans))
-    order = torch.rand(lengths.shape[0], size, device=lengths.device)
-    order = order.masked_fill(~length_mask(lengths - width + 1, size), -1.0)
-    starts = order.topk(most, dim=1).indices
-    chosen = length_mask(spans, most).int()
-    marks = torch.zeros(lengths.shape[0], size, dtype=torch.int, device=lengths.device).scatter_(1, starts, chosen)
-    running = marks.cumsum(1)
-    return (running - F.pad(running, (width, 0))[:, :size]) > 0
+    if lengths is None:
+        return waveform, torch.full(waveform.shape[:1], waveform.shape[1], device=waveform.device)
+    lengths = lengths.to(waveform.device)
+    waveform = waveform.masked_fill(~length_mask(lengths, waveform.shape[1]), 0.0)
+    return waveform, lengths.clamp(min=1)
 
 
 class Block(nn.Module):
@@ -141,7 +86,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of :class:`Block` and a final LayerNorm."""
+    """A stack of `Block` and a final LayerNorm."""
 
     def __init__(self, width: int, layers: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()

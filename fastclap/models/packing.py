@@ -7,8 +7,8 @@ padded for the attention only, under a key mask; on a CPU, sequences that are la
 attended to one by one.
 
 Shapes come from lengths that the host knows and index tensors are copied from pinned memory: nothing waits for the
-device. A text encoder of transformers packs through its attention interface (:func:`use_packed_attention`); one that
-cannot is run on groups of captions of similar length (:func:`length_groups`).
+device. A text encoder of transformers packs through its attention interface (`use_packed_attention`); one that
+cannot is run on groups of captions of similar length (`length_groups`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Packing:
         longest: rows of the padded form.
         total: rows of the packed form.
         positions: int64 [total], of each row within its sequence.
-        starts: int32 [B + 1], first row of each sequence in the packed form, and ``total``.
+        starts: int32 [B + 1], first row of each sequence in the packed form, and `total`.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
@@ -85,7 +85,7 @@ class Packing:
         value: Tensor,  # [total, H, d]
         dropout: float = 0.0,
     ) -> Tensor:  # [total, H, d]
-        """softmax(q kᵀ / √d) v of each sequence by itself; ``dropout`` is the rate on the attention weights."""
+        """softmax(q kᵀ / √d) v of each sequence by itself; `dropout` is the rate on the attention weights."""
         if dropout == 0 and _flash_takes(query):
             return _varlen_attention()(query, key, value, self.starts, self.starts, self.longest, self.longest)
         if query.device.type == "cpu" and query.numel() >= _MIN_CALL * len(self.lengths):
@@ -102,7 +102,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def longest_of(name: str, lengths: Sequence[int], batch: Tensor) -> int:
-    """The largest of the host's lengths of the rows of ``batch`` [B, T, ...].
+    """The largest of the host's lengths of the rows of `batch` [B, T, ...].
 
     Raises:
         ValueError: there is not one for each row, or one lies outside of 0..T.
@@ -185,8 +185,8 @@ def _flash_takes(query: Tensor) -> bool:
 def use_packed_attention(model: Any) -> bool:
     """Make an encoder of transformers take packed captions; False, and nothing is done, where it cannot.
 
-    Such a model takes ``packing=Packing(...)`` together with ``input_ids`` and ``position_ids`` [1, total]. Without it
-    its attention is that of ``attn_implementation="sdpa"``.
+    Such a model takes `packing=Packing(...)` together with `input_ids` and `position_ids` [1, total]. Without it
+    its attention is that of `attn_implementation="sdpa"`.
     """
     config = model.config
     # releases that build the mask by this function hand None and 4-d masks through, without looking at the values
@@ -217,7 +217,7 @@ def _attend(
     packing: Packing | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:  # [1, total, H, d] or [B, T, H, d]
-    """Attention function of :data:`ATTENTION`."""
+    """Attention function of `ATTENTION`."""
     if packing is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -1,4 +1,4 @@
-"""Reading configurations and weights of transformers models for the towers."""
+"""Models of transformers for the towers: their configurations, pretrained or random weights, checkpointed layers."""
 
 from __future__ import annotations
 
@@ -12,39 +12,15 @@ from fastclap.config import AudioTowerConfig, TextTowerConfig
 from fastclap.errors import ConfigError, ModelError
 
 
-def _load_transformers(
-    loader: Any,
-    build: Any,
-    model_config: Any,
-    pretrained: str | None,
-    optional: tuple[str, ...] = (),
-) -> nn.Module:
-    """Pretrained float32 weights when a name is given, else a random initialisation.
-
-    transformers merely warns when a checkpoint leaves parameters at random values; here that is an error, except for
-    parameters whose name contains one of ``optional``.
-    """
-    if pretrained is None:
-        return build(model_config)
-    from safetensors import SafetensorError
-
-    try:
-        module, info = loader.from_pretrained(
-            pretrained, config=model_config, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise ModelError(f"{pretrained}: the weights could not be loaded ({error})") from error
-    absent = [key for key in sorted(info["missing_keys"]) if not any(part in key for part in optional)]
-    if absent or info["mismatched_keys"]:
-        wrong = absent + [str(key) for key in info["mismatched_keys"]]
-        raise ModelError(f"{pretrained}: not a checkpoint of {type(module).__name__}; it lacks {', '.join(wrong[:5])}")
-    return module
-
-
-def _transformers_config(
+def transformers_config(
     config: AudioTowerConfig | TextTowerConfig, config_class: Any, load_pretrained: bool
 ) -> tuple[Any, str | None]:
-    """The transformers configuration that a tower asks for, and the weights to start from."""
+    """The transformers configuration that a tower asks for, and the name of the weights to start from, if any.
+
+    Raises:
+        ConfigError: the configuration is incomplete or unknown to transformers, or would run code from the hub.
+        ModelError: the pretrained model's configuration cannot be read.
+    """
     changes = dict(config.hf_config or {})
     for key in ("attn_implementation", "_attn_implementation"):
         if "/" in str(changes.get(key)):
@@ -68,15 +44,51 @@ def _transformers_config(
     return config_class(**changes), None
 
 
-def _checkpoint_layers(module: Any) -> None:
-    """Let a model of transformers compute its layers again in the backward pass."""
+def complete_config(model_config: Any) -> dict[str, Any]:
+    """Everything that rebuilds the same architecture, JSON-able, whatever later releases choose as defaults."""
+    whole = json.loads(model_config.to_json_string(use_diff=False))
+    return {key: value for key, value in whole.items() if key not in ("id2label", "label2id", "_name_or_path")}
+
+
+def load_transformers(
+    loader: Any,
+    build: Any,
+    model_config: Any,
+    pretrained: str | None,
+    optional: tuple[str, ...] = (),
+) -> nn.Module:
+    """Pretrained float32 weights when a name is given, else a random initialisation.
+
+    transformers merely warns when a checkpoint leaves parameters at random values; here that is an error, except for
+    parameters whose name contains one of `optional`.
+
+    Raises:
+        ModelError: the weights cannot be read, or are those of another architecture.
+    """
+    if pretrained is None:
+        return build(model_config)
+    from safetensors import SafetensorError
+
+    try:
+        module, info = loader.from_pretrained(
+            pretrained, config=model_config, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ModelError(f"{pretrained}: the weights could not be loaded ({error})") from error
+    absent = [key for key in sorted(info["missing_keys"]) if not any(part in key for part in optional)]
+    if absent or info["mismatched_keys"]:
+        wrong = absent + [str(key) for key in info["mismatched_keys"]]
+        raise ModelError(f"{pretrained}: not a checkpoint of {type(module).__name__}; it lacks {', '.join(wrong[:5])}")
+    return module
+
+
+def checkpoint_layers(module: Any) -> None:
+    """Let a model of transformers compute its layers again in the backward pass.
+
+    Raises:
+        ConfigError: its architecture cannot.
+    """
     try:
         module.gradient_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
         raise ConfigError(f"activation checkpointing: {error}") from error
-
-
-def _complete(model_config: Any) -> dict[str, Any]:
-    """Everything that rebuilds the same architecture, JSON-able, whatever later releases choose as defaults."""
-    whole = json.loads(model_config.to_json_string(use_diff=False))
-    return {key: value for key, value in whole.items() if key not in ("id2label", "label2id", "_name_or_path")}

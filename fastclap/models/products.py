@@ -2,7 +2,7 @@
 
 torch multiplies float32 matrices on x86 with MKL, whose widest instructions are reserved for Intel's processors. On an
 AMD EPYC (Zen 5) a core reaches 95 GFLOP/s that way and 210 with oneDNN, which torch carries as well and uses for
-convolutions: as accurate, in float32 throughout. torch has no switch for it, so :func:`fast_products` takes linear
+convolutions: as accurate, in float32 throughout. torch has no switch for it, so `fast_products` takes linear
 layers and products of matrices to oneDNN while it is entered.
 """
 

@@ -1,4 +1,9 @@
-"""Text towers: a small transformer from scratch, and the encoders of transformers."""
+"""Text towers: tokenized captions in, one vector a caption out.
+
+There are a small transformer to be trained from scratch and the encoders of transformers. Where the host knows how many
+tokens a caption has, little or nothing is computed on padding: captions are packed one after the other, or grouped by
+length.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +16,13 @@ from torch import Tensor, nn
 
 from fastclap.config import TextTowerConfig
 from fastclap.errors import ConfigError
-from fastclap.models.layers import (
-    Transformer,
-    masked_mean,
-)
+from fastclap.models.layers import Transformer, masked_mean
 from fastclap.models.packing import Packing, is_sharded, length_groups, longest_of, to_device, use_packed_attention
-from fastclap.models.pretrained import _checkpoint_layers, _complete, _load_transformers, _transformers_config
+from fastclap.models.pretrained import checkpoint_layers, complete_config, load_transformers, transformers_config
 
 
 class TextTower(nn.Module):
-    """What every text tower has: ``width`` of the output, ``vocab_size`` and the transformers configuration, if any."""
+    """What every text tower has: `width` of the output, `vocab_size` and the transformers configuration, if any."""
 
     width: int
     vocab_size: int
@@ -35,7 +37,7 @@ class TextTower(nn.Module):
         raise NotImplementedError
 
     def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
-        """Execution options without effect on results, as for :meth:`AudioTower.prepare_training`."""
+        """Execution options without effect on results, as for `AudioTower.prepare_training`."""
 
 
 class SmallTextTower(TextTower):
@@ -77,10 +79,10 @@ class TransformersTextTower(TextTower):
         super().__init__()
         from transformers import AutoConfig, AutoModel
 
-        model_config, pretrained = _transformers_config(config, AutoConfig, load_pretrained)
-        self.hf_config = _complete(model_config)
+        model_config, pretrained = transformers_config(config, AutoConfig, load_pretrained)
+        self.hf_config = complete_config(model_config)
         optional = () if config.pooling == "pooler" else ("pooler",)
-        module: Any = _load_transformers(AutoModel, AutoModel.from_config, model_config, pretrained, optional)
+        module: Any = load_transformers(AutoModel, AutoModel.from_config, model_config, pretrained, optional)
         self.base = module.get_encoder() if getattr(model_config, "is_encoder_decoder", False) else module
         self.width = model_config.hidden_size
         self.vocab_size = model_config.vocab_size
@@ -94,7 +96,7 @@ class TransformersTextTower(TextTower):
 
     def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
         if checkpoint:
-            _checkpoint_layers(self.base)
+            checkpoint_layers(self.base)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int] | None = None) -> Tensor:
         if token_counts is None:
@@ -145,7 +147,7 @@ class TransformersTextTower(TextTower):
 
 
 def build_text_tower(config: TextTowerConfig, load_pretrained: bool = True) -> TextTower:
-    """Text tower of ``config.kind``; arguments and errors as for :func:`build_audio_tower`."""
+    """Text tower of `config.kind`; arguments and errors as for `build_audio_tower`."""
     if config.kind == "small":
         return SmallTextTower(config)
     if config.kind == "hf":

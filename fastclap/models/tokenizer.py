@@ -1,8 +1,8 @@
-"""Captions to token ids: one class around ``tokenizers.Tokenizer``, whether trained here or taken from transformers.
+"""Captions to token ids: one class around `tokenizers.Tokenizer`, whether trained here or taken from transformers.
 
 The vocabulary trained here is byte-level BPE over lower-cased words and punctuation. All 256 bytes are in it, so any
 string has tokens: an unseen word falls apart into known pieces and, at worst, into bytes. Everything a model needs,
-padding included, is in one ``tokenizer.json``: an exported model reads text without the hub and without transformers.
+padding included, is in one `tokenizer.json`: an exported model reads text without the hub and without transformers.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 class Tokenizer:
-    """Strings to padded ``input_ids`` and ``attention_mask``. Picklable, so data-loading workers can hold one.
+    """Strings to padded `input_ids` and `attention_mask`. Picklable, so data-loading workers can hold one.
 
     Args:
-        backend: a ``tokenizers.Tokenizer`` with padding enabled (it names the padding token).
+        backend: a `tokenizers.Tokenizer` with padding enabled (it names the padding token).
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -41,10 +41,10 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def __call__(self, texts: Sequence[str], max_tokens: int) -> dict[str, Tensor]:
-        """Tokenize, cut to ``max_tokens`` (special tokens included) and pad on the right to the longest of the batch.
+        """Tokenize, cut to `max_tokens` (special tokens included) and pad on the right to the longest of the batch.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, int64 CPU tensors [len(texts), tokens].
+            `input_ids` and `attention_mask`, int64 CPU tensors [len(texts), tokens].
 
         Raises:
             DataError: no texts, or one that is not a string.
@@ -64,7 +64,7 @@ class Tokenizer:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write ``tokenizer.json`` (truncation aside, which belongs to each call)."""
+        """Write `tokenizer.json` (truncation aside, which belongs to each call)."""
         truncation = self.backend.truncation
         self.backend.no_truncation()
         self.backend.save(str(path))
@@ -73,7 +73,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a ``tokenizer.json``, or the one in a folder.
+        """Read a `tokenizer.json`, or the one in a folder.
 
         Raises:
             ModelError: the file is missing or is not a tokenizer.
@@ -112,7 +112,7 @@ class Tokenizer:
 
 
 def as_tokenizer(source: Tokenizer | str | os.PathLike[str]) -> Tokenizer:
-    """A tokenizer as it is, or that of a folder, a ``tokenizer.json`` or a hub id.
+    """A tokenizer as it is, or that of a folder, a `tokenizer.json` or a hub id.
 
     Raises:
         ModelError: there is none.
@@ -132,10 +132,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> Tokenizer:
 
     Args:
         texts: captions; repeated ones count as often as they occur.
-        vocab_size: largest vocabulary, at least 258 (the bytes, ``[PAD]`` and ``[CLS]``).
+        vocab_size: largest vocabulary, at least 258 (the bytes, `[PAD]` and `[CLS]`).
 
     Raises:
-        ConfigError: ``vocab_size`` is too small.
+        ConfigError: `vocab_size` is too small.
         DataError: there is no text to learn from.
     """
     from tokenizers import Tokenizer as Backend

@@ -1,6 +1,6 @@
 """WavLM at training speed, and the convolution stack of the whole wav2vec2 family: other arithmetic, same parameters.
 
-The model stays transformers' own: its configuration, initialisation, loading and parameter names. :func:`accelerate`
+The model stays transformers' own: its configuration, initialisation, loading and parameter names. `accelerate`
 exchanges, inside a built model, the two parts that hold a GPU up, and both adopt the parameters that are there, so a
 state dict moves freely between an accelerated and a plain model.
 
@@ -37,13 +37,13 @@ from fastclap.kernels.toeplitz_attention import gated_toeplitz_attention
 def accelerate(model: Any, *, encoder: bool = True) -> None:
     """Exchange parts of a wav2vec2-family model for faster ones that compute the same, in place.
 
-    The convolution stack is exchanged in every model whose ``feature_extractor`` has the family's shape (GELU, one norm
-    a layer or one GroupNorm in the first, kernels between one and two strides); the encoder in ``WavLMModel`` alone,
+    The convolution stack is exchanged in every model whose `feature_extractor` has the family's shape (GELU, one norm
+    a layer or one GroupNorm in the first, kernels between one and two strides); the encoder in `WavLMModel` alone,
     and not where the configuration wants attention weights or hidden states back. What is not exchanged stays
-    transformers' module. Where the encoder is exchanged, ``model(...)`` gives ``last_hidden_state`` and no more.
+    transformers' module. Where the encoder is exchanged, `model(...)` gives `last_hidden_state` and no more.
 
     Args:
-        model: a model of transformers with ``feature_extractor`` and ``encoder``, such as ``WavLMModel``.
+        model: a model of transformers with `feature_extractor` and `encoder`, such as `WavLMModel`.
         encoder: exchange the encoder too.
     """
     config = model.config
@@ -67,9 +67,9 @@ def encode(
     frames: Tensor | None,  # int64 [B] valid frames; None: all
     visit: Callable[[Tensor], None] | None = None,
 ) -> Tensor:  # [B, T, hidden]
-    """Last hidden state of an accelerated ``WavLMModel``, from lengths instead of a mask over samples.
+    """Last hidden state of an accelerated `WavLMModel`, from lengths instead of a mask over samples.
 
-    ``visit`` is called with the input of every layer, dropped ones among them, and with the result, as they arise.
+    `visit` is called with the input of every layer, dropped ones among them, and with the result, as they arise.
     """
     features = model.feature_extractor(waveform).transpose(1, 2)
     hidden, _ = model.feature_projection(features)
@@ -112,7 +112,7 @@ class ConvolutionStack(nn.Module):
         self.shapes = [(layer.conv.kernel_size[0], layer.conv.stride[0]) for layer in self.conv_layers]
 
     def _freeze_parameters(self) -> None:
-        """What ``freeze_feature_encoder`` of transformers' models calls."""
+        """What `freeze_feature_encoder` of transformers' models calls."""
         self.requires_grad_(False)
 
     def forward(
@@ -248,7 +248,7 @@ class _RowConvolution(torch.autograd.Function):
 
 
 def _row_views(x: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Groups of ``stride`` rows, the weights of a group's own rows, and those of the next group's first rows."""
+    """Groups of `stride` rows, the weights of a group's own rows, and those of the next group's first rows."""
     width = stride * x.shape[1]
     return x.view(-1, width), weight[:, :width], weight[:, width:]
 
@@ -305,11 +305,11 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """WavLM's encoder, with the parameters of transformers' ``WavLMEncoder`` or ``WavLMEncoderStableLayerNorm``.
+    """WavLM's encoder, with the parameters of transformers' `WavLMEncoder` or `WavLMEncoderStableLayerNorm`.
 
     Args:
         encoder: the module whose parameters are adopted.
-        config: its ``WavLMConfig``.
+        config: its `WavLMConfig`.
 
     Attributes:
         checkpoint: in training, keep each layer's input only and compute the layer again in the backward pass.

@@ -15,9 +15,16 @@ from torch import Tensor
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.errors import ConfigError, ModelError
 from fastclap.features import LogMel
-from fastclap.models.audio_towers import LogMelTower, Wav2Vec2Tower, build_audio_tower
+from fastclap.models.audio_towers import (
+    LogMelTower,
+    Wav2Vec2Tower,
+    build_audio_tower,
+    proportional_spans,
+    uniform_spans,
+    warp_bands,
+)
 from fastclap.models.clap import CLAP
-from fastclap.models.layers import length_mask, proportional_spans, uniform_spans, warp_bands
+from fastclap.models.layers import length_mask
 from fastclap.models.text_towers import build_text_tower
 from fastclap.testing import assert_close_rel
 
