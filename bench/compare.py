@@ -1,115 +1,101 @@
-"""Several forms of one computation in one case: what each needs, how far it is off, and their times in turn."""
+"""Entries that are timed in turn, call by call, on the device's own clock; and the rates that they are judged by.
+
+Each entry is built, warmed up and checked alone; then all that run are timed in turn, so that all see the same machine.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bench import timing
-from bench.comparison import copy_rate, dtype_name, matmul_rate, significant
-from bench.gpu.record import ABSENT, Case, Row
-from bench.gpu.run import Run
-from bench.peers import Peer
+from bench.run import ABSENT, Case, Entry, Row, Run, dtype_name, significant
 
 CEILING_SECONDS = 1.0
 MATMUL, COPY_BYTES = 8192, 4 << 30
 
 
-@dataclass(frozen=True)
-class Form:
-    """One way to compute what a case asks for.
+@dataclass
+class Warm:
+    """An entry that runs.
 
     Attributes:
-        peer: its name, package and notes; ``peer.run`` is None where it cannot run here.
-        make: returns the call that is timed; what it builds or compiles is part of the warm-up.
-        errors: relative errors against float64 by name; None where the form computes something else.
-        facts: that its row holds besides.
+        entry: that was warmed up.
+        call: that is timed.
+        alone_ms: of its second call.
+        facts: what its row holds besides times.
     """
 
-    peer: Peer
-    make: Callable[[], Callable[[], Any]]
-    errors: Callable[[], Mapping[str, float | None]] | None = None
-    facts: Row = field(default_factory=dict)
+    entry: Entry
+    call: Callable[[], Any]
+    alone_ms: float
+    facts: Row
+
+    def add(self, run: Run, timed: timing.Timing, **more: Any) -> None:
+        run.add(self.entry.case, **timed.as_dict(), **self.facts, **self.entry.work(timed.median_ms), **more)
 
 
-def compare(
-    run: Run,
-    case: Case,
-    forms: Sequence[Form],
-    *,
-    seconds: float,
-    warm_up_seconds: float,
-    work: Callable[[float], Row] = lambda _: {},
-) -> None:
-    """One row a form: each is warmed up and checked alone, then all that run are timed in turn.
-
-    A form's row is on the disk from its warm-up on, with the time of its second call (``preliminary``).
+def compare(run: Run, entries: Sequence[Entry], *, seconds: float) -> None:
+    """One row an entry, on the disk from its warm-up on, with the time of its second call (`preliminary`).
 
     Args:
         run: of the stage.
-        case: what all forms share.
-        forms: those whose time matters most come first.
+        entries: those whose time matters most come first.
         seconds: of the timed loop.
-        warm_up_seconds: the most that one form may take to build, compile, tune and run twice.
-        work: what a row says of its median in ms.
     """
-    cases = {form.peer.name: {**case, "form": form.peer.name} for form in forms}
-    if all(_finished(run, case) for case in cases.values()):
+    if all(run.finished(entry.case) for entry in entries):
         return
+    warm = warm_up(run, entries)
+    # Where three rounds of one form would take half of the seconds of all, its one call so far has to do.
+    quick = {form: found for form, found in warm.items() if 3e-3 * found.alone_ms <= seconds / 2}
+    times: dict[str, timing.Timing] = {}
+    while quick:
+        times, broken, reason = _in_turn(run, quick, seconds)
+        if broken is None:
+            break
+        warm[broken].facts["in_turn_reason"] = reason  # what it did alone stands; the others go again
+        del quick[broken]
+    for form, found in warm.items():
+        found.add(run, times.get(form, timing.Timing.of([found.alone_ms])))
+    del warm, quick
+    timing.release()
+
+
+def warm_up(run: Run, entries: Sequence[Entry]) -> dict[str, Warm]:
+    """The entries that run, by form, each with a preliminary row; the others have a row with the reason."""
     if run.device.type == "cuda":  # where forms are compiled
         torch.compiler.reset()  # or the ninth shape silently runs eagerly
     timing.release()
-    calls: dict[str, Callable[[], Any]] = {}
-    rows: dict[str, Row] = {}
-    alone: dict[str, timing.Timing] = {}
-    for form in forms:
-        name, of = form.peer.name, cases[form.peer.name]
-        facts = {"package": form.peer.package, "version": form.peer.version, "notes": form.peer.notes, **form.facts}
-        if form.peer.run is None:
-            if not _finished(run, of):
-                run.add(of, reason=ABSENT, **facts)
+    warm: dict[str, Warm] = {}
+    for entry in entries:
+        if entry.make is None:
+            if not run.finished(entry.case):
+                run.add(entry.case, reason=ABSENT, **entry.facts)
             continue
-        warm = run.attempt(of, functools.partial(_warm_up, form, run.device), warm_up_seconds)
-        if warm is None:
+        found = run.attempt(entry.case, functools.partial(_second_call, entry.make, run.device), entry.seconds)
+        if found is None:
             continue
-        calls[name], peak, milliseconds = warm
-        rows[name] = {"peak_bytes": peak, **facts}
-        if form.errors is not None:
-            errors, reason = run.result(of, form.errors, warm_up_seconds)
-            rows[name] |= {"errors_reason": reason} if reason else {"errors": errors}
-        alone[name] = timing.Timing.of([milliseconds])
-        run.add(of, **alone[name].as_dict(), **rows[name], **work(milliseconds), preliminary=True)
+        call, peak, milliseconds = found
+        facts: Row = {"peak_bytes": peak, **entry.facts}
+        if entry.errors is not None:
+            errors, reason = run.result(entry.case, entry.errors, entry.seconds)
+            facts |= {"errors_reason": reason} if reason else {"errors": errors}
+        warm[entry.form] = Warm(entry, call, timing.Timing.of([milliseconds]).median_ms, facts)
+        warm[entry.form].add(run, timing.Timing.of([milliseconds]), preliminary=True)
         if run.device.type == "cuda":
             torch.cuda.empty_cache()  # forms differ in the sizes that they ask for
-    # Where three rounds of one form would take half of the seconds of all, its one call so far has to do.
-    slow = {name for name in calls if 3e-3 * alone[name].median_ms > seconds / 2}
-    quick = {name: call for name, call in calls.items() if name not in slow}
-    figures: dict[str, timing.Timing] = {}
-    while quick:
-        figures, broken, reason = _in_turn(run, quick, cases, seconds)
-        if broken is None:
-            break
-        rows[broken]["in_turn_reason"] = reason  # what it did alone stands; the others go again
-        del quick[broken]
-    for name in calls:
-        timed = figures.get(name, alone[name])
-        run.add(cases[name], **timed.as_dict(), **rows[name], **work(timed.median_ms))
-    del calls
-    timing.release()
+    return warm
 
 
-def _finished(run: Run, case: Case) -> bool:
-    row = run.known(case)
-    return row is not None and not row.get("preliminary")
-
-
-def _warm_up(form: Form, device: torch.device) -> tuple[Callable[[], Any], int | None, float]:
-    """Builds, compiles and tunes; the call, the peak and the time of its second run."""
-    call = form.make()
+def _second_call(
+    make: Callable[[], Callable[[], Any]], device: torch.device
+) -> tuple[Callable[[], Any], int | None, float]:
+    """Builds, compiles and tunes; the call, its peak of memory and the time of its second run."""
+    call = make()
     call()
     milliseconds: list[float] = []
     peak = timing.peak_bytes(lambda: milliseconds.append(timing.elapsed_ms(call, device)), device)
@@ -117,36 +103,41 @@ def _warm_up(form: Form, device: torch.device) -> tuple[Callable[[], Any], int |
 
 
 def _in_turn(
-    run: Run, calls: Mapping[str, Callable[[], Any]], cases: Mapping[str, Case], seconds: float
+    run: Run, warm: Mapping[str, Warm], seconds: float
 ) -> tuple[dict[str, timing.Timing], str | None, str | None]:
-    """(timings, None, None) of warmed-up calls, or ({}, the form that ended the loop, its reason)."""
-    last = next(iter(calls))
+    """(times by form, None, None), or ({}, the form that ended the loop, its reason)."""
+    last = next(iter(warm))
 
-    def announce(name: str) -> None:
+    def announce(form: str) -> None:
         nonlocal last
-        last = name
-        run.at(cases[name], 2 * seconds + 20)
+        last = form
+        run.blame(warm[form].entry.case, 2 * seconds + 20)
 
-    with run.watched(cases[last], 4 * seconds + 30):
-        found, reason = timing.attempt(
+    calls = {form: found.call for form, found in warm.items()}
+    with run.watched(warm[last].entry.case, 4 * seconds + 30):
+        times, reason = timing.attempt(
             lambda: timing.interleaved(calls, run.device, min(seconds, max(0.1, run.left / 3)), announce=announce),
             max(5.0, run.left),
         )
         if reason is not None:
-            run.end_if_lost(cases[last], reason)
+            run.end_if_lost(warm[last].entry.case, reason)
             return {}, last, reason
-    return found, None, None
+    return times, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ceilings
 
 
 def ceilings(run: Run) -> tuple[float | None, float | None]:
     """(TFLOP/s of one large product in the run's dtype, GB/s of one large copy), measured once a lot; None if not."""
     n, nbytes = (256, 1 << 20) if run.tiny else (MATMUL, COPY_BYTES)
     found: list[float | None] = []
-    for what, unit, measure in (
-        ("matmul", "tflops", lambda: matmul_rate(n, run.device, run.dtype, CEILING_SECONDS)),
-        ("copy", "gbytes_s", lambda: copy_rate(nbytes, run.device, CEILING_SECONDS)),
+    for what, size, unit, measure in (
+        ("matmul", n, "tflops", lambda: matmul_rate(n, run.device, run.dtype, CEILING_SECONDS)),
+        ("copy", nbytes, "gbytes_s", lambda: copy_rate(nbytes, run.device, CEILING_SECONDS)),
     ):
-        case = {"ceiling": what, "size": n if what == "matmul" else nbytes, "dtype": dtype_name(run.dtype)}
+        case: Case = {"ceiling": what, "size": size, "dtype": dtype_name(run.dtype)}
         row = run.known(case)
         if row is None:
             measured = run.attempt(case, measure, 30.0)
@@ -156,3 +147,26 @@ def ceilings(run: Run) -> tuple[float | None, float | None]:
             timing.release()
         found.append(None if row is None else row.get(unit))
     return found[0], found[1]
+
+
+def matmul_rate(n: int, device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[float, timing.Timing]:
+    """TFLOP/s of one n×n×n product of random matrices."""
+    sets = [[torch.randn(n, n, device=device).to(dtype) for _ in range(2)] for _ in range(2)]
+    turn = 0
+
+    def product() -> None:
+        nonlocal turn
+        turn += 1
+        torch.mm(*sets[turn % 2])
+
+    call = timing.warmed_up(product)
+    figures = timing.interleaved({"matmul": call}, device, seconds, most=100)["matmul"]
+    return 2 * n**3 / figures.median_ms / 1e9, figures
+
+
+def copy_rate(nbytes: int, device: torch.device, seconds: float) -> tuple[float, timing.Timing]:
+    """GB/s of one copy of random float32 numbers, read and written."""
+    source = torch.randn(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    figures = timing.interleaved({"copy": lambda: target.copy_(source)}, device, seconds, most=50)["copy"]
+    return 2 * source.nbytes / figures.median_ms / 1e6, figures

@@ -39,10 +39,10 @@ from torch import Tensor
 
 import fastclap
 from bench import model_flops, timing
-from bench.comparison import significant
 from bench.loader import RATE, made_clips
 from bench.parity import CAPTIONS
-from bench.reference_step import SIZES, Size, build_ours, commit_of, from_configuration, load
+from bench.reference_step import build_ours, commit_of, from_configuration, load
+from bench.run import SIZES, Size, significant
 from bench.tables import markdown
 from fastclap import CLAP
 from fastclap.apps.embed import Index, embed, gather, load_index
@@ -140,7 +140,7 @@ class Ours:
         """One call; without ``products`` torch multiplies as it does by itself."""
         run = Run([], [])
         methods = {"encode_audio": "audio", "encode_text": "text"}
-        plain = mock.patch("fastclap.models.clap.fast_products", lambda device: contextlib.nullcontext())
+        plain = mock.patch("fastclap.models.encoder.fast_products", lambda device: contextlib.nullcontext())
         with (
             tempfile.TemporaryDirectory() as folder,
             timed_methods(self.model, methods, run.within),
@@ -291,7 +291,7 @@ def product_rates(n: int = 1024, seconds: float = 1.0) -> dict[str, float]:
 
     calls = {"torch": lambda: F.linear(a, b), "fastclap": ours, "bfloat16": lambda: F.linear(*low)}
     for call in calls.values():
-        timing.warmed_up(call, CPU)
+        timing.warmed_up(call)
     timings = timing.interleaved(calls, CPU, seconds)
     return {name: significant(2e-6 * n**3 / found.median_ms) for name, found in timings.items()}
 

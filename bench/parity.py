@@ -34,9 +34,7 @@ from torch import Tensor, nn
 
 from bench import timing
 from bench.reference_step import (
-    SIZES,
     Reference,
-    Size,
     build_ours,
     collated,
     commit_of,
@@ -44,6 +42,7 @@ from bench.reference_step import (
     parity_optimizer,
     without_dropout,
 )
+from bench.run import SIZES, Size
 from bench.tables import markdown
 from fastclap import CLAP
 from fastclap.data import Batch, BatchSampler, ClipDataset, Manifest, load_manifest

@@ -1,10 +1,10 @@
-"""The contrastive losses that fastclap is measured beside, each through its own package.
+"""The contrastive losses that fastclap is compared with, each through its own package.
 
-Every form takes raw embeddings a, b [N, D] and the scale, normalises them (as far as it does not do so itself) and
-returns the symmetric InfoNCE loss; packages with a loss over one direction only are called twice. A package that is not
-installed, or has nothing for this machine, is listed with the reason and the name under which pip finds it.
+Every form takes raw embeddings a, b [N, D] and the scale, normalises them (unless it does so itself) and returns the
+symmetric InfoNCE loss; packages with a loss over one direction only are called twice. A package that is not installed,
+or has nothing for this machine, is listed with the reason and the name under which pip finds it.
 
-``passes`` counts products of N×N×D multiply-adds (T = 2·N²·D flops each) in a forward and backward pass, read from each
+`passes` counts products of N×N×D multiply-adds (T = 2·N²·D flops each) in a forward and backward pass, read from each
 package's code; the least with the whole matrix in memory is 3, without it 4.
 """
 
@@ -25,14 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastclap
+from bench.run import significant
 from fastclap.losses import info_nce, sigmoid_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+SCALE = 1 / 0.07
 SIGMOID_BIAS = -10.0
 
 
 class UnavailableError(Exception):
-    """Why a form cannot run here."""
+    """A form cannot run here, for the reason given."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Peer:
     """One form of the loss, or of another kernel (`bench.kernel_peers`).
 
     Attributes:
-        name: of the row in a table.
+        name: of the form in cases and tables.
         package: what pip calls it.
         version: None where it is not installed.
         run: (a, b, scale) -> loss, or what else the kernel takes and returns; None where it cannot run here.
@@ -56,6 +58,11 @@ class Peer:
     notes: str
     passes: int
     scale_gradient: bool = True
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row says of it."""
+        return {"package": self.package, "version": self.version, "notes": self.notes}
 
 
 def normalized(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +109,7 @@ def _fastclap(loss: Callable[..., Any], backend: str, device: torch.device) -> L
 
 
 def storing(run: Loss, stored: bool) -> Loss:
-    """The fused loss with exponentials stored (3 passes), or formed twice (4 passes, less memory), whatever fits."""
+    """The fused loss with exponentials stored (3 passes) or computed twice (4 passes), whatever memory would allow."""
     engine: Any = importlib.import_module("fastclap.kernels.contrastive.triton_engine")
 
     def call(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -303,4 +310,13 @@ def errors(run: Loss, expected: tuple[Tensor, ...], a: Tensor, b: Tensor, scale:
         found[name] = None
         if out is not None:
             found[name] = float(f"{((out.double() - reference).norm() / reference.norm()).item():.3g}")
+    return found
+
+
+def loss_rates(rows: int, dim: int, median_ms: float, peak_tflops: float | None) -> dict[str, float]:
+    """Work over time. T = 2·N²·D flops is one matmul pass; see `bench.gpu.loss` for what 3 and 4 of them are."""
+    one_pass = 2e-9 * rows**2 * dim / median_ms  # TFLOP/s
+    found = {"useful_tflops": significant(3 * one_pass), "tflops_4t": significant(4 * one_pass)}
+    if peak_tflops:
+        found["share_of_peak"] = significant(3 * one_pass / peak_tflops)
     return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from bench import model_flops, scale_model
 from bench.kernel_peers import FRONT_ENDS
-from bench.reference_step import SIZES
+from bench.run import SIZES
 from bench.tables import markdown
 from fastclap.kernels.log_mel.spec import LogMelSpec
 

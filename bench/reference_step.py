@@ -22,7 +22,6 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +29,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from bench.run import Size
 from fastclap import CLAP
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.data import Batch
@@ -43,72 +43,6 @@ OPTIONAL_PACKAGES = ("audtorch", "datasets", "hydra", "hydra.core", "hydra.core.
 
 # ---------------------------------------------------------------------------------------------------------------------
 # models
-
-
-@dataclass(frozen=True)
-class Size:
-    """Towers as transformers configurations, without the model type, and the dimension of the shared space."""
-
-    wavlm: dict[str, Any]
-    xlm_roberta: dict[str, Any]
-    dim: int
-
-
-# What the published checkpoints' config.json say; the reference sets layerdrop to 0.
-_WAVLM = {
-    "layerdrop": 0.0,
-    "activation_dropout": 0.0,
-    "attention_dropout": 0.1,
-    "feat_proj_dropout": 0.1,
-    "hidden_dropout": 0.1,
-    "mask_time_prob": 0.075,
-    "mask_time_length": 10,
-    "mask_time_min_masks": 2,
-    "mask_feature_prob": 0.0,
-    "num_buckets": 320,
-    "max_bucket_distance": 800,
-}
-_WAVLM_BASE = {**_WAVLM, "feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
-_WAVLM_LARGE = {
-    **_WAVLM,
-    "feat_extract_norm": "layer",
-    "do_stable_layer_norm": True,
-    "conv_bias": False,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 24,
-}
-_XLM_ROBERTA = {
-    "vocab_size": 250002,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "max_position_embeddings": 514,
-    "type_vocab_size": 1,
-    "layer_norm_eps": 1e-5,
-    "pad_token_id": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-}
-_TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
-
-SIZES = {
-    "large": Size(_WAVLM_LARGE, _XLM_ROBERTA, 768),
-    "base": Size(_WAVLM_BASE, _XLM_ROBERTA, 768),
-    "tiny": Size(
-        {
-            **_WAVLM_LARGE,
-            **_TINY,
-            "conv_dim": [32] * 7,
-            "num_conv_pos_embeddings": 16,
-            "num_conv_pos_embedding_groups": 4,
-        },
-        {**_XLM_ROBERTA, **_TINY, "vocab_size": 1000, "max_position_embeddings": 66},
-        64,
-    ),
-}
 
 
 def without_dropout(size: Size) -> Size:

@@ -33,8 +33,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bench import model_flops
-from bench.gpu.record import read_all
-from bench.reference_step import SIZES
+from bench.gpu.records import read_all
+from bench.run import SIZES
 from bench.tables import markdown
 
 WORLDS = (1, 8, 64, 256, 1024)

@@ -1,11 +1,11 @@
-"""Calls that a user makes many times in a row, such as training steps, timed as such, in turn with each other.
+"""Calls that a user makes many times in succession, such as training steps, timed as such, by the wall clock.
 
-What a user gets of a step is its time in a row of them, by the wall clock: while the device works, the host is already
-at the next. So a sample here is the mean of a block of consecutive calls, and forms take turns by the block. Before a
-form's block the memory that the others have left to the allocator goes back to the device, and one call is not timed,
-so that forms of different sizes fit one device and none pays for another's.
+What a user sees of a step is its time among others: while the device works, the host is already preparing the next. So
+a sample here is the mean of a block of consecutive calls, and forms take turns by the block. Before a form's block the
+memory that the others have left to the allocator goes back to the device, and one call is not timed, so that forms of
+different sizes fit one device and none pays for another.
 
-A form's row is on the disk from its first block on, which it has to itself (``preliminary``).
+A form's row is on the disk from its first block on, which is timed alone (`preliminary`).
 """
 
 from __future__ import annotations
@@ -13,41 +13,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from bench import timing
-from bench.comparison import significant
-from bench.gpu.record import Case, Row
-from bench.gpu.run import Run
+from bench.run import Entry, Row, Run, significant
 
 BLOCK_SECONDS = 1.0
 MOST_CALLS = 50  # of a block
 SLOW_MS = 700.0  # a call of this length is as good as a block, and alone enough for a preliminary row
 MOST_ROUNDS = 20
-
-
-@dataclass(eq=False)  # each is itself
-class Entry:
-    """One form in one case.
-
-    Attributes:
-        case: of its row.
-        make: builds the form and returns the call that is timed; a row has both times, of building and of a first call.
-        facts: that its row holds besides.
-        work: what a row says of a median in ms.
-        outcome: what a row says of the result of a call.
-        seconds: the most that making it, two calls and its first block may take.
-    """
-
-    case: Case
-    make: Callable[[], Callable[[], Any]]
-    facts: Row = field(default_factory=dict)
-    work: Callable[[float], Row] = lambda _: {}
-    outcome: Callable[[Any], Row] = lambda _: {}
-    seconds: float = 60.0
 
 
 class Steady:
@@ -66,21 +42,21 @@ class Steady:
         self._alone_ms: dict[Entry, float] = {}
 
     def alone(self, entry: Entry) -> None:
-        """Makes the form and times a block that has nothing to take turns with, for a preliminary row."""
-        if not self._is_final(entry):
+        """Makes the form and times a block of it alone, for a preliminary row."""
+        if not self.run.finished(entry.case):
             self._runs(entry)
 
     def in_turn(self, entries: Sequence[Entry], seconds: float, least: int = 3) -> None:
         """Takes blocks of the entries that run, one of each in turn, for about so many seconds, and completes rows.
 
-        An entry whose row is complete is there to be compared with; nothing is done where none is left to complete.
+        An entry whose row is complete takes part for the comparison alone; where all are complete nothing is done.
 
         Args:
             entries: those that do not run yet are made first.
             seconds: of the blocks; past three times as many it ends wherever it is, with what it has.
             least: rounds.
         """
-        pending = [entry for entry in entries if not self._is_final(entry) and self._runs(entry)]
+        pending = [entry for entry in entries if not self.run.finished(entry.case) and self._runs(entry)]
         if not pending:
             return
         ready = [entry for entry in entries if entry in pending or self._runs(entry)]
@@ -101,27 +77,28 @@ class Steady:
         taken = {entry: timing.Timing.of(samples[entry]) for entry in entries if samples.get(entry)}
         for entry in pending:
             others = [other for other in entries if other is not entry and other in taken and entry in taken]
-            row = self._rows[entry] | {"in_turn_with": [other.case["form"] for other in others]}
-            known = {other.case["form"]: taken[other].median_ms for other in others if other not in pending}
-            if known:  # whose rows hold what they did before
+            row = self._rows[entry] | {"in_turn_with": [other.form for other in others]}
+            known = {other.form: taken[other].median_ms for other in others if other not in pending}
+            if known:  # their rows hold earlier times
                 row["others_ms"] = known
             self._rows[entry] = row
             self._add(entry, taken.get(entry) or timing.Timing.of([self._alone_ms[entry]]))
 
     def _runs(self, entry: Entry) -> bool:
-        """Whether the entry has a call, which is made if it was not."""
+        """Whether the entry has a call to time; it is made where there is none yet."""
         if entry in self._calls:
             return True
-        self._forget_others()
+        self._free_memory()
         found = self.run.attempt(entry.case, lambda: self._first_block(entry), entry.seconds)
         if found is None:
             return False
         self._calls[entry], self._rows[entry], self._alone_ms[entry] = found
-        if not self._is_final(entry):
+        if not self.run.finished(entry.case):
             self._add(entry, timing.Timing.of([self._alone_ms[entry]]), preliminary=True)
         return True
 
     def _first_block(self, entry: Entry) -> tuple[Callable[[], Any], Row, float]:
+        assert entry.make is not None
         device, start = self.run.device, time.perf_counter()
         call = entry.make()
         made = time.perf_counter() - start
@@ -149,7 +126,7 @@ class Steady:
         return call, row, alone
 
     def _block(self, entry: Entry) -> float:
-        self._forget_others()
+        self._free_memory()
         call = self._calls[entry]
         call()
         calls = self._calls_of_a_block(self._alone_ms[entry])
@@ -163,14 +140,10 @@ class Steady:
         ms = self._alone_ms[entry]
         return 20.0 + 5e-3 * ms * (1 + self._calls_of_a_block(ms))
 
-    def _forget_others(self) -> None:
+    def _free_memory(self) -> None:
         if self.run.device.type == "cuda":
             torch.cuda.synchronize(self.run.device)
             torch.cuda.empty_cache()
-
-    def _is_final(self, entry: Entry) -> bool:
-        row = self.run.known(entry.case)
-        return row is not None and not row.get("preliminary")
 
     def _add(self, entry: Entry, timed: timing.Timing, **more: Any) -> None:
         block = {"block_calls": self._calls_of_a_block(self._alone_ms[entry])}

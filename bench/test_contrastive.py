@@ -1,4 +1,4 @@
-r"""Contrastive losses, forward and backward: ours beside their peers (`bench.peers`), on this machine.
+r"""Contrastive losses, forward and backward: ours compared with their peers (`bench.peers`), on this machine.
 
     pytest --benchmark-only --benchmark-group-by=group -rs bench/test_contrastive.py
     FASTCLAP_BENCH_ROWS=65536 FASTCLAP_BENCH_DIM=768 pytest --benchmark-only -rs bench/test_contrastive.py
@@ -7,14 +7,15 @@ On a GPU N = 4,096 to 262,144, D = 512, 768 and 1024, bf16 (minutes to an hour, 
 float32 sizes. FASTCLAP_BENCH_ROWS, _DIM, _DEVICE, _DTYPE and _ROUNDS change that. Before every timed round of a form
 another form of the group runs, in turn, so that all see the same machine; inputs rotate as `bench.timing` says; a call
 on a GPU ends with a synchronisation. A form that is not installed, or runs out of memory, is skipped with that reason
-(``-rs`` lists them). Memory, errors and rates are in the ``extra_info`` of ``--benchmark-json``. One record of it all,
-with stages and plots, is `python -m bench.gpu --lots loss loss_more`.
+(`-rs` lists them). Memory, errors and rates are in the `extra_info` of `--benchmark-json`. One record of it all, with
+stages and plots, is `python -m bench.gpu --lots loss loss_more`.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 from typing import Any
 
@@ -23,7 +24,10 @@ import torch
 from torch import Tensor
 
 from bench import peers, timing
-from bench.comparison import SCALE, Comparison, dtype_name, matmul_rate, rates
+from bench.compare import Warm, matmul_rate, warm_up
+from bench.gpu.loss import loss_entries
+from bench.peers import SCALE
+from bench.run import ABSENT, Record, Run, Settings, dtype_name
 from fastclap.losses import info_nce
 
 DEVICE = torch.device(os.environ.get("FASTCLAP_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu"))
@@ -43,9 +47,26 @@ INFO_NCE = [peer.name for peer in peers.info_nce_peers(CPU, SCALE)]
 SIGMOID = [peer.name for peer in peers.sigmoid_peers(CPU)]
 
 
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Of the forms, whose rows go into the benchmark's own report."""
+    record = Record(tmp_path_factory.mktemp("record") / "record.json")
+    record.begin("losses", str(DEVICE), "")
+    run = Run(record, Settings(DEVICE.type), deadline=math.inf)
+    run.device, run.dtype = DEVICE, DTYPE
+    return run
+
+
 @functools.lru_cache(maxsize=1)  # the tests of one size follow each other
-def comparison(loss: str, rows: int, dim: int) -> Comparison:
-    return Comparison(loss, rows, dim, DEVICE, DTYPE)
+def warm_forms(run: Run, loss: str, rows: int, dim: int) -> tuple[dict[str, Warm], dict[str, str]]:
+    """The forms that run, and of the others why not."""
+    entries = loss_entries(run, loss, rows, dim, seconds=60.0)
+    warm, reasons = warm_up(run, entries), {}
+    for entry in entries:
+        row = run.known(entry.case) or {}
+        if "reason" in row:
+            reasons[entry.form] = entry.facts["notes"] if row["reason"] == ABSENT else row["reason"]
+    return warm, reasons
 
 
 @functools.lru_cache(maxsize=1)
@@ -53,13 +74,13 @@ def peak_tflops() -> float | None:
     return matmul_rate(8192, DEVICE, DTYPE, seconds=2.0)[0] if ON_GPU else None
 
 
-def measure(benchmark: Any, loss: str, form: str, rows: int, dim: int) -> None:
-    case = comparison(loss, rows, dim)
-    row = case.results[form]
-    if "reason" in row:
-        pytest.skip(f"{form}: {row['notes'] if row['reason'] == 'not available' else row['reason']}")
+def measure(benchmark: Any, run: Run, loss: str, form: str, rows: int, dim: int) -> None:
+    warm, reasons = warm_forms(run, loss, rows, dim)
+    if form in reasons:
+        pytest.skip(f"{form}: {reasons[form]}")
+    found = warm[form]
     benchmark.group = f"{loss}, N = {rows}, D = {dim}, {dtype_name(DTYPE)}"
-    others = itertools.cycle([call for name, call in case.calls.items() if name != form] or [case.calls[form]])
+    others = itertools.cycle([other.call for name, other in warm.items() if name != form] or [found.call])
 
     def another() -> None:
         next(others)()
@@ -67,32 +88,32 @@ def measure(benchmark: Any, loss: str, form: str, rows: int, dim: int) -> None:
             torch.cuda.synchronize()
 
     def call() -> Tensor:
-        value = case.calls[form]()
+        value = found.call()
         if ON_GPU:
             torch.cuda.synchronize()
         return value
 
     value = benchmark.pedantic(call, setup=another, rounds=ROUNDS)
-    benchmark.extra_info.update(timing.machine(DEVICE), **row)
+    benchmark.extra_info.update(timing.machine(DEVICE), **found.entry.case, **found.facts)
     if benchmark.stats is not None:  # --benchmark-disable runs each form once, without a clock
-        benchmark.extra_info.update(rates(rows, dim, 1e3 * benchmark.stats.stats.median, peak_tflops()))
+        benchmark.extra_info.update(peers.loss_rates(rows, dim, 1e3 * benchmark.stats.stats.median, peak_tflops()))
     assert 0 < value.item() < 1e4
-    if row.get("errors"):  # the forms compute the same loss
-        assert row["errors"]["loss"] < 0.02
+    if found.facts.get("errors"):  # the forms compute the same loss
+        assert found.facts["errors"]["loss"] < 0.02
 
 
 @pytest.mark.parametrize("form", INFO_NCE)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("rows", ROWS)
-def test_info_nce(benchmark: Any, form: str, rows: int, dim: int) -> None:
-    measure(benchmark, "info_nce", form, rows, dim)
+def test_info_nce(benchmark: Any, run: Run, form: str, rows: int, dim: int) -> None:
+    measure(benchmark, run, "info_nce", form, rows, dim)
 
 
 @pytest.mark.parametrize("form", SIGMOID)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("rows", ROWS)
-def test_sigmoid_loss(benchmark: Any, form: str, rows: int, dim: int) -> None:
-    measure(benchmark, "sigmoid", form, rows, dim)
+def test_sigmoid_loss(benchmark: Any, run: Run, form: str, rows: int, dim: int) -> None:
+    measure(benchmark, run, "sigmoid", form, rows, dim)
 
 
 @pytest.mark.parametrize("form", ("fastclap", "whole matrix"))

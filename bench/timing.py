@@ -1,7 +1,7 @@
-"""Clocks, memory and time limits that every benchmark shares.
+"""Clocks, memory, time limits and inputs that every benchmark shares.
 
-On a GPU a call is timed by device events around it, behind a wait that the device is given first: by the time it ends
-the host has queued the whole call, so what is measured is the device's time, and the host's stands beside it. On a CPU
+On a GPU a call is timed by device events around it, behind a wait that the device is given first: by the time the wait
+ends the host has queued the whole call, so what is measured is the device's time, and the host's separately. On a CPU
 it is the wall clock. Forms to compare run in turn within one loop, so that all of them see the same machine, and each
 call of a form takes the next of several sets of inputs that together are larger than the L2 cache.
 """
@@ -33,7 +33,7 @@ LONGEST_WAIT_MS = 50.0
 class Timing:
     """Milliseconds a call: the median, and the range that holds the middle 80 % of the calls.
 
-    ``host_ms``: the median until the host had queued a call, where the device's time is measured apart from it.
+    `host_ms` is the median until the host had queued a call, where the device's time is measured apart from it.
     """
 
     median_ms: float
@@ -118,16 +118,17 @@ def interleaved(
     most: int = 50,
     announce: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Timing]:
-    """Times calls that have been warmed up, one of each in turn, for about ``seconds`` in all.
+    """Times calls that have been warmed up, one of each in turn, for about `seconds` in all.
 
-    There are ``least`` to ``most`` rounds; past three times the seconds it stops wherever it is, with what it has.
+    Past three times the seconds it stops wherever it is, with what it has.
 
     Args:
         calls: by name.
-        device: that they work on; on a GPU the times are those of `queued_ms`.
+        device: on which they work; on a GPU the times are those of `queued_ms`.
         seconds: of the loop.
-        least, most: rounds.
-        announce: is told the name of every call before it.
+        least: rounds.
+        most: rounds.
+        announce: called with the name of every call before it.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     host: dict[str, list[float]] = {name: [] for name in calls}
@@ -168,7 +169,7 @@ class TimeUpError(Exception):
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeUpError in the main thread after ``seconds``, at the next bytecode: for a peer that tunes forever."""
+    """Raises TimeUpError in the main thread after `seconds`, at the next bytecode: for a peer that tunes forever."""
 
     def stop(*_: object) -> None:
         raise TimeUpError(f"longer than {seconds:.0f} s")
@@ -223,6 +224,13 @@ def embeddings(
     )
 
 
+def noise(clips: int, samples: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:
+    """White noise [clips, samples] at a tenth of full scale, which is 1, or 32768 in int16."""
+    generator = torch.Generator(device).manual_seed(seed)
+    wave = torch.randn(clips, samples, generator=generator, device=device).mul_(0.1)
+    return wave.mul_(32768).clamp_(-32768, 32767).to(torch.int16) if dtype == torch.int16 else wave.to(dtype)
+
+
 def larger_than_cache(
     rows: int, dim: int, scale: float, device: torch.device, dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -249,8 +257,17 @@ def forward_backward(run: Callable[..., Any], inputs: Sequence[tuple[Tensor, ...
     return call
 
 
-def warmed_up(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """The call, after three calls."""
+def output_and_gradients(
+    function: Callable[..., Tensor], leaves: Sequence[Tensor], upstream: Tensor | None = None
+) -> list[Tensor]:
+    """What a function of the leaves gives, and the gradient of every leaf."""
+    output = function(*leaves)
+    upstream = None if upstream is None else upstream.to(output.dtype)
+    return [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
+
+
+def warmed_up(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call, after it was made three times."""
     for _ in range(3):
         call()
     return call
@@ -266,7 +283,7 @@ def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        warmed_up(call, device)
+        warmed_up(call)
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -6,7 +6,7 @@
 measures all forms on the CPU; on a GPU they are the lots `step` and `step_more` of ``python -m bench.gpu``. A step is
 forward pass, loss, backward pass and optimizer, from a batch on the host. Every form gets the same clips, captions and
 crop, dropout and SpecAugment as configured, and random weights; all instances of our model share one set of weights
-and one optimizer. Forms are timed in turn, in blocks of consecutive steps (`bench.gpu.steady`).
+and one optimizer. Forms are timed in turn, in blocks of consecutive steps (`bench.steady`).
 
 The reference runs from its own checkout (see `bench.reference_step`), first as released, then with its statistics off,
 TF32 and bf16 autocast on. What it normalises, pads and tokenizes in loader processes is prepared outside of the step,
@@ -43,12 +43,11 @@ from torch import Tensor
 
 import fastclap
 from bench import model_flops, peers, timing
-from bench.comparison import matmul_rate, significant
-from bench.gpu.record import Record
-from bench.gpu.run import Page, Run, Settings
-from bench.gpu.steady import Entry, Steady
+from bench.compare import matmul_rate
 from bench.parity import CAPTIONS, OurStep, parity_loss, parity_optimizer, synthetic_batch
-from bench.reference_step import SIZES, Reference, Size, build_ours, collated, commit_of, without_packages
+from bench.reference_step import Reference, build_ours, collated, commit_of, without_packages
+from bench.run import SIZES, Entry, Record, Run, Settings, Size, significant
+from bench.steady import Steady
 from bench.tables import markdown
 from fastclap import CLAP, towers
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
@@ -624,7 +623,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         machine=timing.machine(device),
         settings=settings,
     )
-    run = Run(record, Settings("cpu", arguments.reference), Page(), time.monotonic() + 60 * arguments.minutes)
+    run = Run(record, Settings("cpu", arguments.reference), time.monotonic() + 60 * arguments.minutes)
     steady = Steady(run, block_seconds=0.0)  # the shortest blocks: a CPU's calls wait for nothing
     forms = Forms(size, device, arguments.reference, tokenizer, arguments.chunk).all()
     if arguments.only:

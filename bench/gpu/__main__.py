@@ -1,18 +1,18 @@
-"""What only a GPU can show, in lots of under four minutes, each of which leaves its rows on the disk as they arise.
+"""What only a GPU can show, in lots of under four minutes, whose rows are on the disk as soon as they are measured.
 
     python -m bench.gpu --plan                       # every lot: its record here, whether its code changed, seconds
-    python -m bench.gpu --seconds 280                # what lacks a current record, the most worth first, ends in time
+    python -m bench.gpu --seconds 280                # what lacks a current record, the most useful first, within a time
     python -m bench.gpu --lots smoke loss            # these
-    python -m bench.gpu --dry-run                    # every lot at tiny sizes on a CPU: tests the code, not the speed
-    python -m bench.gpu --merge FOLDER               # rows of records that were made elsewhere
-    python -m bench.gpu --report                     # the tables and plots of every device from its records
+    python -m bench.gpu --dry-run --out FOLDER       # every lot at tiny sizes on a CPU: tests the code, not the speed
+    python -m bench.gpu --merge FOLDER               # take over rows of records that were made elsewhere
+    python -m bench.gpu --report                     # write the tables and plots of every device from its records
 
-The records are ``bench/records/gpu/<device>/<lot>.json`` (`bench.gpu.record`); the ``README.md`` of each folder and the
-tables of the project's README are generated from them. The kernels of a lot are compiled first, in parallel, into
+The records are `bench/records/gpu/<device>/<lot>.json` (`bench.run`); the `README.md` of each folder and the
+tables of `docs/benchmarks.md` are generated from them. The kernels of a lot are compiled first, in parallel, into
 Triton's cache. Then every stage of it runs in a process of its own, watched by this one, which never touches the GPU: a
-form that is absent, raises, hangs or is killed is a row with its reason, and the rest goes on (`bench.gpu.run`).
+form that is absent, raises, hangs or is killed is a row with its reason, and the rest goes on (`bench.gpu.watch`).
 
-Times on the device are taken behind a queued wait or by graph replay, with the host's beside them (`bench.timing`).
+Times on the device are taken behind a queued wait or by graph replay, and the host's separately (`bench.timing`).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ import torch
 
 import fastclap
 from bench import timing
-from bench.gpu import record as records
 from bench.gpu.lots import LOTS, ROOT, Lot
-from bench.gpu.record import ABSENT, Record
-from bench.gpu.run import Settings, die_with_parent, run_stages
+from bench.gpu.records import complete, folder_of, merge
+from bench.gpu.watch import die_with_parent, run_stages
+from bench.run import ABSENT, Record, Settings, read_record
 from bench.tables import markdown
 
 RECORDS = ROOT / "bench" / "records" / "gpu"
@@ -46,7 +46,7 @@ RESERVE = 10  # seconds kept for ending in time, whatever hangs
 
 
 def commit() -> str | None:
-    """The revision of the tree, and whether it was changed; None outside of git."""
+    """The commit of the tree, and whether files were changed since; None outside of git."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -98,7 +98,7 @@ def machine(device: str) -> dict[str, Any]:
 
 def newest(lot: Lot, device_folders: Sequence[Path]) -> dict[str, Any] | None:
     """The record of a lot with the latest run, of those in several folders."""
-    found = [r for folder in device_folders if (r := records.read(folder / f"{lot.name}.json")) is not None]
+    found = [r for folder in device_folders if (r := read_record(folder / f"{lot.name}.json")) is not None]
     return max(found, key=lambda r: r["runs"][-1]["date"], default=None)
 
 
@@ -156,7 +156,7 @@ def run_lots(names: Sequence[str], out: Path, settings: Settings, seconds: float
     """Runs lots until the time is up. Returns whether all of them came to their end."""
     end = time.monotonic() + seconds
     found = machine(settings.device)
-    folder = out / records.folder_of(found["device"])
+    folder = out / folder_of(found["device"])
     about = {"command": " ".join(["python -m bench.gpu", *sys.argv[1:]]), "commit": commit()}
     about |= {"software": software(), "machine": found}
     for what, checkout in (("reference", settings.reference), ("open_clip", settings.open_clip)):
@@ -168,7 +168,7 @@ def run_lots(names: Sequence[str], out: Path, settings: Settings, seconds: float
     for name in names:
         lot = LOTS[name]
         known = newest(lot, [RECORDS / folder.name, folder])
-        if not chosen and records.complete(known, lot.code):
+        if not chosen and complete(known, lot.code):
             print(f"[{name}] has a current record", flush=True)
             continue
         left = end - time.monotonic() - RESERVE
@@ -201,9 +201,9 @@ def main() -> int:
         for source in sorted(args.merge.glob("*/*.json")):
             lot = LOTS.get(source.stem)
             # A copy of the tree without git knows its code, but no commit.
-            same = lot is not None and (records.read(source) or {}).get("code") == lot.code
+            same = lot is not None and (read_record(source) or {}).get("code") == lot.code
             revision = commit() if same else None
-            print(records.merge(source, args.out / source.parent.name / source.name, revision))
+            print(merge(source, args.out / source.parent.name / source.name, revision))
     if args.report or args.merge is not None:
         from bench.gpu.report import write_reports
 

@@ -21,7 +21,7 @@ from typing import Any
 from bench import timing
 from bench.gpu.forms import chosen
 from bench.gpu.rehearsal import launched
-from bench.gpu.run import GRACE, die_with_parent
+from bench.gpu.watch import GRACE, die_with_parent
 from fastclap.kernels.offline import Compilation, compiled_kernel, is_cached
 
 PROGRESS_SECONDS = 5.0

@@ -23,7 +23,8 @@ from typing import IO, Any
 
 from bench.gpu.lots import ROOT
 from bench.gpu.pytest_rows import PIPE
-from bench.gpu.run import Run, die_with_parent
+from bench.gpu.watch import die_with_parent
+from bench.run import Run
 
 FILES = (  # those that compile longest first
     "tests/kernels/log_mel/test_triton_engine.py",

@@ -22,13 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import model_flops
-from bench.comparison import significant
-from bench.gpu.compare import ceilings
-from bench.gpu.record import Row
-from bench.gpu.run import Run
-from bench.gpu.steady import Entry, Steady
+from bench.compare import ceilings
 from bench.parity import CAPTIONS
-from bench.reference_step import SIZES, Size, build_ours
+from bench.reference_step import build_ours
+from bench.run import SIZES, Entry, Row, Run, Size, significant
+from bench.steady import Steady
 from fastclap import CLAP
 from fastclap.models import wavlm
 from fastclap.models.tokenizer import train_tokenizer

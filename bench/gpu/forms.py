@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import peers
-from bench.comparison import SCALE, dtype_name
+from bench import peers, timing
 from bench.kernel_peers import FRONT_ENDS, in_dtype
+from bench.peers import SCALE
+from bench.run import dtype_name
 from fastclap.features import PRESETS
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu, layer_norm_gelu_reference
 from fastclap.kernels.log_mel.operator import log_mel
@@ -54,14 +55,14 @@ class KernelForm:
     """One form of one kernel.
 
     Attributes:
-        name: tells it from all others; lots choose by how it begins.
-        dtype: that its products are rounded to.
+        name: differs from that of every other form; lots choose by how it begins.
+        dtype: to which its products are rounded.
         draw: makes the inputs, on the host.
-        call: of inputs and a ``backend``: the output and every gradient by name.
-        reference: of inputs: the same in float64, from the definition.
+        call: of inputs and a `backend`, the output and every gradient by name.
+        reference: of inputs, the same in float64, from the definition.
         rounding: relative error that is always accepted.
         precision: torch's float32 matmul precision while it runs.
-        alone: what it is compared with in place of the torch engine, of inputs; None: the torch engine.
+        instead: of inputs, what it is compared with where the torch engine computes something else; None elsewhere.
     """
 
     name: str
@@ -71,14 +72,14 @@ class KernelForm:
     reference: Callable[[Tensors], Tensors]
     rounding: float
     precision: str = "highest"
-    alone: Callable[[Tensors], Tensors] | None = None
+    instead: Callable[[Tensors], Tensors] | None = None
 
     def inputs(self, device: torch.device) -> Tensors:
         return {name: x.to(device) for name, x in self.draw().items()}
 
     def ours(self, inputs: Tensors, engine: str = "triton") -> Tensors:
         """What the kernel computes, or the engine that "auto" takes on a CPU."""
-        if engine != "triton" and self.alone is not None:
+        if engine != "triton" and self.instead is not None:
             return self.plain(inputs)
         with _precision(self.precision):
             return self.call(inputs, engine)
@@ -86,7 +87,7 @@ class KernelForm:
     def plain(self, inputs: Tensors) -> Tensors:
         """What plain torch computes in the same dtypes: the yardstick of the kernel's error."""
         with _precision(self.precision):
-            return self.call(inputs, "torch") if self.alone is None else self.alone(inputs)
+            return self.call(inputs, "torch") if self.instead is None else self.instead(inputs)
 
 
 def chosen(prefixes: Sequence[str]) -> list[KernelForm]:
@@ -117,14 +118,13 @@ def _normal(seed: int) -> Callable[..., Tensor]:
     return lambda *shape: torch.randn(shape, generator=generator)
 
 
-def _both_ways(
+def _output_and_gradients(
     function: Callable[..., Tensor], leaves: Mapping[str, Tensor], upstream: Tensor | None = None
 ) -> Tensors:
     """The output, and the gradient of every leaf."""
-    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
-    out = function(*leaves.values())
-    gradients = torch.autograd.grad(out, list(leaves.values()), None if upstream is None else upstream.to(out.dtype))
-    return {"output": out.detach(), **{f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}}
+    tensors = [x.detach().requires_grad_() for x in leaves.values()]
+    found = timing.output_and_gradients(function, tensors, upstream)
+    return dict(zip(("output", *(f"d{name}" for name in leaves)), found, strict=True))
 
 
 def _doubled(inputs: Mapping[str, Tensor]) -> Tensors:
@@ -160,7 +160,7 @@ def _loss(inputs: Tensors, engine: str, sigmoid: bool = False, stored: bool = Tr
     if forward:
         with torch.no_grad():
             return {"output": way(*leaves.values())}
-    return _both_ways(way, leaves)
+    return _output_and_gradients(way, leaves)
 
 
 def _loss_form(
@@ -239,7 +239,7 @@ def _attention(inputs: Tensors, engine: str, dropout: bool, forward: bool) -> Te
         if forward:
             with torch.no_grad():
                 return {"output": function(*leaves.values())}
-        return _both_ways(function, leaves, inputs["upstream"])
+        return _output_and_gradients(function, leaves, inputs["upstream"])
 
 
 def _defined_attention(inputs: Tensors, dropout: bool, forward: bool) -> Tensors:
@@ -251,7 +251,7 @@ def _defined_attention(inputs: Tensors, dropout: bool, forward: bool) -> Tensors
         dropout=rate,
         keep=_kept(inputs["q"]) if dropout else None,
     )
-    found = _both_ways(function, _without(inputs, "lengths", "upstream"), inputs["upstream"])
+    found = _output_and_gradients(function, _without(inputs, "lengths", "upstream"), inputs["upstream"])
     return {"output": found["output"]} if forward else found
 
 
@@ -276,7 +276,7 @@ def _attention_form(
         lambda inputs: defined(_doubled(inputs)),
         TF32_ROUNDING if tf32 else 2.5 * ROUNDING[dtype],
         "high" if tf32 else "highest",
-        alone=defined if dropout else None,  # the torch engine's dropout is another
+        instead=defined if dropout else None,  # the torch engine's dropout is another
     )
 
 
@@ -304,7 +304,7 @@ def _draw_rows(rows: int, channels: int, dtype: torch.dtype, parameters: torch.d
 
 def _layer_norm_gelu(inputs: Tensors, engine: str) -> Tensors:
     function = functools.partial(layer_norm_gelu, backend=engine)
-    return _both_ways(function, _without(inputs, "upstream"), inputs["upstream"])
+    return _output_and_gradients(function, _without(inputs, "upstream"), inputs["upstream"])
 
 
 def _layer_norm_gelu_form(
@@ -312,7 +312,7 @@ def _layer_norm_gelu_form(
 ) -> KernelForm:
     def reference(inputs: Tensors) -> Tensors:
         exact = _doubled(inputs)
-        return _both_ways(layer_norm_gelu_reference, _without(exact, "upstream"), exact["upstream"])
+        return _output_and_gradients(layer_norm_gelu_reference, _without(exact, "upstream"), exact["upstream"])
 
     mixed = f", {dtype_name(parameters)} weights" * (parameters != dtype)
     return KernelForm(
@@ -331,7 +331,7 @@ def _layer_norm_gelus() -> Iterator[KernelForm]:
         yield _layer_norm_gelu_form("layer norm gelu", rows, 512, dtype, dtype)
     for dtype in (bf16, fp32):
         yield _layer_norm_gelu_form("layer norm gelu", 65, 500, dtype, fp32)
-        # Activations of autocast, or of embedding without it, beside a model's float32 parameters.
+        # Activations of autocast, or of embedding without it, with a model's float32 parameters.
         yield _layer_norm_gelu_form("layer norm gelu step", 1003, 512, dtype, fp32)
 
 
@@ -339,13 +339,8 @@ def _layer_norm_gelus() -> Iterator[KernelForm]:
 # waveforms
 
 
-def _noise(seed: int, clips: int, samples: int, dtype: torch.dtype) -> Tensor:
-    wave = 0.1 * _normal(seed)(clips, samples)
-    return (wave * 32768).clamp(-32768, 32767).to(torch.int16) if dtype == torch.int16 else wave.to(dtype)
-
-
 def _draw_waveform(audio: torch.dtype, given: bool, lengths: bool, offsets: bool) -> Tensors:
-    found = {"audio": _noise(2, 3, 5003, audio)}
+    found = {"audio": timing.noise(3, 5003, audio, seed=2)}
     if lengths:
         found["lengths"] = torch.tensor([4803, 17, 2501])  # the second is extended
     if given:
@@ -397,7 +392,7 @@ def _waveforms() -> Iterator[KernelForm]:
 def _draw_clips(spec: LogMelSpec, audio: torch.dtype, lengths: bool, gradient: bool = False) -> Tensors:
     """Half a second: two tiles of frames. With lengths, one clip is too short for the reflection at its end."""
     samples = spec.sampling_rate // (4 if gradient else 2) + 1
-    found = {"waveform": _noise(3, 3, samples, audio)}
+    found = {"waveform": timing.noise(3, samples, audio, seed=3)}
     return {**found, "lengths": torch.tensor([samples, spec.hop_length, samples // 2])} if lengths else found
 
 
@@ -457,7 +452,7 @@ def _log_mels() -> Iterator[KernelForm]:
             name = f"log-mel {kind}, {front_end}{', lengths' * lengths}"
             yield _log_mel_form(name, spec, audio, features, lengths)
         yield _log_mel_gradient_form(front_end, dataclasses.replace(spec, dtype="float32"))
-    # The log-mel tower beside open_clip's takes what its loader gives, in training: padded int16 and lengths.
+    # The log-mel tower that open_clip's is compared with takes what its loader gives: padded int16 and lengths.
     yield _log_mel_form("log-mel clap tower int16 to float32, lengths", PRESETS["clap"], int16, fp32, True)
 
 

@@ -1,7 +1,7 @@
-"""Stages of the lots `towers` and `log_mel`: the kernels beside the loss, with the peers of `bench.kernel_peers`.
+"""Stages of the lots `towers` and `log_mel`: all kernels but the loss's, compared with those of `bench.kernel_peers`.
 
-``floor_ms`` is the larger of the least bytes (inputs once, results once) at the measured copy rate and, for attention,
-the least flops at the measured matmul rate; ``share_of_floor`` is that over the median. The lot `smoke` checks every
+`floor_ms` is the larger of the least bytes (inputs once, results once) at the measured copy rate and, for attention,
+the least flops at the measured matmul rate; `share_of_floor` is that over the median. The lot `smoke` checks every
 kernel form against float64; here a row holds the errors of its form along with the times. Graphs are captured in a
 stage of their own, as a form that cannot be captured may leave its process in disorder.
 """
@@ -9,6 +9,7 @@ stage of their own, as a form that cannot be captured may leave its process in d
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,7 @@ import torch
 from torch import Tensor
 
 from bench import timing
-from bench.comparison import dtype_name, significant
-from bench.gpu.compare import Form, ceilings, compare
-from bench.gpu.record import Case, Row
-from bench.gpu.run import Run
+from bench.compare import ceilings, compare
 from bench.kernel_peers import (
     FRONT_ENDS,
     attention_forms,
@@ -31,6 +29,7 @@ from bench.kernel_peers import (
     waveform_forms,
 )
 from bench.peers import Peer
+from bench.run import Case, Entry, Row, Run, dtype_name, significant
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu, layer_norm_gelu_reference
 from fastclap.kernels.log_mel.operator import log_mel as log_mel_kernel
 from fastclap.kernels.log_mel.spec import LogMelSpec
@@ -45,7 +44,7 @@ NAMES = ("q", "k", "v", "table", "gate")
 
 
 @dataclass(frozen=True)
-class Sizes:
+class KernelSizes:
     clips: int
     seconds: float  # a clip
     graph_seconds: float  # a clip, where a graph is captured
@@ -58,15 +57,15 @@ class Sizes:
     warm_up_seconds: float  # the most one form may take to compile, tune and run twice
 
 
-GPU = Sizes(1024, 10.0, 1.0, (32, 128), 499, 16, 32 * 16000, 512, 2.0, 30.0)
-CPU = Sizes(2, 0.1, 0.06, (2,), 29, 4, 64, 48, 0.02, 20.0)
+GPU = KernelSizes(1024, 10.0, 1.0, (32, 128), 499, 16, 32 * 16000, 512, 2.0, 30.0)
+CPU = KernelSizes(2, 0.1, 0.06, (2,), 29, 4, 64, 48, 0.02, 20.0)
 
 
-def sizes_of(run: Run) -> Sizes:
+def sizes_of(run: Run) -> KernelSizes:
     return CPU if run.tiny else GPU
 
 
-def against(least_gbytes: float, gbytes: float | None, gflop: float = 0.0, tflops: float | None = None) -> Any:
+def rates_and_floor(least_gbytes: float, gbytes: float | None, gflop: float = 0.0, tflops: float | None = None) -> Any:
     """What a row says of its median: the floor of bytes and flops at the measured rates, and the rates reached."""
     floors = [1e3 * least_gbytes / gbytes if gbytes else 0.0, gflop / tflops if tflops else 0.0]
 
@@ -79,54 +78,58 @@ def against(least_gbytes: float, gbytes: float | None, gflop: float = 0.0, tflop
     return work
 
 
-def both_ways(function: Callable[..., Tensor], leaves: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
-    """The output and every gradient."""
-    out = function(*leaves)
-    return [out, *torch.autograd.grad(out, leaves, upstream)]
-
-
 def errors_of(names: Sequence[str], expected: Sequence[Tensor], found: Sequence[Tensor]) -> dict[str, float]:
     errors = {name: relative_error(x, y) for name, x, y in zip(names, expected, found, strict=True)}
     return {name: float(f"{error:.3g}") for name, error in errors.items()}
 
 
-def _timed(run: Run, case: Case, forms: Sequence[Form], work: Callable[[float], Row]) -> None:
+def _compare(
+    run: Run,
+    case: Case,
+    peers: Sequence[tuple[Peer, Callable[..., Any] | None]],
+    call: Callable[..., Any],
+    work: Callable[[float], Row],
+) -> None:
+    """Compares what peers run in one case.
+
+    Args:
+        run: of the stage.
+        case: what all forms share.
+        peers: each with a function of what it runs that gives its errors, or None.
+        call: a function of what a peer runs: what is timed.
+        work: what a row says of its median in ms.
+    """
     sizes = sizes_of(run)
-    compare(run, case, forms, seconds=sizes.case_seconds, warm_up_seconds=sizes.warm_up_seconds, work=work)
-
-
-def _form(peer: Peer, call: Callable[..., Any], errors: Callable[..., Any] | None) -> Form:
-    """A form whose call and errors are functions of what the peer runs."""
-
-    def make() -> Callable[[], Any]:
-        return functools.partial(call, peer.run)
-
-    return Form(peer, make, None if errors is None else functools.partial(errors, peer.run))
+    entries = [Entry({**case, "form": peer.name}, None, peer.facts, work) for peer, _ in peers]
+    for entry, (peer, errors) in zip(entries, peers, strict=True):
+        entry.seconds = sizes.warm_up_seconds
+        if peer.run is not None:
+            entry.make = functools.partial(functools.partial, call, peer.run)
+            entry.errors = None if errors is None else functools.partial(errors, peer.run)
+    compare(run, entries, seconds=sizes.case_seconds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # log-mel
 
 
-def noise(run: Run, spec: LogMelSpec, clips: int, seconds: float, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator(run.device).manual_seed(0)
-    wave = torch.randn(clips, int(seconds * spec.sampling_rate), generator=generator, device=run.device).mul_(0.1)
-    return wave.mul_(32768).clamp_(-32768, 32767).to(torch.int16) if dtype == torch.int16 else wave.to(dtype)
+def noise(run: Run, rate: int, clips: int, seconds: float, dtype: torch.dtype) -> Tensor:
+    return timing.noise(clips, int(seconds * rate), dtype, run.device)
 
 
 def log_mel(run: Run) -> None:
-    """All front-ends beside the peers, then other dtypes of ours alone."""
-    beside_peers = [(torch.float32, torch.float32), (torch.int16, torch.bfloat16)]
-    for audio, features in [*beside_peers, (torch.float32, torch.bfloat16), (torch.int16, torch.float32)]:
+    """All front-ends compared with their peers, then other dtypes of ours alone."""
+    compared = [(torch.float32, torch.float32), (torch.int16, torch.bfloat16)]
+    for audio, features in [*compared, (torch.float32, torch.bfloat16), (torch.int16, torch.float32)]:
         for name, spec in FRONT_ENDS.items():
-            _log_mel_case(run, name, spec, audio, features, ours_only=(audio, features) not in beside_peers)
+            _log_mel_case(run, name, spec, audio, features, ours_only=(audio, features) not in compared)
 
 
 def _log_mel_case(
     run: Run, name: str, spec: LogMelSpec, audio: torch.dtype, features: torch.dtype, *, ours_only: bool
 ) -> None:
     sizes, (_, gbytes) = sizes_of(run), ceilings(run)
-    clips = noise(run, spec, sizes.clips, sizes.seconds, audio)
+    clips = noise(run, spec.sampling_rate, sizes.clips, sizes.seconds, audio)
     references: dict[LogMelSpec, Tensor] = {}  # several peers compute the same front-end
 
     def errors(function: Callable[[Tensor], Tensor], computed: LogMelSpec) -> dict[str, float]:
@@ -145,22 +148,18 @@ def _log_mel_case(
         **{"kernel": "log-mel", "front_end": name, "clips": sizes.clips, "seconds": sizes.seconds},
         **{"audio": dtype_name(audio), "dtype": dtype_name(features)},
     }
-    forms = [
-        _form(
-            peer,
-            lambda function: function(clips),
-            None if computed is None else functools.partial(errors, computed=computed),
-        )
+    peers = [
+        (peer, None if computed is None else functools.partial(errors, computed=computed))
         for peer, computed in log_mel_forms(spec, run.device, audio, features, ours_only=ours_only)
     ]
-    _timed(run, case, forms, against(moved, gbytes))
+    _compare(run, case, peers, lambda function: function(clips), rates_and_floor(moved, gbytes))
 
 
 def log_mel_graphs(run: Run) -> None:
     """Each front-end replayed on other samples."""
     for name, spec in FRONT_ENDS.items():
         spec = in_dtype(spec, torch.bfloat16)
-        clips = noise(run, spec, 4, sizes_of(run).graph_seconds, torch.int16)
+        clips = noise(run, spec.sampling_rate, 4, sizes_of(run).graph_seconds, torch.int16)
         call = functools.partial(log_mel_kernel, clips, None, spec, backend=run.engine)
         _graph(run, {"kernel": "log-mel", "front_end": name}, call, [clips])
 
@@ -193,33 +192,32 @@ def attention_inputs(run: Run, batch: int, frames: int, seed: int) -> list[Tenso
     return [leaf.requires_grad_() for leaf in leaves]
 
 
-def _both_or_forward(
+def _timed_call(
     passes: str, sets: Sequence[Sequence[Tensor]], upstream: Tensor
 ) -> Callable[[Callable[..., Tensor]], object]:
-    """A call of a function on the next of several sets of inputs."""
-    turn = [0]
+    """What runs a function forward, or forward and backward, on the next of several sets of inputs."""
+    turns = itertools.cycle(sets)
 
     def call(function: Callable[..., Tensor]) -> object:
-        turn[0] += 1
-        leaves = sets[turn[0] % len(sets)]
+        leaves = next(turns)
         if passes != "forward":
-            return both_ways(function, leaves, upstream)
+            return timing.output_and_gradients(function, leaves, upstream)
         with torch.no_grad():
             return function(*leaves)
 
     return call
 
 
-def _off(
+def _errors_against(
     names: Sequence[str], reference: Callable[..., Tensor], leaves: Sequence[Tensor]
 ) -> Callable[[Callable[..., Tensor]], dict[str, float]]:
-    """Errors of a function's output and gradients against float64 on small inputs."""
+    """What gives the errors of a function's output and gradients against float64 on small inputs."""
     upstream = torch.randn_like(leaves[0]).detach()
 
     def errors(function: Callable[..., Tensor]) -> dict[str, float]:
         exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-        expected = both_ways(reference, exact, upstream.double())
-        return errors_of(("output", *names), expected, both_ways(function, leaves, upstream))
+        expected = timing.output_and_gradients(reference, exact, upstream.double())
+        return errors_of(("output", *names), expected, timing.output_and_gradients(function, leaves, upstream))
 
     return errors
 
@@ -228,8 +226,8 @@ def _attention_case(run: Run, batch: int, passes: str) -> None:
     sizes, (tflops, gbytes) = sizes_of(run), ceilings(run)
     sets = [attention_inputs(run, batch, sizes.frames, seed) for seed in range(2)]
     few = attention_inputs(run, 2, min(37, sizes.frames), seed=7)
-    call = _both_or_forward(passes, sets, torch.randn_like(sets[0][0]))
-    errors = _off(NAMES, gated_toeplitz_attention_reference, few)
+    call = _timed_call(passes, sets, torch.randn_like(sets[0][0]))
+    errors = _errors_against(NAMES, gated_toeplitz_attention_reference, few)
     value = batch * sizes.heads * sizes.frames * HEAD_WIDTH * run.dtype.itemsize / 1e9
     # Forward: q, k, v and the output, two products. Backward: those and the output's gradient in, three out, five.
     backward = passes != "forward"
@@ -239,8 +237,8 @@ def _attention_case(run: Run, batch: int, passes: str) -> None:
         **{"kernel": "attention", "passes": passes, "batch": batch, "heads": sizes.heads, "frames": sizes.frames},
         **{"head_width": HEAD_WIDTH, "dtype": dtype_name(run.dtype)},
     }
-    forms = [_form(peer, call, errors) for peer in attention_forms(run.device)]
-    _timed(run, case, forms, against(moved, gbytes, gflop, tflops))
+    peers = [(peer, errors) for peer in attention_forms(run.device)]
+    _compare(run, case, peers, call, rates_and_floor(moved, gbytes, gflop, tflops))
 
 
 def layer_norm_inputs(run: Run, rows: int) -> list[Tensor]:
@@ -255,19 +253,20 @@ def _layer_norm_gelu_case(run: Run, passes: str) -> None:
     """The rows of WavLM's first convolution for 16 clips of 10 s."""
     sizes, (_, gbytes) = sizes_of(run), ceilings(run)
     leaves = layer_norm_inputs(run, sizes.rows)
-    call = _both_or_forward(passes, [leaves], torch.randn_like(leaves[0]).detach())
-    errors = _off(("x", "weight", "bias"), layer_norm_gelu_reference, layer_norm_inputs(run, 8))
+    call = _timed_call(passes, [leaves], torch.randn_like(leaves[0]).detach())
+    errors = _errors_against(("x", "weight", "bias"), layer_norm_gelu_reference, layer_norm_inputs(run, 8))
     times = 2 if passes == "forward" else 5  # x, y; and x, dy, dx
     case = {
         **{"kernel": "layer_norm_gelu", "passes": passes, "rows": sizes.rows, "channels": sizes.channels},
         "dtype": dtype_name(run.dtype),
     }
-    forms = [_form(peer, call, errors) for peer in layer_norm_gelu_forms(run.device)]
-    _timed(run, case, forms, against(times * sizes.rows * sizes.channels * run.dtype.itemsize / 1e9, gbytes))
+    peers = [(peer, errors) for peer in layer_norm_gelu_forms(run.device)]
+    moved = times * sizes.rows * sizes.channels * run.dtype.itemsize / 1e9
+    _compare(run, case, peers, call, rates_and_floor(moved, gbytes))
 
 
 def waveform_inputs(run: Run, clips: int, seconds: float, given: bool) -> list[Any]:
-    wave = noise(run, FRONT_ENDS["kaldi-80"], clips, seconds, torch.int16)
+    wave = noise(run, 16000, clips, seconds, torch.int16)
     statistic = torch.full((clips,), 0.1, device=run.device) if given else None
     return [wave, ragged(wave), statistic, statistic]
 
@@ -288,8 +287,9 @@ def _waveform_case(run: Run, statistics: str) -> None:
         **{"kernel": "normalize_waveform", "statistics": statistics, "clips": sizes.clips, "seconds": sizes.seconds},
         **{"audio": "int16", "dtype": dtype_name(run.dtype)},
     }
-    forms = [_form(peer, lambda function: function(*x), errors) for peer in waveform_forms(run.device, run.dtype)]
-    _timed(run, case, forms, against((2 * read + x[0].numel() * run.dtype.itemsize) / 1e9, gbytes))
+    peers = [(peer, errors) for peer in waveform_forms(run.device, run.dtype)]
+    moved = (2 * read + x[0].numel() * run.dtype.itemsize) / 1e9
+    _compare(run, case, peers, lambda function: function(*x), rates_and_floor(moved, gbytes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,14 +300,16 @@ def tower_graphs(run: Run) -> None:
     """Each tower kernel replayed on other inputs."""
     x = attention_inputs(run, 2, sizes_of(run).frames, seed=1)
     ours = functools.partial(gated_toeplitz_attention, backend=run.engine)
-    _graph(run, {"kernel": "attention"}, functools.partial(both_ways, ours, x, torch.ones_like(x[0])), x)
+    call = functools.partial(timing.output_and_gradients, ours, x, torch.ones_like(x[0]))
+    _graph(run, {"kernel": "attention"}, call, x)
     x = layer_norm_inputs(run, 1001)
     upstream = torch.randn_like(x[0]).detach()
     ours = functools.partial(layer_norm_gelu, backend=run.engine)
-    _graph(run, {"kernel": "layer_norm_gelu"}, functools.partial(both_ways, ours, x, upstream), [*x, upstream])
+    call = functools.partial(timing.output_and_gradients, ours, x, upstream)
+    _graph(run, {"kernel": "layer_norm_gelu"}, call, [*x, upstream])
     given = waveform_inputs(run, 3, sizes_of(run).graph_seconds, False)
-    call = lambda: [normalize_waveform(*given, dtype=run.dtype, backend=run.engine)]  # noqa: E731
-    _graph(run, {"kernel": "normalize_waveform"}, call, given[:2])
+    waveform = functools.partial(normalize_waveform, *given, dtype=run.dtype, backend=run.engine)
+    _graph(run, {"kernel": "normalize_waveform"}, lambda: [waveform()], given[:2])
 
 
 def _graph(run: Run, case: Case, call: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> None:

@@ -1,8 +1,8 @@
-"""Stages of the lots `loss` and `loss_more`: the contrastive losses beside their peers' own packages.
+"""Stages of the lots `loss` and `loss_more`: the contrastive losses compared with their peers' own packages.
 
-T = 2·N²·D flops is one matmul pass. ``useful_tflops`` counts 3 passes for every form (the least with the matrix of
-logits in memory), ``tflops_4t`` counts 4 (the least without). ``share_of_peak`` is the former over the rate of one
-large bf16 product in the same lot. Memory is the highest point of a call above its inputs, gradients included.
+T = 2·N²·D flops is one matmul pass. `useful_tflops` counts 3 passes for every form (the least with the matrix of
+logits in memory), `tflops_4t` counts 4 (the least without). `share_of_peak` is the former over the rate of one large
+bf16 product in the same lot. Memory is the highest point of a call above its inputs, gradients included.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from bench import peers, timing
-from bench.comparison import SCALE, dtype_name, rates, significant
-from bench.gpu.compare import Form, ceilings, compare
+from bench.compare import ceilings, compare
 from bench.gpu.profiled import profiled
-from bench.gpu.record import NOT_REACHED, Case, Row
-from bench.gpu.run import Run
+from bench.peers import SCALE
+from bench.run import NOT_REACHED, Case, Entry, Row, Run, dtype_name, significant
 from fastclap.losses import info_nce, sigmoid_loss
 
 # Relative error that is always accepted; above it, the error of the materialised form on the same numbers is the bound.
@@ -41,10 +40,10 @@ PROFILED = 3  # steps
 
 
 @dataclass(frozen=True)
-class Sizes:
+class LossSizes:
     main: tuple[int, ...]
     dim: int
-    accuracy: tuple[tuple[int, int], ...]  # (N, D)
+    accuracy: tuple[tuple[int, int], ...]  # N and D
     stages: tuple[tuple[int, int], ...]
     small: tuple[int, ...]
     more: tuple[tuple[int, int], ...]
@@ -55,7 +54,7 @@ class Sizes:
     warm_up_seconds: float  # the most one form may take to compile, tune and run twice
 
 
-GPU = Sizes(
+GPU = LossSizes(
     main=(65536, 16384, 4096, 1024, 256),
     dim=768,
     accuracy=((4096, 768), (8191, 1024), (1000, 512)),
@@ -68,7 +67,7 @@ GPU = Sizes(
     case_seconds=4.0,
     warm_up_seconds=25.0,
 )
-CPU = Sizes(
+CPU = LossSizes(
     main=(256, 32),
     dim=48,
     accuracy=((257, 48),),
@@ -83,7 +82,7 @@ CPU = Sizes(
 )
 
 
-def sizes_of(run: Run) -> Sizes:
+def sizes_of(run: Run) -> LossSizes:
     return CPU if run.tiny else GPU
 
 
@@ -123,15 +122,10 @@ def _checked(
     naive = peers.errors(peers.MATERIALISED[loss], expected, *inputs)
     # A gradient that is missing, or NaN, fails.
     good = all(error is not None and error <= max(BOUND[dtype], naive[name] or 0.0) for name, error in found.items())
-    first, second = (_value_and_gradients(engine, inputs) for _ in range(2))
+    first, second = (timing.output_and_gradients(engine, inputs) for _ in range(2))
     repeats = all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     facts = {"errors_of_materialised": naive, "bound": BOUND[dtype], "repeats": repeats}
     return {"passed": good and repeats, "errors": found, **facts}
-
-
-def _value_and_gradients(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    value = loss(*inputs)
-    return (value.detach(), *torch.autograd.grad(value, inputs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,32 +156,43 @@ def sigmoid(run: Run) -> None:
 def _loss_case(run: Run, loss: str, rows: int, dim: int, names: Sequence[str] | None) -> None:
     """All forms of those names, in their order, at one size."""
     sizes, (tflops, _) = sizes_of(run), ceilings(run)
-    made = peers.info_nce_peers(run.device, SCALE) if loss == "info_nce" else peers.sigmoid_peers(run.device)
-    chosen = made if names is None else sorted((p for p in made if p.name in names), key=lambda p: names.index(p.name))
+    entries = loss_entries(run, loss, rows, dim, sizes.warm_up_seconds, tflops)
+    if names is not None:
+        entries = sorted((entry for entry in entries if entry.form in names), key=lambda entry: names.index(entry.form))
+    compare(run, entries, seconds=sizes.case_seconds)
+
+
+def loss_entries(
+    run: Run, loss: str, rows: int, dim: int, seconds: float, peak_tflops: float | None = None
+) -> list[Entry]:
+    """Every form of a loss at one size, forward and backward, on the same inputs.
+
+    Args:
+        run: whose device and dtype they have.
+        loss: "info_nce" or "sigmoid".
+        rows: N.
+        dim: D.
+        seconds: the most that one form may take to compile, to tune and to run for the first times.
+        peak_tflops: of large products, for the share that a form reaches.
+    """
     inputs = timing.larger_than_cache(rows, dim, SCALE, run.device, run.dtype)
-    case = {"loss": loss, "rows": rows, "dim": dim, "dtype": dtype_name(run.dtype)}
-    expected: list[tuple[Tensor, ...]] = []  # made once, when the first form asks for its errors
-
-    def form(peer: peers.Peer) -> Form:
-        def off() -> dict[str, float | None]:
-            assert peer.run is not None
-            if not expected:
-                expected.append(peers.reference(loss, *inputs[0]))
-            return peers.errors(peer.run, expected[0], *inputs[0])
-
-        def make() -> Callable[[], Tensor]:
-            assert peer.run is not None
-            return timing.forward_backward(peer.run, inputs)
-
-        facts = {"passes": peer.passes, "scale_gradient": peer.scale_gradient}
-        return Form(peer, make, off if rows <= 65536 else None, facts)
-
-    compare(
-        *(run, case, [form(peer) for peer in chosen]),
-        seconds=sizes.case_seconds,
-        warm_up_seconds=sizes.warm_up_seconds,
-        work=lambda ms: rates(rows, dim, ms, tflops),
-    )
+    expected = functools.cache(lambda: peers.reference(loss, *inputs[0]))  # once, when the first form needs it
+    entries = []
+    for peer in peers.info_nce_peers(run.device, SCALE) if loss == "info_nce" else peers.sigmoid_peers(run.device):
+        case = {"loss": loss, "rows": rows, "dim": dim, "dtype": dtype_name(run.dtype), "form": peer.name}
+        entry = Entry(
+            case,
+            make=None,
+            facts={**peer.facts, "passes": peer.passes, "scale_gradient": peer.scale_gradient},
+            work=lambda ms: peers.loss_rates(rows, dim, ms, peak_tflops),
+            seconds=seconds,
+        )
+        if peer.run is not None:
+            entry.make = functools.partial(timing.forward_backward, peer.run, inputs)
+            if rows <= 65536:
+                entry.errors = functools.partial(lambda form: peers.errors(form, expected(), *inputs[0]), peer.run)
+        entries.append(entry)
+    return entries
 
 
 def latency(run: Run) -> None:
@@ -199,8 +204,7 @@ def latency(run: Run) -> None:
 
 
 def _in_a_row(call: Callable[[], object], device: torch.device) -> timing.Timing:
-    for _ in range(3):
-        call()
+    timing.warmed_up(call)
     return timing.Timing.of([timing.steady_ms(call, device, CALLS) for _ in range(5)])
 
 
@@ -238,7 +242,7 @@ def _small_calls(run: Run, mode: str) -> Iterator[tuple[Case, peers.Peer, Callab
 
 
 def stages(run: Run) -> None:
-    """Where the time of a step goes, by kernel, beside the floor of each stage; then the products by themselves."""
+    """Where the time of a step goes, by kernel, and the floor of each stage; then the products by themselves."""
     tflops, gbytes = ceilings(run)
     names = ("fastclap torch",) if run.tiny else ("fastclap Triton", FOUR_PASSES)
     for rows, dim in sizes_of(run).stages:
@@ -283,7 +287,7 @@ def _profiled(call: Callable[[], object], device: torch.device) -> tuple[timing.
 
 
 def _by_stage(by_kernel: dict[str, float], step: timing.Timing) -> dict[str, Row]:
-    """Figures of the whole step, of each stage and of the longest kernels; ``passes`` of those that multiply."""
+    """Figures of the whole step, of each stage and of the longest kernels; `passes` of those that multiply."""
     grouped: dict[str, float] = {}
     for kernel, milliseconds in by_kernel.items():
         grouped[_stage(kernel)] = grouped.get(_stage(kernel), 0.0) + milliseconds
@@ -357,7 +361,7 @@ def largest(run: Run) -> None:
     if found is not None:
         ms, peak, loss = found
         figures = {**timing.Timing.of([ms]).as_dict(), "peak_bytes": peak, "loss_value": loss}
-        run.add(case, **figures, **rates(rows, dim, ms, tflops))
+        run.add(case, **figures, **peers.loss_rates(rows, dim, ms, tflops))
 
 
 def _one_step(run: Run, rows: int, dim: int) -> tuple[float, int | None, float]:

@@ -19,8 +19,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.comparison import significant
-from bench.gpu.record import Row
+from bench.run import Row, significant
 
 LABEL = "part: "
 BACKWARD = "autograd::engine::evaluate_function: "

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from bench import timing
-from bench.comparison import dtype_name
 from bench.gpu import compare
 from bench.gpu.forms import FORMS, KernelForm
-from bench.gpu.record import Case, Row
-from bench.gpu.run import Run
 from bench.reference_step import deterministic_cudnn
+from bench.run import Case, Row, Run, dtype_name
 from bench.tables import markdown
 from fastclap.testing import relative_error
 
@@ -70,7 +68,7 @@ def _errors(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, 
 
 
 def _print_failures(run: Run, kind: str) -> None:
-    """A table of the failures among this run's cases of a kind; or that there are none."""
+    """Prints how many of this run's cases of a kind passed, and a table of those that did not."""
     rows = [row for row in run.record.rows() if kind in row["case"]]
     failed = [row for row in rows if "reason" in row or row.get("passed") is False]
     print(f"{len(rows) - len(failed)} of {len(rows)} well", flush=True)
@@ -95,7 +93,7 @@ def _wrong(row: Row) -> str:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ConvolutionSizes:
     channels: int
     kernel: int
     groups: int
@@ -104,15 +102,15 @@ class Sizes:
     seconds: float  # of the timed loop of one case
 
 
-GPU = Sizes(channels=1024, kernel=128, groups=16, batch=32, frames=499, seconds=0.5)
-CPU = Sizes(channels=32, kernel=16, groups=4, batch=2, frames=29, seconds=0.02)
+GPU = ConvolutionSizes(channels=1024, kernel=128, groups=16, batch=32, frames=499, seconds=0.5)
+CPU = ConvolutionSizes(channels=32, kernel=16, groups=4, batch=2, frames=29, seconds=0.02)
 CHECKED_BATCH = 2
 
 
 def positions(run: Run) -> None:
     """WavLM's grouped convolution over 128 frames, by cuDNN: its errors, and its times in bf16.
 
-    Nothing of it is ours; cuDNN may be slow enough at it to matter more than any kernel that is.
+    None of it is ours, but cuDNN may be slow enough at it to matter more than any kernel that is.
     """
     sizes = CPU if run.tiny else GPU
     for dtype in (torch.float32, torch.bfloat16):
@@ -134,7 +132,7 @@ def positions(run: Run) -> None:
     _print_failures(run, "positions")
 
 
-def _convolution(run: Run, sizes: Sizes) -> nn.Module:
+def _convolution(run: Run, sizes: ConvolutionSizes) -> nn.Module:
     from transformers import WavLMConfig
     from transformers.models.wavlm.modeling_wavlm import WavLMPositionalConvEmbedding
 
@@ -147,8 +145,8 @@ def _convolution(run: Run, sizes: Sizes) -> nn.Module:
     return WavLMPositionalConvEmbedding(config).to(run.device)
 
 
-def _with_graph(
-    module: nn.Module, run: Run, sizes: Sizes, batch: int, dtype: torch.dtype
+def _forward_of(
+    module: nn.Module, run: Run, sizes: ConvolutionSizes, batch: int, dtype: torch.dtype
 ) -> tuple[Callable[[], Tensor], dict[str, Tensor], Tensor]:
     """The forward pass in a dtype (bfloat16 by autocast, as in training), its leaves, and an upstream gradient."""
     generator = torch.Generator().manual_seed(1)
@@ -164,12 +162,12 @@ def _with_graph(
     return forward, {"x": x, **dict(module.named_parameters())}, upstream
 
 
-def _convolution_errors(run: Run, sizes: Sizes, dtype: torch.dtype) -> Row:
+def _convolution_errors(run: Run, sizes: ConvolutionSizes, dtype: torch.dtype) -> Row:
     def both(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-        forward, leaves, upstream = _with_graph(module, run, sizes, CHECKED_BATCH, dtype)
-        out = forward()
-        gradients = torch.autograd.grad(out, list(leaves.values()), upstream.to(out.dtype))
-        return {"output": out, **{f"d{name.split('.')[-1]}": x for name, x in zip(leaves, gradients, strict=True)}}
+        forward, leaves, upstream = _forward_of(module, run, sizes, CHECKED_BATCH, dtype)
+        names = ("output", *(f"d{name.split('.')[-1]}" for name in leaves))
+        found = timing.output_and_gradients(lambda *_: forward(), list(leaves.values()), upstream)
+        return dict(zip(names, found, strict=True))
 
     module = _convolution(run, sizes)
     errors = _errors(both(copy.deepcopy(module).double(), torch.float64), both(module, dtype))
@@ -177,8 +175,8 @@ def _convolution_errors(run: Run, sizes: Sizes, dtype: torch.dtype) -> Row:
     return {"passed": all(error <= rounding for error in errors.values()), "errors": errors, "rounding": rounding}
 
 
-def _convolution_times(run: Run, sizes: Sizes, passes: str, deterministic: bool) -> timing.Timing:
-    forward, leaves, upstream = _with_graph(_convolution(run, sizes), run, sizes, sizes.batch, torch.bfloat16)
+def _convolution_times(run: Run, sizes: ConvolutionSizes, passes: str, deterministic: bool) -> timing.Timing:
+    forward, leaves, upstream = _forward_of(_convolution(run, sizes), run, sizes, sizes.batch, torch.bfloat16)
     with deterministic_cudnn(deterministic):
         out = forward()
         upstream = upstream.to(out.dtype)

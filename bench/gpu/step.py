@@ -1,7 +1,7 @@
 """A training step of WavLM-Large and XLM-R: ours, ours compiled, the reference as released and at its best.
 
 The stages of the lots `step` and `step_more`. What a form is, and what a step takes and does, is said in
-`bench.train_step`; how it is timed in `bench.gpu.steady`. Weights are random and drawn on the device.
+`bench.train_step`; how it is timed in `bench.steady`. Weights are random and drawn on the device.
 
 Our step comes first and has its row before anything else is built. Our forms share weights and optimizer; the
 reference has its own beside them. By shapes, 64 clips without a gradient cache take 53 GB of ours, and what the
@@ -18,14 +18,11 @@ from typing import Any
 import torch
 
 from bench import timing
-from bench.comparison import significant
-from bench.gpu.compare import ceilings
+from bench.compare import ceilings
 from bench.gpu.profiled import Profile, labelled, profiled
-from bench.gpu.record import ABSENT, NOT_REACHED, Case, Row
-from bench.gpu.run import Run
-from bench.gpu.steady import Entry, Steady
 from bench.parity import CAPTIONS, OurStep, synthetic_batch
-from bench.reference_step import SIZES
+from bench.run import ABSENT, NOT_REACHED, SIZES, Case, Entry, Row, Run, significant
+from bench.steady import Steady
 from bench.train_step import OPEN_CLIP_MODELS, Form, Forms, HostBatch, OpenClipPair, host_batch, work
 from fastclap.models.tokenizer import train_tokenizer
 

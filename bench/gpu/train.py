@@ -26,12 +26,11 @@ import torch
 import yaml
 
 from bench import timing
-from bench.comparison import significant
 from bench.gpu.lots import ROOT
-from bench.gpu.record import Row
-from bench.gpu.run import Run, die_with_parent
+from bench.gpu.watch import die_with_parent
 from bench.parity import CAPTIONS
-from bench.reference_step import SIZES, build_ours
+from bench.reference_step import build_ours
+from bench.run import SIZES, Row, Run, significant
 from fastclap.data import shards
 from fastclap.data.rows import Manifest
 from fastclap.data.rows import Row as Clip

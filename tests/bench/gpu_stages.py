@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.gpu.run import Run
+from bench.run import Run
 
 
 def counting(run: Run) -> None:

@@ -15,7 +15,8 @@ import torch
 
 from bench import embedding
 from bench.parity import CAPTIONS
-from bench.reference_step import SIZES, build_ours
+from bench.reference_step import build_ours
+from bench.run import SIZES
 from fastclap import CLAP
 from fastclap.models.tokenizer import train_tokenizer
 

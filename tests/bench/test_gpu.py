@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 
+from bench import run
 from bench.gpu import __main__ as door
-from bench.gpu import lots, record, run
+from bench.gpu import lots, watch
 from bench.gpu.lots import Lot
-from bench.gpu.record import Record
+from bench.gpu.records import folder_of, merge
+from bench.run import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = run.Settings("cpu")
@@ -34,10 +36,10 @@ def begun(path: Path, code: str = "code") -> Record:
 def stages(path: Path, *names: str, seconds: float = 60.0) -> tuple[str, dict[str, Any]]:
     """How the stages ended, and the figures or reasons of all rows by form or stage."""
     made = begun(path)
-    status = run.run_stages(
+    status = watch.run_stages(
         made, tuple(f"tests.bench.gpu_stages:{name}" for name in names), SETTINGS, time.monotonic() + seconds
     )
-    rows = record.read(path)["rows"]  # type: ignore[index]
+    rows = read_record(path)["rows"]  # type: ignore[index]
     found = {next(iter(row["case"].values())): row.get("reason", row.get("figure")) for row in rows}
     assert len(found) == len(rows)
     return status, found
@@ -55,7 +57,7 @@ def test_rows_of_the_same_code_are_kept_and_replaced_case_by_case(tmp_path: Path
     second = begun(path)
     assert second.row({"form": "a", "rows": 1}) is None  # of an earlier run
     second.add({"form": "b", "rows": 1}, figure=3)
-    rows = record.read(path)["rows"]  # type: ignore[index]
+    rows = read_record(path)["rows"]  # type: ignore[index]
     assert [(row["case"]["form"], row["figure"], row["run"]) for row in rows] == [("a", 1, 0), ("b", 3, 1)]
     assert begun(path, "other code").content["rows"] == []
 
@@ -66,9 +68,9 @@ def test_a_lack_of_time_or_of_a_package_does_not_replace_figures(tmp_path: Path)
     second = begun(path)
     second.add({"form": "a"}, reason="not reached: no time left")
     second.add({"form": "a"}, reason="not available")
-    assert record.read(path)["rows"][0]["figure"] == 1  # type: ignore[index]
+    assert read_record(path)["rows"][0]["figure"] == 1  # type: ignore[index]
     second.add({"form": "a"}, reason="RuntimeError: it fails now")
-    assert "figure" not in record.read(path)["rows"][0]  # type: ignore[index]
+    assert "figure" not in read_record(path)["rows"][0]  # type: ignore[index]
 
 
 def test_records_from_elsewhere_are_merged(tmp_path: Path) -> None:
@@ -78,23 +80,23 @@ def test_records_from_elsewhere_are_merged(tmp_path: Path) -> None:
     made.begin("lot", "H100", "code", date="2026-01-02")
     made.add({"form": "a"}, figure=2)
     made.add({"form": "b"}, figure=3)
-    assert "2 rows merged" in record.merge(there, here, "0123")
-    merged = record.read(here)
+    assert "2 rows merged" in merge(there, here, "0123")
+    merged = read_record(here)
     assert merged is not None and [run.get("commit") for run in merged["runs"]] == [None, "0123"]
     assert [(row["figure"], merged["runs"][row["run"]]["date"]) for row in merged["rows"]] == [
         (2, "2026-01-02"),
         (3, "2026-01-02"),
     ]
     made.begin("lot", "H100", "new code", date="2026-01-03")
-    assert "replaced" in record.merge(there, here) and record.read(here)["code"] == "new code"  # type: ignore[index]
+    assert "replaced" in merge(there, here) and read_record(here)["code"] == "new code"  # type: ignore[index]
     old = tmp_path / "old.json"
     begun(old).add({"form": "a"}, figure=9)
-    assert "left as it is" in record.merge(old, here) and record.read(here)["rows"] == []  # type: ignore[index]
+    assert "left as it is" in merge(old, here) and read_record(here)["rows"] == []  # type: ignore[index]
 
 
 def test_a_device_has_a_folder() -> None:
-    assert record.folder_of("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
-    assert record.folder_of("NVIDIA H200") == "h200" and record.folder_of("CPU") == "cpu"
+    assert folder_of("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
+    assert folder_of("NVIDIA H200") == "h200" and folder_of("CPU") == "cpu"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,7 +106,7 @@ def test_a_device_has_a_folder() -> None:
 def test_forms_that_raise_hang_or_are_killed_are_rows_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "GRACE", 0.3)
+    monkeypatch.setattr(watch, "GRACE", 0.3)
     start = time.monotonic()
     status, found = stages(tmp_path / "lot.json", "all_kinds_of_ends")
     assert status == "done" and time.monotonic() - start < 50  # no hang lasted its minute
@@ -121,7 +123,7 @@ def test_forms_that_raise_hang_or_are_killed_are_rows_and_the_rest_goes_on(
 
 
 def test_a_lost_or_hanging_gpu_costs_the_case_that_did_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "GRACE", 0.3)
+    monkeypatch.setattr(watch, "GRACE", 0.3)
     monkeypatch.setattr(run, "CONTEXT_SECONDS", 0.3)
     status, found = stages(tmp_path / "lot.json", "loses_the_gpu")
     assert status == "done"
@@ -159,7 +161,7 @@ def test_ten_kills_at_random_moments_lose_no_row(tmp_path: Path, monkeypatch: py
         child = os.fork()
         if not child:
             try:
-                run.run_stages(begun(path), ("tests.bench.gpu_stages:counting",), SETTINGS, time.monotonic() + 60)
+                watch.run_stages(begun(path), ("tests.bench.gpu_stages:counting",), SETTINGS, time.monotonic() + 60)
             finally:
                 os._exit(1)
         _wait_for_a_row(told)
@@ -167,7 +169,7 @@ def test_ten_kills_at_random_moments_lose_no_row(tmp_path: Path, monkeypatch: py
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         lines = _ended(told)
-        content = record.read(path)
+        content = read_record(path)
         assert content is not None and content["runs"][-1]["status"] == "running"
         figures = {row["case"]["form"]: row["figure"] for row in content["rows"]}
         assert lines and set(lines) <= set(figures)
@@ -235,7 +237,7 @@ def test_what_has_a_current_record_is_left_and_the_time_is_kept(
     assert door.run_lots(["first"], two_lots, SETTINGS, 600, chosen=False)
     assert door.run_lots(["first", "second"], two_lots, SETTINGS, 600, chosen=False)
     assert "[first] has a current record" in capsys.readouterr().out
-    content = record.read(two_lots / "cpu" / "second.json")
+    content = read_record(two_lots / "cpu" / "second.json")
     assert content is not None and content["runs"][-1]["status"] == "done"
     assert content["runs"][-1]["seconds"] < 60 and content["runs"][-1]["software"]["torch"] == torch.__version__
     assert not door.run_lots(["second"], two_lots, SETTINGS, 5, chosen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from bench.gpu import device_tests
-from bench.gpu.record import Record, read
-from bench.gpu.run import Run, Settings, run_stages
+from bench.gpu.watch import run_stages
+from bench.run import Record, Run, Settings, read_record
 
 WORKERS = 2
 FILES = {
@@ -27,7 +27,7 @@ def small(run: Run) -> None:
     """A stage, as `bench.gpu.lots` names them, whose time is up as soon as nothing but the hanging test is left."""
 
     def wait() -> None:
-        while not hanging(read(run.record.path)):
+        while not hanging(read_record(run.record.path)):
             time.sleep(0.05)
         run._deadline = time.monotonic() + device_tests.RESERVE
 
@@ -50,7 +50,7 @@ def test_rows_say_how_far_it_came(tmp_path: Path) -> None:
     record.begin("tests", "cpu", "0", date="2026-01-01T00:00:00+00:00")
     status = run_stages(record, (f"{__name__}:small",), Settings("cpu"), time.monotonic() + 100)
 
-    content = read(record.path)
+    content = read_record(record.path)
     assert content is not None and status == "done"
     rows: dict[str, dict[str, Any]] = {row["case"]["file"]: row for row in content["rows"]}
     assert set(rows) == {*FILES, "all"}

@@ -31,13 +31,12 @@ from bench.gpu import compiling, forms, kernels, loss, smoke
 from bench.gpu.compiling import compile_forms, rehearsed
 from bench.gpu.forms import FORMS, KernelForm, chosen
 from bench.gpu.lots import LOTS
-from bench.gpu.record import Record
 from bench.gpu.rehearsal import NoGpu, as_on_gpu, launched
-from bench.gpu.run import Page, Run, Settings
 from bench.kernel_peers import log_mel_forms
 from bench.kernel_report import MODULES
 from bench.parity import CAPTIONS, OurStep, parity_optimizer, synthetic_batch
-from bench.reference_step import SIZES, Size, build_ours
+from bench.reference_step import build_ours
+from bench.run import SIZES, Record, Run, Settings, Size
 from bench.train_step import log_mel_config, tokenized
 from fastclap import CLAP
 from fastclap.kernels import dispatch
@@ -80,7 +79,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """A dry run."""
     record = Record(tmp_path / "lot.json")
     record.begin("lot", "CPU", "0", date="2026-01-01")
-    return Run(record, Settings("cpu"), Page(), time.monotonic() + 200)
+    return Run(record, Settings("cpu"), time.monotonic() + 200)
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import peers, timing
+from bench import timing
+from bench.compare import compare
 from bench.gpu import kernels, loss, report
-from bench.gpu.compare import Form, compare
 from bench.gpu.lots import LOTS
-from bench.gpu.record import Record, Row, complete, folder_of, read
-from bench.gpu.run import Page, Run, Settings
+from bench.gpu.records import complete, folder_of
+from bench.run import Entry, Record, Row, Run, Settings, read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("loss", "loss_more", "towers", "log_mel")
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(folder: Path) -> Callable[..., list[Row]]:
-    records = {name: read(folder / f"{name}.json") for name in NAMES}
+    records = {name: read_record(folder / f"{name}.json") for name in NAMES}
 
     def of(name: str, **case: Any) -> list[Row]:
         return report.rows_of(records, name, **case)  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ def rows(folder: Path) -> Callable[..., list[Row]]:
 
 def test_every_lot_came_to_its_end(folder: Path) -> None:
     for name in (*NAMES, "smoke", "tests"):
-        record = read(folder / f"{name}.json")
+        record = read_record(folder / f"{name}.json")
         assert record is not None and complete(record, LOTS[name].code), name
         (run,) = record["runs"]
         assert run["machine"]["device"] == "CPU" and run["software"]["torch"] == torch.__version__
@@ -154,11 +154,12 @@ def test_log_mel_counts_samples_in_and_features_out(rows: Callable[..., list[Row
 def a_run(tmp_path: Path) -> Run:
     record = Record(tmp_path / "lot.json")
     record.begin("lot", "CPU", "code", date="2026")
-    return Run(record, Settings("cpu"), Page(), time.monotonic() + 60)
+    return Run(record, Settings("cpu"), time.monotonic() + 60)
 
 
-def form(name: str, call: Callable[[], Any]) -> Form:
-    return Form(peers.Peer(name, "package", "1", call, "notes", 0), lambda: call)
+def entry(name: str, call: Callable[[], Any] | None, **more: Any) -> Entry:
+    make = None if call is None else lambda: call
+    return Entry({"case": 1, "form": name}, make, {"notes": "notes"}, seconds=5.0, **more)
 
 
 def test_forms_have_rows_whatever_becomes_of_them(tmp_path: Path) -> None:
@@ -168,22 +169,22 @@ def test_forms_have_rows_whatever_becomes_of_them(tmp_path: Path) -> None:
         raise ValueError("no such shape")
 
     calls: list[str] = []
-    forms = [form("quick", lambda: calls.append("quick")), form("broken", fails), form("slow", lambda: time.sleep(0.2))]
-    forms.append(Form(peers.Peer("absent", "package", None, None, "not installed", 0), lambda: fails))
-    compare(run, {"case": 1}, forms, seconds=0.1, warm_up_seconds=5.0, work=lambda ms: {"per_s": 1e3 / ms})
+    quick = entry("quick", lambda: calls.append("quick"), work=lambda ms: {"per_s": 1e3 / ms})
+    entries = [quick, entry("broken", fails), entry("slow", lambda: time.sleep(0.2)), entry("absent", None)]
+    compare(run, entries, seconds=0.1)
     rows = {row["case"]["form"]: row for row in run.record.rows()}
     assert rows["broken"]["reason"] == "ValueError: no such shape" and rows["absent"]["reason"] == "not available"
     assert rows["quick"]["repeats"] >= 3 and rows["slow"]["repeats"] == 1  # too slow to be repeated
     assert rows["quick"]["per_s"] == pytest.approx(1e3 / rows["quick"]["median_ms"])
     before = len(calls)
-    compare(run, {"case": 1}, forms, seconds=0.1, warm_up_seconds=5.0)  # after the stage was started anew
+    compare(run, entries, seconds=0.1)  # after the stage was started anew
     assert len(calls) == before
 
 
 def test_a_form_that_breaks_in_its_turn_leaves_the_others_their_times(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     calls = iter(range(3))  # one to warm up, one for the peak, one in turn
-    compare(run, {}, [form("lasts", lambda: None), form("breaks", lambda: next(calls))], seconds=0.1, warm_up_seconds=5)
+    compare(run, [entry("lasts", lambda: None), entry("breaks", lambda: next(calls))], seconds=0.1)
     rows = {row["case"]["form"]: row for row in run.record.rows()}
     assert rows["lasts"]["repeats"] >= 3 and "in_turn_reason" not in rows["lasts"]
     assert rows["breaks"]["repeats"] == 1 and rows["breaks"]["in_turn_reason"].startswith("StopIteration")
@@ -225,13 +226,13 @@ def test_the_page_of_a_device_comes_from_its_records(folder: Path) -> None:
     page = written[1].read_text(encoding="utf-8")
     for text in ("# CPU", "| materialised |", "N = 256", "| torch.mm | P3 G·B |", "calls in a row", "clap-64, float32"):
         assert text in page, text
-    checks = sum("passed" in row for name in (*NAMES, "smoke") for row in read(folder / f"{name}.json")["rows"])  # type: ignore[index]
+    checks = sum("passed" in row for name in (*NAMES, "smoke") for row in read_record(folder / f"{name}.json")["rows"])  # type: ignore[index]
     assert checks > 100 and f"{checks} of {checks} checks against float64 passed" in page
     assert "fastclap Triton (needs a GPU), " in page
     assert "a CPU has no CUDA graphs" in page  # what failed is said
 
 
-def test_the_readme_gets_the_tables_between_its_marks(folder: Path) -> None:
+def test_the_page_gets_the_tables_between_its_marks(folder: Path) -> None:
     readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     assert report.with_tables(readme, {}) == f"before\n{report.BEGIN}\n{report.UNMEASURED}\n{report.END}\nafter\n"
     record = {"device": "NVIDIA H200", "runs": [{}], "rows": []}
@@ -245,8 +246,8 @@ def test_the_readme_gets_the_tables_between_its_marks(folder: Path) -> None:
         report.with_tables("no marks", {})
 
 
-def test_the_readme_is_up_to_date() -> None:
+def test_the_page_is_up_to_date() -> None:
     root = report.ROOT / "bench" / "records" / "gpu"
     devices = {folder: report.read_all(folder) for folder in sorted(root.glob("*")) if folder.is_dir()}
-    readme = report.README.read_text(encoding="utf-8")
+    readme = report.PAGE.read_text(encoding="utf-8")
     assert report.with_tables(readme, devices) == readme, "python -m bench.gpu --report"

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu import profiled, steady
-from bench.gpu.record import ABSENT, Record, key
-from bench.gpu.run import Page, Run, Settings
-from bench.gpu.steady import Entry, Steady
+from bench import steady
+from bench.gpu import profiled
 from bench.gpu.step import Steps
 from bench.gpu.train import Trace
+from bench.run import ABSENT, Entry, Record, Run, Settings, key
+from bench.steady import Steady
 from bench.train_step import work
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,8 +31,8 @@ import sys, time
 from pathlib import Path
 import torch._dynamo, transformers.models.wavlm.modeling_wavlm, transformers.models.xlm_roberta.modeling_xlm_roberta
 import bench.gpu.embed, bench.gpu.step, bench.gpu.train
-from bench.gpu.record import Record
-from bench.gpu.run import Settings, run_stages
+from bench.gpu.watch import run_stages
+from bench.run import Record, Settings
 record = Record(Path(sys.argv[1]))
 record.begin("dry run", "CPU", "", date="")
 sys.exit(run_stages(record, tuple(sys.argv[2:]), Settings("cpu"), time.monotonic() + 240) != "done")
@@ -160,7 +160,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(steady, "MOST_ROUNDS", 2)
     record = Record(tmp_path / "record.json")
     record.begin("lot", "CPU", "", date="")
-    return Run(record, Settings("cpu"), Page(), time.monotonic() + 60)
+    return Run(record, Settings("cpu"), time.monotonic() + 60)
 
 
 def entry(form: str, call: Any, seconds: float = 5.0) -> Entry:
@@ -251,7 +251,7 @@ def test_a_slow_call_is_not_repeated_before_its_turn(run: Run, monkeypatch: pyte
 
 
 def test_a_wrong_checkout_costs_the_reference_alone(run: Run, tmp_path: Path) -> None:
-    steps = Steps(Run(run.record, Settings("cpu", reference=tmp_path), Page(), time.monotonic() + 60))
+    steps = Steps(Run(run.record, Settings("cpu", reference=tmp_path), time.monotonic() + 60))
     ours = steps.forms.complete("fastclap", "")
     steps.in_turn([steps.entry(form, 2) for form in (*steps.forms.of_reference(), ours)], 1.0)
     found = {row["case"]["form"]: row for row in run.record.rows() if "form" in row["case"]}

@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bench import kernel_peers, peers, timing
-from bench.comparison import Comparison
+from bench.compare import Warm, warm_up
+from bench.gpu.loss import loss_entries
+from bench.run import Record, Row, Run, Settings
 from fastclap.kernels.log_mel.torch_engine import log_mel_reference
 from fastclap.testing import assert_close_rel
 
@@ -71,12 +75,20 @@ def test_the_lean_form_leaves_the_engine_as_it_was() -> None:
     assert seen == [False] and engine.stores_exponentials is before
 
 
-def test_comparison_holds_a_row_a_form_and_stops_for_lack_of_time() -> None:
-    case = Comparison("info_nce", 32, 16, CPU, torch.float32)
-    assert set(case.calls) == set(case.first_ms) == {n for n, row in case.results.items() if "reason" not in row}
-    assert case.results["materialised"]["errors"]["da"] < 1e-5
-    late = Comparison("sigmoid", 32, 16, CPU, torch.float32, left=lambda: 1.0)
-    assert not late.calls and late.results["materialised"]["reason"] == "not reached: no time left"
+def test_warm_up_leaves_a_row_a_form_and_stops_for_lack_of_time(tmp_path: Path) -> None:
+    def warm_forms(loss: str, seconds: float) -> tuple[dict[str, Warm], dict[str, Row]]:
+        record = Record(tmp_path / f"{loss}.json")
+        record.begin("lot", "CPU", "", date="")
+        run = Run(record, Settings("cpu"), time.monotonic() + seconds)
+        warm = warm_up(run, loss_entries(run, loss, 32, 16, 60.0))
+        return warm, {row["case"]["form"]: row for row in record.rows()}
+
+    warm, rows = warm_forms("info_nce", 60.0)
+    assert set(warm) == {form for form, row in rows.items() if "reason" not in row}
+    assert all(found.alone_ms > 0 for found in warm.values())
+    assert rows["materialised"]["errors"]["da"] < 1e-5
+    late, rows = warm_forms("sigmoid", 0.0)
+    assert not late and rows["materialised"]["reason"] == "not reached: no time left"
 
 
 @pytest.mark.parametrize("name", kernel_peers.FRONT_ENDS)

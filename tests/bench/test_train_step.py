@@ -18,10 +18,10 @@ import soundfile
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import model_flops, parity, reference_step, timing, train_step
-from bench.gpu import steady
+from bench import model_flops, parity, reference_step, steady, timing, train_step
 from bench.parity import CAPTIONS, synthetic_batch
-from bench.reference_step import SIZES, without_dropout
+from bench.reference_step import without_dropout
+from bench.run import SIZES
 from fastclap.errors import ConfigError, DataError
 from fastclap.models.audio_towers import build_audio_tower
 from fastclap.models.tokenizer import train_tokenizer

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import fastclap
 from bench.parity import OurStep, synthetic_batch
-from bench.reference_step import SIZES, build_ours, parity_loss, parity_optimizer, without_dropout
+from bench.reference_step import build_ours, parity_loss, parity_optimizer, without_dropout
+from bench.run import SIZES
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.data import Batch
 from fastclap.data.dataset import distinct_texts

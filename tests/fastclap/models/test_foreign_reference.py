@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from bench import reference_step
-from bench.reference_step import SIZES, Reference
+from bench.reference_step import Reference
+from bench.run import SIZES
 from fastclap import CLAP
 from fastclap.evaluation import retrieval
 from fastclap.models.tokenizer import Tokenizer, train_tokenizer
