@@ -6,7 +6,10 @@ Command lines print these in one line and exit with status 2; anything else keep
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
+
+MAX_LISTED = 10  # mistakes of one file that are listed in one message
 
 
 class FastclapError(Exception):
@@ -33,8 +36,19 @@ class TrainingError(FastclapError, RuntimeError):
     """Training stopped by itself: too many non-finite steps, a failed save, a rank that disagrees."""
 
 
+def raise_data_errors(messages: Sequence[str]) -> None:
+    """One error of several mistakes, of which the first ten are listed; none if there are no messages.
+
+    Raises:
+        DataError: there is a message.
+    """
+    if messages:
+        more = f"\n... and {len(messages) - MAX_LISTED} more" if len(messages) > MAX_LISTED else ""
+        raise DataError("\n".join(messages[:MAX_LISTED]) + more)
+
+
 def required(package: str, purpose: str) -> Any:
-    """The module of a package without which everything but ``purpose`` works, imported when it is needed.
+    """The module of a package without which everything but `purpose` works, imported when it is needed.
 
     Args:
         package: name of the module, under which pip finds it too.

@@ -1,7 +1,7 @@
 """What this machine and this installation can do, found out without assuming that anything is installed.
 
-Every look is allowed to fail: a broken package is a finding with its reason, not a traceback, because a broken
-installation is what this is for.
+Every check is allowed to fail: a broken package is reported with the reason, not as a traceback, because broken
+installations are what this is for.
 """
 
 from __future__ import annotations
@@ -14,19 +14,8 @@ import sys
 from typing import Any
 
 NEEDED = (
-    *(
-        "torch",
-        "transformers",
-        "tokenizers",
-        "safetensors",
-        "einops",
-        "numpy",
-        "scipy",
-        "soundfile",
-        "soxr",
-        "datasets",
-    ),
-    *("pyarrow", "scikit-learn", "rich", "tyro", "PyYAML", "matplotlib", "huggingface_hub"),
+    *("torch", "transformers", "tokenizers", "safetensors", "einops", "numpy", "scipy", "soundfile", "soxr"),
+    *("datasets", "pyarrow", "scikit-learn", "rich", "tyro", "PyYAML", "matplotlib", "huggingface_hub"),
 )
 OPTIONAL = ("triton", "torchaudio", "nvidia-ml-py", "tensorboard", "wandb")
 NATIVE = ("torch", "triton", "torchaudio", "tokenizers", "soundfile", "soxr")  # installed is not yet loadable
@@ -35,7 +24,7 @@ MINIMUM_TORCH = (2, 9)
 
 
 def diagnose() -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Findings by group (system, packages, gpu, engines, audio), all JSON-able, and the problems that need a remedy."""
+    """Findings by group (system, packages, gpu, engines, audio), all JSON-able, and the problems to be solved."""
     problems: list[str] = []
     packages: dict[str, str] = {}
     modules: dict[str, Any] = {}
@@ -51,7 +40,8 @@ def diagnose() -> tuple[dict[str, dict[str, Any]], list[str]]:
             try:
                 modules[name] = importlib.import_module(name)
             except Exception as error:  # a broken binary fails in many ways
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                first_line = next(iter(str(error).strip().splitlines()), "")
+                reason = f"{type(error).__name__}: {first_line}"
                 packages[name] += f", does not load ({reason})"
                 if name in NEEDED:
                     problems.append(f"{name} does not load ({reason}): install it again")

@@ -1,13 +1,13 @@
 """Embedding whole collections: files, folders, manifests and captions to one table of unit vectors, and reading it.
 
-Clips are decoded in threads one batch ahead of the model, in batches of similar length. What is computed is put on the
-disk every few seconds, in a hidden folder beside the output and under a key of the clip's path, size and time of change
-(or of the caption), so that an interrupted call goes on where it was, also when files were added or repaired since. The
+Clips are decoded in threads one batch ahead of the model, in batches of similar length. What is computed is saved every
+few seconds in a hidden folder next to the output, under a key made of the clip's path, size and time of change (or of
+the caption), so that an interrupted call goes on where it stopped, even if files were added or repaired since. The
 output appears under its name only when it is complete.
 
-Beside an output ``X`` lie ``X.skipped.jsonl`` (what could not be embedded, if anything) and, for NPY, ``X.jsonl`` (one
-object a row: ``path`` or ``text``, and ``origin``) and ``X.json`` (the header). A Parquet output holds the columns
-``path``, ``text``, ``origin`` and ``vector``, and its header in the metadata.
+Next to an output `X` there are `X.skipped.jsonl` (what could not be embedded, if anything) and, for NPY, `X.jsonl` (one
+object a row: `path` or `text`, and `origin`) and `X.json` (the header). A Parquet output has the columns `path`,
+`text`, `origin` and `vector`, and its header in the metadata.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,34 +28,40 @@ import torch
 from torch import Tensor
 
 from fastclap.console import Advance
-from fastclap.data import BadClip, Manifest, Row, eval_batches, load_manifest
+from fastclap.data import BadClip, Manifest, Row, load_manifest
 from fastclap.data.shards import is_pack
-from fastclap.errors import ConfigError, DataError, ModelError
+from fastclap.errors import ConfigError, DataError
+from fastclap.evaluation.embedding import check_finite, embed_clips
 from fastclap.files import fsync, locked, replacing, write_atomic
 from fastclap.models.encoder import DualEncoder
 
 VERSION = 1
 AUDIO_SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc"))
 _MANIFEST_SUFFIXES = frozenset((".jsonl", ".json", ".csv", ".tsv", ".parquet"))
-_TEXTS_AT_ONCE = 1024
+_CAPTIONS_AT_ONCE = 1024
 _PRECISIONS = ("float32", "bfloat16")  # the default first
 _METADATA = b"fastclap"
 
 
-class Item(NamedTuple):
+class Input(NamedTuple):
     """One thing to embed: a clip or a caption."""
 
     name: str  # path of the clip, or the caption itself
     row: Row | None  # the clip; None for a caption
-    origin: str  # where it was named, "FILE:LINE", or the folder it was found in
+    origin: str  # where it was named, "FILE:LINE", or the folder in which it was found
     key: bytes  # 16 bytes that identify the audio or the caption
+
+    @property
+    def record(self) -> dict[str, str]:
+        """How the output and the list of skipped inputs name it."""
+        return {"path" if self.row else "text": self.name, "origin": self.origin}
 
 
 class Index(NamedTuple):
     """An embedded collection in memory."""
 
     vectors: Tensor  # float32 [n, D], unit length
-    names: list[dict[str, Any]]  # of each row: "path" or "text", and "origin"
+    names: list[dict[str, Any]]  # "path" or "text" of each row, and "origin"
     model: str | None  # fingerprint of the model, if fastclap wrote the table
 
 
@@ -65,51 +71,52 @@ class Index(NamedTuple):
 
 def gather(
     inputs: Sequence[str], *, audio_root: str | None = None, columns: Mapping[str, str] | None = None
-) -> list[Item]:
+) -> list[Input]:
     """Clips and captions named by files, folders and manifests, in the order given; files of a folder sorted.
 
     Args:
-        inputs: each an audio file; a folder, searched through for audio files (hidden ones left out); a manifest or a
-            packed or ``datasets`` folder, or hf:NAME, as :func:`fastclap.data.load_manifest` reads it, of which the
-            clips are taken; or a .txt file with one caption a line. A clip that is named twice is taken once.
-        audio_root, columns: for manifests, as of :func:`fastclap.data.load_manifest`.
+        inputs: each an audio file; a folder, searched for audio files (hidden ones are left out); a manifest, a packed
+            folder, a saved `datasets` folder or hf:NAME, as `fastclap.data.load_manifest` reads it, for its clips; or a
+            .txt file with one caption a line. A clip that is named twice is taken once.
+        audio_root: folder from which relative paths of manifests start.
+        columns: column names of manifests that differ from ours.
 
     Raises:
         DataError: an input is missing, of an unknown type, or holds nothing to embed.
     """
-    items: dict[Any, Item] = {}
+    found: dict[Any, Input] = {}
     for name in inputs:
-        before = len(items)
         suffix = os.path.splitext(name)[1].lower()
         if suffix == ".txt" and os.path.isfile(name):
-            for line, text in enumerate(read_lines(name), 1):
-                items[name, line] = Item(text, None, f"{name}:{line}", _digest("text", text))
-            if len(items) == before:
+            lines = read_lines(name)
+            if not lines:
                 raise DataError(f"{name}: the file is empty; it needs one caption a line")
+            for number, text in enumerate(lines, 1):
+                found[name, number] = Input(text, None, f"{name}:{number}", _digest("text", text))
             continue
-        if name.startswith("hf:") or suffix in _MANIFEST_SUFFIXES or _is_table_folder(name):
-            rows: Iterator[Row] | Manifest = load_manifest(
-                name, audio_root=audio_root, columns=columns, require_captions=False
-            )
-        elif os.path.isdir(name):
-            rows = (clip_row(path, name) for path in _audio_files(name))
-        elif suffix in AUDIO_SUFFIXES and os.path.isfile(name):
-            rows = iter([clip_row(name, name)])
-        elif os.path.exists(name):
-            known = ", ".join(sorted(AUDIO_SUFFIXES | _MANIFEST_SUFFIXES | {".txt"}))
-            raise DataError(f"{name}: cannot tell what this is; give a folder, hf:NAME, or a file of type {known}")
-        else:
-            raise DataError(f"{name}: no such file or folder (a Hugging Face data set is written hf:NAME)")
-        empty = True
-        for row in rows:
-            empty = False
-            key = _clip_key(row)
-            items.setdefault(key, Item(row.audio, row._replace(source=0), row.origin, key))
-        if empty:
+        rows = list(_rows(name, suffix, audio_root, columns))
+        if not rows:
             raise DataError(f"{name}: no audio file in this folder ({', '.join(sorted(AUDIO_SUFFIXES))})")
-    if not items:
+        for row in rows:
+            key = _clip_key(row)
+            found.setdefault(key, Input(row.audio, row._replace(source=0), row.origin, key))
+    if not found:
         raise DataError("nothing to embed: name at least one file, folder or manifest")
-    return list(items.values())
+    return list(found.values())
+
+
+def _rows(name: str, suffix: str, audio_root: str | None, columns: Mapping[str, str] | None) -> Iterable[Row]:
+    """The clips that an input other than captions names."""
+    if name.startswith("hf:") or suffix in _MANIFEST_SUFFIXES or _is_table_folder(name):
+        return load_manifest(name, audio_root=audio_root, columns=columns, require_captions=False)
+    if os.path.isdir(name):
+        return (clip_row(path, name) for path in _audio_files(name))
+    if suffix in AUDIO_SUFFIXES and os.path.isfile(name):
+        return [clip_row(name, name)]
+    if os.path.exists(name):
+        known = ", ".join(sorted(AUDIO_SUFFIXES | _MANIFEST_SUFFIXES | {".txt"}))
+        raise DataError(f"{name}: cannot tell what this is; give a folder, hf:NAME, or a file of type {known}")
+    raise DataError(f"{name}: no such file or folder (a Hugging Face data set is written hf:NAME)")
 
 
 def clip_row(path: str, origin: str) -> Row:
@@ -151,7 +158,7 @@ def _clip_key(row: Row) -> bytes:
     path = os.path.abspath(row.audio)
     try:
         status = os.stat(path)
-    except OSError:  # it will be skipped, with its reason
+    except OSError:  # the clip will be skipped, with a reason
         return _digest("audio", path)
     return _digest("audio", path, status.st_size, status.st_mtime_ns)
 
@@ -162,39 +169,6 @@ def _digest(*parts: Any) -> bytes:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # embedding
-
-
-def embed_clips(
-    model: DualEncoder, rows: Sequence[Row], *, batch_size: int = 32, threads: int = 4, bad: list[BadClip]
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Indices of some of the rows and their unit vectors [k, D], batch by batch, until all readable clips are done.
-
-    Args:
-        model: in any mode, which it keeps.
-        rows: clips, each with ``source`` 0.
-        threads: decoding threads.
-        bad: receives the clips that cannot be used.
-
-    Raises:
-        ModelError: a vector is not finite.
-    """
-    if not rows:
-        return
-    batches = eval_batches(Manifest(rows), model.sampling_rate, batch_size, bad=bad, threads=threads)
-    for indices, audio, lengths, _, _ in batches:
-        vectors = model.embed_audio(audio, lengths, sampling_rate=model.sampling_rate, batch_size=batch_size)
-        check_finite(vectors, [rows[index].audio for index in indices])
-        yield indices, vectors
-
-
-def check_finite(vectors: Tensor, names: Sequence[str]) -> None:
-    """Raises ModelError, naming the first of ``names`` whose vector is not finite."""
-    finite = vectors.isfinite().all(dim=1).tolist()
-    if not all(finite):
-        raise ModelError(
-            f"the model gives NaN or infinity for {names[finite.index(False)]!r}: its weights are damaged or overflow "
-            "in this precision"
-        )
 
 
 def fingerprint(model: DualEncoder) -> str:
@@ -209,7 +183,7 @@ def fingerprint(model: DualEncoder) -> str:
 
 def embed(
     model: DualEncoder,
-    items: Sequence[Item],
+    inputs: Sequence[Input],
     out: str | os.PathLike[str],
     *,
     batch_size: int = 32,
@@ -218,25 +192,26 @@ def embed(
     precision: Literal["float32", "bfloat16"] = "float32",
     advance: Advance = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Embed clips and captions into ``out``, or go on where an interrupted call left off.
+    """Embed clips and captions into `out`, or go on where an interrupted call stopped.
 
     Args:
-        items: as of :func:`gather`.
-        out: a .parquet or .npy file that does not exist yet, or that an earlier call made of the same items.
+        model: in any mode, which it keeps.
+        inputs: what `gather` found.
+        out: a .parquet or .npy file that does not exist yet, or that an earlier call made of the same inputs.
         batch_size: clips embedded at a time.
         threads: decoding threads.
-        save_seconds: what was computed is on the disk after so many seconds; a kill loses no more.
+        save_seconds: vectors are saved at such intervals; a killed call loses no more.
         precision: of the towers' products. bfloat16 is faster where the processor has instructions for it, and moves
             a unit vector by about 0.01; vectors of both kinds may be compared with one another.
-        advance: told the items done and in all, after each batch.
+        advance: called with the numbers of inputs done and of all inputs, after each batch.
 
     Returns:
-        JSON-able: ``out``, ``clips``, ``texts`` (rows of the output), ``skipped``, ``dimension``, ``reused`` (items
-        that an earlier call had done), and ``time`` of this call: ``seconds`` and ``clips_per_second``.
+        JSON-able: `out`, `clips`, `texts` (rows of the output), `skipped`, `dimension`, `reused` (inputs that an
+        earlier call had done), and `time` of this call: `seconds` and `clips_per_second`.
 
     Raises:
-        ConfigError: ``out`` is neither .parquet nor .npy, or ``precision`` is unknown.
-        DataError: ``out`` holds something else, or nothing could be embedded.
+        ConfigError: `out` is neither .parquet nor .npy, or `precision` is unknown.
+        DataError: `out` holds something else, or nothing could be embedded.
         ModelError: a vector is not finite.
         OSError: the disk is full; the same call goes on once there is room.
     """
@@ -249,7 +224,7 @@ def embed(
         "version": VERSION,
         "model": fingerprint(model),
         "precision": precision,
-        "items": _digest(*[item.key for item in items]).hex(),
+        "items": _digest(*[item.key for item in inputs]).hex(),
     }
     parts = out.with_name(f".{out.name}.parts")
     start = time.perf_counter()
@@ -257,19 +232,19 @@ def embed(
         found = {"precision": _PRECISIONS[0], **(_header(out) or {})}
         if any(found.get(key) != value for key, value in header.items()):
             raise DataError(
-                f"{out}: exists already and was not made of this model and these inputs in {precision}; remove it or "
+                f"{out}: exists already and was not made of this model and these inputs in {precision}; remove it, or "
                 "name another file"
             )
         shutil.rmtree(parts, ignore_errors=True)
-        return {**found["summary"], "out": os.fspath(out), "reused": len(items), "time": _times(start, 0)}
+        return {**found["summary"], "out": os.fspath(out), "reused": len(inputs), "time": _times(start, 0)}
     parts.mkdir(parents=True, exist_ok=True)
     with locked(parts, "embedding into"):
-        maker = header["model"] + ("" if precision == _PRECISIONS[0] else f" in {precision}")
-        store = _Store(parts, maker, save_seconds)
-        reused = sum(item.key in store.done for item in items)
+        origin = header["model"] + ("" if precision == _PRECISIONS[0] else f" in {precision}")
+        store = _Store(parts, origin, save_seconds)
+        reused = sum(item.key in store.done for item in inputs)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            clips = _embed_missing(model, items, store, batch_size, threads, advance)
-        summary = _finish(out, items, store, header)
+            clips = _embed_missing(model, inputs, store, batch_size, threads, advance)
+        summary = _finish(out, inputs, store, header)
     shutil.rmtree(parts)
     return {**summary, "out": os.fspath(out), "reused": reused, "time": _times(start, clips)}
 
@@ -280,42 +255,49 @@ def _times(start: float, clips: int) -> dict[str, float]:
 
 
 def _embed_missing(
-    model: DualEncoder, items: Sequence[Item], store: _Store, batch_size: int, threads: int, advance: Advance
+    model: DualEncoder, inputs: Sequence[Input], store: _Store, batch_size: int, threads: int, advance: Advance
 ) -> int:
-    """Put the vectors of all items that are not in the store into it; returns the clips that were embedded."""
-    missing = list({item.key: item for item in items if item.key not in store.done}.values())
-    done, total = len(items) - len(missing), len(items)
+    """Add the vectors of all inputs that the store lacks to it; returns the number of clips embedded."""
+    missing = list({item.key: item for item in inputs if item.key not in store.done}.values())
+    done, total = len(inputs) - len(missing), len(inputs)
     advance(done, total)
-    texts = [item for item in missing if item.row is None]
+    captions = [item for item in missing if item.row is None]
+    clips = [item for item in missing if item.row is not None]
     embedded = 0
     try:
-        for first in range(0, len(texts), _TEXTS_AT_ONCE):
-            group = texts[first : first + _TEXTS_AT_ONCE]
+        for first in range(0, len(captions), _CAPTIONS_AT_ONCE):
+            group = captions[first : first + _CAPTIONS_AT_ONCE]
             store.skip((item.key, "blank line") for item in group if not item.name)
-            if group := [item for item in group if item.name]:
-                vectors = model.embed_text([item.name for item in group])
-                check_finite(vectors, [item.name for item in group])
-                store.add([item.key for item in group], vectors)
-            advance(done := done + min(_TEXTS_AT_ONCE, len(texts) - first), total)
-        clips = [item for item in missing if item.row is not None]
-        rows = [item.row for item in clips if item.row is not None]
-        bad: list[BadClip] = []
-        told = 0
-        for indices, vectors in embed_clips(model, rows, batch_size=batch_size, threads=threads, bad=bad):
-            store.skip((clips[clip.row].key, clip.reason) for clip in bad[told:])
-            store.add([clips[index].key for index in indices], vectors)
-            embedded += len(indices)
-            done += len(indices) + len(bad) - told
-            told = len(bad)
+            if written := [item for item in group if item.name]:
+                store.add(written, model.embed_text([item.name for item in written]))
+            done += len(group)
             advance(done, total)
-        store.skip((clips[clip.row].key, clip.reason) for clip in bad[told:])
-    finally:  # an interrupted call leaves all it has computed
+        manifest = Manifest(item.row for item in clips if item.row is not None)
+        bad: list[BadClip] = []
+        for rows, vectors in embed_clips(model, manifest, batch_size=batch_size, threads=threads, bad=bad):
+            store.skip((clips[clip.row].key, clip.reason) for clip in bad)
+            store.add([clips[row] for row in rows], vectors)
+            embedded += len(rows)
+            done += len(rows) + len(bad)
+            bad.clear()
+            advance(done, total)
+        store.skip((clips[clip.row].key, clip.reason) for clip in bad)
+    finally:  # an interrupted call keeps all it has computed
         store.save()
     return embedded
 
 
 class _Store:
-    """What was computed so far, in files of the parts folder: each has the keys, the vectors, and what was skipped."""
+    """What has been computed so far, in files of a folder, each with keys, vectors, and what was skipped.
+
+    Args:
+        folder: where the files are.
+        model: fingerprint of the model, and the precision unless it is float32.
+        save_seconds: `add` writes a file at such intervals.
+
+    Raises:
+        DataError: the files are of another model or precision.
+    """
 
     def __init__(self, folder: Path, model: str, save_seconds: float) -> None:
         self.folder = folder
@@ -331,7 +313,7 @@ class _Store:
         if owner.exists():
             if json.loads(owner.read_bytes()) != {"version": VERSION, "model": model}:
                 raise DataError(
-                    f"{folder}: holds what an interrupted call computed with another model or precision; use them "
+                    f"{folder}: holds what an interrupted call computed with another model or precision; use that "
                     "again, or remove the folder"
                 )
         else:
@@ -347,14 +329,15 @@ class _Store:
             self.skipped.update(skipped)
         self.done.update(self.skipped)
 
-    def add(self, keys: Sequence[bytes], vectors: Tensor) -> None:
-        self._keys += keys
+    def add(self, inputs: Sequence[Input], vectors: Tensor) -> None:
+        check_finite(vectors, [item.name for item in inputs])
+        self._keys += [item.key for item in inputs]
         self._vectors.append(vectors.float().cpu().numpy())
         if time.monotonic() - self._saved > self.save_seconds:
             self.save()
 
-    def skip(self, found: Iterator[tuple[bytes, str]]) -> None:
-        self._skipped.update(found)
+    def skip(self, reasons: Iterable[tuple[bytes, str]]) -> None:
+        self._skipped.update(reasons)
 
     def save(self) -> None:
         if self._keys or self._skipped:
@@ -389,41 +372,34 @@ def _read_part(path: Path, vectors: bool = True) -> tuple[list[bytes], np.ndarra
         return keys, part["vectors"] if vectors else np.zeros((0, 0), np.float32), skipped
 
 
-def _finish(out: Path, items: Sequence[Item], store: _Store, header: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the output from the store, its name last."""
+def _finish(out: Path, inputs: Sequence[Input], store: _Store, header: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the output from the store; it gets its name last."""
     listing = out.with_name(f"{out.name}.skipped.jsonl")
-    lost = [item for item in items if item.key in store.skipped]
-    lines = [{"path" if i.row else "text": i.name, "origin": i.origin, "reason": store.skipped[i.key]} for i in lost]
-    if lines:
-        write_atomic(listing, _json_lines(lines))
+    skipped = [item for item in inputs if item.key in store.skipped]
+    if skipped:
+        write_atomic(listing, _json_lines([{**item.record, "reason": store.skipped[item.key]} for item in skipped]))
     else:
         listing.unlink(missing_ok=True)
-    kept = [item for item in items if item.key not in store.skipped]
+    kept = [item for item in inputs if item.key not in store.skipped]
     if not kept:
+        first = skipped[0]
         raise DataError(
-            f"none of the {len(items)} inputs can be used; the first: {lost[0].origin}: {lost[0].name} "
-            f"{store.skipped[lost[0].key]} (all: {listing})"
+            f"none of the {len(inputs)} inputs can be used; the first: {first.origin}: {first.name} "
+            f"{store.skipped[first.key]} (all: {listing})"
         )
-    wanted: dict[bytes, list[int]] = {}
+    rows_of: dict[bytes, list[int]] = {}
     for row, item in enumerate(kept):
-        wanted.setdefault(item.key, []).append(row)
+        rows_of.setdefault(item.key, []).append(row)
     matrix: np.ndarray | None = None
     for keys, vectors in store.vectors():
         if matrix is None:
             matrix = np.empty((len(kept), vectors.shape[1]), np.float32)
         for key, vector in zip(keys, vectors, strict=True):
-            matrix[wanted.get(key, [])] = vector
+            matrix[rows_of.get(key, [])] = vector
     assert matrix is not None
-    names: list[dict[str, Any]] = [
-        {"path" if item.row else "text": _as_utf8(item.name), "origin": _as_utf8(item.origin)} for item in kept
-    ]
+    names = [{key: _as_utf8(value) for key, value in item.record.items()} for item in kept]
     clips = sum(item.row is not None for item in kept)
-    summary = {
-        "clips": clips,
-        "texts": len(kept) - clips,
-        "skipped": len(lost),
-        "dimension": matrix.shape[1],
-    }
+    summary = {"clips": clips, "texts": len(kept) - clips, "skipped": len(skipped), "dimension": matrix.shape[1]}
     full = {**header, "summary": summary}
     if out.suffix == ".npy":
         write_atomic(out.with_name(f"{out.name}.jsonl"), _json_lines(names))
@@ -437,7 +413,7 @@ def _finish(out: Path, items: Sequence[Item], store: _Store, header: Mapping[str
 
 
 def _as_utf8(name: str) -> str:
-    """A file name may hold bytes that are no UTF-8; they become question marks."""
+    """A file name may hold bytes that are not UTF-8; they become question marks."""
     return name.encode(errors="replace").decode()
 
 
@@ -465,7 +441,7 @@ def _write_parquet(
 
 
 def _header(path: Path) -> dict[str, Any] | None:
-    """What fastclap wrote about an output, None if it did not write it."""
+    """The header of an output, None if fastclap did not write it."""
     try:
         if path.suffix == ".npy":
             header = json.loads(path.with_name(f"{path.name}.json").read_bytes())
@@ -479,14 +455,14 @@ def _header(path: Path) -> dict[str, Any] | None:
 
 
 def load_index(path: str | os.PathLike[str]) -> Index:
-    """Read what :func:`embed` wrote, or another table of vectors.
+    """Read what `embed` wrote, or another table of vectors.
 
     Args:
-        path: a .parquet file with a column ``vector`` and, for names, ``path`` or ``text``; or a .npy file with a
-            matrix, whose names are read from FILE.npy.jsonl, one object a row.
+        path: a .parquet file with a column `vector` and, for names, `path` or `text`; or a .npy file with a matrix,
+            whose names are read from FILE.npy.jsonl, one object a row.
 
     Raises:
-        DataError: the file is missing, damaged, holds no vectors, or its names are not as many.
+        DataError: the file is missing, damaged or holds no vectors, or there are more or fewer names than vectors.
     """
     path = Path(path)
     if path.is_dir():
@@ -514,7 +490,7 @@ def _read_npy(path: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
         matrix = np.load(path, allow_pickle=False)
         names = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError as error:
-        raise DataError(f"{listing}: missing; it names the rows of {path.name}, copy it along") from error
+        raise DataError(f"{listing}: missing; it names the rows of {path.name}; copy it along") from error
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: truncated or damaged ({error}); embed again") from error
     return matrix, names

@@ -1,12 +1,12 @@
-"""A model as MTEB's benchmarks (and MAEB, its audio part) take it.
+"""A model in the form that MTEB's benchmarks (and MAEB, its audio part) take.
 
     import mteb
     from fastclap.apps.mteb_model import MTEBEncoder
 
     mteb.evaluate(MTEBEncoder("runs/first/model"), mteb.get_tasks(tasks=["RavdessZeroshot"]))
 
-The class follows mteb's encoder protocol (version 2: batches come from a loader as dictionaries with the keys ``text``
-and ``audio``) without inheriting from it; mteb itself is needed only for the model's description. Audio is resampled to
+The class follows mteb's encoder protocol (version 2: batches come from a loader as dictionaries with the keys `text`
+and `audio`) without inheriting from it; mteb itself is needed only for the model's description. Audio is resampled to
 the model's own rate here, so no collator has to be set.
 """
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 
 class MTEBEncoder:
-    """An encoder of texts and clips for ``mteb.evaluate``.
+    """An encoder of texts and clips for `mteb.evaluate`.
 
     Args:
-        model: a loaded model, or what :meth:`fastclap.CLAP.from_pretrained` reads.
+        model: a loaded model, or what `fastclap.CLAP.from_pretrained` reads.
         revision: of the model, for the records of results.
-        device: where a model that is read here is put; by default a GPU if there is one.
+        device: where to put a model that is read here; by default a GPU if there is one.
         name: in the records, "owner/model"; by default "fastclap/" and the name of the folder.
     """
 
@@ -53,7 +53,8 @@ class MTEBEncoder:
             model = CLAP.from_pretrained(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model: DualEncoder = model
         self.revision = revision
-        self.name = name or (path if path.count("/") == 1 and not os.path.exists(path) else f"fastclap/{_last(path)}")
+        is_hub_id = path.count("/") == 1 and not os.path.exists(path)
+        self.name = name or (path if is_hub_id else f"fastclap/{_folder_name(path)}")
 
     def encode(
         self,
@@ -69,13 +70,13 @@ class MTEBEncoder:
         """Unit vectors [n, D] of all inputs, in their order.
 
         Args:
-            inputs: batches with ``text`` (strings), ``audio`` (each {"array": [n] or [channels, n], "sampling_rate"},
-                or a decoder of ``datasets``), or both, whose unit vectors are then added and normalised.
+            inputs: batches with `text` (strings), `audio` (each {"array": [n] or [channels, n], "sampling_rate"}, or
+                a decoder of `datasets`), or both, whose unit vectors are then added and normalised.
             task_metadata, hf_split, hf_subset, prompt_type: of mteb's protocol; the embedding does not depend on them.
             batch_size: clips encoded at a time.
 
         Raises:
-            DataError: a batch with neither, or a clip or text that cannot be embedded.
+            DataError: a batch has neither, or a clip or text cannot be embedded.
         """
         found = [self._encode(batch, batch_size).cpu().numpy() for batch in inputs]
         if not found:
@@ -103,21 +104,20 @@ class MTEBEncoder:
             rates.append(int(clip["sampling_rate"]))
         rows: dict[int, Tensor] = {}
         for rate in sorted(set(rates)):
-            indices = [index for index, own in enumerate(rates) if own == rate]
+            indices = [index for index, clip_rate in enumerate(rates) if clip_rate == rate]
             group = [waves[index] for index in indices]
-            rows.update(
-                zip(indices, self.model.embed_audio(group, sampling_rate=rate, batch_size=batch_size), strict=True)
-            )
+            vectors = self.model.embed_audio(group, sampling_rate=rate, batch_size=batch_size)
+            rows.update(zip(indices, vectors, strict=True))
         return torch.stack([rows[index] for index in range(len(waves))])
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Cosines [n, m] between the rows of two matrices."""
-        first, second = _rows(embeddings1), _rows(embeddings2)
+        first, second = _as_matrix(embeddings1), _as_matrix(embeddings2)
         return F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Cosines [n] between corresponding rows."""
-        return F.cosine_similarity(_rows(embeddings1), _rows(embeddings2), dim=-1)
+        return F.cosine_similarity(_as_matrix(embeddings1), _as_matrix(embeddings2), dim=-1)
 
     @property
     def mteb_model_meta(self) -> ModelMeta:
@@ -143,11 +143,11 @@ class MTEBEncoder:
         )
 
 
-def _rows(embeddings: Any) -> Tensor:
+def _as_matrix(embeddings: Any) -> Tensor:
     return torch.atleast_2d(torch.as_tensor(embeddings)).float()
 
 
-def _last(path: str) -> str:
-    """The telling part of a path: the run of RUN/model, else the folder itself."""
-    folder = os.path.basename(os.path.abspath(path))
-    return os.path.basename(os.path.dirname(os.path.abspath(path))) if folder == "model" and "/" in path else folder
+def _folder_name(path: str) -> str:
+    """The part of a path that names the model: RUN of RUN/model, else the folder itself."""
+    parent, folder = os.path.split(os.path.abspath(path))
+    return os.path.basename(parent) if folder == "model" and "/" in path else folder

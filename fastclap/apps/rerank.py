@@ -1,10 +1,10 @@
 """Best of N: of several synthesised clips for one description, keep those that fit it best.
 
-Candidates come as a folder of iterations (``iter_K/audios/I.wav`` for the K-th attempt at line I, counted from 0, of
-``input_descriptions.txt``: ParaSpeechCLAP's layout) or as a table with one candidate a line. Everything that can be
-checked without decoding is checked before the model runs, with the file and line of each mistake; a blank prompt line
-is one of them, since leaving it out would give every later item its neighbour's prompt. The selection is written beside
-its place and renamed when it is complete.
+Candidates come as a folder of iterations (`iter_K/audios/I.wav` for the K-th attempt at line I, counted from 0, of
+`input_descriptions.txt`: ParaSpeechCLAP's layout) or as a table with one candidate a line. Everything that can be
+checked without decoding is checked before the model runs, and each mistake is reported with its file and line; a blank
+prompt line is one of them, since leaving it out would give every later item its neighbour's prompt. The selection is
+written under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastclap.apps.embed import clip_row, embed_clips, read_lines
+from fastclap.apps.embed import clip_row, read_lines
 from fastclap.apps.scoring import normalized_weights, prompt_cosines
 from fastclap.console import Advance
-from fastclap.data import BadClip
+from fastclap.data import BadClip, Manifest
 from fastclap.data.manifest import read_records
-from fastclap.errors import ConfigError, DataError
+from fastclap.errors import MAX_LISTED, ConfigError, DataError, raise_data_errors
+from fastclap.evaluation.embedding import check_finite, embed_clips
 from fastclap.files import fsync
 from fastclap.models.encoder import DualEncoder
 
 PROMPTS_FILE = "input_descriptions.txt"
 _COMMON_FILES = (PROMPTS_FILE, "input_genders.txt", "input_negative_descriptions.txt", "input_texts.txt")
 _PER_CANDIDATE_FILES = ("wer_per_example.txt", "output_transcriptions.txt")
-_MAX_ERRORS = 10
 
 
 @dataclass
 class Item:
     """One description with its candidates."""
 
-    id: str  # file name of the selection without its ending
+    id: str  # file name in the selection, without the extension
     prompts: tuple[str, ...]  # several are averaged
     paths: list[str]  # audio file of each candidate
     labels: list[Any]  # iteration number or path of each candidate
@@ -56,16 +56,17 @@ class Candidates:
 def read_iterations(
     folder: str | os.PathLike[str], *, iterations: int | None = None, prompts: Sequence[str] = ()
 ) -> Candidates:
-    """Candidates from ``iter_1`` … ``iter_N``.
+    """Candidates from `iter_1` to `iter_N`.
 
     Args:
+        folder: holds the iterations.
         iterations: N; by default that of the last folder there is. None may be missing.
-        prompts: files with one description a line, used instead of ``iter_1/input_descriptions.txt``; several give
+        prompts: files with one description a line, used instead of `iter_1/input_descriptions.txt`; several files give
             every item several descriptions.
 
     Raises:
-        DataError: a folder or clip is missing or too many, or prompts are blank, of another number, or not the same in
-            all iterations; each with its file and line, up to ten.
+        DataError: a folder or clip is missing, there are more clips than prompts, or prompts are blank, too few or too
+            many, or not the same in all iterations; each with its file and line, up to ten.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -77,7 +78,7 @@ def read_iterations(
     missing = [number for number in range(1, count + 1) if number not in found]
     if missing:
         raise DataError(
-            f"{folder}: the iteration folder {', '.join(f'iter_{number}' for number in missing[:_MAX_ERRORS])} is "
+            f"{folder}: the iteration folder {', '.join(f'iter_{number}' for number in missing[:MAX_LISTED])} is "
             f"missing (of iter_1 to iter_{count}); synthesise it, or say how many there are with --iterations"
         )
     folders = [folder / f"iter_{number}" for number in range(1, count + 1)]
@@ -99,7 +100,7 @@ def read_iterations(
     items = len(texts[0])
     for iteration in folders:
         errors += _wrong_clips(iteration / "audios", items)
-    lines_of = {}
+    lines_of_file = {}
     for name in _PER_CANDIDATE_FILES:
         holders = [iteration / name for iteration in folders]
         if not any(file.is_file() for file in holders):
@@ -112,8 +113,8 @@ def read_iterations(
             read.append(read_lines(file))
             if len(read[-1]) != items:
                 errors.append(f"{file}: {len(read[-1])} lines for {items} items")
-        lines_of[name] = read
-    _raise(errors)
+        lines_of_file[name] = read
+    raise_data_errors(errors)
     return Candidates(
         [
             Item(
@@ -125,12 +126,12 @@ def read_iterations(
             for index in range(items)
         ],
         [folders[0] / name for name in _COMMON_FILES if (folders[0] / name).is_file()],
-        {name: [[lines[index] for lines in read] for index in range(items)] for name, read in lines_of.items()},
+        {name: [[lines[index] for lines in read] for index in range(items)] for name, read in lines_of_file.items()},
     )
 
 
 def _differences(folders: Sequence[Path]) -> list[str]:
-    """Where the prompts of a later iteration are not those of the first: its clips were made for something else."""
+    """Where the prompts of a later iteration differ from the first: its clips were made for something else."""
     first = read_lines(folders[0] / PROMPTS_FILE)
     errors = []
     for folder in folders[1:]:
@@ -161,17 +162,19 @@ def _wrong_clips(folder: Path, items: int) -> list[str]:
 
 
 def read_table(name: str, *, audio_root: str | None = None, unequal: bool = False) -> Candidates:
-    """Candidates from a CSV (or TSV, JSON, Parquet) with the columns ``id``, ``text`` and ``audio``, one a line.
+    """Candidates from a CSV (or TSV, JSON, Parquet) with the columns `id`, `text` and `audio`, one a line.
 
-    Lines of one ``id`` are the candidates of one item and have the same ``text``, which may be a list of descriptions.
+    Lines with the same `id` are the candidates of one item and have the same `text`, which may be a list of
+    descriptions.
 
     Args:
-        audio_root: folder that relative paths start from, by default the table's.
+        name: the table.
+        audio_root: folder from which relative paths start, by default the table's.
         unequal: accept items with different numbers of candidates.
 
     Raises:
-        DataError: a missing column, file or value, a candidate twice, texts of one id that differ, or unequal numbers
-            of candidates; each with file and line, up to ten.
+        DataError: a column, file or value is missing, a candidate is there twice, texts of one id differ, or items have
+            different numbers of candidates; each with file and line, up to ten.
     """
     records = read_records(name)
     root = os.path.dirname(name) if audio_root is None else audio_root
@@ -207,7 +210,7 @@ def read_table(name: str, *, audio_root: str | None = None, unequal: bool = Fals
         else:
             item.paths.append(path)
             item.labels.append(audio)
-    _raise(errors)
+    raise_data_errors(errors)
     most = max(items.values(), key=lambda item: len(item.paths))
     for item in items.values() if not unequal else ():
         if len(item.paths) != len(most.paths):
@@ -215,14 +218,8 @@ def read_table(name: str, *, audio_root: str | None = None, unequal: bool = Fals
                 f"{name}:{first_line[item.id]}: id {item.id!r} has {len(item.paths)} candidates, id {most.id!r} has "
                 f"{len(most.paths)}; add the missing ones, or accept this with --unequal"
             )
-    _raise(errors)
+    raise_data_errors(errors)
     return Candidates(list(items.values()), table=True)
-
-
-def _raise(errors: Sequence[str]) -> None:
-    if errors:
-        more = f"\n... and {len(errors) - _MAX_ERRORS} more" if len(errors) > _MAX_ERRORS else ""
-        raise DataError("\n".join(errors[:_MAX_ERRORS]) + more)
 
 
 def rerank(
@@ -241,40 +238,45 @@ def rerank(
     cannot be decoded, or is silent, has no score and is never selected.
 
     Args:
+        models: in any mode, which they keep.
+        candidates: of all items.
         weights: of the models; equal by default.
         top_k: how many candidates of each item to select.
-        advance: told the clips done and in all, over all models.
+        batch_size: clips embedded at a time.
+        threads: decoding threads.
+        advance: called with the numbers of clips done and of all clips, over all models.
 
     Returns:
-        JSON-able: ``weights``, ``items``, ``candidates``, ``skipped`` (path, reason) and ``selection``: for each item
-        ``prompt_idx`` (for tables ``id``), ``text_prompt`` (or ``text_prompts``), ``best_iteration_idx`` (for tables
-        ``best_audio``), ``best_score``, ``all_scores`` (by iteration or path, null where there is none) and
-        ``selected``, the ``top_k`` best, each with ``rank``, ``audio`` and ``score``. Equal scores: the first wins.
+        JSON-able: `weights`, `items`, `candidates`, `skipped` (path, reason) and `selection`: for each item
+        `prompt_idx` (for tables `id`), `text_prompt` (or `text_prompts`), `best_iteration_idx` (for tables
+        `best_audio`), `best_score`, `all_scores` (by iteration or path, null where there is none) and `selected`, the
+        `top_k` best, each with `rank`, `audio` and `score`. Of equal scores the first wins.
 
     Raises:
-        ConfigError: ``top_k`` is not possible, or weights that do not fit the models.
-        DataError: an item has fewer than ``top_k`` candidates that can be used.
+        ConfigError: there are fewer than `top_k` candidates, or the weights do not fit the models.
+        DataError: an item has fewer than `top_k` candidates that can be used.
+        ModelError: a vector is not finite.
     """
     shares = normalized_weights(len(models), weights)
     fewest = min(candidates.items, key=lambda item: len(item.paths))
     if not 1 <= top_k <= len(fewest.paths):
         raise ConfigError(f"--top-k is {top_k}, but item {fewest.id} has {len(fewest.paths)} candidates")
-    rows = [clip_row(path, f"item {item.id}") for item in candidates.items for path in item.paths]
+    manifest = Manifest(clip_row(path, f"item {item.id}") for item in candidates.items for path in item.paths)
     prompts = [item.prompts for item in candidates.items for _ in item.paths]
-    scores: list[float | None] = [0.0] * len(rows)
+    scores: list[float | None] = [0.0] * len(manifest)
     skipped: dict[str, str] = {}
-    done = 0
-    for model, share in zip(models, shares, strict=True):
+    total = len(manifest) * len(models)
+    for number, (model, share) in enumerate(zip(models, shares, strict=True)):
         bad: list[BadClip] = []
-        told = 0
-        for indices, vectors in embed_clips(model, rows, batch_size=batch_size, threads=threads, bad=bad):
-            cosines = prompt_cosines(model, vectors, [prompts[index] for index in indices]).tolist()
-            for index, cosine in zip(indices, cosines, strict=True):
-                before = scores[index]
-                scores[index] = None if before is None else before + share * cosine
-            done += len(indices) + len(bad) - told
-            told = len(bad)
-            advance(done, len(rows) * len(models))
+        done = number * len(manifest)
+        for rows, vectors in embed_clips(model, manifest, batch_size=batch_size, threads=threads, bad=bad):
+            check_finite(vectors, [manifest[row].audio for row in rows])
+            cosines = prompt_cosines(model, vectors, [prompts[row] for row in rows]).tolist()
+            for row, cosine in zip(rows, cosines, strict=True):
+                before = scores[row]
+                scores[row] = None if before is None else before + share * cosine
+            done += len(rows)
+            advance(done + len(bad), total)
         for clip in bad:
             scores[clip.row] = None
             skipped[clip.path] = clip.reason
@@ -289,11 +291,11 @@ def rerank(
             errors.append(f"item {item.id}: only {len(ranked)} of {len(item.paths)} candidates can be used ({reasons})")
             continue
         selection.append(_entry(item, own, ranked[:top_k], candidates.table))
-    _raise(errors)
+    raise_data_errors(errors)
     return {
         "weights": shares,
         "items": len(candidates.items),
-        "candidates": len(rows),
+        "candidates": len(manifest),
         "skipped": [{"path": path, "reason": reason} for path, reason in skipped.items()],
         "selection": selection,
     }
@@ -314,20 +316,24 @@ def _entry(item: Item, scores: Sequence[float | None], best: Sequence[int], tabl
 
 
 def check_free(out: str | os.PathLike[str]) -> None:
-    """Raises DataError when a selection cannot be written to ``out`` because something is there."""
+    """Check that a selection can be written to `out`.
+
+    Raises:
+        DataError: something is there.
+    """
     if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
         raise DataError(f"{out}: exists already; remove it or name another folder")
 
 
 def write_selection(candidates: Candidates, result: dict[str, Any], out: str | os.PathLike[str]) -> None:
-    """Copy the selected clips to ``out/audios`` (second and later ranks to ``out/rank_2/audios``, …) with the summary.
+    """Copy the selected clips to `out/audios` (second and later ranks to `out/rank_2/audios`, …) with the summary.
 
-    ``selection_summary.json`` is the list ``selection`` of :func:`rerank`, with the published keys first. The common
-    text files of an iteration layout are copied, and of the files with one line a clip the lines of the best are taken.
+    `selection_summary.json` is the list `selection` of `rerank`, with the published keys first. The common text files
+    of an iteration layout are copied; of files with one line a clip, the lines of the best clips are written.
 
     Raises:
-        DataError: ``out`` exists and is not an empty folder.
-        OSError: a file cannot be read or written; then nothing is left under the name ``out``.
+        DataError: `out` exists and is not an empty folder.
+        OSError: a file cannot be read or written; then nothing is left under the name `out`.
     """
     check_free(out)
     out = Path(out)

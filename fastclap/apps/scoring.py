@@ -1,4 +1,4 @@
-"""Cosines as scores: a reward for clips that are to fit a description, and agreement of scores with human ratings.
+"""Cosines as scores: how well clips fit a description, and how well scores agree with human ratings.
 
 The reward is what best-of-N reranking and a text-to-speech training loop maximise. Several models (one for what a
 speaker sounds like, one for how an utterance is spoken) become one reward by the weighted mean of their cosines.
@@ -18,20 +18,23 @@ from torch import Tensor
 
 from fastclap.errors import ConfigError, DataError
 from fastclap.models.clap import CLAP
-from fastclap.models.encoder import DualEncoder
+from fastclap.models.encoder import DualEncoder, evaluation_mode
 
-Models = DualEncoder | str | os.PathLike[str]
+ModelOrPath = DualEncoder | str | os.PathLike[str]
 
 
 def reward(
-    models: Models | Sequence[Models], *, weights: Sequence[float] | None = None, device: str | torch.device = "cpu"
+    models: ModelOrPath | Sequence[ModelOrPath],
+    *,
+    weights: Sequence[float] | None = None,
+    device: str | torch.device = "cpu",
 ) -> Reward:
-    """A callable ``(audio, text) -> cosines`` from one model or several; see :class:`Reward`.
+    """A callable `(audio, text) -> cosines` from one model or several; see `Reward`.
 
     Args:
-        models: loaded models, or what :meth:`fastclap.CLAP.from_pretrained` reads.
+        models: loaded models, or what `fastclap.CLAP.from_pretrained` reads.
         weights: of each model in the mean; equal by default. They are divided by their sum.
-        device: where models that are read here are put.
+        device: where to put models that are read here.
     """
     listed = [models] if isinstance(models, (DualEncoder, str, os.PathLike)) else list(models)
     loaded = [CLAP.from_pretrained(m, device=device) if isinstance(m, (str, os.PathLike)) else m for m in listed]
@@ -41,8 +44,12 @@ def reward(
 class Reward:
     """How well clips fit descriptions: the weighted mean over models of the cosine of clip and text, from -1 to 1.
 
+    Args:
+        models: at least one.
+        weights: of each model in the mean; equal by default. They are divided by their sum.
+
     Raises:
-        ConfigError: no model, or weights that are not one positive number for each.
+        ConfigError: there is no model, or not one positive weight for each.
     """
 
     def __init__(self, models: Sequence[DualEncoder], weights: Sequence[float] | None = None) -> None:
@@ -61,19 +68,20 @@ class Reward:
         """Score each clip against its text.
 
         Args:
-            audio: B clips as :meth:`fastclap.CLAP.embed_audio` takes them: a padded [B, T] tensor with ``lengths``, or
-                a list of 1-D tensors, arrays or paths.
+            audio: B clips as `fastclap.CLAP.embed_audio` takes them: a padded [B, T] tensor with `lengths`, or a list
+                of 1-D tensors, arrays or paths.
             text: one text for all clips, or B texts; a list in the place of a text is several descriptions of that
                 clip, whose cosines are averaged.
+            lengths: valid samples of each row, for the padded form.
             sampling_rate: of tensors and arrays, in Hz.
-            grad: let gradients flow into ``audio``, which then is a float [B, T] tensor. The models stay in evaluation
-                mode; their own parameters get gradients too unless they are frozen.
+            grad: let gradients flow into `audio`, which must then be a float [B, T] tensor. The models run in
+                evaluation mode; their own parameters get gradients too unless they are frozen.
 
         Returns:
-            float32 [B], on the device of the first model; without a gradient unless ``grad``.
+            float32 [B], on the device of the first model; without a gradient unless `grad`.
 
         Raises:
-            DataError: not as many texts as clips, or a clip or text that cannot be embedded.
+            DataError: there are more or fewer texts than clips, or a clip or text cannot be embedded.
         """
         count = len(audio)
         prompts = as_prompts(text, count)
@@ -93,7 +101,7 @@ def normalized_weights(models: int, weights: Sequence[float] | None) -> list[flo
     """Weights of the models in their mean, which sum to 1.
 
     Raises:
-        ConfigError: not one positive finite number for each model.
+        ConfigError: there is no model, or not one positive finite number for each.
     """
     if not models:
         raise ConfigError("a reward needs at least one model")
@@ -107,7 +115,11 @@ def normalized_weights(models: int, weights: Sequence[float] | None) -> list[flo
 
 
 def as_prompts(text: str | Sequence[str | Sequence[str]], count: int) -> list[tuple[str, ...]]:
-    """The descriptions of each of ``count`` clips."""
+    """The descriptions of each of `count` clips.
+
+    Raises:
+        DataError: there are more or fewer texts than clips, or a clip has none.
+    """
     if isinstance(text, str):
         return [(text,)] * count
     if len(text) != count:
@@ -146,28 +158,23 @@ def _embed_with_grad(
             scaled = torch.as_tensor(lengths) * (model.sampling_rate / sampling_rate)
             lengths = scaled.round().long().clamp(max=audio.shape[1])
     sizes = None if lengths is None else torch.as_tensor(lengths, device=model.device)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluation_mode(model):
         return F.normalize(model.encode_audio(audio.to(model.device), sizes).float(), dim=1)
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def agreement(scores: Sequence[float], ratings: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
     """Pearson's r and Spearman's ρ of scores with human ratings, each with its confidence interval.
 
     The intervals are Fisher's: the inverse hyperbolic tangent of the coefficient is taken as normal, with variance
-    1/(n - 3) for r and (1 + ρ²/2)/(n - 3) for ρ (Bonett and Wright, Psychometrika 65, 2000). With three pairs nothing
-    is known, and the interval is [-1, 1].
+    1/(n - 3) for r and (1 + ρ²/2)/(n - 3) for ρ (Bonett and Wright, Psychometrika 65, 2000). Three pairs say nothing,
+    and their interval is [-1, 1].
 
     Returns:
-        JSON-able: ``pairs``, ``confidence``, and for ``pearson`` and ``spearman`` each ``value``, ``low``, ``high`` and
-        ``p`` (two-sided, of no correlation).
+        JSON-able: `pairs`, `confidence`, and for `pearson` and `spearman` each `value`, `low`, `high` and `p`
+        (two-sided, against no correlation).
 
     Raises:
-        DataError: not as many ratings as scores, fewer than three, or all of one kind equal.
+        DataError: there are more or fewer ratings than scores or fewer than three, or all scores or ratings are equal.
     """
     from scipy import stats
 

@@ -1,8 +1,8 @@
 """Exact nearest neighbours of a caption or a clip in an embedded collection.
 
 One matrix product and a selection: a million vectors of dimension 768 take a fraction of a second on a CPU, and equal
-cosines come in the order of the collection. faiss, where it is installed, does the same product
-(``IndexFlatIP``), with its own order of equal cosines.
+cosines come in the order of the collection. faiss, where it is installed, computes the same product (`IndexFlatIP`),
+with an order of its own for equal cosines.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from fastclap.errors import ConfigError, DataError, ModelError
 
 
 def search(index: Index, query: Tensor, k: int = 10, *, engine: Literal["torch", "faiss"] = "torch") -> list[Any]:
-    """The ``k`` rows of highest cosine for each query, best first; all rows if there are fewer.
+    """The `k` rows of highest cosine for each query, best first; all rows if there are fewer.
 
     Args:
-        index: as of :func:`fastclap.apps.embed.load_index`.
+        index: the collection, as `fastclap.apps.embed.load_index` reads it.
         query: unit vectors [q, D].
+        k: how many rows to find.
         engine: what computes the product.
 
     Returns:
         For each query a list of {"rank": from 1, "score": cosine, "path" or "text", "origin"}.
 
     Raises:
-        ConfigError: ``k`` is not positive, or faiss is not installed.
-        DataError: the index has another dimension than the query.
+        ConfigError: `k` is not positive, or faiss is not installed.
+        DataError: the dimensions of index and query differ.
     """
     if k < 1:
         raise ConfigError(f"-k is {k}; it must be at least 1")
@@ -49,28 +50,37 @@ def search(index: Index, query: Tensor, k: int = 10, *, engine: Literal["torch",
         flat.add(index.vectors.numpy())
         scores, rows = map(torch.from_numpy, flat.search(query.numpy(), k))
     else:
-        scores, rows = _best(query @ index.vectors.T, k)
+        scores, rows = _top_k(query @ index.vectors.T, k)
     return [
         [
             {"rank": rank, "score": score, **index.names[row]}
-            for rank, (score, row) in enumerate(zip(of_query, of_rows, strict=True), 1)
+            for rank, (score, row) in enumerate(zip(best_scores, best_rows, strict=True), 1)
         ]
-        for of_query, of_rows in zip(scores.tolist(), rows.tolist(), strict=True)
+        for best_scores, best_rows in zip(scores.tolist(), rows.tolist(), strict=True)
     ]
 
 
-def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row and their columns, [q, k]; of equal ones the first columns, in order."""
-    rows = []
-    for of_query, least in zip(scores, scores.topk(k, dim=1).values[:, -1], strict=True):
-        candidates = (of_query >= least).nonzero().flatten()  # topk itself takes any of the equal ones
-        order = of_query[candidates].sort(descending=True, stable=True).indices[:k]
-        rows.append(candidates[order])
-    chosen = torch.stack(rows)
+    columns = []
+    for row, least in zip(scores, scores.topk(k, dim=1).values[:, -1], strict=True):
+        candidates = (row >= least).nonzero().flatten()  # topk itself takes any of the equal ones
+        order = row[candidates].sort(descending=True, stable=True).indices[:k]
+        columns.append(candidates[order])
+    chosen = torch.stack(columns)
     return scores.gather(1, chosen), chosen
 
 
 def check_same_model(index: Index, model: str, name: str) -> None:
-    """Raises ModelError when fastclap wrote the index with another model than that of fingerprint ``model``."""
+    """Check the origin of an index, as far as it is known.
+
+    Args:
+        index: the collection.
+        model: fingerprint of the model that embeds the queries.
+        name: of the index, for the message.
+
+    Raises:
+        ModelError: fastclap wrote the index with another model.
+    """
     if index.model is not None and index.model != model:
         raise ModelError(f"{name}: was embedded by another model; embed the collection again with this one")

@@ -1,4 +1,4 @@
-"""Speech style similarity of listed pairs: of two clips, or of a clip and a description, beside human ratings.
+"""Speech style similarity of listed pairs: of two clips, or of a clip and a description, next to human ratings.
 
 Each distinct clip and text is embedded once, however many pairs it is in. Ratings are checked before the model runs.
 """
@@ -12,18 +12,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastclap.apps.embed import check_finite, clip_row, embed_clips
+from fastclap.apps.embed import clip_row
 from fastclap.console import Advance
-from fastclap.data import BadClip
+from fastclap.data import BadClip, Manifest
 from fastclap.data.manifest import read_records
-from fastclap.errors import DataError
+from fastclap.errors import DataError, raise_data_errors
+from fastclap.evaluation.embedding import check_finite, embed_clips
 from fastclap.models.encoder import DualEncoder
-
-_MAX_ERRORS = 10
 
 
 class Pair(NamedTuple):
-    """A clip, and the clip or the text that it is compared with."""
+    """A clip, and the clip or the text with which it is compared."""
 
     named: tuple[str, str | None, str | None]  # columns audio, other_audio and text, as the table has them
     audio: str  # path
@@ -36,16 +35,17 @@ class Pair(NamedTuple):
 def read_pairs(
     name: str, *, audio_root: str | None = None, rating_column: str | None = None, ratings: str | None = None
 ) -> list[Pair]:
-    """Pairs from a table with the columns ``audio`` and either ``other_audio`` or ``text``.
+    """Pairs from a table with the columns `audio` and either `other_audio` or `text`.
 
     Args:
-        audio_root: folder that relative paths start from, by default the table's.
-        rating_column: column of the ratings; by default ``rating``, which then may be missing.
-        ratings: another table with that column, line by line as ``name``.
+        name: the table.
+        audio_root: folder from which relative paths start, by default the table's.
+        rating_column: column of the ratings; by default `rating`, which then may be missing.
+        ratings: another table that holds that column, with a line for each line of `name`.
 
     Raises:
-        DataError: a column or value is missing, a rating is not a finite number, or there are not as many ratings as
-            pairs; with file and line, up to ten.
+        DataError: a column or value is missing, a rating is not a finite number, or there are more or fewer ratings
+            than pairs; with file and line, up to ten.
     """
     records = read_records(name)
     root = os.path.dirname(name) if audio_root is None else audio_root
@@ -83,9 +83,7 @@ def read_pairs(
             named = (audio, None if is_text else other, other if is_text else None)
             joined = other if is_text else os.path.join(root, other)
             pairs.append(Pair(named, os.path.join(root, audio), joined, is_text, rating, origin))
-    if errors:
-        more = f"\n... and {len(errors) - _MAX_ERRORS} more" if len(errors) > _MAX_ERRORS else ""
-        raise DataError("\n".join(errors[:_MAX_ERRORS]) + more)
+    raise_data_errors(errors)
     return pairs
 
 
@@ -109,6 +107,13 @@ def score_pairs(
 ) -> tuple[list[float | None], list[dict[str, str]]]:
     """The cosine of each pair, None where a clip cannot be used, and those clips with their reasons.
 
+    Args:
+        model: in any mode, which it keeps.
+        pairs: each distinct clip or text in them is embedded once.
+        batch_size: clips embedded at a time.
+        threads: decoding threads.
+        advance: called with the numbers of clips done and of all clips, after each batch.
+
     Raises:
         DataError: no pair can be scored.
         ModelError: a vector is not finite.
@@ -122,11 +127,12 @@ def score_pairs(
         else:
             origins.setdefault(pair.other, pair.origin)
     paths = list(origins)
-    rows = [clip_row(path, origin) for path, origin in origins.items()]
+    manifest = Manifest(clip_row(path, origin) for path, origin in origins.items())
     bad: list[BadClip] = []
     clips: dict[str, Tensor] = {}
-    for indices, vectors in embed_clips(model, rows, batch_size=batch_size, threads=threads, bad=bad):
-        clips.update((paths[index], vector) for index, vector in zip(indices, vectors, strict=True))
+    for rows, vectors in embed_clips(model, manifest, batch_size=batch_size, threads=threads, bad=bad):
+        check_finite(vectors, [paths[row] for row in rows])
+        clips.update((paths[row], vector) for row, vector in zip(rows, vectors, strict=True))
         advance(len(clips) + len(bad), len(paths))
     others: Mapping[str, Tensor] = clips
     if texts:

@@ -3,7 +3,7 @@
 The command line and the validation of a training run call the same function, so a figure in a log and one in a report
 mean the same. A validation must not change the training around it: modules get their training flags back and the random
 generators of Python, NumPy and torch their states. Clips that cannot be read are left out and listed: a figure never
-hides how many clips it stands on.
+hides the number of clips on which it is based.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from fastclap import console
-from fastclap.data import BadClip, Manifest, eval_batches
+from fastclap.data import BadClip, Manifest, Row
 from fastclap.errors import DataError, ModelError
+from fastclap.evaluation.embedding import embed_clips
 from fastclap.evaluation.metrics import classification, prompt_ensemble, retrieval, unique_texts
 from fastclap.evaluation.projection import coordinates, even_selection, principal_components
-from fastclap.models.encoder import DualEncoder
+from fastclap.models.encoder import DualEncoder, evaluation_mode
 from fastclap.prompts import DEFAULT_TEMPLATE, fill_template
 
 Captions = Literal["global", "fine"]
@@ -36,7 +37,7 @@ class ClassificationTask:
     """A manifest column to classify zero-shot.
 
     `prompts` gives each class its sentences, whose unit vectors are averaged; without it every class fills each of the
-    `templates` (see :func:`fastclap.prompts.fill_template`). `classes` are the candidates, by default those of
+    `templates` (see `fastclap.prompts.fill_template`). `classes` are the candidates, by default those of
     `prompts`, else all values of the column, sorted.
     """
 
@@ -47,11 +48,11 @@ class ClassificationTask:
 
 
 @dataclass(frozen=True)
-class _Labelled:
+class _Labels:
     """What a map shows of a classification."""
 
     classes: list[str]
-    of_clip: list[str | None]  # of each readable clip; None: none of the classes, or several
+    class_of_clip: list[str | None]  # for each readable clip; None: none of the classes, or several
     prompts: Tensor  # [classes, D]
 
 
@@ -70,20 +71,21 @@ def evaluate(
 
     Args:
         model: in any mode, which it keeps.
+        manifest: the clips, with their captions and tags.
         captions: the sets to retrieve with: "global" (text_description), "fine" (fine_description); default: those
             that the manifest has.
         tasks: the columns to classify; default: classification_tag if the manifest has it.
         captions_per_clip: "first" pairs each clip with its first caption only; with "all" every caption of a clip is a
             text of its own, and a clip's rank is that of its best-ranked caption. Equal texts are one text either way.
-        embedding_map: also give `embeddings`, two principal components of the clips, to draw them.
+        embedding_map: also return `embeddings`, two principal components of the clips, to draw them.
         batch_size: clips embedded at a time.
         progress: show a bar on a terminal, lines otherwise, on stderr.
 
     Returns:
-        A JSON-able dict: `clips` (those that the figures stand on), `skipped` (row, path and reason of the others),
-        `retrieval` by caption set and `classification` by column, as :func:`fastclap.evaluation.retrieval` and
-        :func:`fastclap.evaluation.classification` describe them, and `time` in seconds (nothing else differs between
-        two evaluations of the same model). A clip without a caption of a set has no part in that retrieval
+        A JSON-able dict: `clips` (on which the figures are based), `skipped` (row, path and reason of the others),
+        `retrieval` by caption set and `classification` by column, as `fastclap.evaluation.retrieval` and
+        `fastclap.evaluation.classification` describe them, and `time` in seconds (nothing else differs between two
+        evaluations of the same model). A clip without a caption of a set has no part in that retrieval
         (`clips_without_caption`). A clip has no part in a classification if its column names none of the classes
         (`clips_without_class`) or several (`clips_with_several`).
 
@@ -91,7 +93,7 @@ def evaluate(
         `audio` (an [x, y] for each), `variance` (the share of the shown clips' variance along x and y) and `columns`,
         by classified column: `classes`, `class_of` (of each shown clip the index of its class, null without one or with
         several) and `prompts` (an [x, y] for each class). Clips and prompts are centred each on their own mean; the
-        components are those of the clips (see :mod:`fastclap.evaluation.projection`).
+        components are those of the clips (see `fastclap.evaluation.projection`).
 
     Raises:
         DataError: the manifest is empty, lacks a column, captions or classes asked for, or has no readable clip.
@@ -112,7 +114,7 @@ def evaluate(
 
     start = time.perf_counter()
     with _training_untouched(model):
-        audio, rows, skipped = _embed_audio(model, manifest, batch_size, progress)
+        audio, rows, skipped = _embed_manifest(model, manifest, batch_size, progress)
         audio_seconds = time.perf_counter() - start
         result: dict[str, Any] = {
             "clips": len(rows),
@@ -125,13 +127,13 @@ def evaluate(
             },
             "classification": {},
         }
-        labelled: dict[str, _Labelled] = {}
+        labels: dict[str, _Labels] = {}
         for task, names in zip(tasks, candidates, strict=True):
             tags = [manifest[row].tags_of(task.column) for row in rows]
-            figures, labelled[task.column] = _classification(model, audio, tags, task, names)
+            figures, labels[task.column] = _classification(model, audio, tags, task, names)
             result["classification"][task.column] = figures
         if embedding_map:
-            result["embeddings"] = _map(audio, rows, labelled)
+            result["embeddings"] = _map(audio, rows, labels)
     seconds = time.perf_counter() - start
     return {**result, "time": {"seconds": round(seconds, 3), "audio_seconds": round(audio_seconds, 3)}}
 
@@ -145,7 +147,7 @@ def evaluate_retrieval(
     batch_size: int = 32,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """:func:`evaluate` with one caption set and no classification."""
+    """`evaluate` with one caption set and no classification."""
     return evaluate(
         model,
         manifest,
@@ -168,22 +170,22 @@ def evaluate_classification(
     batch_size: int = 32,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """:func:`evaluate` with one classification and no retrieval."""
+    """`evaluate` with one classification and no retrieval."""
     task = ClassificationTask(column, templates, prompts, classes)
     return evaluate(model, manifest, captions=[], tasks=[task], batch_size=batch_size, progress=progress)
 
 
-def _embed_audio(
+def _embed_manifest(
     model: DualEncoder, manifest: Manifest, batch_size: int, progress: bool
 ) -> tuple[Tensor, list[int], list[BadClip]]:
-    """Embeddings [clips, D] of the readable clips in the manifest's order, their rows, and the other clips."""
+    """Unit vectors [clips, D] of the readable clips in the manifest's order, their rows, and the other clips."""
     found: list[Tensor] = []
     rows: list[int] = []
     skipped: list[BadClip] = []
     with console.progress("embedding", "embedded", "clips", progress) as advance:
-        for batch, waves, lengths, _, _ in eval_batches(manifest, model.sampling_rate, batch_size, bad=skipped):
+        for batch, vectors in embed_clips(model, manifest, batch_size=batch_size, bad=skipped):
             rows += batch
-            found.append(model.embed_audio(waves, lengths, sampling_rate=model.sampling_rate, batch_size=batch_size))
+            found.append(vectors)
             advance(len(rows) + len(skipped), len(manifest))
     if not rows:
         raise DataError(
@@ -220,7 +222,7 @@ def _retrieval(
 
 def _classification(
     model: DualEncoder, audio: Tensor, tags: Sequence[Sequence[str]], task: ClassificationTask, classes: Sequence[str]
-) -> tuple[dict[str, Any], _Labelled]:
+) -> tuple[dict[str, Any], _Labels]:
     candidates = [[tag for tag in dict.fromkeys(values) if tag in set(classes)] for values in tags]
     kept = [i for i, found in enumerate(candidates) if len(found) == 1]
     if not kept:
@@ -235,11 +237,11 @@ def _classification(
         "clips_with_several": sum(len(found) > 1 for found in candidates),
         **classification(audio[kept], class_emb, [candidates[i][0] for i in kept], classes),
     }
-    of_clip = [found[0] if len(found) == 1 else None for found in candidates]
-    return figures, _Labelled(list(classes), of_clip, class_emb)
+    class_of_clip = [found[0] if len(found) == 1 else None for found in candidates]
+    return figures, _Labels(list(classes), class_of_clip, class_emb)
 
 
-def _map(audio: Tensor, rows: Sequence[int], labelled: Mapping[str, _Labelled]) -> dict[str, Any]:
+def _map(audio: Tensor, rows: Sequence[int], labels: Mapping[str, _Labels]) -> dict[str, Any]:
     shown = even_selection(len(rows))
     directions, variance = principal_components(audio[shown])
     return {
@@ -248,11 +250,13 @@ def _map(audio: Tensor, rows: Sequence[int], labelled: Mapping[str, _Labelled]) 
         "variance": [round(share, 4) for share in variance.tolist()],
         "columns": {
             column: {
-                "classes": its.classes,
-                "class_of": [None if (name := its.of_clip[i]) is None else its.classes.index(name) for i in shown],
-                "prompts": coordinates(its.prompts, directions),
+                "classes": known.classes,
+                "class_of": [
+                    None if (name := known.class_of_clip[i]) is None else known.classes.index(name) for i in shown
+                ],
+                "prompts": coordinates(known.prompts, directions),
             }
-            for column, its in labelled.items()
+            for column, known in labels.items()
         },
     }
 
@@ -285,7 +289,7 @@ def _candidates(manifest: Manifest, task: ClassificationTask) -> list[str]:
     return classes
 
 
-def _captions(row: Any, name: Captions) -> tuple[str, ...]:
+def _captions(row: Row, name: Captions) -> tuple[str, ...]:
     return row.captions if name == "global" else row.fine_captions
 
 
@@ -296,15 +300,11 @@ def _abridged(names: Sequence[str]) -> str:
 @contextlib.contextmanager
 def _training_untouched(model: DualEncoder) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module's flag and every generator is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
     python, numpy = random.getstate(), np.random.get_state()
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
-            model.eval()
+        with evaluation_mode(model), torch.random.fork_rng(devices), torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         random.setstate(python)
         np.random.set_state(numpy)

@@ -1,10 +1,10 @@
 """Figures of merit from embeddings alone: retrieval in both directions and zero-shot classification.
 
 Nothing here knows a model, a file or a caption: a figure depends on vectors and ids only, so that the training loop,
-the command line and a stranger's embeddings are measured by the same lines. Scores are cosines in float64, made a block
-of queries at a time: the n x m matrix never exists, TF32 or bf16 matmul settings cannot move a rank, and 100,000 x
-100,000 fits in a few gigabytes. Ties are broken against the model, because a collapsed model ties everything; every
-figure stands beside the value that guessing would reach.
+the command line and anybody's embeddings are measured by the same lines. Scores are cosines in float64, computed a
+block of queries at a time: the n x m matrix never exists, TF32 or bf16 matmul settings cannot move a rank, and 100,000
+x 100,000 fits in a few gigabytes. Ties are broken against the model, because a collapsed model ties everything; every
+figure comes with the value that guessing would reach.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ BLOCK = 1 << 22  # scores held at once (32 MiB of float64)
 def unique_texts(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
     """The distinct texts of `captions` (one sequence a clip) in order of appearance, and each clip's text ids.
 
-    Returns the texts and int64 ids [clips, most captions of a clip], padded with -1, so that equal texts are one
-    candidate and one query (the ParaSpeechCLAP convention: de-duplicated by exact text).
+    Equal texts are then one candidate and one query (the ParaSpeechCLAP convention: de-duplicated by exact text).
+
+    Returns:
+        The texts, and int64 ids [clips, most captions of a clip], padded with -1.
     """
     index: dict[str, int] = {}
     ids = torch.full((len(captions), max((len(c) for c in captions), default=0)), -1)
@@ -44,7 +46,7 @@ def retrieval(
     """Retrieval both ways: `{"audio_to_text": {...}, "text_to_audio": {...}}`, every value JSON-able.
 
     Embeddings are floating point of any length (the score is the cosine). A clip and a text match when they share an
-    id; a clip or text with several ids has one a column, negative ids are padding and match nothing. Texts are not
+    id; several ids of a clip or text are in a column each, negative ids are padding and match nothing. Texts are not
     merged here: pass distinct ones (`unique_texts`), or a caption that occurs often fills many ranks.
 
     Each direction holds `R@1`, `R@5`, `R@10` (the share of queries whose best match is among the first k), `mAP@10`
@@ -53,7 +55,8 @@ def retrieval(
     constant embeddings come last instead of first. `chance` holds the same figures for a uniformly random order,
     `curve` recall over k with its chance. Queries without a match are only candidates; `queries` counts the others.
 
-    Raises ValueError when shapes disagree, an embedding is not finite, or no query of a direction has a match.
+    Raises:
+        ValueError: shapes disagree, an embedding is not finite, or no query of a direction has a match.
     """
     audio, text = _unit(audio_emb, "audio"), _unit(text_emb, "text")
     if audio.shape[1] != text.shape[1]:
@@ -76,7 +79,7 @@ def match_ranks(
     """Rank of each query's best match (from 1; meaningless without a match) and its number of matches, int64 [q]."""
     ranks = torch.empty(len(queries), dtype=torch.int64)
     matches = torch.empty_like(ranks)
-    query_ids = query_ids.where(query_ids >= 0, -1)  # two different paddings, which never equal one another
+    query_ids = query_ids.where(query_ids >= 0, -1)  # two kinds of padding, which never equal one another
     candidate_ids = candidate_ids.where(candidate_ids >= 0, -2)
     rows = max(1, BLOCK // len(candidates))
     for start in range(0, len(queries), rows):
@@ -95,7 +98,8 @@ def match_ranks(
 def prompt_ensemble(prompt_emb: Tensor, class_of_prompt: Tensor | Sequence[int], num_classes: int) -> Tensor:
     """Class embeddings [num_classes, D]: the mean of the unit vectors of each class's prompts [P, D], re-normalised.
 
-    Raises ValueError when a class has no prompt.
+    Raises:
+        ValueError: a class has no prompt, or there is not one class for each prompt.
     """
     unit = _unit(prompt_emb, "prompt")
     index = torch.as_tensor(class_of_prompt, device=unit.device)
@@ -122,7 +126,8 @@ def classification(
     given class j. `chance` = 1/C is the expected accuracy and UAR of a uniform guess, `majority_accuracy` the accuracy
     of always naming the most frequent class (its UAR is 1 / classes with clips).
 
-    Raises ValueError when shapes disagree, an embedding is not finite, a label is no class, or there is no clip.
+    Raises:
+        ValueError: shapes disagree, an embedding is not finite, a label is not a class, or there is no clip.
     """
     from sklearn.metrics import precision_recall_fscore_support
 

@@ -1,4 +1,4 @@
-"""A map of the embeddings: their first two principal components, of clips and of the texts beside them.
+"""A map of the embeddings: the first two principal components of the clips, with the texts placed among them.
 
 Contrastive training leaves a gap between the modalities (Liang et al. 2022, arXiv 2203.02053): texts lie far from every
 clip, and two components of both together would show that gap and nothing else. So each modality is centred on its own
@@ -16,7 +16,7 @@ MAX_POINTS = 2000  # clips on a map: more hide each other, and the coordinates a
 
 
 def even_selection(count: int, most: int = MAX_POINTS) -> list[int]:
-    """`most` of `count` positions at equal distances from the first on, or all of them if there are no more."""
+    """`most` of `count` positions at equal distances, starting with the first; all of them if there are no more."""
     return list(range(count)) if count <= most else [index * count // most for index in range(most)]
 
 
@@ -30,7 +30,8 @@ def principal_components(points: Tensor) -> tuple[Tensor, Tensor]:
         float64 [D, 2] on the CPU, each direction with its largest entry positive, and float64 [2]. Directions without
         variance (of a single point, of collapsed embeddings, beyond D) are zero.
 
-    The eigenvectors of the float64 covariance: exact, deterministic, and for D of a thousand a fraction of a second.
+    They are the eigenvectors of the float64 covariance: exact, deterministic, and for D of a thousand found in a
+    fraction of a second.
     """
     points = points.double().cpu()
     centred = points - points.mean(dim=0)

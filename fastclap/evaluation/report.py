@@ -1,9 +1,9 @@
-"""One page about a model: figures beside their chance levels, curves, confusion matrices, a map of the embeddings.
+"""One page about a model: figures with their chance levels, curves, confusion matrices, a map of the embeddings.
 
-``report.html`` holds its pictures inside itself, so it can be mailed or archived as one file; the same pictures lie
-beside it as PNG and the numbers as JSON. Pictures are drawn without pyplot, so no window system and no global state is
-touched, in the Okabe-Ito colours, which colour-blind readers tell apart. Every file is written aside and renamed:
-whoever looks sees the old report or the new one.
+`report.html` contains its pictures, so it can be mailed or archived as one file; next to it are the same pictures as
+PNG and the numbers as JSON. Pictures are drawn without pyplot, so no window system and no global state is touched, in
+the Okabe-Ito colours, which colour-blind readers can distinguish. Every file is written under a temporary name and
+renamed: a reader sees the old report or the new one.
 """
 
 from __future__ import annotations
@@ -37,12 +37,20 @@ MAX_ANNOTATED = 30  # classes up to which the cells of a confusion matrix hold t
 def write_report(
     folder: str | Path, *, results: Mapping[str, Any] | None = None, run: str | Path | None = None
 ) -> Path:
-    """Write ``report.html``, its PNGs and ``report.json`` into `folder` (made if needed); returns the path of the page.
+    """Write `report.html`, its PNGs and `report.json`.
 
-    `results` is what :func:`fastclap.evaluation.evaluate` returns. `run` is a run folder of fastclap-train: its
-    ``metrics.jsonl`` gives the training curves, and the last validation the figures if `results` is not given.
+    Args:
+        folder: where to; made if needed.
+        results: what `fastclap.evaluation.evaluate` returns.
+        run: run folder of fastclap-train; its `metrics.jsonl` gives the training curves and, without `results`, the
+            figures of the last validation.
 
-    Raises DataError when `run` holds no readable ``metrics.jsonl``, and ValueError when neither is given.
+    Returns:
+        Path of the page.
+
+    Raises:
+        DataError: `run` holds no readable `metrics.jsonl`.
+        ValueError: neither `results` nor `run` is given.
     """
     if results is None and run is None:
         raise ValueError("write_report needs results, a run folder, or both")
@@ -69,9 +77,10 @@ def write_report(
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``, in order; a last line that was cut off while being written is left out.
+    """The records of a `metrics.jsonl`, in order; a last line that was cut off while being written is left out.
 
-    Raises DataError when the file is missing or another line is not a record.
+    Raises:
+        DataError: the file is missing, or another line is not a record.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -127,7 +136,7 @@ def _pictures(
 
 
 def training_curves(training: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]) -> Figure:
-    """Loss, learning rate and logit scale over the steps; with two validations or more also their R@k and UAR."""
+    """Loss, learning rate and logit scale over the steps; from two validations on, their R@k and UAR as well."""
     recalls, uars = _validation_series(validation)
     bottom = [panel for panel in (recalls, uars) if panel] if len(validation) > 1 else []
     figure = _figure(10, 3.0 if not bottom else 6.0)
@@ -161,7 +170,7 @@ def training_curves(training: Sequence[dict[str, Any]], validation: Sequence[dic
 
 
 def recall_curves(retrieval: Mapping[str, Any]) -> Figure:
-    """Recall over the number of candidates looked at, a panel a direction, a line a caption set, chance dashed."""
+    """Recall over the number of candidates considered: a panel for each direction, a line for each caption set."""
     figure = _figure(10, 3.6)
     for axes, (direction, title) in zip(figure.subplots(1, 2, sharey=True), DIRECTIONS.items(), strict=True):
         ticks: set[int] = set()
@@ -184,7 +193,7 @@ def recall_curves(retrieval: Mapping[str, Any]) -> Figure:
 
 
 def confusion_matrix(column: str, figures: Mapping[str, Any]) -> Figure:
-    """Counts on colours that show the share of the true class's clips, and that class's recall as a bar beside it."""
+    """Counts on colours that show the share of the true class's clips, with that class's recall as a bar."""
     import matplotlib
 
     classes, confusion, rows = figures["classes"], figures["confusion"], figures["per_class"]
@@ -232,7 +241,7 @@ def confusion_matrix(column: str, figures: Mapping[str, Any]) -> Figure:
 
 
 def embedding_map(embeddings: Mapping[str, Any], column: str | None = None) -> Figure:
-    """The clips along their two principal components, in the colours of a column's classes, whose prompts are stars."""
+    """The clips along their two principal components, coloured by a column's classes, whose prompts are stars."""
     from matplotlib.patheffects import withStroke
 
     x, y = zip(*embeddings["audio"], strict=True)
@@ -251,10 +260,10 @@ def embedding_map(embeddings: Mapping[str, Any], column: str | None = None) -> F
             [x[i] for i in unknown], [y[i] for i in unknown], size, colour, alpha=0.7, linewidths=0, label=label
         )
     for number, name in enumerate(classes):
-        mine = [i for i, value in enumerate(class_of) if value == number]
+        members = [i for i, value in enumerate(class_of) if value == number]
         axes.scatter(
-            [x[i] for i in mine],
-            [y[i] for i in mine],
+            [x[i] for i in members],
+            [y[i] for i in members],
             size,
             PALETTE[number % len(PALETTE)],
             marker=MARKERS[number // len(PALETTE) % len(MARKERS)],
@@ -393,17 +402,8 @@ def _retrieval_table(retrieval: Mapping[str, Any]) -> str:
             figures = both[direction]
             cells = [_with_chance(figures[key], figures["chance"][key], key) for key in RETRIEVAL]
             rows.append([f"{captions}, {title}", figures["queries"], figures["candidates"], *cells])
-    heads = [
-        "captions, direction",
-        "queries",
-        "candidates",
-        "R@1 %",
-        "R@5 %",
-        "R@10 %",
-        "mAP@10 %",
-        "median rank",
-        "mean rank",
-    ]
+    heads = ["captions, direction", "queries", "candidates"]
+    heads += [key.replace("_", " ") if key.endswith("rank") else f"{key} %" for key in RETRIEVAL]
     note = (
         "<p class=note>Grey: a random order of the candidates. Equal texts are one candidate; ties count as losses.</p>"
     )
@@ -415,16 +415,9 @@ def _classification_table(classification: Mapping[str, Any]) -> str:
     for column, figures in classification.items():
         accuracy = f"{_percent(figures['accuracy'])} <small>majority {_percent(figures['majority_accuracy'])}</small>"
         uar = f"{_percent(figures['uar'])} <small>chance {_percent(figures['chance'])}</small>"
-        cells = [_Markup(accuracy), _Markup(uar), _percent(figures["macro_f1"])]
-        rows.append(
-            [
-                column,
-                figures["clips"],
-                len(figures["classes"]),
-                *cells,
-                "; ".join(figures.get("templates") or ["prompt list"]),
-            ]
-        )
+        prompts = "; ".join(figures.get("templates") or ["prompt list"])
+        cells = [_Markup(accuracy), _Markup(uar), _percent(figures["macro_f1"]), prompts]
+        rows.append([column, figures["clips"], len(figures["classes"]), *cells])
     return _table(["column", "clips", "classes", "accuracy (WA) %", "UAR (UA) %", "macro-F1 %", "prompt"], rows)
 
 
@@ -494,7 +487,7 @@ def _finite(value: Any) -> Any:
 
 _MAP_NOTE = (
     "<p class=note>The clips along the two directions in which they vary most. Texts lie apart from all clips (the "
-    "modality gap), so clips and prompts are centred each on their own mean: a star says where its class should lie, "
+    "modality gap), so clips and prompts are centred, each on their own mean: a star shows where its class should lie, "
     "not how near it is.</p>"
 )
 

@@ -11,24 +11,22 @@ from torch import Tensor, nn
 
 from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.models.encoder import DualEncoder
+from fastclap.models.layers import as_float
 
 
 class CLSP(DualEncoder):
-    """The released CLSP model with the interface of :class:`fastclap.CLAP` for embeddings; it trains in its own code.
+    """The released CLSP model with the interface of `fastclap.CLAP` for embeddings; it trains in its own code.
 
     Args:
-        base: module called as ``base(audio=[B, T] float in ±1, audio_lens=[B])`` or ``base(text=list of strings)``; it
+        base: module called as `base(audio=[B, T] float in ±1, audio_lens=[B])` or `base(text=list of strings)`; it
             returns audio embeddings, text embeddings (None for what was not given) and the logit scale.
     """
+
+    sampling_rate = 16000
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
-
-    @property
-    def sampling_rate(self) -> int:
-        """16000 Hz."""
-        return 16000
 
     def encode_audio(
         self,
@@ -41,8 +39,7 @@ class CLSP(DualEncoder):
         """Embeddings of a padded batch, in full scale ±32768 (int16) or ±1 (float)."""
         if lengths is None:
             lengths = torch.full((len(audio),), audio.shape[1], device=audio.device)
-        waveform = audio.float() / 32768 if audio.dtype == torch.int16 else audio.float()
-        return self.base(audio=waveform.to(self.device), audio_lens=lengths.to(self.device))[0]
+        return self.base(audio=as_float(audio).to(self.device), audio_lens=lengths.to(self.device))[0]
 
     def embed_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """Unit vectors of captions, in the order given: float32 [n, D] on the model's device.
@@ -76,7 +73,7 @@ def load_clsp(
     """The released CLSP model, in evaluation mode.
 
     Args:
-        path: folder or hub id (``yfyeung/CLSP``) of a model with the interface that :class:`CLSP` tells.
+        path: folder or hub id (`yfyeung/CLSP`) of a model with the interface that `CLSP` describes.
         trust_remote_code: the model is Python code of its authors that comes with the weights and runs with your
             rights. Read it, then agree with True.
         device: where to put it.

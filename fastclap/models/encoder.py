@@ -1,10 +1,15 @@
-"""`DualEncoder`: embeddings of clips and captions for users, on top of an encoder of padded batches."""
+"""`DualEncoder`: unit vectors of clips and captions, on top of an encoder of padded batches.
+
+There are two doors for audio. `embed_audio` takes what a user has: files, arrays or tensors of any rate and order. It
+sorts and pads them, and ends in `embed_batch`, which takes a batch that is padded already, as `eval_batches` decodes
+them for whole collections.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,13 +23,30 @@ from fastclap.models.layers import as_float
 from fastclap.models.products import fast_products
 
 
-class DualEncoder(nn.Module):
-    """Embeddings of clips and captions for users, on top of an encoder of padded batches."""
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module is in evaluation mode within, and in its own again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
-    @property
-    def sampling_rate(self) -> int:
-        """Rate in Hz of the waveforms that :meth:`encode_audio` takes."""
-        raise NotImplementedError
+
+class DualEncoder(nn.Module):
+    """Unit vectors of clips and captions, on top of an encoder of padded batches.
+
+    Attributes:
+        sampling_rate: rate in Hz of the waveforms that `encode_audio` and `embed_batch` take.
+        equal_lengths_only: padding would change a clip's vector, so only clips of equal length are encoded together.
+        single_on_cpu: on a CPU clips are encoded one at a time, because that is faster.
+    """
+
+    sampling_rate: int
+    equal_lengths_only: bool = False
+    single_on_cpu: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -49,7 +71,7 @@ class DualEncoder(nn.Module):
         *,
         sampling_rate: int = 16000,
         batch_size: int = 32,
-    ) -> Tensor:
+    ) -> Tensor:  # [n, D]
         """Unit vectors of clips, in the order given.
 
         Args:
@@ -67,23 +89,43 @@ class DualEncoder(nn.Module):
         clips = _as_clips(audio, lengths)
         ratio = self.sampling_rate / sampling_rate
         sizes = [_num_samples(index, clip, self.sampling_rate, ratio) for index, clip in enumerate(clips)]
-        order = sorted(range(len(clips)), key=sizes.__getitem__)
-        chunks = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-        with self._inference():
-            rows: dict[int, Tensor] = {}
-            for chunk in chunks:
-                waves = {index: _waveform(index, clips[index], self.sampling_rate, sampling_rate) for index in chunk}
-                for group in self._batches(waves):
-                    batch, sizes_of_group = _pad([waves[index] for index in group], self.device)
-                    host_lengths = [len(waves[index]) for index in group]
-                    encoded = self.encode_audio(batch, sizes_of_group, host_lengths=host_lengths)
-                    rows.update(zip(group, encoded, strict=True))
-            embeddings = F.normalize(torch.stack([rows[index] for index in range(len(clips))]).float(), dim=-1)
-        return embeddings.clone()  # outside of inference mode, so that the result can enter a graph
+        order = sorted(range(len(clips)), key=sizes.__getitem__)  # similar lengths together: less padding
+        vectors = []
+        for first in range(0, len(order), batch_size):
+            chunk = order[first : first + batch_size]
+            waves = [_waveform(index, clips[index], self.sampling_rate, sampling_rate) for index in chunk]
+            if any(wave.dtype != torch.int16 for wave in waves):
+                waves = [as_float(wave) for wave in waves]
+            padded = nn.utils.rnn.pad_sequence([wave.to(self.device) for wave in waves], batch_first=True)
+            vectors.append(self.embed_batch(padded, [len(wave) for wave in waves]))
+        return torch.cat(vectors)[torch.tensor(order).argsort().to(self.device)]
 
-    def _batches(self, waves: Mapping[int, Tensor]) -> list[list[int]]:
-        """Keys of the clips that are padded to one batch."""
-        return [list(waves)]
+    def embed_batch(
+        self,
+        audio: Tensor,  # int16 or float [B, T], padding arbitrary
+        lengths: Sequence[int],
+    ) -> Tensor:  # float32 [B, D]
+        """Unit vectors of a padded batch of waveforms at the model's own rate.
+
+        Args:
+            audio: on any device.
+            lengths: valid samples of each clip, on the host.
+        """
+        if self.single_on_cpu and self.device.type == "cpu":
+            groups = [[row] for row in range(len(lengths))]
+        elif self.equal_lengths_only:
+            groups = [[row for row, own in enumerate(lengths) if own == length] for length in dict.fromkeys(lengths)]
+        else:
+            groups = [list(range(len(lengths)))]
+        with self._inference():
+            encoded = []
+            for group in groups:
+                own = [lengths[row] for row in group]
+                batch = (audio if len(groups) == 1 else audio[group])[:, : max(own)].to(self.device)
+                encoded.append(self.encode_audio(batch, torch.tensor(own, device=self.device), host_lengths=own))
+            order = torch.tensor([row for group in groups for row in group], device=self.device).argsort()
+            vectors = F.normalize(torch.cat(encoded)[order].float(), dim=-1)
+        return vectors.clone()  # outside of inference mode, so that the result can enter a graph
 
     def embed_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """Unit vectors of captions, in the order given: float32 [n, D] on the model's device."""
@@ -97,15 +139,9 @@ class DualEncoder(nn.Module):
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            # weights that a parametrization computes, such as WavLM's positional convolution, are computed once
-            with torch.inference_mode(), fast_products(self.device), parametrize.cached():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        # weights that a parametrization computes, such as WavLM's positional convolution, are computed once
+        with evaluation_mode(self), torch.inference_mode(), fast_products(self.device), parametrize.cached():
+            yield
 
 
 def _as_clips(audio: Sequence[Any] | np.ndarray | Tensor, lengths: Sequence[int] | Tensor | None) -> list[Any]:
@@ -174,11 +210,3 @@ def _naming(index: int) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"clip {index}: {error}") from error
-
-
-def _pad(waves: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Zero-padded batch on the device and its lengths; float32 if any clip is."""
-    lengths = torch.tensor([len(wave) for wave in waves])
-    if any(wave.dtype != torch.int16 for wave in waves):
-        waves = [as_float(wave) for wave in waves]
-    return nn.utils.rnn.pad_sequence([wave.to(device) for wave in waves], batch_first=True), lengths.to(device)

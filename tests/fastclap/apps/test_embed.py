@@ -143,7 +143,7 @@ def test_ctrl_c_and_a_full_disk_keep_what_was_computed(
     model = CLAP.from_pretrained(clap_folder)
     items = gather([str(collection)])
     calls = 0
-    original = model.embed_audio
+    original = model.embed_batch
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
@@ -152,7 +152,7 @@ def test_ctrl_c_and_a_full_disk_keep_what_was_computed(
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
-    monkeypatch.setattr(model, "embed_audio", interrupted)
+    monkeypatch.setattr(model, "embed_batch", interrupted)
     out = tmp_path / "x.parquet"
     with pytest.raises(KeyboardInterrupt):
         embed(model, items, out, batch_size=2, save_seconds=3600)

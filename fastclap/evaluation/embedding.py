@@ -1,0 +1,45 @@
+"""Unit vectors of whole collections of clips: the way that evaluation and every command with many clips share.
+
+Clips are decoded, sorted and padded once, in threads one batch ahead of the model (`eval_batches`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from fastclap.data import BadClip, Manifest, eval_batches
+from fastclap.errors import ModelError
+from fastclap.models.encoder import DualEncoder
+
+
+def embed_clips(
+    model: DualEncoder, manifest: Manifest, *, batch_size: int = 32, threads: int = 4, bad: list[BadClip]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Some rows of the manifest and their unit vectors [k, D], batch by batch, until all readable clips are done.
+
+    Args:
+        model: in any mode, which it keeps.
+        manifest: the clips.
+        batch_size: clips encoded at a time.
+        threads: decoding threads.
+        bad: receives the clips that cannot be used.
+    """
+    batches = eval_batches(manifest, model.sampling_rate, batch_size, bad=bad, threads=threads)
+    for rows, audio, lengths, _, _ in batches:
+        yield rows, model.embed_batch(audio, lengths.tolist())
+
+
+def check_finite(vectors: Tensor, names: Sequence[str]) -> None:
+    """Check vectors [n, D] of clips or captions.
+
+    Raises:
+        ModelError: one is not finite; the first of `names` [n] where that is so is in the message.
+    """
+    finite = vectors.isfinite().all(dim=1).tolist()
+    if not all(finite):
+        raise ModelError(
+            f"the model gives NaN or infinity for {names[finite.index(False)]!r}: its weights are damaged or overflow "
+            "in this precision"
+        )
