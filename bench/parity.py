@@ -48,7 +48,7 @@ from fastclap import CLAP
 from fastclap.data import Batch, BatchSampler, ClipDataset, Manifest, load_manifest
 from fastclap.files import write_atomic
 from fastclap.kernels.waveform import normalize_waveform_reference
-from fastclap.models import audio_towers, layers
+from fastclap.models import audio_towers, text_towers
 from fastclap.models.tokenizer import train_tokenizer
 from fastclap.testing import relative_error
 from fastclap.train.config import LossConfig, OptimizerConfig
@@ -203,8 +203,9 @@ def _double_precision_towers() -> Iterator[None]:
         return normalize_waveform_reference(*tensors, **options)
 
     with (
-        mock.patch.object(layers, "normalize_waveform", waveform),
+        mock.patch.object(audio_towers, "normalize_waveform", waveform),
         mock.patch.object(audio_towers, "masked_mean", mean),
+        mock.patch.object(text_towers, "masked_mean", mean),
     ):
         yield
 

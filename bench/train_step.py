@@ -49,12 +49,12 @@ from bench.reference_step import Reference, build_ours, collated, commit_of, wit
 from bench.run import SIZES, Entry, Record, Run, Settings, Size, significant
 from bench.steady import Steady
 from bench.tables import markdown
-from fastclap import CLAP, towers
+from fastclap import CLAP
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.data import Batch, load_manifest
 from fastclap.errors import ConfigError, DataError
 from fastclap.files import write_atomic
-from fastclap.models import wavlm
+from fastclap.models import audio_towers, wavlm
 from fastclap.models.tokenizer import Tokenizer, train_tokenizer
 from fastclap.train.config import LossConfig
 from fastclap.train.objective import Objective
@@ -297,7 +297,7 @@ def _padded(encode: Callable[..., Tensor], token_counts: object = None, **inputs
 def _without_triton() -> Iterator[None]:
     """The torch engines of the towers' operators."""
     with contextlib.ExitStack() as stack:
-        for module in (wavlm, towers):
+        for module in (wavlm, audio_towers):
             for name in ("gated_toeplitz_attention", "layer_norm_gelu", "normalize_waveform"):
                 if hasattr(module, name):
                     plain = functools.partial(getattr(module, name), backend="torch")
