@@ -30,8 +30,8 @@ from torch import Tensor
 from fastclap.console import Advance
 from fastclap.data import BadClip, Manifest, Row, load_manifest
 from fastclap.data.shards import is_pack
-from fastclap.errors import ConfigError, DataError
-from fastclap.evaluation.embedding import check_finite, embed_clips
+from fastclap.errors import ConfigError, DataError, ModelError
+from fastclap.evaluation.embedding import embed_clips
 from fastclap.files import fsync, locked, replacing, write_atomic
 from fastclap.models.encoder import DualEncoder
 
@@ -169,6 +169,20 @@ def _digest(*parts: Any) -> bytes:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # embedding
+
+
+def check_finite(vectors: Tensor, names: Sequence[str]) -> None:
+    """Check vectors [n, D] of clips or captions.
+
+    Raises:
+        ModelError: one is not finite; the first of `names` [n] where that is so is in the message.
+    """
+    finite = vectors.isfinite().all(dim=1).tolist()
+    if not all(finite):
+        raise ModelError(
+            f"the model gives NaN or infinity for {names[finite.index(False)]!r}: its weights are damaged or overflow "
+            "in this precision"
+        )
 
 
 def fingerprint(model: DualEncoder) -> str:

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastclap.apps.embed import clip_row, read_lines
+from fastclap.apps.embed import check_finite, clip_row, read_lines
 from fastclap.apps.scoring import normalized_weights, prompt_cosines
 from fastclap.console import Advance
 from fastclap.data import BadClip, Manifest
 from fastclap.data.manifest import read_records
 from fastclap.errors import MAX_LISTED, ConfigError, DataError, raise_data_errors
-from fastclap.evaluation.embedding import check_finite, embed_clips
+from fastclap.evaluation.embedding import embed_clips
 from fastclap.files import fsync
 from fastclap.models.encoder import DualEncoder
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastclap.apps.embed import clip_row
+from fastclap.apps.embed import check_finite, clip_row
 from fastclap.console import Advance
 from fastclap.data import BadClip, Manifest
 from fastclap.data.manifest import read_records
 from fastclap.errors import DataError, raise_data_errors
-from fastclap.evaluation.embedding import check_finite, embed_clips
+from fastclap.evaluation.embedding import embed_clips
 from fastclap.models.encoder import DualEncoder
 
 

@@ -45,9 +45,8 @@ def run(flags: Flags) -> int:
         raise ConfigError("give either a description or --audio FILE to search with")
     if flags.query is not None and not flags.query.strip():
         raise ConfigError("the description is blank")
-    from fastclap.apps.embed import fingerprint, load_index
+    from fastclap.apps.embed import check_finite, fingerprint, load_index
     from fastclap.apps.search import check_same_model, search
-    from fastclap.evaluation.embedding import check_finite
 
     (model,), loading = load_models(flags, [flags.model])
     start = time.perf_counter()

@@ -5,12 +5,11 @@ Clips are decoded, sorted and padded once, in threads one batch ahead of the mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from torch import Tensor
 
 from fastclap.data import BadClip, Manifest, eval_batches
-from fastclap.errors import ModelError
 from fastclap.models.encoder import DualEncoder
 
 
@@ -29,17 +28,3 @@ def embed_clips(
     batches = eval_batches(manifest, model.sampling_rate, batch_size, bad=bad, threads=threads)
     for rows, audio, lengths, _, _ in batches:
         yield rows, model.embed_batch(audio, lengths.tolist())
-
-
-def check_finite(vectors: Tensor, names: Sequence[str]) -> None:
-    """Check vectors [n, D] of clips or captions.
-
-    Raises:
-        ModelError: one is not finite; the first of `names` [n] where that is so is in the message.
-    """
-    finite = vectors.isfinite().all(dim=1).tolist()
-    if not all(finite):
-        raise ModelError(
-            f"the model gives NaN or infinity for {names[finite.index(False)]!r}: its weights are damaged or overflow "
-            "in this precision"
-        )
