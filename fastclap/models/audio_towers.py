@@ -27,7 +27,7 @@ from fastclap.kernels.waveform import normalize_waveform
 from fastclap.models import wavlm
 from fastclap.models.layers import Transformer, as_float, length_mask, masked_mean, prepare_waveform
 from fastclap.models.packing import Packing, longest_of
-from fastclap.models.pretrained import checkpoint_layers, complete_config, load_transformers, transformers_config
+from fastclap.models.pretrained import checkpoint_layers, complete_config, transformers_config, transformers_model
 
 
 class AudioTower(nn.Module):
@@ -266,7 +266,7 @@ class Wav2Vec2Tower(AudioTower):
         if getattr(model_config, "add_adapter", False):
             raise ConfigError("add_adapter changes the number of frames and is not supported; set it to false")
         self.hf_config = complete_config(model_config)
-        self.base = load_transformers(
+        self.base = transformers_model(
             AutoModel, AutoModel.from_config, model_config, pretrained, optional=("masked_spec_embed",)
         )
         self.width = model_config.hidden_size
@@ -279,9 +279,9 @@ class Wav2Vec2Tower(AudioTower):
         self.equal_lengths_only = (
             model_config.model_type not in self._PADDING_SAFE or model_config.feat_extract_norm == "group"
         )
-        # an implementation that was asked for is transformers' business
-        asked = {"attn_implementation", "_attn_implementation"} & set(config.hf_config or {})
-        wavlm.accelerate(self.base, encoder=not asked)
+        # attention of an implementation that the configuration names is left to transformers
+        named = {"attn_implementation", "_attn_implementation"} & set(config.hf_config or {})
+        wavlm.accelerate(self.base, encoder=not named)
         if config.layer_weights and model_config.layerdrop and not isinstance(self.base.encoder, wavlm.Encoder):
             raise ConfigError(
                 f"layer_weights needs the states of all layers, but {model_config.model_type} drops some in training; "
@@ -404,7 +404,7 @@ class WhisperTower(AudioTower):
 
         model_config, pretrained = transformers_config(config, WhisperConfig, load_pretrained)
         self.hf_config = complete_config(model_config)
-        module: Any = load_transformers(WhisperModel, WhisperEncoder, model_config, pretrained)
+        module: Any = transformers_model(WhisperModel, WhisperEncoder, model_config, pretrained)
         self.base = module.encoder if pretrained is not None else module
         self.width = model_config.d_model
         self.log_mel = LogMel("whisper", n_mels=model_config.num_mel_bins)
@@ -439,7 +439,7 @@ class ASTTower(AudioTower):
 
         model_config, pretrained = transformers_config(config, ASTConfig, load_pretrained)
         self.hf_config = complete_config(model_config)
-        self.base = load_transformers(ASTModel, ASTModel, model_config, pretrained)
+        self.base = transformers_model(ASTModel, ASTModel, model_config, pretrained)
         self.width = model_config.hidden_size
         self.log_mel = LogMel("ast", n_mels=model_config.num_mel_bins, num_frames=model_config.max_length)
 
@@ -470,7 +470,7 @@ class CLAPHTSATTower(AudioTower):
             raise ConfigError("fusion checkpoints take four spectrograms a clip; use an unfused CLAP-HTSAT")
         self.hf_config = complete_config(model_config)
         # the checkpoints hold the whole CLAP model, whose keys the projection class knows how to map
-        module: Any = load_transformers(ClapAudioModelWithProjection, ClapAudioModel, model_config, pretrained)
+        module: Any = transformers_model(ClapAudioModelWithProjection, ClapAudioModel, model_config, pretrained)
         self.base = module.audio_model if pretrained is not None else module
         self.width = self.base.audio_encoder.num_features
         self.log_mel = LogMel("clap", n_mels=model_config.num_mel_bins)

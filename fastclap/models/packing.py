@@ -139,7 +139,7 @@ def length_groups(lengths: Sequence[int], cost: int, most: int = 4) -> list[list
     return groups
 
 
-def is_sharded(module: nn.Module) -> bool:
+def has_sharded_parts(module: nn.Module) -> bool:
     """Whether FSDP2 gathers parts of the module over the ranks whenever they run."""
     if not (dist.is_available() and dist.is_initialized()):
         return False

@@ -50,7 +50,7 @@ def complete_config(model_config: Any) -> dict[str, Any]:
     return {key: value for key, value in whole.items() if key not in ("id2label", "label2id", "_name_or_path")}
 
 
-def load_transformers(
+def transformers_model(
     loader: Any,
     build: Any,
     model_config: Any,

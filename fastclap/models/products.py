@@ -25,11 +25,11 @@ def fast_products(device: torch.device) -> contextlib.AbstractContextManager[Any
 
     For inference alone: what is computed has no gradient. Products under autocast and of other types are left to torch.
     """
-    return _OneDNN() if device.type == "cpu" and _pays() else contextlib.nullcontext()
+    return _OneDNN() if device.type == "cpu" and _onednn_is_faster() else contextlib.nullcontext()
 
 
 @functools.cache
-def _pays() -> bool:
+def _onednn_is_faster() -> bool:
     """Whether torch multiplies with MKL on an AMD processor and has the operator, which is not a public one."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and _vendor() == "AuthenticAMD"):
         return False

@@ -17,8 +17,15 @@ from torch import Tensor, nn
 from fastclap.config import TextTowerConfig
 from fastclap.errors import ConfigError
 from fastclap.models.layers import Transformer, masked_mean
-from fastclap.models.packing import Packing, is_sharded, length_groups, longest_of, to_device, use_packed_attention
-from fastclap.models.pretrained import checkpoint_layers, complete_config, load_transformers, transformers_config
+from fastclap.models.packing import (
+    Packing,
+    has_sharded_parts,
+    length_groups,
+    longest_of,
+    to_device,
+    use_packed_attention,
+)
+from fastclap.models.pretrained import checkpoint_layers, complete_config, transformers_config, transformers_model
 
 
 class TextTower(nn.Module):
@@ -82,7 +89,7 @@ class TransformersTextTower(TextTower):
         model_config, pretrained = transformers_config(config, AutoConfig, load_pretrained)
         self.hf_config = complete_config(model_config)
         optional = () if config.pooling == "pooler" else ("pooler",)
-        module: Any = load_transformers(AutoModel, AutoModel.from_config, model_config, pretrained, optional)
+        module: Any = transformers_model(AutoModel, AutoModel.from_config, model_config, pretrained, optional)
         self.base = module.get_encoder() if getattr(model_config, "is_encoder_decoder", False) else module
         self.width = model_config.hidden_size
         self.vocab_size = model_config.vocab_size
@@ -100,18 +107,18 @@ class TransformersTextTower(TextTower):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int] | None = None) -> Tensor:
         if token_counts is None:
-            return self._padded(input_ids, attention_mask)
+            return self._encode_padded(input_ids, attention_mask)
         longest = longest_of("token_counts", token_counts, input_ids)
         input_ids, attention_mask = input_ids[:, :longest], attention_mask[:, :longest]
         if min(token_counts) == longest:
-            return self._padded(input_ids, attention_mask)
+            return self._encode_padded(input_ids, attention_mask)
         if self.packs:
-            return self._packed(input_ids, attention_mask, Packing(token_counts, input_ids.device))
-        if is_sharded(self):  # every rank must run each layer equally often, whatever its captions
-            return self._padded(input_ids, attention_mask)
-        return self._grouped(input_ids, attention_mask, token_counts)
+            return self._encode_packed(input_ids, attention_mask, Packing(token_counts, input_ids.device))
+        if has_sharded_parts(self):  # every rank must run each layer equally often, whatever its captions
+            return self._encode_padded(input_ids, attention_mask)
+        return self._encode_groups(input_ids, attention_mask, token_counts)
 
-    def _padded(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _encode_padded(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         # transformers takes a 4-d mask as it is; of a 2-d one it asks the device whether all tokens are valid
         mask = attention_mask.bool()[:, None, None] if self.packs else attention_mask
         output = self.base(input_ids=input_ids, attention_mask=mask)
@@ -119,7 +126,7 @@ class TransformersTextTower(TextTower):
             output.pooler_output if self.pooling == "pooler" else self._pool(output.last_hidden_state, attention_mask)
         )
 
-    def _packed(self, input_ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
+    def _encode_packed(self, input_ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
         ids = packing.pack(input_ids)[None]
         positions = packing.positions
         embeddings = self.base.embeddings
@@ -132,14 +139,14 @@ class TransformersTextTower(TextTower):
         x = packing.unpack(output.last_hidden_state[0])
         return self.base.pooler(x) if self.pooling == "pooler" else self._pool(x, attention_mask)
 
-    def _grouped(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int]) -> Tensor:
+    def _encode_groups(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int]) -> Tensor:
         groups = length_groups(token_counts, 1024 if input_ids.is_cuda else 16)
         order = torch.tensor(list(itertools.chain(*groups)))
         back, order = to_device(torch.stack([order.argsort(), order]), input_ids.device)
         parts = []
         for group, rows in zip(groups, order.split([len(group) for group in groups]), strict=True):
             longest = token_counts[group[-1]]
-            parts.append(self._padded(input_ids[rows, :longest], attention_mask[rows, :longest]))
+            parts.append(self._encode_padded(input_ids[rows, :longest], attention_mask[rows, :longest]))
         return torch.cat(parts)[back]
 
     def _pool(self, x: Tensor, attention_mask: Tensor) -> Tensor:

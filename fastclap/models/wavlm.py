@@ -124,7 +124,7 @@ class ConvolutionStack(nn.Module):
         Raises:
             ValueError: the waveform is too short for one frame.
         """
-        if not _gemms_pay(waveform, self.conv_layers):
+        if not _use_gemms(waveform, self.conv_layers):
             x = waveform[:, None]
             for layer in self.conv_layers:
                 x = layer(x)
@@ -133,8 +133,8 @@ class ConvolutionStack(nn.Module):
         frames = self._frames(samples)[-1]
         if frames < 1:
             raise ValueError(f"{samples} samples are too few for one frame of these convolutions; pad the waveform")
-        if waveform.device.type != "cpu" or torch.is_grad_enabled() or _norm_over_time(self.conv_layers):
-            return self._as_gemms(waveform).transpose(1, 2)
+        if waveform.device.type != "cpu" or torch.is_grad_enabled() or _normalizes_over_time(self.conv_layers):
+            return self._features_by_gemms(waveform).transpose(1, 2)
         # Without gradients a CPU takes some frames at a time, whose layers stay in its cache and in memory that is
         # already its own.
         hop, field = 1, 1
@@ -145,7 +145,7 @@ class ConvolutionStack(nn.Module):
         parts = []
         for begin in range(0, frames, at_once):
             last = min(begin + at_once, frames) - 1
-            parts.append(self._as_gemms(waveform[:, begin * hop : last * hop + field]))
+            parts.append(self._features_by_gemms(waveform[:, begin * hop : last * hop + field]))
         return torch.cat(parts, 1).transpose(1, 2)
 
     def _frames(self, samples: int) -> list[int]:
@@ -156,7 +156,7 @@ class ConvolutionStack(nn.Module):
             frames.append(samples)
         return frames
 
-    def _as_gemms(self, waveform: Tensor) -> Tensor:  # [B, frames, channels]
+    def _features_by_gemms(self, waveform: Tensor) -> Tensor:  # [B, frames, channels]
         batch, samples = waveform.shape
         frames = self._frames(samples)
         (kernel, stride), *following = self.shapes
@@ -181,14 +181,14 @@ class ConvolutionStack(nn.Module):
 FRAMES_AT_ONCE = 128  # of all clips of a batch together: 8,192 rows of the first layer, 16 MB
 
 
-def _norm_over_time(layers: Any) -> bool:
+def _normalizes_over_time(layers: Any) -> bool:
     """Whether a frame depends on more than its own samples."""
     return isinstance(getattr(layers[0], "layer_norm", None), nn.GroupNorm)
 
 
-def _gemms_pay(waveform: Tensor, layers: Any) -> bool:
+def _use_gemms(waveform: Tensor, layers: Any) -> bool:
     """Whether the layers run as GEMMs: not on a CPU with a GroupNorm, where the libraries' convolutions are faster."""
-    return waveform.device.type != "cpu" or not _norm_over_time(layers)
+    return waveform.device.type != "cpu" or not _normalizes_over_time(layers)
 
 
 def _norm_gelu(

@@ -1,6 +1,6 @@
-"""ParaSpeechCLAP's own code beside ours: it saves a random model, and both embed, retrieve and choose the best of N.
+"""ParaSpeechCLAP's own code next to ours: it saves a random model, and both embed, retrieve and choose the best of N.
 
-These tests run where FASTCLAP_REFERENCE names a checkout of it. Its ``scripts/best_of_n.py`` and its retrieval metrics
+These tests run where FASTCLAP_REFERENCE names a checkout of it. Its `scripts/best_of_n.py` and its retrieval metrics
 run as released, on files read by soundfile (torchaudio wants another package for that).
 """
 
@@ -66,7 +66,7 @@ def test_their_checkpoint_gives_their_results(
 
     torch.manual_seed(0)
     towers = SIZES[size]
-    # a head for every 64 channels, as in the published text tower: shapes do not tell
+    # a head for every 64 channels, as in the published text tower: no shape depends on it
     heads = {"num_attention_heads": towers.xlm_roberta["hidden_size"] // 64}
     towers = replace(towers, xlm_roberta={**towers.xlm_roberta, **heads})
     theirs: Any = Reference(reference, towers, torch.device("cpu")).model.eval()

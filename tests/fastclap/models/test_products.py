@@ -62,12 +62,12 @@ def test_what_is_no_float32_product_is_left_to_torch(monkeypatch: pytest.MonkeyP
 def test_the_processor_decides(vendor: str, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_vendor", lambda: vendor)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    products._pays.cache_clear()
+    products._onednn_is_faster.cache_clear()
     try:
         assert isinstance(products.fast_products(CPU), products._OneDNN) == taken
         assert not isinstance(products.fast_products(torch.device("meta")), products._OneDNN)
     finally:
-        products._pays.cache_clear()
+        products._onednn_is_faster.cache_clear()
 
 
 def test_a_torch_without_the_operator_multiplies_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,8 +76,8 @@ def test_a_torch_without_the_operator_multiplies_as_before(monkeypatch: pytest.M
 
     monkeypatch.setattr(products, "_vendor", lambda: "AuthenticAMD")
     monkeypatch.setattr(products, "_linear", missing)
-    products._pays.cache_clear()
+    products._onednn_is_faster.cache_clear()
     try:
         assert not isinstance(products.fast_products(CPU), products._OneDNN)
     finally:
-        products._pays.cache_clear()
+        products._onednn_is_faster.cache_clear()

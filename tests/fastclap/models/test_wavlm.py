@@ -51,7 +51,7 @@ CLIPS = {"one frame": [400], "padded": [19999, 19400, 400, 9555], "equal": [5003
 @pytest.fixture(autouse=True)
 def gemms(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic under test, also where a CPU would take its library's convolutions."""
-    monkeypatch.setattr(wavlm, "_gemms_pay", lambda waveform, layers: True)
+    monkeypatch.setattr(wavlm, "_use_gemms", lambda waveform, layers: True)
 
 
 def test_library_convolutions_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_library_convolutions_are_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     waveform = torch.randn(2, 4000)
     gemms = fast.feature_extractor(waveform)
     monkeypatch.undo()
-    assert not wavlm._gemms_pay(waveform, fast.feature_extractor.conv_layers)
+    assert not wavlm._use_gemms(waveform, fast.feature_extractor.conv_layers)
     assert_close_rel("features", fast.feature_extractor(waveform), gemms, 1e-5)
 
 
