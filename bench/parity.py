@@ -44,17 +44,14 @@ from bench.reference_step import (
 )
 from bench.run import SIZES, Size
 from bench.tables import markdown
-from fastclap import CLAP
 from fastclap.data import Batch, BatchSampler, ClipDataset, Manifest, load_manifest
 from fastclap.files import write_atomic
 from fastclap.kernels.waveform import normalize_waveform_reference
 from fastclap.models import audio_towers, text_towers
 from fastclap.models.tokenizer import train_tokenizer
 from fastclap.testing import relative_error
-from fastclap.train.config import LossConfig, OptimizerConfig
-from fastclap.train.distributed import Gradients, World
-from fastclap.train.objective import Objective
-from fastclap.train.setup import build_optimizer
+from fastclap.train.config import TrainConfig
+from fastclap.train.step import Step
 
 CAPTIONS = [
     f"A {age} {who} speaks in {tone} voice, {how}."
@@ -63,43 +60,6 @@ CAPTIONS = [
     for tone in ("a calm", "an angry", "a whispering", "a sad", "a cheerful")
     for how in ("slowly", "loudly", "with a lisp", "in a large room", "barely audible", "at normal volume")
 ]
-
-
-class OurStep:
-    """The step of the training loop (`fastclap.train.loop`) in one process, on a model of its own.
-
-    Args:
-        model: in training mode, on its device.
-        loss, optimizer: their configurations.
-        chunk_size: of the gradient cache, 0 for none.
-        bf16: run the towers under bf16 autocast.
-    """
-
-    def __init__(
-        self, model: CLAP, loss: LossConfig, optimizer: OptimizerConfig, *, chunk_size: int = 0, bf16: bool = False
-    ) -> None:
-        self.model, self.config = model, optimizer
-        world = World(0, 1, model.device, None)
-        self.objective = Objective(model, loss, chunk_size, torch.bfloat16 if bf16 else None, world)
-        self.optimizer = build_optimizer(model, optimizer)
-        self.gradients = Gradients([p for group in self.optimizer.param_groups for p in group["params"]], world)
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """Takes a step on a batch on the model's device. Returns the loss, still there."""
-        loss = self.objective(batch)
-        self.update(loss)
-        return loss
-
-    def update(self, loss: Tensor) -> None:
-        """The optimizer's part, with the gradients as they are."""
-        flags, norm = self.gradients.finish((~loss.isfinite()).float().reshape(1))
-        if self.config.clip_norm:
-            self.gradients.clip_(norm, self.config.clip_norm)
-        skip = (flags[0] > 0) | ~norm.isfinite()
-        setattr(self.optimizer, "found_inf", skip.float())  # noqa: B010 - as in the loop
-        self.optimizer.step()
-        self.gradients.clear()
-        self.model.clamp_logit_scale_()
 
 
 def synthetic_batch(
@@ -168,7 +128,8 @@ def step_parity(
     model = build_ours(size, train_tokenizer(CAPTIONS, 1000), head_dropout=0.0)
     model.load_state_dict(reference.model.state_dict())
     reference.model.to(dtype)
-    ours = OurStep(model.to(dtype), parity_loss(), parity_optimizer(learning_rate))
+    config = TrainConfig(loss=parity_loss(), optimizer=parity_optimizer(learning_rate))
+    ours = Step(model.to(dtype), config)
     start = {name: p.detach().clone() for name, p in reference.model.named_parameters()}
     gradients: dict[str, Tensor] = {}
     ours.optimizer.register_step_pre_hook(lambda *_: gradients.update(_gradients(model)))
@@ -177,7 +138,7 @@ def step_parity(
         batch = synthetic_batch(rows, seconds, seed=step)
         theirs = reference.step(collated(batch, model.tokenize(batch.captions), dtype))
         with _double_precision_towers() if dtype == torch.float64 else contextlib.nullcontext():
-            loss = ours(batch).item()
+            loss = ours([batch]).loss.item()
         expected, weights = dict(reference.model.named_parameters()), dict(model.named_parameters())
         # the reference clears gradients before the next backward pass, so they are still there
         expected_gradients = _gradients(reference.model)
@@ -246,7 +207,7 @@ def learning_curves(checkout: Path, manifest: Manifest, settings: Learning, size
         reference = Reference(checkout, size, torch.device("cpu"), learning_rate=settings.learning_rate, **options)
         model = build_ours(size, tokenizer, **options)
         model.load_state_dict(reference.model.state_dict())
-        ours = OurStep(model, parity_loss(), parity_optimizer(settings.learning_rate))
+        ours = Step(model, TrainConfig(loss=parity_loss(), optimizer=parity_optimizer(settings.learning_rate)))
         sampler = BatchSampler(manifest, settings.batch_size, seed=seed, max_seconds=settings.crop_seconds)
         dataset = ClipDataset(
             manifest, crop_seconds=settings.crop_seconds, seed=seed, file_statistics=True, cache_mb=1000
@@ -258,7 +219,7 @@ def learning_curves(checkout: Path, manifest: Manifest, settings: Learning, size
             _seed_all(2 * (seed * settings.steps + step))
             curves["reference"][-1].append(reference.step(collated(batch, model.tokenize(batch.captions))))
             _seed_all(2 * (seed * settings.steps + step) + 1)
-            curves["fastclap"][-1].append(ours(batch).item())
+            curves["fastclap"][-1].append(ours([batch]).loss.item())
         print(f"seed {seed}: " + ", ".join(f"{name} {curve[-1][-1]:.3f}" for name, curve in curves.items()), flush=True)
     return curves
 

@@ -44,8 +44,16 @@ from torch import Tensor
 import fastclap
 from bench import model_flops, peers, timing
 from bench.compare import matmul_rate
-from bench.parity import CAPTIONS, OurStep, parity_loss, parity_optimizer, synthetic_batch
-from bench.reference_step import Reference, build_ours, collated, commit_of, without_packages
+from bench.parity import CAPTIONS, synthetic_batch
+from bench.reference_step import (
+    Reference,
+    build_ours,
+    collated,
+    commit_of,
+    parity_loss,
+    parity_optimizer,
+    without_packages,
+)
 from bench.run import SIZES, Entry, Record, Run, Settings, Size, significant
 from bench.steady import Steady
 from bench.tables import markdown
@@ -56,8 +64,8 @@ from fastclap.errors import ConfigError, DataError
 from fastclap.files import write_atomic
 from fastclap.models import audio_towers, wavlm
 from fastclap.models.tokenizer import Tokenizer, train_tokenizer
-from fastclap.train.config import LossConfig
-from fastclap.train.objective import Objective
+from fastclap.train.config import LossConfig, TrainConfig
+from fastclap.train.step import Objective, Step, build_optimizer
 
 AUDIO_FILES = (".wav", ".flac", ".ogg", ".mp3")
 PRODUCT = 1024  # rows of the product whose rate a CPU's utilisation is a share of
@@ -170,7 +178,7 @@ class Forms:
 
     @functools.cached_property
     def optimizer(self) -> torch.optim.AdamW:
-        return OurStep(self.plain, parity_loss(), parity_optimizer()).optimizer
+        return build_optimizer(self.plain, parity_optimizer())
 
     def ours(
         self,
@@ -209,20 +217,27 @@ class Forms:
         if compiled:
             for tower in (model.audio_branch, model.text_branch):
                 tower.prepare_training(compile=True)
-        step = OurStep(model, LossConfig() if fused else parity_loss(), parity_optimizer(), chunk_size=chunk, bf16=bf16)
+        config = TrainConfig(
+            loss=LossConfig() if fused else parity_loss(),
+            optimizer=parity_optimizer(),
+            chunk_size=chunk,
+            precision="bf16" if bf16 else "fp32",
+        )
+        step = Step(model, config)
         step.optimizer = self.optimizer
+        objective: Any = step.objective
         if not packed:
-            step.objective._encode_text = functools.partial(_padded, step.objective._encode_text)  # type: ignore[method-assign]
+            objective.encode_text = functools.partial(_padded, objective.encode_text)
         if not fused:
-            step.objective._loss = functools.partial(_materialised, step.objective)  # type: ignore[method-assign]
+            objective.loss = functools.partial(_materialised, objective)
 
         def call(batch: HostBatch) -> Any:
             chosen = batch.batch if once else batch.every_caption
             with contextlib.nullcontext() if triton else _without_triton():
-                loss = step(chosen.to(self.device, non_blocking=True))
+                loss = step([chosen.to(self.device, non_blocking=True)]).loss
             return loss.item() if host_syncs else loss
 
-        call.objective = step.objective  # type: ignore[attr-defined]  # for the chunk sizes that memory allowed
+        call.objective = objective  # type: ignore[attr-defined]  # for the chunk sizes that memory allowed
         return call
 
     def of_reference(self) -> list[Form]:
@@ -282,10 +297,10 @@ class Forms:
         return lambda batch: reference.step(batch.reference, statistics=False, autocast=torch.bfloat16)
 
 
-def _materialised(objective: Objective, audio: Tensor, unique_text: Tensor) -> Tensor:
+def _materialised(objective: Objective, audio: Tensor, distinct_text: Tensor) -> Tensor:
     """In place of the objective's loss: the same with the matrix of logits, row i's positive being column i."""
-    batch = objective._batch
-    return batch.weight * peers.materialised(audio, unique_text[batch.rows], objective.model.logit_scale)
+    targets = objective.targets
+    return targets.weight * peers.materialised(audio, distinct_text[targets.text_rows], objective.model.logit_scale)
 
 
 def _padded(encode: Callable[..., Tensor], token_counts: object = None, **inputs: Tensor) -> Tensor:
@@ -429,10 +444,10 @@ class OpenClipPair:
         return OpenClip(self.checkout, self.name, self.device, self.tiny_text)
 
     @functools.cached_property
-    def ours(self) -> OurStep:
+    def ours(self) -> Step:
         config = log_mel_config(self.theirs.audio_parameters, self.theirs.text_config, self.theirs.dim)
         model = CLAP(config, self.tokenizer).to(self.device)
-        return OurStep(model, LossConfig(), parity_optimizer(), bf16=self.autocast is not None)
+        return Step(model, TrainConfig(optimizer=parity_optimizer()))
 
     @property
     def audio_parameters(self) -> tuple[int, int]:
@@ -443,7 +458,7 @@ class OpenClipPair:
         return functools.partial(self.theirs.step, autocast=self.autocast)
 
     def our_step(self) -> Callable[[Any], Tensor]:
-        return lambda batch: self.ours(batch.to(self.device, non_blocking=True))
+        return lambda batch: self.ours([batch.to(self.device, non_blocking=True)]).loss
 
     def their_batch(self, rows: int, seconds: float) -> dict[str, Any]:
         return self.theirs.batch(synthetic_batch(rows, seconds, 0, least=1.0, rate=48000).audio / 32768)

@@ -1,7 +1,7 @@
-"""``fastclap-train RECIPE --flag value ...``: the only file of the training package that reads arguments.
+"""`fastclap-train RECIPE --flag value ...`: the only file of the training package that reads arguments.
 
-torch is imported after the arguments have been understood, so that ``--help`` and mistyped flags answer at once. tyro
-reads the flags; a recipe with nothing but configuration files goes without it.
+torch is imported after the arguments have been understood, so that `--help` and mistyped flags are answered at once.
+tyro reads the flags; a recipe with nothing but configuration files does without it.
 """
 
 from __future__ import annotations
@@ -96,10 +96,10 @@ def parse(arguments: Sequence[str]) -> object:
 
 
 def average(arguments: Sequence[str]) -> None:
-    """``fastclap-train average RUN --last N``: prints the model's folder and the steps that went into it, as JSON."""
+    """`fastclap-train average RUN --last N`: prints the model's folder and the steps that went into it, as JSON."""
     parser = argparse.ArgumentParser(
         prog="fastclap-train average",
-        description="Write a model whose weights are the mean of those of a run's last checkpoints, as CLSP's.",
+        description="Write a model whose weights are the mean of those of a run's last checkpoints, as CLSP does.",
         epilog="example: fastclap-train average runs/clsp-stage2 --last 5 --out runs/clsp-stage2/averaged",
     )
     parser.add_argument("run", help="run folder; it has as many checkpoints as --keep of the training says")

@@ -1,7 +1,7 @@
 """What a training run is made of, as plain dataclasses.
 
-Every field is a flag of ``fastclap-train`` and a key of its YAML/TOML files; the docstring under a field is its help.
-Nothing here imports torch, so that ``--help`` answers at once.
+Every field is a flag of `fastclap-train` and a key of its YAML/TOML files; the docstring under a field is its help.
+Nothing here imports torch, so that `--help` is answered at once.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class LossConfig:
     teacher_temperature: float | None = None
     """Temperature of the teacher's softmax, which multiplies its cosines by 1/temperature (unset: its own scale)."""
     tag_weight: float = 0.0
-    """Weight of the multi-label tag loss beside the contrastive one (ParaSpeechCLAP Intrinsic: 1; 0: none)."""
+    """Weight of the multi-label tag loss, added to the contrastive one (ParaSpeechCLAP Intrinsic: 1; 0: none)."""
     tag_prompts: str | None = None
     """JSON file of synonym prompts, {"tag": ["prompt", ...]}: each step draws one for each tag. Tags that it lacks get
     "A person is speaking in a {} style."."""
@@ -197,26 +197,18 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def check(self) -> None:
-        """Raise ConfigError on the first impossible combination, naming the flag."""
+    def check(self, processes: int = 1) -> None:
+        """Raise ConfigError on the first impossible combination, naming the flag.
+
+        Args:
+            processes: that the batch is shared by.
+        """
+        data, loss, optimizer = self.data, self.loss, self.optimizer
+        teacher, fine = loss.teacher, data.fine_characters
         rules = [
-            (
-                bool(self.data.train) or self.data.demo_clips > 0,
-                "--data.train is empty: name at least one training manifest",
-            ),
+            (bool(data.train) or data.demo_clips > 0, "--data.train is empty: name at least one training manifest"),
             (self.steps >= 1, f"--steps is {self.steps}; it must be at least 1"),
-            (
-                self.data.fine_characters is None
-                or (
-                    len(self.data.fine_characters) == 2 and self.data.fine_characters[0] <= self.data.fine_characters[1]
-                ),
-                f"--data.fine-characters is {self.data.fine_characters}; give the shortest and the longest length",
-            ),
             (self.epochs >= 0, f"--epochs is {self.epochs}; it must not be negative"),
-            (
-                self.optimizer.tower_lr_scale >= 0,
-                f"--optimizer.tower-lr-scale is {self.optimizer.tower_lr_scale}; it must not be negative",
-            ),
             (self.batch_size >= 2, f"--batch-size is {self.batch_size}; a contrastive loss needs at least 2 pairs"),
             (
                 self.chunk_size == "auto" or self.chunk_size >= 0,
@@ -227,49 +219,61 @@ class TrainConfig:
             (self.save_every >= 1, f"--save-every is {self.save_every}; it must be at least 1"),
             (self.keep >= 1, f"--keep is {self.keep}; at least one checkpoint has to stay"),
             (self.max_bad_steps >= 1, f"--max-bad-steps is {self.max_bad_steps}; it must be at least 1"),
-            (self.data.crop_seconds > 0, f"--data.crop-seconds is {self.data.crop_seconds}; it must be positive"),
             (
-                self.data.batch_seconds is None or self.data.bucket_by_length,
+                fine is None or (len(fine) == 2 and fine[0] <= fine[1]),
+                f"--data.fine-characters is {fine}; give the shortest and the longest length",
+            ),
+            (data.crop_seconds > 0, f"--data.crop-seconds is {data.crop_seconds}; it must be positive"),
+            (
+                data.batch_seconds is None or data.bucket_by_length,
                 "--data.batch-seconds needs --data.bucket-by-length",
             ),
             (
-                0 <= self.data.max_bad_share <= 1,
-                f"--data.max-bad-share is {self.data.max_bad_share}; it is a share between 0 and 1",
+                0 <= data.max_bad_share <= 1,
+                f"--data.max-bad-share is {data.max_bad_share}; it is a share between 0 and 1",
             ),
             (
-                0 <= self.optimizer.ema_decay < 1,
-                f"--optimizer.ema-decay is {self.optimizer.ema_decay}; it must lie in [0, 1)",
-            ),
-            (
-                self.loss.kind == "info_nce" or self.loss.label_smoothing == 0,
-                "--loss.label-smoothing belongs to info_nce; the sigmoid loss has none",
-            ),
-            (
-                self.data.tag_column is not None or (self.data.balance == "none" and self.loss.tag_weight == 0),
+                data.tag_column is not None or (data.balance == "none" and loss.tag_weight == 0),
                 "--data.balance and --loss.tag-weight need --data.tag-column, such as intrinsic_tags",
             ),
             (
-                self.loss.teacher is None or self.loss.kind == "info_nce",
+                optimizer.tower_lr_scale >= 0,
+                f"--optimizer.tower-lr-scale is {optimizer.tower_lr_scale}; it must not be negative",
+            ),
+            (
+                0 <= optimizer.ema_decay < 1,
+                f"--optimizer.ema-decay is {optimizer.ema_decay}; it must lie in [0, 1)",
+            ),
+            (
+                loss.kind == "info_nce" or loss.label_smoothing == 0,
+                "--loss.label-smoothing belongs to info_nce; the sigmoid loss has none",
+            ),
+            (loss.tag_weight >= 0, f"--loss.tag-weight is {loss.tag_weight}; it must not be negative"),
+            (
+                teacher is None or loss.kind == "info_nce",
                 "--loss.teacher belongs to info_nce; the sigmoid loss has no distribution to learn from",
             ),
             (
-                self.loss.teacher != "init" or self.init_from is not None,
+                teacher != "init" or self.init_from is not None,
                 "--loss.teacher init is the model that training starts from: name it with --init-from",
             ),
             (
-                self.loss.teacher != "ema" or (self.optimizer.ema_decay > 0 and not self.shard),
+                teacher != "ema" or (optimizer.ema_decay > 0 and not self.shard),
                 "--loss.teacher ema is the moving average of whole weights: it needs --optimizer.ema-decay, such as "
                 "0.999, and no --shard",
             ),
             (
-                0 <= self.loss.teacher_weight <= 1,
-                f"--loss.teacher-weight is {self.loss.teacher_weight}; it is a share between 0 and 1",
+                0 <= loss.teacher_weight <= 1,
+                f"--loss.teacher-weight is {loss.teacher_weight}; it is a share between 0 and 1",
             ),
             (
-                self.loss.teacher_temperature is None or self.loss.teacher_temperature > 0,
-                f"--loss.teacher-temperature is {self.loss.teacher_temperature}; it must be positive",
+                loss.teacher_temperature is None or loss.teacher_temperature > 0,
+                f"--loss.teacher-temperature is {loss.teacher_temperature}; it must be positive",
             ),
-            (self.loss.tag_weight >= 0, f"--loss.tag-weight is {self.loss.tag_weight}; it must not be negative"),
+            (
+                self.batch_size % processes == 0,
+                f"--batch-size {self.batch_size} cannot be shared equally by {processes} processes",
+            ),
         ]
         for holds, message in rules:
             if not holds:
@@ -306,7 +310,7 @@ def load_config(path: str | Path, defaults: TrainConfig) -> TrainConfig:
 
 
 def _overlay(base: Any, values: Any) -> Any:
-    """Plain data of ``base`` with ``values`` in place of its fields; a free-form mapping is replaced as a whole."""
+    """Plain data of `base` with `values` in place of its fields; a free-form mapping is replaced as a whole."""
     if not (is_dataclass(base) and isinstance(values, dict)):
         return values
     known = {member.name: getattr(base, member.name) for member in fields(base)}
@@ -315,7 +319,7 @@ def _overlay(base: Any, values: Any) -> Any:
 
 
 def _yaml_loader() -> Any:
-    """PyYAML's safe loader with YAML 1.2 floats: the 1.1 rules read ``1e-4`` as a string."""
+    """PyYAML's safe loader with YAML 1.2 floats: the 1.1 rules read `1e-4` as a string."""
     import re
 
     import yaml

@@ -1,9 +1,9 @@
 """One process or many: the same loop, with gradients averaged while the backward pass still runs.
 
 The loop does not wrap the model in DistributedDataParallel. With gradient caching most backward passes must not
-communicate at all, and the step needs more numbers agreed across ranks (is every loss finite, does someone want to
-stop, the norm of sharded gradients); `Gradients` does all of it. Buckets and their order are fixed, so the order of
-summation is too, which keeps resumed runs bit-identical.
+communicate at all, and the step needs more numbers agreed across ranks (whether every loss is finite, whether a rank
+wants to stop, the norm of sharded gradients); `Gradients` does all of it. Buckets and their order are fixed, so the
+order of summation is too, which keeps resumed runs bit-identical.
 
 Towers that do not fit into one device can be sharded (FSDP2): each rank then holds one part of their weights, gradients
 and optimizer state. Everything else is replicated as before.
@@ -12,7 +12,7 @@ and optimizer state. Everything else is replicated as before.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -114,7 +114,7 @@ class _Bucket:
 
 
 class Gradients:
-    """The gradients of a step: averaged over the ranks, measured, clipped, cleared.
+    """The gradients of a step: averaged over the ranks, measured, clipped and cleared.
 
     In several processes the gradients live in a few flat buffers, and each buffer's all-reduce starts as soon as the
     backward pass has filled it. Inside `held()` nothing is sent: gradients of several backward passes add up, and the
@@ -124,7 +124,7 @@ class Gradients:
         parameters: every parameter under training, in the same order on each rank. A parameter that took no part on
             this rank counts as a zero gradient, and receives the average all the same.
         world: this process.
-        sharded: modules under `shard`, to be told when not to communicate.
+        sharded: modules under `shard`, which communicate by themselves unless gradients are held.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], world: World, sharded: Iterable[Any] = ()) -> None:
@@ -147,24 +147,28 @@ class Gradients:
         for bucket in self._buckets:
             for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
                 parameter.grad = view
-                parameter.register_post_accumulate_grad_hook(self._noted_in(bucket))
+                parameter.register_post_accumulate_grad_hook(self._accumulation_hook(bucket))
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Backward passes inside the block add to the gradients without sending them."""
         self._held += 1
-        self._tell_sharded(False)
+        self._set_sharded_sync(False)
         try:
             yield
         finally:
             self._held -= 1
-            self._tell_sharded(not self._held)
+            self._set_sharded_sync(not self._held)
 
-    def finish(self, flags: Tensor) -> tuple[Tensor, Tensor]:
-        """Complete the averages. Returns (flags summed over the ranks, norm of all gradients), on the device.
+    def finish(
+        self,
+        flags: Tensor,  # float32 [flags]
+        clip_norm: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Complete the averages, then scale all gradients so that their norm is at most `clip_norm` (0: as it is).
 
-        Args:
-            flags: float32 vector on the training device, summed across ranks.
+        Returns:
+            The flags summed over the ranks, and the norm of all gradients before clipping, both on the device.
         """
         while self._next < len(self._buckets):
             self._send_next()
@@ -178,16 +182,14 @@ class Gradients:
         if self._world.group is not None:
             sums = torch.cat([flags, _square_sum(shards, flags.device).reshape(1)])
             dist.all_reduce(sums, group=self._world.group)
-            flags, of_shards = sums[:-1], sums[-1]
+            flags, shard_sum = sums[:-1], sums[-1]
         else:
-            of_shards = torch.zeros((), device=flags.device)
-        return flags, (_square_sum(whole, flags.device) + of_shards).sqrt()
-
-    def clip_(self, norm: Tensor, largest: float) -> None:
-        """Scale all gradients so that their norm is at most ``largest``."""
+            shard_sum = torch.zeros((), device=flags.device)
+        norm = (_square_sum(whole, flags.device) + shard_sum).sqrt()
         gradients = [local(p.grad) for p in self._parameters if p.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
+        if clip_norm and gradients:
+            torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        return flags, norm
 
     def clear(self) -> None:
         """Forget the gradients of the step."""
@@ -199,15 +201,15 @@ class Gradients:
             if not self._buckets or is_sharded(parameter):
                 parameter.grad = None
 
-    def _noted_in(self, bucket: _Bucket) -> Any:
-        def note(parameter: nn.Parameter) -> None:
+    def _accumulation_hook(self, bucket: _Bucket) -> Callable[[nn.Parameter], None]:
+        def note_gradient(parameter: nn.Parameter) -> None:
             if self._held:
                 return
             bucket.waiting -= 1
             while self._next < len(self._buckets) and not self._buckets[self._next].waiting:
                 self._send_next()
 
-        return note
+        return note_gradient
 
     def _send_next(self) -> None:
         bucket = self._buckets[self._next]
@@ -220,7 +222,7 @@ class Gradients:
         bucket.work = dist.all_reduce(bucket.flat, group=self._world.group, async_op=True)
         self._next += 1
 
-    def _tell_sharded(self, send: bool) -> None:
+    def _set_sharded_sync(self, send: bool) -> None:
         for module in self._sharded:
             module.set_requires_gradient_sync(send)
 
@@ -232,7 +234,10 @@ def _square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:
 
 
 def shard(towers: Iterable[nn.Module], world: World) -> list[Any]:
-    """Split the parameters of each tower over the ranks (FSDP2): layer by layer, then what is left. Returns them.
+    """Split the parameters of each tower over the ranks (FSDP2): layer by layer, then what is left.
+
+    Returns:
+        The towers as FSDP modules.
 
     Raises:
         ConfigError: there is only one process.
@@ -270,7 +275,7 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def placed_like(model: Tensor, value: Tensor) -> Tensor:
-    """``value``, whole and the same on every rank, as a tensor that is placed and sharded as ``model`` is."""
+    """`value`, whole and the same on every rank, as a tensor that is placed and sharded as `model` is."""
     value = value.to(model.device)
     if isinstance(model, DTensor) and value.shape == model.shape:
         return distribute_tensor(value, model.device_mesh, model.placements, src_data_rank=None)

@@ -1,6 +1,6 @@
-"""Where a run's numbers go: ``metrics.jsonl``, one console line a log step, a progress bar on a terminal, trackers.
+"""Where a run's numbers go: from sums on the device to `metrics.jsonl`, the console, a progress bar and trackers.
 
-``metrics.jsonl`` is the record. Each line is one JSON object; wall-clock figures sit under its ``time`` key and nothing
+`metrics.jsonl` is the record. Each line is one JSON object; wall-clock figures sit under its `time` key and nothing
 else does, so two runs of the same training differ in that key only.
 """
 
@@ -8,47 +8,103 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
-from fastclap.errors import ConfigError
+import torch
+import yaml
+from torch import Tensor
+
+import fastclap
+from fastclap.errors import ConfigError, TrainingError
 from fastclap.files import write_atomic
+from fastclap.train.config import TrainConfig
+from fastclap.train.distributed import World
+from fastclap.train.meter import Meter
+from fastclap.train.step import StepResult
 
 
 class Journal:
-    """Open on the main rank only. On a resumed run, lines after ``start_step`` are cut: they will be written again."""
+    """The numbers of a run. Every rank counts its steps; the main one writes.
 
-    def __init__(
-        self,
-        run_dir: Path,
-        start_step: int,
-        total_steps: int,
-        *,
-        tensorboard: bool,
-        wandb: bool,
-        config: dict[str, Any],
-    ) -> None:
-        self.path = run_dir / "metrics.jsonl"
-        _truncate(self.path, start_step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
-        self._progress = _progress_bar(start_step, total_steps)
-        self._tensorboard = _open_tensorboard(run_dir) if tensorboard else None
-        self._wandb = _open_wandb(run_dir, config) if wandb else None
+    It also writes `config.yaml` (resolved; usable as --config) and `environment.json`. On a resumed run, lines of
+    `metrics.jsonl` after the step to continue from are cut: they will be written again.
+
+    Args:
+        config: of the run.
+        world: this process.
+        meter: whose figures the lines of the log end with.
+        state: of the checkpoint that the run continues from.
+    """
+
+    def __init__(self, config: TrainConfig, world: World, meter: Meter, state: dict[str, Any] | None) -> None:
+        self.totals = Totals(world.device, state["totals"] if state else None)
+        self._config, self._meter = config, meter
+        self._pending: LogStep | None = None
+        self._file = self._progress = self._tensorboard = self._wandb = None
+        if not world.is_main:
+            return
+        run_dir, start_step = Path(config.run_dir), int(state["step"]) if state else 0
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomic(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
+        write_atomic(run_dir / "environment.json", json.dumps(environment(world), indent=1).encode())
+        path = run_dir / "metrics.jsonl"
+        _truncate(path, start_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        self._progress = _progress_bar(start_step, config.steps)
+        self._tensorboard = _open_tensorboard(run_dir) if config.tensorboard else None
+        self._wandb = _open_wandb(run_dir, config.to_dict()) if config.wandb else None
+
+    def count(self, step: int, result: StepResult) -> None:
+        """Count a step."""
+        self.totals.add(result.loss, result.norm, result.skipped)
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step)
+
+    def end_interval(self, step: int, result: StepResult, logit_scale: Tensor) -> None:
+        """Send the figures of the log interval that ends with this step on their way off the device."""
+        self._pending = LogStep(step, result.epoch, result.learning_rate, self.totals.harvest(logit_scale))
+        self._meter.mark()
+
+    def report(self) -> None:
+        """Write the line of the last log interval, if it is still to be written.
+
+        Raises:
+            TrainingError: too many steps in a row were not finite; on every rank alike.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        figures = Totals.figures(pending.totals)
+        if figures.pop("worst_run") >= self._config.max_bad_steps:
+            raise TrainingError(
+                f"step {pending.step}: {self._config.max_bad_steps} steps in a row had a non-finite loss or gradient. "
+                "The weights are those before them; look at the last batches, or lower --optimizer.learning-rate"
+            )
+        if self._file is not None:
+            lap = self._meter.lap()
+            head = {"step": pending.step, "epoch": pending.epoch, "learning_rate": pending.learning_rate}
+            record = {"kind": "train", **head, **figures}
+            self._write({**record, "time": lap}, train_line(record, lap, self._config))
+
+    def write_validation(self, step: int, figures: dict[str, Any]) -> None:
+        """Write the figures of a validation."""
+        self._write({"kind": "valid", "step": step, **figures}, valid_line(step, figures))
 
     def say(self, message: str) -> None:
         """One line for the person who watches."""
         if self._progress is not None:
             self._progress.console.print(message, highlight=False, markup=False)
-        else:
+        elif self._file is not None:
             print(message, flush=True)
 
-    def advance(self, step: int) -> None:
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=step)
-
-    def write(self, record: dict[str, Any], line: str) -> None:
-        """Append a record to ``metrics.jsonl`` and the trackers, and show ``line``."""
+    def _write(self, record: dict[str, Any], line: str) -> None:
+        """Append a record to `metrics.jsonl` and the trackers, and show `line`."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         self.say(line)
@@ -59,20 +115,145 @@ class Journal:
         if self._wandb is not None:
             self._wandb.log(values, step=record["step"])
 
-    def sync(self) -> None:
-        """Force what was written onto the disk (before a checkpoint that refers to it)."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def state(self) -> dict[str, float]:
+        """The sums, for a checkpoint; the record that it continues is forced onto the disk first."""
+        if self._file is not None:
+            self._sync(self._file)
+        return self.totals.state()
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
+        """Close every file, and leave the terminal as it was."""
+        if self._file is not None:
+            self._sync(self._file)
+            self._file.close()
         if self._progress is not None:
             self._progress.stop()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    @staticmethod
+    def _sync(file: TextIO) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from the device to the host
+
+
+class HostCopy:
+    """A tensor on its way from the device to the host; reading it waits for no later work."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = tensor.detach()
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor.detach(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> Tensor:
+        """The tensor on the host, once it is there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
+class LogStep(NamedTuple):
+    """A step whose line of the log is still to be written."""
+
+    step: int
+    epoch: int
+    learning_rate: float
+    totals: HostCopy
+
+
+class Totals:
+    """Sums of a log interval, kept on the device: loss and gradient norm of the steps taken, and the steps skipped."""
+
+    _NAMES = ("loss", "grad_norm", "taken", "skipped", "skipped_in_all", "run", "worst_run")
+
+    def __init__(self, device: torch.device, saved: dict[str, float] | None) -> None:
+        start = [(saved or {}).get(name, 0.0) for name in self._NAMES]
+        self._sums = torch.tensor(start, dtype=torch.float64, device=device)
+        self._kept = torch.tensor([name in ("skipped_in_all", "run") for name in self._NAMES], device=device)
+
+    def add(self, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
+        """Count a step."""
+        loss_sum, norm_sum, taken, skips, skips_in_all, run, worst_run = self._sums.unbind()
+        missed = skipped.double()
+        run = (run + missed) * missed
+        self._sums = torch.stack(
+            [
+                loss_sum + torch.where(skipped, 0.0, loss.double()),
+                norm_sum + torch.where(skipped, 0.0, norm.double()),
+                taken + 1 - missed,
+                skips + missed,
+                skips_in_all + missed,
+                run,
+                torch.maximum(worst_run, run),
+            ]
+        )
+
+    def harvest(self, logit_scale: Tensor) -> HostCopy:
+        """The sums and the logit scale, on their way off the device; the interval starts anew."""
+        copy = HostCopy(torch.cat([self._sums, logit_scale.detach().double().reshape(1)]))
+        self._sums = torch.where(self._kept, self._sums, 0.0)
+        return copy
+
+    @classmethod
+    def figures(cls, copy: HostCopy) -> dict[str, Any]:
+        """Means of the interval."""
+        *values, logit_scale = copy.read().tolist()
+        sums = dict(zip(cls._NAMES, values, strict=True))
+        taken = sums["taken"]
+        return {
+            "loss": sums["loss"] / taken if taken else None,
+            "grad_norm": sums["grad_norm"] / taken if taken else None,
+            "logit_scale": logit_scale,
+            "skipped_steps": int(sums["skipped_in_all"]),
+            "worst_run": int(sums["worst_run"]),
+        }
+
+    def state(self) -> dict[str, float]:
+        """The sums by name, as a checkpoint holds them."""
+        return dict(zip(self._NAMES, self._sums.tolist(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lines
+
+
+def train_line(record: dict[str, Any], lap: dict[str, float], config: TrainConfig) -> str:
+    """The line of a log step, from its record and the meter's figures."""
+    left = (config.steps - record["step"]) * lap["seconds"] / config.log_every
+    loss = "none taken" if record["loss"] is None else f"{record['loss']:.4f}"
+    norm = "-" if record["grad_norm"] is None else f"{record['grad_norm']:.2f}"
+    skipped = f"  skipped {record['skipped_steps']}" if record["skipped_steps"] else ""
+    gpu = f"  mfu {lap['mfu']:.0%}" if "mfu" in lap else ""
+    loader = f" (loader {lap['loader_clips_per_second']:.0f})" if "loader_clips_per_second" in lap else ""
+    gpu += f"  {lap['watts']:.0f} W  {lap['joules_per_clip']:.2f} J/clip" if "watts" in lap else ""
+    return (
+        f"step {record['step']}/{config.steps}  epoch {record['epoch']}  loss {loss}  "
+        f"scale {record['logit_scale']:.2f}  lr {record['learning_rate']:.2e}  |g| {norm}  "
+        f"{lap['clips_per_second']:.1f} clips/s{loader}  waiting {lap['waiting']:.0%}{gpu}  left {clock(left)}{skipped}"
+    )
+
+
+def valid_line(step: int, figures: dict[str, Any]) -> str:
+    """The line of a validation, from its figures."""
+    parts = [f"valid at step {step}"]
+    for name, both in figures["retrieval"].items():
+        for way, arrow in (("audio_to_text", "A→T"), ("text_to_audio", "T→A")):
+            parts.append(f"{name} {arrow} R@1 {both[way]['R@1']:.3f} R@10 {both[way]['R@10']:.3f}")
+    for column, scores in figures["classification"].items():
+        parts.append(
+            f"{column} UAR {scores['uar']:.3f} accuracy {scores['accuracy']:.3f} (chance {scores['chance']:.3f})"
+        )
+    return "  ".join(parts)
 
 
 def clock(seconds: float) -> str:
@@ -82,8 +263,40 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def environment(world: World) -> dict[str, Any]:
+    """Versions, hardware, commit and command line of this process."""
+    import tokenizers
+    import transformers
+
+    commit = subprocess.run(
+        ["git", "-C", str(Path(fastclap.__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    on_gpu = world.device.type == "cuda"
+    return {
+        "fastclap": fastclap.__version__,
+        "commit": commit.stdout.strip() or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.processor() or platform.machine(),
+        "cuda": torch.version.cuda if on_gpu else None,
+        "threads": torch.get_num_threads(),
+        "world_size": world.size,
+        "command": sys.argv,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files and trackers
+
+
 def _truncate(path: Path, last_step: int) -> None:
-    """Keep the records up to ``last_step``; a torn last line goes too."""
+    """Keep the records up to `last_step`; a torn last line goes too."""
     if not path.exists():
         return
     kept = []
@@ -109,21 +322,18 @@ def _numbers(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]
 def _progress_bar(start: int, total: int) -> Any:
     if not sys.stdout.isatty():
         return None
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress
 
-    progress = Progress(
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    bar = progress.Progress(
+        progress.TextColumn("training"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
     )
-    progress.add_task("training", total=total, completed=start)
-    progress.start()
-    return progress
+    bar.add_task("training", total=total, completed=start)
+    bar.start()
+    return bar
 
 
 def _open_tensorboard(run_dir: Path) -> Any:

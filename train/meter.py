@@ -7,7 +7,7 @@ counter is read from the driver, at log lines only.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastclap.data import Batch
 from fastclap.models.clap import CLAP
+from fastclap.train.config import TrainConfig
 from fastclap.train.distributed import World
 
 # Dense bf16 matrix throughput in FLOP/s, from the vendors' data sheets, by a part of the device's name.
@@ -34,7 +36,7 @@ PEAK_FLOPS = {
 
 
 class Meter:
-    """Figures of the time between two log lines, for the ``time`` key of a record.
+    """Figures of the time between two log lines, for the `time` key of a record.
 
     Args:
         world: this process; figures are those of all processes together, on the assumption that they are alike.
@@ -69,6 +71,18 @@ class Meter:
         if self._flops is not None and self._peak is not None:
             self._work += 3 * (self._flops.audio(samples) + self._flops.text(tokens))  # backward is twice forward
 
+    def received(self, batches: Iterable[Batch], workers: int) -> Generator[Batch, None, None]:
+        """The batches as they are asked for, each counted together with the wait for it."""
+        iterator = iter(batches)
+        while True:
+            with self.waiting():
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            self.add(len(batch.rows) * self._world.size, batch.samples, batch.tokens)
+            self.loaded(len(batch.rows), batch.seconds, workers)
+            yield batch
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """The block waits for data."""
@@ -88,10 +102,10 @@ class Meter:
     def lap(self) -> dict[str, float]:
         """Figures since the last lap; starts the next one.
 
-        seconds, clips_per_second, waiting (share of the time), loader_clips_per_second (what the loader processes would
-        deliver if nobody waited for them to be asked); on a GPU that is known, mfu (share of its bf16 peak
-        that the model's own FLOPs reach; recomputation does not count) and, where the driver tells, watts (of one GPU)
-        and joules_per_clip.
+        seconds, clips_per_second, waiting (share of the time), loader_clips_per_second (what the loader processes could
+        deliver if they never had to wait); on a GPU that is known, mfu (share of its bf16 peak that the model's own
+        FLOPs reach; recomputation does not count) and, where the driver counts energy, watts (of one GPU) and
+        joules_per_clip.
         """
         seconds = max(time.perf_counter() - self._start, 1e-9)
         clips, work = self._marked or (self._clips, self._work)
@@ -115,6 +129,15 @@ class Meter:
         return figures
 
 
+def build_meter(config: TrainConfig, model: CLAP, world: World) -> Meter:
+    """A meter that knows the model's FLOPs, where they can be compared with the device's. The model is on the CPU."""
+    if peak_flops(world.device) is None:
+        return Meter(world)
+    longest = round(config.data.crop_seconds * model.sampling_rate)
+    model.eval()
+    return Meter(world, FlopCount(model, longest, config.model.text.max_tokens))
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of a device, None if it is not in the table."""
     if device.type != "cuda":
@@ -124,7 +147,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class EnergyCounter:
-    """Energy that a GPU has used, from the driver (nvidia-ml-py); says None where the driver does not tell."""
+    """Energy that a GPU has used, from the driver (nvidia-ml-py), where the driver counts it."""
 
     def __init__(self, device: torch.device) -> None:
         self._handle: Any = None
@@ -141,6 +164,7 @@ class EnergyCounter:
             return
 
     def joules(self) -> float | None:
+        """Since the driver was loaded; None where it does not count."""
         if self._handle is None:
             return None
         try:
@@ -154,10 +178,10 @@ class FlopCount:
     """Forward FLOPs of the towers by length, counted by torch in a few forward passes of one clip and one caption.
 
     A transformer costs a + b·n + c·n² in its length n, so three lengths determine every other. Operators that torch
-    knows no formula for, such as an FFT, do not count.
+    has no formula for, such as an FFT, do not count.
 
     Args:
-        model: in evaluation mode, not compiled, and on a CPU: of Triton kernels torch sees nothing.
+        model: in evaluation mode, not compiled, and on a CPU: torch sees nothing of Triton kernels.
         longest_samples, longest_tokens: of a clip and of a caption.
     """
 

@@ -1,4 +1,4 @@
-"""Named starting points of ``fastclap-train``: each is a function that returns a complete configuration."""
+"""Named starting points of `fastclap-train`: each is a function that returns a complete configuration."""
 
 from __future__ import annotations
 

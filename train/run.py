@@ -1,114 +1,217 @@
-"""What happens once, before the first step: resume point, demo data, model, optimizer, files that describe the run."""
+"""A training run: everything it is made of, prepared once, and what is done with all of it: validate, save, export."""
 
 from __future__ import annotations
 
-import copy
-import json
-import platform
-import subprocess
-import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor
 
-import fastclap
-from fastclap.data import ClipDataset, Manifest
+from fastclap.data import BatchSampler, ClipDataset, Manifest, Quarantine, load_manifest, make_loader
+from fastclap.data.dataset import Loader
 from fastclap.data.demo_voices import write_demo
+from fastclap.data.rows import with_fine_captions
 from fastclap.data.tags import TagPrompts
-from fastclap.errors import ConfigError
-from fastclap.files import write_atomic
+from fastclap.errors import ConfigError, TrainingError
+from fastclap.evaluation import ClassificationTask, evaluate, write_report
 from fastclap.models.audio_towers import LogMelTower
 from fastclap.models.clap import CLAP
 from fastclap.models.tokenizer import train_tokenizer
+from fastclap.prompts import load_prompts
 from fastclap.train import checkpoint, distributed
-from fastclap.train.averaging import WeightAverage
-from fastclap.train.config import OptimizerConfig, TrainConfig
-from fastclap.train.distributed import World, is_sharded
+from fastclap.train.config import TrainConfig
+from fastclap.train.distributed import World
+from fastclap.train.journal import Journal
+from fastclap.train.meter import Meter, build_meter
+from fastclap.train.step import Step, applied, frozen
 
 _STATISTICS_CLIPS = 512  # plenty for a mean and a deviation
 
-# A resumed run may change these; anything else would make it another training.
-_MAY_CHANGE = [
-    "run_dir",
-    "resume",
-    "init_from",
-    "steps",
-    "epochs",
-    "log_every",
-    "valid_every",
-    "save_every",
-    "keep",
-    "threads",
-    "tensorboard",
-    "wandb",
-    "device",
-    "max_bad_steps",
-    "chunk_size",
-    "compile",
-    "checkpoint_activations",
-    "shard",
-    "profile",
-    "data.workers",
-    "data.prefetch",
-    "data.cache_mb",
-    "data.valid",
-    "data.max_bad_share",
-    "valid",
-]
+
+@dataclass(frozen=True)
+class Run:
+    """A run, ready for its next step; `prepare` makes it."""
+
+    config: TrainConfig
+    world: World
+    model: CLAP
+    step: Step
+    tags: TagPrompts | None  # of the tag loss
+    valid: Manifest | None
+    loader: Loader
+    quarantine: Quarantine
+    meter: Meter
+    journal: Journal
+
+    @property
+    def folder(self) -> Path:
+        """Where everything that the run writes goes."""
+        return Path(self.config.run_dir)
+
+    @property
+    def model_folder(self) -> Path:
+        """Where `export` writes the model."""
+        return self.folder / "model"
+
+    def validate(self) -> None:
+        """Retrieval and zero-shot classification with the weights to use; on the main rank, the others wait.
+
+        Each rank holds a part of sharded towers, so all of them take part then.
+        """
+        if self.valid is None:
+            return
+        if self.world.is_main or self.config.shard:
+            config, manifest = self.config.valid, self.valid
+            columns = [c for c in config.classify if c in manifest.columns or c == "classification_tag"]
+            if not any(row.classification_tag for row in manifest):
+                columns = [column for column in columns if column != "classification_tag"]
+            prompts = {c: load_prompts(config.prompts, c) for c in columns} if config.prompts else {}
+            tasks = [ClassificationTask(c, config.template, prompts.get(c) or None) for c in columns]
+            with applied(self.step.average):
+                figures = evaluate(self.model, manifest, tasks=tasks, batch_size=config.batch_size)
+            self.journal.write_validation(self.step.number, figures)
+        distributed.barrier(self.world)
+
+    def save(self, *, required: bool) -> None:
+        """Write a checkpoint (every rank calls this). One that fails is reported; only a required one ends the run."""
+        totals = self.journal.state()
+        try:
+            checkpoint.save_checkpoint(self.step, totals, None if self.tags is None else self.tags.vocabulary)
+        except TrainingError as error:
+            if required:
+                raise
+            self.journal.say(f"warning: {error}; training goes on")
+
+    def finish(self) -> None:
+        """Validate, save and export at the end of the run, and write its report."""
+        self.validate()
+        self.save(required=True)
+        self.export()
+        if self.world.is_main:
+            write_report(self.folder / "report", run=self.folder)
+
+    def export(self) -> None:
+        """Write the model to use; an older export stays until the new one is complete."""
+        with applied(self.step.average):
+            weights = distributed.whole(self.model.state_dict())
+            if not self.world.is_main:
+                return
+            try:
+                self.model.save_pretrained(self.model_folder, state_dict=weights, run=self.folder)
+            except (OSError, SafetensorError) as error:
+                raise TrainingError(
+                    f"{self.model_folder}: the model could not be written ({error}); the checkpoints hold it"
+                ) from error
 
 
-def find_checkpoint(config: TrainConfig, run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to continue from and its state, or None to begin at step 0.
+def prepare(config: TrainConfig, world: World) -> Run:
+    """Read the data, build the model and its step, and take over the state of the run to continue, if there is one.
 
     Raises:
-        ConfigError: the folder holds a run and ``resume`` is off, or the configuration differs from that run's.
-        ModelError: every checkpoint is damaged.
+        ConfigError, DataError, ModelError: as `fastclap.train.loop.train` says.
     """
-    checkpoint.remove_partial(run_dir)
-    if not config.resume:
-        existing = checkpoint.checkpoints(run_dir)
-        if existing:
-            raise ConfigError(
-                f"{run_dir} already holds a run (newest checkpoint {existing[-1].name}): continue it with --resume, "
-                "or name another --run-dir"
-            )
-        return None
-    newest = checkpoint.newest_checkpoint(run_dir)
-    if newest is None:
-        return None
-    path, state, complaints = newest
-    for complaint in complaints:
-        print(f"warning: skipped a damaged checkpoint: {complaint}", file=sys.stderr, flush=True)
-    before, now = _flat(state["config"]), _flat(config.to_dict())
-    changed = [
-        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-        and not (_may_change(name) and not (name == "init_from" and config.loss.teacher == "init"))
-        and not (config.init_from and name.startswith("model."))
-    ]
-    if changed:
-        raise ConfigError(
-            f"{path} belongs to a run with another configuration: {'; '.join(changed)}. Give the same flags, "
-            "or name another --run-dir"
-        )
-    return path, state
+    make_demo_data(config, world)
+    config.check(world.size)
+
+    # Rank 0 chooses what to continue from, so that all ranks continue from the same place.
+    found = distributed.agree(checkpoint.find_checkpoint(config) if world.is_main else None, world)
+    resume_path, state = found if found is not None else (None, None)
+    start_step = int(state["step"]) if state else 0
+
+    # Data: a pure function of (seed, step).
+    torch.manual_seed(config.seed)
+    data = config.data
+    manifest, valid = read_manifests(config)
+    sampler = BatchSampler(
+        manifest,
+        config.batch_size,
+        seed=config.seed,
+        bucket_by_length=data.bucket_by_length,
+        batch_seconds=data.batch_seconds,
+        max_seconds=data.crop_seconds,
+        balance=data.balance,
+        tag_column=data.tag_column,
+        rare_clips=data.rare_clips,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=start_step * config.accumulate,
+    )
+    if config.epochs:
+        config.steps = max(1, config.epochs * sampler.batches_per_epoch // config.accumulate)
+    sampler.stop_step = config.steps * config.accumulate
+    tags = find_tags(config, manifest, state)
+
+    # The model, and the weights that it continues from.
+    model = build_model(config, manifest, resume_path)
+    meter = build_meter(config, model, world)
+    model = model.to(world.device)
+    if resume_path is not None:
+        checkpoint.restore_weights(resume_path, model, averaged=config.optimizer.ema_decay > 0)
+    distributed.broadcast_weights(model, world)
+    teacher = load_teacher(config, model, world)
+    dataset = ClipDataset(
+        manifest,
+        model.sampling_rate,
+        crop_seconds=data.crop_seconds,
+        seed=config.seed,
+        caption=data.captions,
+        cache_mb=data.cache_mb,
+        file_statistics=any(each.config.audio.kind == "wav2vec2" for each in (model, teacher) if each is not None),
+        tokenize=loader_tokenizer(model),
+        tags=tags,
+        repeats=data.balance != "none",
+        pad_to_crop=data.pad_to_crop,
+    )
+    if resume_path is None:
+        fit_feature_statistics(model, dataset, world)
+    towers: list[Any] = [model.audio_branch, model.text_branch]
+    for tower in towers:
+        tower.prepare_training(compile=config.compile, checkpoint=config.checkpoint_activations)
+    sharded = distributed.shard(towers, world) if config.shard else []
+
+    # The step, and the state of the optimizer and of the average that it continues from.
+    chunk_sizes = state["chunk_sizes"] if state else None
+    step = Step(model, config, world, sharded=sharded, teacher=teacher, number=start_step, chunk_sizes=chunk_sizes)
+    if resume_path is not None:
+        checkpoint.restore_step(resume_path, step)
+
+    journal = Journal(config, world, meter, state)
+    journal.say(opening_line(config, model, manifest, valid, start_step))
+    quarantine = Quarantine(Path(config.run_dir) / "quarantine.jsonl", len(manifest), data.max_bad_share)
+    on_gpu = world.device.type == "cuda"
+    loader = make_loader(dataset, sampler, num_workers=data.workers, prefetch=data.prefetch, pin_memory=on_gpu)
+    return Run(config, world, model, step, tags, valid, loader, quarantine, meter, journal)
 
 
-def make_demo_data(config: TrainConfig, run_dir: Path, world: World) -> None:
+def make_demo_data(config: TrainConfig, world: World) -> None:
     """Fill in the manifests of a run on procedural voices, generating the clips on rank 0 if they are not there."""
     if not config.data.demo_clips or config.data.train:
         return
-    folder = run_dir / "data"
-    if world.is_main and not (folder / "valid.jsonl").exists():
-        print(f"making {config.data.demo_clips} demo clips in {folder}", flush=True)
+    folder = Path(config.run_dir) / "data"
     if world.is_main:
+        if not (folder / "valid.jsonl").exists():
+            print(f"making {config.data.demo_clips} demo clips in {folder}", flush=True)
         write_demo(str(folder), config.data.demo_clips, max(120, config.data.demo_clips // 8), seed=config.seed)
     distributed.barrier(world)
     config.data.train, config.data.valid = [str(folder / "train.jsonl")], [str(folder / "valid.jsonl")]
+
+
+def read_manifests(config: TrainConfig) -> tuple[Manifest, Manifest | None]:
+    """The manifest to train on and the one to validate on, if there is one."""
+    data = config.data
+    manifest = load_manifest(
+        data.train, audio_root=data.audio_root, columns=data.columns, mix=data.mix, probabilities=data.probabilities
+    )
+    if data.fine_characters is not None:
+        manifest = with_fine_captions(manifest, *data.fine_characters)
+    if not data.valid:
+        return manifest, None
+    return manifest, load_manifest(data.valid, audio_root=data.audio_root, columns=data.columns)
 
 
 def find_tags(config: TrainConfig, manifest: Manifest, state: dict[str, Any] | None) -> TagPrompts | None:
@@ -132,11 +235,11 @@ def find_tags(config: TrainConfig, manifest: Manifest, state: dict[str, Any] | N
 
 
 def build_model(config: TrainConfig, manifest: Manifest, resume_path: Path | None) -> CLAP:
-    """The model to train; with ``init_from`` (and on resume) its architecture and vocabulary come from the folder."""
+    """The model to train; with `init_from` (and on resume) its architecture and vocabulary come from the folder."""
     source = resume_path or config.init_from
     if source:
         model = CLAP.from_pretrained(source)
-        model.card = None  # it tells of the weights that training starts from
+        model.card = None  # it describes the weights that training starts from
         config.model = model.config
         return model
     tokenizer = None
@@ -164,16 +267,9 @@ def load_teacher(config: TrainConfig, model: CLAP, world: World) -> CLAP | None:
     return frozen(teacher)
 
 
-def averaged_teacher(model: CLAP, average: WeightAverage) -> CLAP:
-    """A copy of the model that shares its weights with the moving average, and so follows it."""
-    teacher = copy.deepcopy(model)
-    teacher.load_state_dict(average.tensors, assign=True)
-    return frozen(teacher)
-
-
-def frozen(model: CLAP) -> CLAP:
-    model.requires_grad_(False)
-    return model.eval()
+def loader_tokenizer(model: CLAP) -> Callable[[list[str]], dict[str, Tensor]] | None:
+    """What loader processes tokenize with; None: the model has no tokenizer."""
+    return None if model.tokenizer is None else partial(model.tokenizer, max_tokens=model.config.text.max_tokens)
 
 
 def fit_feature_statistics(model: CLAP, dataset: ClipDataset, world: World) -> None:
@@ -188,77 +284,8 @@ def fit_feature_statistics(model: CLAP, dataset: ClipDataset, world: World) -> N
     distributed.broadcast_weights(tower, world)
 
 
-def build_optimizer(model: CLAP, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the parameters that train; weight decay on linear and convolution matrices only.
-
-    Each group's ``lr_scale`` is what the loop multiplies the scheduled learning rate by.
-    """
-    decayed_names = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
-    }
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    towers = () if config.tower_lr_scale == 1.0 else ("audio_branch.", "text_branch.")
-    kinds: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in trainable:
-        # The fused kernel takes tensors of one kind at a time.
-        kind = (name in decayed_names, is_sharded(parameter), name.startswith(towers))
-        kinds.setdefault(kind, []).append(parameter)
-    groups = [
-        {
-            "params": parameters,
-            "weight_decay": config.weight_decay if decayed else 0.0,
-            "lr_scale": config.tower_lr_scale if of_tower else 1.0,
-        }
-        for (decayed, _, of_tower), parameters in sorted(kinds.items(), key=lambda kind: kind[0], reverse=True)
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
-
-
-def write_run_files(config: TrainConfig, run_dir: Path, world: World) -> None:
-    """``config.yaml`` (resolved; usable as --config) and ``environment.json``."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
-    write_atomic(run_dir / "environment.json", json.dumps(environment(world), indent=1).encode())
-
-
-def environment(world: World) -> dict[str, Any]:
-    """Versions, hardware, commit and command line of this process."""
-    import tokenizers
-    import transformers
-
-    commit = subprocess.run(
-        ["git", "-C", str(Path(fastclap.__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    on_gpu = world.device.type == "cuda"
-    return {
-        "fastclap": fastclap.__version__,
-        "commit": commit.stdout.strip() or None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.processor() or platform.machine(),
-        "cuda": torch.version.cuda if on_gpu else None,
-        "threads": torch.get_num_threads(),
-        "world_size": world.size,
-        "command": sys.argv,
-    }
-
-
-def describe(config: TrainConfig, model: CLAP, manifest: Manifest, valid: Manifest | None, start_step: int) -> str:
-    """The opening line of a run."""
+def opening_line(config: TrainConfig, model: CLAP, manifest: Manifest, valid: Manifest | None, start_step: int) -> str:
+    """The first line of the log: the size of model, data and batch, and the step that the run begins after."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     start = f"resumed at step {start_step}" if start_step else "from step 0"
     held_out = f", {len(valid)} to validate" if valid is not None else ""
@@ -266,17 +293,3 @@ def describe(config: TrainConfig, model: CLAP, manifest: Manifest, valid: Manife
         f"{parameters / 1e6:.2f} M parameters, {len(manifest)} clips to train on{held_out}, "
         f"batch {config.batch_size}{f' in chunks of {config.chunk_size}' if config.chunk_size else ''}, {start}"
     )
-
-
-def _may_change(name: str) -> bool:
-    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in _MAY_CHANGE)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat

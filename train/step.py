@@ -1,13 +1,20 @@
-"""One contrastive step: towers, loss and backward pass, with or without gradient caching."""
+"""A training step: towers, loss and backward pass of its batches, the average over the ranks, and the optimizer.
+
+`Objective` makes the gradients of one batch, with or without gradient caching; `Step` makes a step of them. Nothing
+here waits for the device: loss, norm and the verdict "this step is not finite" stay there as tensors, and the optimizer
+reads the verdict itself (the `found_inf` argument of its fused kernel).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastclap.data import Batch
 from fastclap.data.dataset import distinct_texts
@@ -15,26 +22,120 @@ from fastclap.errors import ConfigError
 from fastclap.grad_cache import GradCache
 from fastclap.losses import info_nce, sigmoid_loss, tag_loss
 from fastclap.models.clap import CLAP
-from fastclap.train.config import LossConfig
-from fastclap.train.distributed import World
+from fastclap.train.config import LossConfig, OptimizerConfig, TrainConfig
+from fastclap.train.distributed import Gradients, World, is_sharded, local, placed_like
+
+
+class StepResult(NamedTuple):
+    """What a step leaves on the device, and the learning rate and epoch that it had."""
+
+    loss: Tensor  # []: the mean over its batches
+    norm: Tensor  # []: of all gradients, before clipping
+    skipped: Tensor  # bool []: on some rank loss or gradients were not finite, and no weight has changed
+    stop: Tensor  # []: how many ranks want to stop
+    learning_rate: float
+    epoch: int
+
+
+class Step:
+    """Takes optimizer steps on a model.
+
+    Args:
+        model: in training mode, on its device.
+        config: its loss, optimizer, schedule, precision, chunk size and accumulation are the step's.
+        world: this process; None for a single process on the model's device.
+        sharded: the model's modules under `distributed.shard`.
+        teacher: model in evaluation mode whose similarities the loss approaches; the moving average of `--loss.teacher
+            ema` needs none.
+        number: steps that were taken before.
+        chunk_sizes: of the gradient cache, as an earlier start with `--chunk-size auto` has found them.
+
+    Attributes:
+        number: steps taken.
+        average: the moving average of the weights; None: there is none.
+    """
+
+    def __init__(
+        self,
+        model: CLAP,
+        config: TrainConfig,
+        world: World | None = None,
+        *,
+        sharded: Iterable[Any] = (),
+        teacher: CLAP | None = None,
+        number: int = 0,
+        chunk_sizes: list[int] | None = None,
+    ) -> None:
+        self.model, self.config, self.number = model, config, number
+        self.world = world = world or World(0, 1, model.device, None)
+        self.optimizer = build_optimizer(model, config.optimizer)
+        self.average = WeightAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
+        if config.loss.teacher == "ema" and self.average is not None:
+            teacher = averaged_teacher(model, self.average)
+        self.gradients = Gradients(
+            [p for group in self.optimizer.param_groups for p in group["params"]], world, sharded
+        )
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
+        automatic = chunk_sizes or config.batch_size // world.size
+        self.objective = Objective(
+            model,
+            config.loss,
+            automatic if config.chunk_size == "auto" else config.chunk_size,
+            torch.bfloat16 if bf16 else None,
+            world,
+            self.gradients.held,
+            every_caption=config.shard,
+            teacher=teacher,
+        )
+
+    def __call__(self, batches: Iterable[Batch], stop: Callable[[], bool] = lambda: False) -> StepResult:
+        """Take a step on the next `accumulate` batches, which are on the device.
+
+        Args:
+            batches: an iterator that goes on after them, or just these.
+            stop: whether this rank wants to stop, asked after the backward pass.
+        """
+        loss = torch.zeros((), device=self.world.device)
+        for remaining, batch in zip(reversed(range(self.config.accumulate)), batches, strict=False):
+            with self.gradients.held() if remaining else nullcontext():
+                loss = loss + self.objective(batch, weight=1 / self.config.accumulate) / self.config.accumulate
+        return self.update(loss, stop(), batch.epoch)
+
+    def update(self, loss: Tensor, stop: bool, epoch: int) -> StepResult:
+        """The optimizer's part of a step, on the gradients as they are."""
+        self.number += 1
+        learning_rate = scheduled_learning_rate(self.config.optimizer, self.number, self.config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_scale"]
+        # Every rank must take or skip the step alike: the flags are summed together with the gradients.
+        flags = torch.stack([(~loss.isfinite()).float(), torch.full((), float(stop), device=loss.device)])
+        flags, norm = self.gradients.finish(flags, self.config.optimizer.clip_norm)
+        skipped = (flags[0] > 0) | ~norm.isfinite()
+        setattr(self.optimizer, "found_inf", skipped.float())  # noqa: B010 - read by the fused kernel, unknown to its class
+        self.optimizer.step()
+        self.gradients.clear()
+        self.model.clamp_logit_scale_()
+        if self.average is not None:
+            self.average.update(self.number)
+        return StepResult(loss, norm, skipped, flags[1], learning_rate, epoch)
 
 
 class Objective:
-    """Callable that adds the gradient of a batch's loss to the model's ``.grad`` and returns the loss.
+    """Callable that adds the gradient of a batch's loss to the model's `.grad` and returns the loss.
 
     Captions that occur several times in a batch are encoded once and their embedding is repeated, which changes nothing
     in the loss. The prompts of a tag loss are further texts of the same batch. With several ranks the loss is that of
     the global batch, and the gradients are scaled so that averaging them over the ranks gives its exact gradient.
 
-    Attributes:
-        vocabulary: the tags of the tag loss, in the order of its columns, for the checkpoints; None: there are none.
-
     Args:
+        model: in training mode, on its device.
+        config: of the loss.
         chunk_size: clips and captions that go through the towers at once; 0: all of them without a gradient cache.
         autocast: dtype of the towers' autocast, None for none.
+        world: this process.
         held: makes the context in which gradients add up without being sent, as `Gradients.held` does.
-        in_step: encode every caption, however often it occurs: the ranks of sharded towers have to go through them
-            equally often.
+        every_caption: encode every caption, however often it occurs: the ranks of sharded towers have to go through
+            them equally often.
         teacher: model in evaluation mode whose similarities the loss approaches; see `LossConfig`.
     """
 
@@ -46,22 +147,18 @@ class Objective:
         autocast: torch.dtype | None,
         world: World,
         held: Callable[[], AbstractContextManager[Any]] | None = None,
-        in_step: bool = False,
+        *,
+        every_caption: bool = False,
         teacher: CLAP | None = None,
     ) -> None:
         if config.kind == "sigmoid" and model.logit_bias is None:
             raise ConfigError("--loss.kind sigmoid needs a logit bias: set --model.init-logit-bias (SigLIP uses -10)")
-        self.model = model
-        self.config = config
-        self.autocast_dtype = autocast
-        self.world = world
-        self.vocabulary: list[str] | None = None
-        self._in_step = in_step
-        self._teacher = teacher
+        self.model, self.config, self.world = model, config, world
+        self._autocast_dtype, self._every_caption, self._teacher = autocast, every_caption, teacher
         self._held = held if world.group is not None else None
-        self._batch = _Captions(torch.empty(0), None, None, 1.0)
-        towers = [self._encode_audio, self._encode_text]
-        self._cache = GradCache(towers, chunk_size, self._loss, modules=[model]) if chunk_size else None
+        self.targets = Targets(torch.empty(0), None, None, 1.0)
+        towers = [self.encode_audio, self.encode_text]
+        self._cache = GradCache(towers, chunk_size, self.loss, modules=[model]) if chunk_size else None
 
     @property
     def chunk_sizes(self) -> list[int] | None:
@@ -69,12 +166,12 @@ class Objective:
         return None if self._cache is None else self._cache.chunk_sizes
 
     def __call__(self, batch: Batch, weight: float = 1.0) -> Tensor:
-        """Forward and backward of ``weight`` times the loss; returns the unweighted loss, detached, on the device."""
+        """Forward and backward of `weight` times the loss; returns the unweighted loss, detached, on the device."""
         text: dict[str, Any] = {**(batch.text or {}), "token_counts": batch.tokens}
         rows, prompt_rows = batch.text_rows, batch.prompt_rows
         if rows is None:
             text, rows, prompt_rows = self._tokenized(self.model, batch.captions, batch.prompts)
-        if self._in_step:
+        if self._every_caption:
             every = rows if prompt_rows is None else torch.cat([rows, prompt_rows])
             text = {name: value[every] for name, value in text.items() if isinstance(value, Tensor)}
             order = torch.arange(len(every), device=rows.device)
@@ -86,23 +183,23 @@ class Objective:
             "std": batch.std,
             "host_lengths": batch.samples,
         }
-        clip_ids = ids = batch.caption_ids if self.config.share_equal_captions else None
+        clip_ids = caption_ids = batch.caption_ids if self.config.share_equal_captions else None
         captions_each = len(rows) // len(batch.samples)
         if captions_each > 1:  # the positives of a clip are its own captions
             clip_ids = torch.arange(len(batch.samples), device=rows.device) + (self.world.rank << 32)
-            ids = clip_ids.repeat(captions_each)
-        taught = self._taught(batch, audio, text, rows)
-        self._batch = _Captions(rows, clip_ids, ids, weight, prompt_rows, batch.tags, taught)
+            caption_ids = clip_ids.repeat(captions_each)
+        teacher = self._teacher_embeddings(batch, audio, text, rows)
+        self.targets = Targets(rows, clip_ids, caption_ids, weight, prompt_rows, batch.tags, teacher)
         if self._cache is not None:
             return self._cache(audio, text, no_sync=self._held) / weight
-        total = self._loss(self._encode_audio(**audio), self._encode_text(**text))
+        total = self.loss(self.encode_audio(**audio), self.encode_text(**text))
         total.backward()
         return total.detach() / weight
 
-    def _taught(
+    def _teacher_embeddings(
         self, batch: Batch, audio: dict[str, Any], text: dict[str, Any], rows: Tensor
     ) -> tuple[Tensor, Tensor, float | Tensor] | None:
-        """The teacher's embeddings of the clips and of their captions, and its scale."""
+        """The teacher's embeddings of the clips and of their captions, and its scale; None: there is no teacher."""
         teacher = self._teacher
         if teacher is None:
             return None
@@ -110,10 +207,11 @@ class Objective:
             text, rows, _ = self._tokenized(teacher, batch.captions, [])
         sizes = self.chunk_sizes or [len(batch.samples), len(rows)]
         with torch.no_grad(), self._autocast():
-            of_audio = _in_chunks(teacher.encode_audio, audio, sizes[0])
-            of_text = _in_chunks(teacher.encode_text, text, sizes[1])[rows]
+            audio_embeddings = _embeddings(teacher.encode_audio, audio, sizes[0])
+            text_embeddings = _embeddings(teacher.encode_text, text, sizes[1])[rows]
         temperature = self.config.teacher_temperature
-        return of_audio, of_text, teacher.logit_scale.detach() if temperature is None else 1 / temperature
+        scale = teacher.logit_scale.detach() if temperature is None else 1 / temperature
+        return audio_embeddings, text_embeddings, scale
 
     def _tokenized(
         self, model: CLAP, captions: list[str], prompts: list[str]
@@ -127,50 +225,72 @@ class Objective:
         rows = rows.to(device, non_blocking=True)
         return moved, rows, None if prompt_rows is None else prompt_rows.to(device, non_blocking=True)
 
-    def _encode_audio(self, **inputs: Any) -> Tensor:
+    def encode_audio(self, **inputs: Any) -> Tensor:
+        """The audio tower under autocast."""
         with self._autocast():
             return self.model.encode_audio(**inputs)
 
-    def _encode_text(self, **inputs: Any) -> Tensor:
+    def encode_text(self, **inputs: Any) -> Tensor:
+        """The text tower under autocast."""
         with self._autocast():
             return self.model.encode_text(**inputs)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.autocast_dtype is None:
+        if self._autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(self.world.device.type, dtype=self.autocast_dtype)
+        return torch.autocast(self.world.device.type, dtype=self._autocast_dtype)
 
-    def _loss(self, audio: Tensor, unique_text: Tensor) -> Tensor:
-        weight, prompt_rows, tags = self._batch.weight, self._batch.prompt_rows, self._batch.tags
-        loss = self._contrastive(audio, unique_text)
-        if self.config.tag_weight and prompt_rows is not None and tags is not None:
-            scale, group = self.config.tag_scale, self.world.group
-            of_tags = tag_loss(audio, unique_text[prompt_rows], tags, scale=scale, process_group=group)
-            loss = loss + self.config.tag_weight * of_tags
-        return weight * loss
+    def loss(
+        self,
+        audio: Tensor,  # [B, D]
+        distinct_text: Tensor,  # [U, D]
+    ) -> Tensor:
+        """The weighted loss of these embeddings with the `targets` of the batch."""
+        targets, group = self.targets, self.world.group
+        loss = self._contrastive_loss(audio, distinct_text[targets.text_rows])
+        if self.config.tag_weight and targets.prompt_rows is not None and targets.tags is not None:
+            prompts, scale = distinct_text[targets.prompt_rows], self.config.tag_scale
+            loss = loss + self.config.tag_weight * tag_loss(
+                audio, prompts, targets.tags, scale=scale, process_group=group
+            )
+        return targets.weight * loss
 
-    def _contrastive(self, audio: Tensor, unique_text: Tensor) -> Tensor:
-        rows, clip_ids, ids = self._batch.rows, self._batch.clip_ids, self._batch.ids
-        text, scale, group = unique_text[rows], self.model.logit_scale, self.world.group
+    def _contrastive_loss(self, audio: Tensor, text: Tensor) -> Tensor:
+        targets, scale = self.targets, self.model.logit_scale
+        ids: dict[str, Any] = {
+            "a_ids": targets.clip_ids,
+            "b_ids": targets.caption_ids,
+            "process_group": self.world.group,
+        }
         if self.config.kind == "sigmoid":
             bias = self.model.logit_bias
             assert bias is not None  # checked at construction
-            return sigmoid_loss(audio, text, scale, bias, a_ids=clip_ids, b_ids=ids, process_group=group)
+            return sigmoid_loss(audio, text, scale, bias, **ids)
         return info_nce(
             audio,
             text,
             scale,
-            a_ids=clip_ids,
-            b_ids=ids,
-            teacher=self._batch.taught,
-            teacher_weight=self.config.teacher_weight if self._batch.taught is not None else 0.0,
+            teacher=targets.teacher,
+            teacher_weight=self.config.teacher_weight if targets.teacher is not None else 0.0,
             label_smoothing=self.config.label_smoothing,
-            process_group=group,
+            **ids,
         )
 
 
-def _in_chunks(encode: Callable[..., Tensor], inputs: dict[str, Any], size: int) -> Tensor:
-    """Embeddings of all rows, ``size`` rows at a time."""
+class Targets(NamedTuple):
+    """What the loss needs to know of a batch besides its embeddings."""
+
+    text_rows: Tensor  # int64 [captions]: which of the distinct texts each is
+    clip_ids: Tensor | None  # int64 [B]: equal to the ids of a clip's captions, on every rank
+    caption_ids: Tensor | None  # int64 [captions]
+    weight: float
+    prompt_rows: Tensor | None = None  # int64 [tags]: the distinct text of each prompt
+    tags: Tensor | None = None  # bool [B, tags]
+    teacher: tuple[Tensor, Tensor, float | Tensor] | None = None  # its embeddings [B, D], [captions, D] and its scale
+
+
+def _embeddings(encode: Callable[..., Tensor], inputs: dict[str, Any], size: int) -> Tensor:
+    """Embeddings of all rows, of which `size` go through the tower at once."""
     rows = max(len(value) for value in inputs.values() if isinstance(value, Tensor))
 
     def part(value: Any, begin: int) -> Any:
@@ -180,13 +300,107 @@ def _in_chunks(encode: Callable[..., Tensor], inputs: dict[str, Any], size: int)
     return torch.cat([encode(**chunk) for chunk in chunks])
 
 
-class _Captions(NamedTuple):
-    """What the loss needs to know of a batch besides its embeddings."""
+class WeightAverage:
+    """Exponential moving average of a model's weights, kept next to them and swapped in for evaluation and export.
 
-    rows: Tensor  # int64 [captions]: which of the unique texts each is
-    clip_ids: Tensor | None  # int64 [B]: equal to the ids of a clip's captions, on every rank
-    ids: Tensor | None  # int64 [captions]
-    weight: float
-    prompt_rows: Tensor | None = None  # int64 [tags]: the unique text of each prompt
-    tags: Tensor | None = None  # bool [B, tags]
-    taught: tuple[Tensor, Tensor, float | Tensor] | None = None  # the teacher's embeddings [B, D] and its scale
+    ema ← decay·ema + (1 − decay)·weight for floating tensors after every step; others are copied.
+
+    The model's tensors are looked up once, so they must stay where they are (no `model.to(...)` afterwards).
+    The decay warms up as min(decay, (1 + n) / (10 + n)) over the updates n, so that early averages are not dominated by
+    the random initial weights (the schedule TensorFlow's ExponentialMovingAverage documents as `num_updates`).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._current: dict[str, Tensor] = model.state_dict()  # the tensors that training writes to
+        self.tensors: dict[str, Tensor] = {name: tensor.detach().clone() for name, tensor in self._current.items()}
+        pairs = [(local(self.tensors[name]), local(tensor.detach())) for name, tensor in self._current.items()]
+        self._floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Fold in the weights after optimizer step number `step` (from 1)."""
+        weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_([held for held, _ in self._floating], [new for _, new in self._floating], weight)
+        for held, new in self._others:
+            held.copy_(new)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the model's weights and the average; a second call restores both exactly."""
+        for held, current in self._floating + self._others:
+            before = current.clone()
+            current.copy_(held)
+            held.copy_(before)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over an average saved earlier (names must be those of the model)."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(placed_like(tensor, tensors[name]))
+
+
+@contextmanager
+def applied(average: WeightAverage | None) -> Iterator[None]:
+    """Its model carries the averaged weights inside the block (if there is an average)."""
+    if average is None:
+        yield
+        return
+    average.swap()
+    try:
+        yield
+    finally:
+        average.swap()
+
+
+def averaged_teacher(model: CLAP, average: WeightAverage) -> CLAP:
+    """A copy of the model that shares its weights with the moving average, and so follows it."""
+    teacher = copy.deepcopy(model)
+    teacher.load_state_dict(average.tensors, assign=True)
+    return frozen(teacher)
+
+
+def frozen(model: CLAP) -> CLAP:
+    """The model in evaluation mode, with no parameter that trains."""
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def build_optimizer(model: CLAP, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the parameters that train; weight decay on linear and convolution matrices only.
+
+    Each group's `lr_scale` is what a step multiplies the scheduled learning rate by.
+    """
+    decayed_names = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+    }
+    towers = () if config.tower_lr_scale == 1.0 else ("audio_branch.", "text_branch.")
+    kinds: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # The fused kernel takes tensors of one kind at a time.
+            kind = (name in decayed_names, is_sharded(parameter), name.startswith(towers))
+            kinds.setdefault(kind, []).append(parameter)
+    groups = [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+            "lr_scale": config.tower_lr_scale if in_tower else 1.0,
+        }
+        for (decayed, _, in_tower), parameters in sorted(kinds.items(), key=lambda kind: kind[0], reverse=True)
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
+
+
+def scheduled_learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
+    """Learning rate of step 1..total: linear warm-up to the peak, then the chosen decay to `final_share` of it."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    remaining = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[
+        config.schedule
+    ]
+    return config.learning_rate * (config.final_share + (1 - config.final_share) * remaining)

@@ -20,11 +20,12 @@ import torch
 from bench import timing
 from bench.compare import ceilings
 from bench.gpu.profiled import Profile, labelled, profiled
-from bench.parity import CAPTIONS, OurStep, synthetic_batch
+from bench.parity import CAPTIONS, synthetic_batch
 from bench.run import ABSENT, NOT_REACHED, SIZES, Case, Entry, Row, Run, significant
 from bench.steady import Steady
 from bench.train_step import OPEN_CLIP_MODELS, Form, Forms, HostBatch, OpenClipPair, host_batch, work
 from fastclap.models.tokenizer import train_tokenizer
+from fastclap.train.step import Step
 
 OURS = "fastclap"
 COMPILE_SECONDS = 75.0
@@ -141,7 +142,7 @@ def _profiled(steps: Steps, form: Form, rows: int) -> Profile:
     objective: Any = form.step.objective  # type: ignore[attr-defined]
     base = objective.model.audio_branch.base
     modules = {"convolutions": base.feature_extractor, "positional convolution": base.encoder.pos_conv_embed}
-    methods = {"loss": (objective, "_loss"), "optimizer": (OurStep, "update")}
+    methods = {"loss": (objective, "loss"), "optimizer": (Step, "update")}
     with labelled(modules, methods):
         return profiled(step, steps.run.device)
 

@@ -34,8 +34,8 @@ from bench.gpu.lots import LOTS
 from bench.gpu.rehearsal import NoGpu, as_on_gpu, launched
 from bench.kernel_peers import log_mel_forms
 from bench.kernel_report import MODULES
-from bench.parity import CAPTIONS, OurStep, parity_optimizer, synthetic_batch
-from bench.reference_step import build_ours
+from bench.parity import CAPTIONS, synthetic_batch
+from bench.reference_step import build_ours, parity_optimizer
 from bench.run import SIZES, Record, Run, Settings, Size
 from bench.train_step import log_mel_config, tokenized
 from fastclap import CLAP
@@ -44,7 +44,8 @@ from fastclap.kernels.layer_norm_gelu import layer_norm_gelu
 from fastclap.kernels.offline import ARCHITECTURES, Compilation, cache_key, is_cached
 from fastclap.kernels.waveform import normalize_waveform
 from fastclap.models.tokenizer import Tokenizer, train_tokenizer
-from fastclap.train.config import LossConfig
+from fastclap.train.config import TrainConfig
+from fastclap.train.step import Step
 
 CPU = torch.device("cpu")
 ONE = "waveform step int16 to float32, given"  # one small kernel
@@ -164,9 +165,9 @@ def test_a_training_step_launches_what_its_lots_compile(
     wide_model: CLAP, tokenizer: Tokenizer, tf32: None, chunk: int
 ) -> None:
     wide_model.train()
-    step = OurStep(wide_model, LossConfig(), parity_optimizer(), chunk_size=chunk, bf16=True)
+    step = Step(wide_model, TrainConfig(optimizer=parity_optimizer(), chunk_size=chunk, precision="bf16"))
     batch = tokenized(synthetic_batch(4, 0.1, 0, distinct=0.5), tokenizer, 64)
-    found = launched(lambda: step(batch), 90)
+    found = launched(lambda: step([batch]), 90)
     assert kinds(found) == {"contrastive", "toeplitz_attention", "layer_norm_gelu", "waveform"}
     for lot in ("step", "train", "step_more"):
         assert names(found, keys_of(LOTS[lot].forms)) == []
@@ -189,9 +190,9 @@ def test_embedding_launches_what_its_lot_compiles(wide_model: CLAP, bf16: bool) 
 def test_the_log_mel_tower_launches_what_its_lot_compiles(tokenizer: Tokenizer, tf32: None) -> None:
     text = {"width": 64, "layers": 1, "heads": 1, "vocab_size": 1000, "context_length": 32}
     model = CLAP(log_mel_config(200_000, text, 64), tokenizer)
-    step = OurStep(model, LossConfig(), parity_optimizer(), bf16=True)
+    step = Step(model, TrainConfig(optimizer=parity_optimizer(), precision="bf16"))
     batch = tokenized(synthetic_batch(3, 0.3, 0, least=1.0, rate=48000), tokenizer, 32)
-    found = launched(lambda: step(batch), 90)
+    found = launched(lambda: step([batch]), 90)
     assert kinds(found) == {"contrastive", "log_mel"}
     assert names(found, keys_of(LOTS["step_more"].forms)) == []
 

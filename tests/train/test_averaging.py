@@ -13,10 +13,10 @@ from torch import nn
 
 import fastclap
 from fastclap.testing import assert_close_rel
-from fastclap.train.averaging import WeightAverage
 from fastclap.train.cli import main
 from fastclap.train.config import TrainConfig
 from fastclap.train.loop import train
+from fastclap.train.step import WeightAverage
 
 
 def test_average_follows_its_definition_and_swap_is_exact() -> None:

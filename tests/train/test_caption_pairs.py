@@ -14,9 +14,9 @@ from fastclap.data.rows import with_fine_captions
 from fastclap.errors import ConfigError, DataError
 from fastclap.train.config import LossConfig, TrainConfig
 from fastclap.train.distributed import World
-from fastclap.train.loop import tokenizer_of, train
-from fastclap.train.objective import Objective
-from fastclap.train.setup import build_model
+from fastclap.train.loop import train
+from fastclap.train.run import build_model, loader_tokenizer
+from fastclap.train.step import Objective
 
 Build = Callable[..., TrainConfig]
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -36,7 +36,7 @@ def test_the_loss_is_the_formula(tiny: Build, chunk: int) -> None:
     manifest = with_more_fine(load_manifest(config.data.train))
     torch.manual_seed(0)
     model = build_model(config, manifest, None).double().eval()
-    tokenize = tokenizer_of(model)
+    tokenize = loader_tokenizer(model)
     rows = BatchSampler(manifest, 8, seed=0).batch(0)[1]
     batch = ClipDataset(manifest, 16000, crop_seconds=0.5, seed=0, caption="pair", tokenize=tokenize)[0, 0, rows]
     assert len(batch.captions) == 16

@@ -14,8 +14,8 @@ import yaml
 from fastclap.errors import ConfigError, FastclapError
 from fastclap.train.cli import main, parse
 from fastclap.train.config import TrainConfig, load_config
-from fastclap.train.loop import scheduled
 from fastclap.train.recipes import RECIPES
+from fastclap.train.step import scheduled_learning_rate
 
 
 def parsed(*arguments: str) -> TrainConfig:
@@ -107,7 +107,7 @@ def test_published_hyper_parameters() -> None:
         assert steps is None or config.steps == steps
         optimizer = config.optimizer
         assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.clip_norm) == (1e-5, 0.0, 0.0)
-        assert {scheduled(optimizer, step, 4500) for step in (1, 2000, 4500)} == {1e-5}
+        assert {scheduled_learning_rate(optimizer, step, 4500) for step in (1, 2000, 4500)} == {1e-5}
         assert config.model.audio.pretrained == "microsoft/wavlm-large" and config.model.head.dim == 768
         assert (config.loss.tag_weight, config.data.balance) == (
             (1.0, "inverse") if name == "intrinsic" else (0, "none")

@@ -20,20 +20,20 @@ import torch
 from torch import Tensor, nn
 
 import fastclap
-from bench.parity import OurStep, synthetic_batch
+from bench.parity import synthetic_batch
 from bench.reference_step import build_ours, parity_loss, parity_optimizer, without_dropout
 from bench.run import SIZES
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.data import Batch
 from fastclap.data.dataset import distinct_texts
 from fastclap.kernels.waveform import normalize_waveform_reference
-from fastclap.models import audio_towers, layers
+from fastclap.models import audio_towers, text_towers
 from fastclap.models.tokenizer import train_tokenizer
 from fastclap.testing import assert_close_rel, host_syncs, relative_error
 from fastclap.train.config import DataConfig, OptimizerConfig, TrainConfig
 from fastclap.train.distributed import World
 from fastclap.train.loop import train
-from fastclap.train.objective import Objective
+from fastclap.train.step import Objective, Step
 
 ROWS, SECONDS = 8, 0.5
 VOICES = ["A calm voice.", "An angry, deep voice.", "A person whispers.", "She speaks fast and bright.", "A tired man."]
@@ -107,8 +107,9 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, dict[str, Tensor]]:
         return normalize_waveform_reference(*tensors, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(layers, "normalize_waveform", waveform)
+        patch.setattr(audio_towers, "normalize_waveform", waveform)
         patch.setattr(audio_towers, "masked_mean", mean)
+        patch.setattr(text_towers, "masked_mean", mean)
         return step_of(a_model("cpu", dropout=False).double(), a_batch("cpu"))
 
 
@@ -172,18 +173,24 @@ def test_cached_gradients_are_the_uncached_ones_with_dropout(bf16: bool, device:
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 def test_no_step_waits_for_the_device(bf16: bool, chunk: int, device: str) -> None:
     model, batch = a_model(device, dropout=True), a_batch(device)
-    step = OurStep(model, parity_loss(), replace(parity_optimizer(), clip_norm=1.0), chunk_size=chunk, bf16=bf16)
+    config = TrainConfig(
+        loss=parity_loss(),
+        optimizer=replace(parity_optimizer(), clip_norm=1.0),
+        chunk_size=chunk,
+        precision="bf16" if bf16 else "fp32",
+    )
+    step = Step(model, config)
     before = flat(dict(model.named_parameters()))
-    step(batch)  # compiles, and makes the optimizer's state
+    step([batch])  # compiles, and makes the optimizer's state
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("error")
         try:
-            step(batch)
+            step([batch])
         finally:
             torch.cuda.set_sync_debug_mode("default")
     else:
         with host_syncs() as found:
-            step(batch)
+            step([batch])
         # the losses' torch engine works on what is on a CPU anyway
         assert [place for place in found if "kernels/contrastive/" not in place] == []
     assert (flat(dict(model.named_parameters())) - before).abs().max() > 1e-5
@@ -231,7 +238,8 @@ def test_the_chunk_is_halved_where_memory_runs_out() -> None:
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((quarter + 0.25 * (whole - quarter)) / total)
     try:
-        step = OurStep(model, parity_loss(), parity_optimizer(), chunk_size=rows)
+        config = TrainConfig(loss=parity_loss(), optimizer=parity_optimizer(), chunk_size=rows, precision="fp32")
+        step = Step(model, config)
         torch.manual_seed(7)
         step.objective(batch)
         sizes = step.objective.chunk_sizes
@@ -269,18 +277,18 @@ class Noise:
 @pytest.fixture
 def run_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., TrainConfig]]:
     """run_of(name, towers, device, **changes): the configuration of a small run on noise."""
-    from fastclap.train import setup
+    from fastclap.train import run
 
     monkeypatch.setattr("fastclap.data.dataset.open_clip", Noise)
-    monkeypatch.setattr("fastclap.train.loop.write_report", lambda *_, **__: None)  # needs packages of its own
-    build = setup.build_model
+    monkeypatch.setattr("fastclap.train.run.write_report", lambda *_, **__: None)  # needs packages of its own
+    build = run.build_model
 
     def with_tokenizer(*arguments: Any) -> fastclap.CLAP:
         model = build(*arguments)
         model.tokenizer = model.tokenizer or TOKENIZER  # models of transformers' towers come with one otherwise
         return model
 
-    monkeypatch.setattr("fastclap.train.loop.build_model", with_tokenizer)
+    monkeypatch.setattr("fastclap.train.run.build_model", with_tokenizer)
     rows = [
         {"audio": f"{number}.wav", "text_description": f"{VOICES[number % 5]} Take {number % 9}.", "duration": 0.5}
         for number in range(32)

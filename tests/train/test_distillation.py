@@ -15,12 +15,11 @@ import fastclap
 from fastclap.data import Batch, BatchSampler, ClipDataset, load_manifest
 from fastclap.errors import ConfigError
 from fastclap.testing import assert_close_rel
-from fastclap.train.averaging import WeightAverage, applied
 from fastclap.train.config import LossConfig, TrainConfig
 from fastclap.train.distributed import World
-from fastclap.train.loop import tokenizer_of, train
-from fastclap.train.objective import Objective
-from fastclap.train.setup import averaged_teacher, build_model, frozen
+from fastclap.train.loop import train
+from fastclap.train.run import build_model, loader_tokenizer
+from fastclap.train.step import Objective, WeightAverage, applied, averaged_teacher, frozen
 
 Build = Callable[..., TrainConfig]
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -118,7 +117,7 @@ def test_the_averaged_teacher_follows_the_average(tiny: Build) -> None:
     with applied(average):
         assert torch.equal(after, model.embed_text(["a voice"]))
     loss = LossConfig(teacher="ema")
-    batch = ClipDataset(manifest, 16000, crop_seconds=0.5, seed=0, tokenize=tokenizer_of(model))[0, 0, [1, 2, 3, 4]]
+    batch = ClipDataset(manifest, 16000, crop_seconds=0.5, seed=0, tokenize=loader_tokenizer(model))[0, 0, [1, 2, 3, 4]]
     found = Objective(model, loss, 0, None, ALONE, teacher=teacher)(batch)
     own, taught = (cosines(each, batch).detach() for each in (model, teacher))
     scales = (each.logit_scale.item() for each in (model, teacher))

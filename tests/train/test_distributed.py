@@ -30,8 +30,8 @@ from fastclap.testing import assert_close_rel
 from fastclap.train import distributed
 from fastclap.train.config import LossConfig, TrainConfig
 from fastclap.train.loop import train
-from fastclap.train.objective import Objective
-from fastclap.train.setup import build_model, frozen
+from fastclap.train.run import build_model
+from fastclap.train.step import Objective, frozen
 from tests.train.test_speed import WAVLM, XLM_R
 
 FORK = multiprocessing.get_context("fork")
@@ -224,7 +224,7 @@ def _compare_sharded_with_replicated(config: TrainConfig) -> None:
     norms = []
     for model, modules in ((replicated, []), (sharded, parts)):
         averaged = distributed.Gradients([p for p in model.parameters() if p.requires_grad], world, modules)
-        Objective(model, LossConfig(), 2, None, world, averaged.held, in_step=True)(batch)
+        Objective(model, LossConfig(), 2, None, world, averaged.held, every_caption=True)(batch)
         norms.append(averaged.finish(torch.zeros(1))[1])
     assert_close_rel("norm of all gradients", norms[0], norms[1], 1e-5)
     other = dict(sharded.named_parameters())

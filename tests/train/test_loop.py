@@ -21,10 +21,11 @@ from fastclap.testing import assert_close_rel
 from fastclap.train.cli import main
 from fastclap.train.config import OptimizerConfig, TrainConfig, load_config
 from fastclap.train.distributed import World
-from fastclap.train.loop import Totals, scheduled, seed_step, train
+from fastclap.train.journal import Totals
+from fastclap.train.loop import seed_step, train
 from fastclap.train.meter import Meter
-from fastclap.train.objective import Objective
-from fastclap.train.setup import build_model, build_optimizer
+from fastclap.train.run import build_model
+from fastclap.train.step import Objective, build_optimizer, scheduled_learning_rate
 
 Build = Callable[..., TrainConfig]
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -135,7 +136,7 @@ class Poison(Objective):
 
 
 def test_non_finite_steps_are_skipped_and_counted(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastclap.train.loop.Objective", Poison)
+    monkeypatch.setattr("fastclap.train.step.Objective", Poison)
     monkeypatch.setattr(Poison, "at", frozenset({2, 3, 7}))
     monkeypatch.setattr(Poison, "calls", 0)
     config = tiny(max_bad_steps=3)
@@ -145,7 +146,7 @@ def test_non_finite_steps_are_skipped_and_counted(tiny: Build, monkeypatch: pyte
 
 
 def test_too_many_non_finite_steps_stop_the_run(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastclap.train.loop.Objective", Poison)
+    monkeypatch.setattr("fastclap.train.step.Objective", Poison)
     monkeypatch.setattr(Poison, "at", frozenset(range(5, 100)))
     monkeypatch.setattr(Poison, "calls", 0)
     config = tiny(max_bad_steps=3, steps=50, save_every=4)
@@ -220,13 +221,13 @@ def test_towers_can_learn_more_slowly_than_the_heads(tiny: Build) -> None:
 
 def test_schedule_follows_its_definition() -> None:
     config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_share=0.1)
-    assert [scheduled(config, step, 20) for step in (1, 2, 4)] == [0.5, 1.0, 2.0]
-    assert scheduled(config, 12, 20) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
-    assert scheduled(config, 20, 20) == pytest.approx(0.2)
+    assert [scheduled_learning_rate(config, step, 20) for step in (1, 2, 4)] == [0.5, 1.0, 2.0]
+    assert scheduled_learning_rate(config, 12, 20) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert scheduled_learning_rate(config, 20, 20) == pytest.approx(0.2)
     config.schedule = "linear"
-    assert scheduled(config, 8, 20) == pytest.approx(2.0 * (0.1 + 0.9 * 0.75))
+    assert scheduled_learning_rate(config, 8, 20) == pytest.approx(2.0 * (0.1 + 0.9 * 0.75))
     config.schedule = "constant"
-    assert scheduled(config, 20, 20) == 2.0
+    assert scheduled_learning_rate(config, 20, 20) == 2.0
 
 
 def test_totals_against_plain_sums() -> None:

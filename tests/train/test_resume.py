@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -26,6 +27,7 @@ from fastclap.errors import ConfigError, ModelError, TrainingError
 from fastclap.train import checkpoint
 from fastclap.train.config import TrainConfig
 from fastclap.train.loop import train
+from fastclap.train.step import Step
 
 Build = Callable[..., TrainConfig]
 FORK = multiprocessing.get_context("fork")
@@ -135,11 +137,11 @@ def _train_on_a_full_disk(config: TrainConfig) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     real = checkpoint.save_checkpoint
 
-    def save(run_dir: Path, step: int, *rest: object) -> None:
-        if step >= 6:
+    def save(step: Step, *rest: Any) -> None:
+        if step.number >= 6:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
         try:
-            real(run_dir, step, *rest)
+            real(step, *rest)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 

@@ -63,7 +63,7 @@ def of_transformers(config: TrainConfig) -> TrainConfig:
 @pytest.fixture
 def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives models of transformers' towers, which normally come with one, a tokenizer of words."""
-    from fastclap.train import setup
+    from fastclap.train import run
 
     class Words:
         vocab_size = 300
@@ -77,14 +77,14 @@ def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
         def save(self, path: Path) -> None:
             path.write_text("{}")
 
-    build = setup.build_model
+    build = run.build_model
 
     def with_tokenizer(*arguments: Any) -> fastclap.CLAP:
         model = build(*arguments)
         model.tokenizer = model.tokenizer or Words()  # type: ignore[assignment]
         return model
 
-    monkeypatch.setattr("fastclap.train.loop.build_model", with_tokenizer)
+    monkeypatch.setattr("fastclap.train.run.build_model", with_tokenizer)
 
 
 def syncs(config: TrainConfig) -> list[str]:
@@ -117,15 +117,15 @@ def test_no_step_waits_for_the_device(tiny: Build, tokenizer: None, change: dict
 
 
 def test_a_sync_in_the_step_would_be_noticed(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastclap.train.objective import Objective
+    from fastclap.train.step import Objective
 
     def curious(self: Objective, audio: Tensor, text: Tensor) -> Tensor:
         loss = loss_of(self, audio, text)
         assert loss.item() > 0
         return loss
 
-    loss_of = Objective._loss
-    monkeypatch.setattr(Objective, "_loss", curious)
+    loss_of = Objective.loss
+    monkeypatch.setattr(Objective, "loss", curious)
     few, many = (syncs(tiny(f"{n} steps", steps=n, log_every=1000, save_every=1000, valid_every=0)) for n in (2, 5))
     assert len(many) == len(few) + 3 and any("test_speed.py" in entry for entry in many)
 
@@ -204,13 +204,13 @@ def test_out_of_memory_elsewhere_ends_the_run_and_loses_nothing(
     tiny: Build, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     from fastclap.data import Batch
-    from fastclap.train.objective import Objective
+    from fastclap.train.step import Objective
 
     whole, struck = tiny("whole"), tiny("struck")
     train(whole)
     owner, name = {
         "copy": (Batch, "to"),
-        "loss": (Objective, "_loss"),
+        "loss": (Objective, "loss"),
         "optimizer": (torch.optim.AdamW, "step"),
         "tower": (fastclap.CLAP, "encode_text"),
     }[stage]

@@ -17,9 +17,9 @@ from fastclap.losses import info_nce, tag_loss
 from fastclap.testing import assert_close_rel
 from fastclap.train.config import LossConfig, TrainConfig
 from fastclap.train.distributed import World
-from fastclap.train.loop import tokenizer_of, train
-from fastclap.train.objective import Objective
-from fastclap.train.setup import build_model
+from fastclap.train.loop import train
+from fastclap.train.run import build_model, loader_tokenizer
+from fastclap.train.step import Objective
 
 Build = Callable[..., TrainConfig]
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -35,7 +35,7 @@ def test_one_pass_of_the_text_tower_gives_both_losses(tiny: Build, monkeypatch: 
     item = (3, *BatchSampler(manifest, 8, seed=0).batch(3))
     plain, tokenized = (
         ClipDataset(manifest, 16000, crop_seconds=0.5, seed=0, tags=tags, tokenize=tokenize)[item]
-        for tokenize in (None, tokenizer_of(model))
+        for tokenize in (None, loader_tokenizer(model))
     )
     audio = model.encode_audio(plain.audio, plain.lengths)
     captions, prompts = (model.encode_text(**model.tokenize(texts)) for texts in (plain.captions, plain.prompts))
@@ -52,13 +52,13 @@ def test_one_pass_of_the_text_tower_gives_both_losses(tiny: Build, monkeypatch: 
     )
     loss = LossConfig(tag_weight=0.5, tag_scale=2.0)
     for batch in (plain, tokenized):
-        for in_step in (False, True):
+        for every_caption in (False, True):
             for chunk in (0, 64):
                 model.zero_grad()
                 passes.clear()
-                value = Objective(model, loss, chunk, None, ALONE, in_step=in_step)(batch)
+                value = Objective(model, loss, chunk, None, ALONE, every_caption=every_caption)(batch)
                 texts = [*batch.captions, *batch.prompts]
-                assert passes == [len(texts) if in_step else len(set(texts))]
+                assert passes == [len(texts) if every_caption else len(set(texts))]
                 assert_close_rel("loss", expected.detach(), value, 1e-6)
                 for name, parameter in model.named_parameters():
                     assert_close_rel(name, reference[name], parameter.grad, 2e-5)
