@@ -1,4 +1,8 @@
-"""The drop-in for grad_cache; see `fastclap.drop_in`."""
+"""GradCache's losses (package `grad_cache`).
+
+Replaced: SimpleContrastiveLoss.__call__ and DistributedContrastiveLoss.__call__. Left to the client: reduction="none",
+and targets that are probabilities.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastclap.drop_in.open_clip import ClipLoss
-from fastclap.drop_in.shared import IGNORED_TARGET, Method, _overrides
+from fastclap.drop_in.shared import Client, Method, overrides
+
+IGNORED_TARGET = -100  # as torch.nn.functional.cross_entropy's ignore_index
 
 
 class GradCacheLoss:
-    """GradCache's ``SimpleContrastiveLoss``, for ``GradCache(models, chunk_sizes, loss_fn=GradCacheLoss())``.
+    """GradCache's `SimpleContrastiveLoss`, for `GradCache(models, chunk_sizes, loss_fn=GradCacheLoss())`.
 
     The logits are plain dot products, and the loss is one-sided, from x to y.
 
     Args:
-        n_hard_negatives: y holds for each row of x its positive followed by so many negatives.
+        n_hard_negatives: for each row of x, y holds its positive followed by this many negatives.
     """
 
     def __init__(self, n_hard_negatives: int = 0) -> None:
@@ -26,24 +32,24 @@ class GradCacheLoss:
 
     def __call__(
         self,
-        x: Tensor,  # (N, D)
-        y: Tensor,  # (M, D)
-        target: Tensor | None = None,  # (N,)
+        x: Tensor,  # [N, D]
+        y: Tensor,  # [M, D]
+        target: Tensor | None = None,  # [N]
         reduction: str = "mean",
     ) -> Tensor:
-        """0-d. ``target`` is the row of y that belongs to each row of x, -100 to leave a row out.
+        """0-d. `target` is the row of y that belongs to each row of x, -100 to leave a row out.
 
         Raises:
             ValueError: sizes or targets do not fit.
-            NotImplementedError: the reduction is neither "mean" nor "sum", or the targets are no integers.
+            NotImplementedError: the reduction is neither "mean" nor "sum", or the targets are not integers.
         """
         return _target_loss(x, y, self.target_per_qry, target, reduction)
 
 
 class GradCacheDistributedLoss(GradCacheLoss):
-    """GradCache's ``DistributedContrastiveLoss``: the loss over all ranks of the default process group.
+    """GradCache's `DistributedContrastiveLoss`: the loss over all ranks of the default process group.
 
-    As there, x and y are this rank's rows, as many on every rank, and ``target`` covers all ranks; the gradients of
+    As there, x and y are this rank's rows, as many on every rank, and `target` covers all ranks; the gradients of
     x and y are those of the whole batch, so averaging over W ranks leaves 1/W of them.
     """
 
@@ -57,34 +63,46 @@ class GradCacheDistributedLoss(GradCacheLoss):
         return _target_loss(x, y, self.target_per_qry, target, reduction, dist.get_rank(), dist.get_world_size())
 
 
-def _grad_cache_call(owner: type, original: Method) -> Method:
+def _simple_call(owner: type, original: Method) -> Method:
     def __call__(self: Any, x: Tensor, y: Tensor, target: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        if not _fused_target(target, reduction):
+        if not _is_fused(target, reduction):
             return original(self, x, y, target=target, reduction=reduction)
         return _target_loss(x, y, self.target_per_qry, target, reduction)
 
     return __call__
 
 
-def _grad_cache_distributed_call(owner: type, original: Method) -> Method:
+def _distributed_call(owner: type, original: Method) -> Method:
     def __call__(self: Any, x: Tensor, y: Tensor, target: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        if not _fused_target(target, reduction) or _overrides(self, owner, "gather_tensor"):
+        if not _is_fused(target, reduction) or overrides(self, owner, "gather_tensor"):
             return original(self, x, y, target=target, reduction=reduction)
         return _target_loss(x, y, self.target_per_qry, target, reduction, self.rank, self.word_size)
 
     return __call__
 
 
+# The package of the repository, and the one on the package index.
+CLIENT = Client(
+    "grad_cache",
+    modules=("grad_cache.loss", "gradcache.loss"),
+    install="pip install git+https://github.com/luyug/GradCache",
+    methods={
+        "SimpleContrastiveLoss.__call__": _simple_call,
+        "DistributedContrastiveLoss.__call__": _distributed_call,
+    },
+)
+
+
 def _target_loss(
-    x: Tensor,
-    y: Tensor,
-    step: int,
-    target: Tensor | None,
+    x: Tensor,  # [N, D]
+    y: Tensor,  # [M, D]
+    step: int,  # rows of y for each row of x
+    target: Tensor | None,  # [W*N]
     reduction: str,
     rank: int = 0,
     world_size: int = 1,
 ) -> Tensor:
-    if not _fused_target(target, reduction):
+    if not _is_fused(target, reduction):
         raise NotImplementedError(
             f"reduction={reduction!r} with this target is not supported: use 'mean' or 'sum' and integer targets, or "
             "GradCache's own class (drop_in.patch('grad_cache') leaves this case to it)"
@@ -100,12 +118,12 @@ def _target_loss(
         raise ValueError(f"target must have shape [{rows * world_size}], got {list(target.shape)}")
     if bool((used & ((target < 0) | (target >= columns * world_size))).any()):
         raise ValueError(f"a target is outside the {columns * world_size} rows of y")
-    where = x.device if world_size > 1 else target.device  # a process group gathers the ids on its own device
-    a_ids = target[rank * rows : (rank + 1) * rows].to(where)
-    b_ids = torch.arange(rank * columns, (rank + 1) * columns, device=where)
+    device = x.device if world_size > 1 else target.device  # a process group gathers the ids on its own device
+    a_ids = target[rank * rows : (rank + 1) * rows].to(device)
+    b_ids = torch.arange(rank * columns, (rank + 1) * columns, device=device)
     loss = ClipLoss(rank=rank, world_size=world_size, direction="a_to_b")(x, y, 1.0, a_ids=a_ids, b_ids=b_ids)
     return loss if reduction == "mean" else loss * int(used.sum())
 
 
-def _fused_target(target: Tensor | None, reduction: str) -> bool:
+def _is_fused(target: Tensor | None, reduction: str) -> bool:
     return reduction in ("mean", "sum") and (target is None or not target.is_floating_point())

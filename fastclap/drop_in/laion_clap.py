@@ -1,4 +1,7 @@
-"""The drop-in for laion_clap; see `fastclap.drop_in`."""
+"""LAION-CLAP's loss (package `laion_clap`).
+
+Replaced: ClipLoss.forward. Left to the client: weight_loss_kappa and use_horovod.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastclap.drop_in.open_clip import ClipLoss
-from fastclap.drop_in.shared import (
-    Method,
-)
+from fastclap.drop_in.shared import Client, Method
 
 
 class LaionClapLoss(nn.Module):
-    """LAION-CLAP's ``ClipLoss``: open_clip's, or with ``mlp_loss`` the mean of two of them.
+    """LAION-CLAP's `ClipLoss`: open_clip's, or with `mlp_loss` the mean of two of them.
 
     Args:
         local_loss, gather_with_grad, cache_labels, rank, world_size: as in `fastclap.ClipLoss`.
@@ -49,23 +50,23 @@ class LaionClapLoss(nn.Module):
 
     def forward(
         self,
-        audio_features: Tensor,  # (N, D)
-        text_features: Tensor,  # (N, D)
+        audio_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
         logit_scale_a: float | Tensor,
         logit_scale_t: float | Tensor | None = None,
-        audio_features_mlp: Tensor | None = None,  # (N, D)
-        text_features_mlp: Tensor | None = None,  # (N, D)
+        audio_features_mlp: Tensor | None = None,  # [N, D]
+        text_features_mlp: Tensor | None = None,  # [N, D]
     ) -> Tensor:
         """The loss of features that are already normalised; 0-d, float32 (float64 for float64 features)."""
         if not self.mlp_loss:
             return self.loss(audio_features, text_features, logit_scale_a)
         if logit_scale_t is None or audio_features_mlp is None or text_features_mlp is None:
             raise ValueError("mlp_loss=True needs logit_scale_t, audio_features_mlp and text_features_mlp")
-        of_audio = self.loss(audio_features, text_features_mlp, logit_scale_a)
-        return (of_audio + self.loss(audio_features_mlp, text_features, logit_scale_t)) / 2
+        at_audio_scale = self.loss(audio_features, text_features_mlp, logit_scale_a)
+        return (at_audio_scale + self.loss(audio_features_mlp, text_features, logit_scale_t)) / 2
 
 
-def _laion_forward(owner: type, original: Method) -> Method:
+def _clip_loss_forward(owner: type, original: Method) -> Method:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.use_horovod or self.weight_loss_kappa != 0:
             return original(self, *args, **kwargs)
@@ -75,3 +76,12 @@ def _laion_forward(owner: type, original: Method) -> Method:
         return loss(*args, **kwargs)
 
     return forward
+
+
+CLIENT = Client(
+    "laion_clap",
+    # LAION-CLAP puts its own folder on the path and then imports clap_module as a second copy.
+    modules=("laion_clap.clap_module.loss", "clap_module.loss"),
+    install="pip install laion-clap",
+    methods={"ClipLoss.forward": _clip_loss_forward},
+)

@@ -1,4 +1,7 @@
-"""The drop-in for paraspeechclap; see `fastclap.drop_in`."""
+"""ParaSpeechCLAP's losses (package `paraspeechclap`, from a checkout of its repository).
+
+Replaced: ClipLoss.forward, and so the contrastive part of MultiTaskLoss. Nothing is left to the client.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastclap.drop_in.shared import (
-    Method,
-)
+from fastclap.drop_in.shared import Client, Method
 from fastclap.losses import info_nce, tag_loss
 
 
 class ParaSpeechClipLoss(nn.Module):
-    """ParaSpeechCLAP's ``ClipLoss``: text first, normalises inside, each rank on its own batch."""
+    """ParaSpeechCLAP's `ClipLoss`: text first, normalises inside, each rank on its own batch."""
 
     def forward(
         self,
-        text_features: Tensor,  # (N, D)
-        audio_features: Tensor,  # (N, D)
+        text_features: Tensor,  # [N, D]
+        audio_features: Tensor,  # [N, D]
         logit_scale: float | Tensor,
     ) -> Tensor:
         """0-d, float32 (float64 for float64 features)."""
@@ -30,7 +31,7 @@ class ParaSpeechClipLoss(nn.Module):
 
 
 class ParaSpeechMultiTaskLoss(nn.Module):
-    """ParaSpeechCLAP's ``MultiTaskLoss``: `ParaSpeechClipLoss` plus a multi-label loss over tags.
+    """ParaSpeechCLAP's `MultiTaskLoss`: `ParaSpeechClipLoss` plus a multi-label loss over tags.
 
     A clip's logit for a tag is the cosine of their embeddings; the binary cross-entropy is averaged over tags and
     over the clips that have any, then over the heads.
@@ -42,10 +43,10 @@ class ParaSpeechMultiTaskLoss(nn.Module):
 
     def forward(
         self,
-        text_features: Tensor,  # (N, D)
-        audio_features: Tensor,  # (N, D)
+        text_features: Tensor,  # [N, D]
+        audio_features: Tensor,  # [N, D]
         logit_scale: float | Tensor,
-        tag_embeddings: Tensor | None = None,  # (T, D)
+        tag_embeddings: Tensor | None = None,  # [T, D]
         rich_tags_batch: Sequence[Sequence[str] | None] | None = None,
         tag_to_idx: Mapping[str, int] | None = None,
         classification_heads: Sequence[Mapping[str, Any]] | None = None,
@@ -75,16 +76,24 @@ class ParaSpeechMultiTaskLoss(nn.Module):
         }
 
 
-def _paraspeech_forward(owner: type, original: Method) -> Method:
+def _clip_loss_forward(owner: type, original: Method) -> Method:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return ParaSpeechClipLoss()(*args, **kwargs)
 
     return forward
 
 
+CLIENT = Client(
+    "paraspeechclap",
+    modules=("paraspeechclap.loss",),
+    install="put a checkout of github.com/ajd12342/paraspeechclap on PYTHONPATH",
+    methods={"ClipLoss.forward": _clip_loss_forward},
+)
+
+
 def _tag_loss(
-    audio: Tensor,  # (N, D)
-    tags: Tensor,  # (T, D)
+    audio: Tensor,  # [N, D]
+    tags: Tensor,  # [T, D]
     tags_of_clips: Sequence[Sequence[str] | None],
     row_of_tag: Mapping[str, int],
 ) -> Tensor:

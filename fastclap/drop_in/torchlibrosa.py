@@ -1,4 +1,14 @@
-"""The drop-in for torchlibrosa; see `fastclap.drop_in`."""
+"""torchlibrosa's log-mel front-end, which LAION-CLAP, MS-CLAP and PANNs use (package `torchlibrosa`).
+
+Replaced: Spectrogram.forward and LogmelFilterBank.forward, where the one feeds the other. Left to the client: the
+spectrogram where anything but a log-mel module uses it; trained weights, windows other than periodic Hann,
+center=False, zero padding, a top_db, float64 and half precision.
+
+The client multiplies by the DFT matrix in float32, which rounds less than the float32 FFT that replaces it: against
+float64, the rms error over speech, noise and clicks is 3e-5 dB with the client and 6e-5 dB with fastclap, the largest
+0.01 and 0.02 dB; within 60 dB of a frame's loudest band both are at 5e-6 dB (rms). Under autocast features are float32,
+where the client's convolutions would be in half precision.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fastclap.drop_in.shared import (
-    Method,
-    _overrides,
-    _preset,
-    _same_bank,
-)
+from fastclap.drop_in.shared import Client, Method, has_mel_bank, overrides, preset_spec
 from fastclap.kernels.log_mel.operator import log_mel
 
 
 class _DeferredSpectrogram(Tensor):
-    """What a patched torchlibrosa Spectrogram returns: a tensor that is computed when something other than a patched
-    LogmelFilterBank looks at it, by the client's own code."""
+    """What a patched Spectrogram returns: a tensor that is not computed before it is used.
+
+    A patched LogmelFilterBank takes the waveform out of it; for any other use the client's own code computes it.
+    """
 
     waveform: Tensor  # [B, samples]
     version: int
@@ -34,7 +41,7 @@ class _DeferredSpectrogram(Tensor):
     computed: Tensor | None  # [B, 1, frames, n_fft/2 + 1]
 
     @staticmethod
-    def of(module: Any, waveform: Tensor, compute: Callable[[Tensor], Tensor]) -> _DeferredSpectrogram:
+    def made_by(module: Any, waveform: Tensor, compute: Callable[[Tensor], Tensor]) -> _DeferredSpectrogram:
         frames = 1 + waveform.shape[1] // module.stft.hop_length
         deferred: Any = Tensor._make_wrapper_subclass(
             _DeferredSpectrogram,
@@ -47,7 +54,7 @@ class _DeferredSpectrogram(Tensor):
         deferred.stft, deferred.power, deferred.compute, deferred.computed = module.stft, module.power, compute, None
         return deferred
 
-    def source(self) -> Tensor:
+    def unchanged_waveform(self) -> Tensor:
         if _version(self.waveform) != self.version:
             raise RuntimeError(
                 "the waveform was written to before its spectrogram was used; write to a copy, or undo "
@@ -55,22 +62,24 @@ class _DeferredSpectrogram(Tensor):
             )
         return self.waveform
 
-    def now(self) -> Tensor:
+    def materialised(self) -> Tensor:
         if self.computed is None:
-            self.computed = self.compute(self.source())
+            self.computed = self.compute(self.unchanged_waveform())
         return self.computed
 
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        args, kwargs = tree_map_only(_DeferredSpectrogram, _DeferredSpectrogram.now, (args, dict(kwargs or {})))
+        args, kwargs = tree_map_only(
+            _DeferredSpectrogram, _DeferredSpectrogram.materialised, (args, dict(kwargs or {}))
+        )
         return function(*args, **kwargs)
 
     __torch_dispatch__ = __torch_function__  # type: ignore[assignment]  # where an operation skips the one above
 
 
-def _torchlibrosa_spectrogram(owner: type, original: Method) -> Method:
+def _spectrogram_forward(owner: type, original: Method) -> Method:
     def forward(self: Any, input: Tensor) -> Tensor:
         stft = self.stft
         if (
@@ -85,49 +94,57 @@ def _torchlibrosa_spectrogram(owner: type, original: Method) -> Method:
             or not stft.center
             or stft.pad_mode != "reflect"
             or self.power not in (1, 2)
-            or not _once(stft, (stft.conv_real.weight, stft.conv_imag.weight), _is_hann_dft)
+            or not _kept_for_weights(stft, (stft.conv_real.weight, stft.conv_imag.weight), _is_hann_dft)
         ):
             return original(self, input)
-        return _DeferredSpectrogram.of(self, input, functools.partial(original, self))
+        return _DeferredSpectrogram.made_by(self, input, functools.partial(original, self))
 
     return forward
 
 
-def _torchlibrosa_log_mel(owner: type, original: Method) -> Method:
+def _log_mel_forward(owner: type, original: Method) -> Method:
     def forward(self: Any, input: Tensor) -> Tensor:
         if not isinstance(input, _DeferredSpectrogram) or input.computed is not None:  # it may have been changed
             return original(self, input)
-        if not self.is_log or self.top_db is not None or _overrides(self, owner, "power_to_db"):
+        if not self.is_log or self.top_db is not None or overrides(self, owner, "power_to_db"):
             return original(self, input)
         stft: Any = input.stft
-        bank = _once(self, (self.melW,), lambda module: _slaney_bank(module.melW.detach().cpu().double().numpy()))
-        spec = bank and _preset(
+        numbers = _kept_for_weights(self, (self.melW,), _slaney_numbers)
+        spec = numbers and preset_spec(
             "clap",
-            **bank,
+            **numbers,
             win_length=stft.win_length,
             hop_length=stft.hop_length,
             power=float(input.power),
             floor=float(self.amin),
             mean=10.0 * math.log10(max(self.amin, self.ref)),
         )
-        if not spec or bank["n_fft"] != stft.n_fft:
+        if not spec or numbers["n_fft"] != stft.n_fft:
             return original(self, input)
-        return log_mel(input.source(), None, spec)[0][:, None]
+        return log_mel(input.unchanged_waveform(), None, spec)[0][:, None]
 
     return forward
 
 
-_ONCE: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+CLIENT = Client(
+    "torchlibrosa",
+    modules=("torchlibrosa.stft",),
+    install="pip install torchlibrosa",
+    methods={"Spectrogram.forward": _spectrogram_forward, "LogmelFilterBank.forward": _log_mel_forward},
+)
 
 
-def _once(module: nn.Module, weights: Sequence[Tensor], judge: Callable[[Any], Any]) -> Any:
-    """judge(module), kept until its weights are written to; None while a gradient of them is asked for."""
+_KEPT: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _kept_for_weights(module: nn.Module, weights: Sequence[Tensor], examine: Callable[[Any], Any]) -> Any:
+    """examine(module), kept until one of its weights is written to; None while one of them requires a gradient."""
     if any(weight.requires_grad for weight in weights):
         return None
     state = [(weight.data_ptr(), _version(weight)) for weight in weights]
-    if module not in _ONCE or _ONCE[module][0] != state:
-        _ONCE[module] = state, judge(module)
-    return _ONCE[module][1]
+    if module not in _KEPT or _KEPT[module][0] != state:
+        _KEPT[module] = state, examine(module)
+    return _KEPT[module][1]
 
 
 def _version(tensor: Tensor) -> int:
@@ -152,16 +169,15 @@ def _is_hann_dft(stft: Any) -> bool:
     return True
 
 
-def _slaney_bank(
-    weights: np.ndarray,  # [n_fft/2 + 1, n_mels] float64
-) -> dict[str, Any] | None:
-    """The numbers behind a mel bank of librosa (Slaney scale and norm), which torchlibrosa does not keep; None if the
-    bank is another one.
+def _slaney_numbers(log_mel_module: Any) -> dict[str, Any] | None:
+    """The numbers from which librosa made the mel bank (Slaney scale and norm); None if it is another one.
 
-    The last filter spans many bins, so that both of its lines can be extended to its lower and upper corner, in bins.
-    Its centre is their geometric mean, as the scale is logarithmic there, and its height then gives the width of a bin
-    in Hz. What comes out is accepted only if it gives back the whole bank.
+    torchlibrosa keeps only the bank, so they are read off its last filter. That one spans many bins, so that both of
+    its lines can be extended to its lower and upper corner, in bins. Its centre is their geometric mean, as the scale
+    is logarithmic there, and its height then gives the width of a bin in Hz. What comes out is accepted only if it
+    gives back the whole bank.
     """
+    weights = log_mel_module.melW.detach().cpu().double().numpy()  # [n_fft/2 + 1, n_mels]
     n_fft, n_mels = 2 * (weights.shape[0] - 1), weights.shape[1]
     last = weights[:, -1]
     (bins,) = np.nonzero(last)
@@ -188,5 +204,5 @@ def _slaney_bank(
         "f_min": round(f_min * 2) / 2,
         "f_max": round(f_max * 2) / 2,
     }
-    spec = _preset("clap", **numbers, win_length=n_fft)
-    return numbers if spec is not None and _same_bank(weights, spec) else None
+    spec = preset_spec("clap", **numbers, win_length=n_fft)
+    return numbers if spec is not None and has_mel_bank(spec, weights) else None

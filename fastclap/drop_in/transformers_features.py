@@ -1,4 +1,16 @@
-"""The drop-in for transformers_features; see `fastclap.drop_in`."""
+"""transformers' audio feature extractors (`patch("transformers_features")`).
+
+Replaced: the step from samples to log-mel in WhisperFeatureExtractor (on its `device=`), ClapFeatureExtractor and
+ASTFeatureExtractor. Left to the client: a mel bank that was exchanged, clips too short for a frame, an odd n_fft, and
+AST's input in other types than float32.
+
+Each is computed at the client's own precision. Whisper's extractor (with torch, its only case here) and AST's (with
+torchaudio) use a float32 FFT, and so does fastclap's log-mel, with smaller rms errors against float64 on every kind of
+sound. CLAP's extractor computes in float64 with NumPy: the replacement computes in float64 too, in torch, at a third
+of the time, and agrees to 4e-6 dB. One case trades precision for speed: where torchaudio is missing, AST's extractor
+falls back to float64 in NumPy, and the float32 replacement then differs by up to 2e-4 (after normalisation; 4e-3 in the
+bands around pure tones).
+"""
 
 from __future__ import annotations
 
@@ -7,18 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastclap.drop_in.shared import (
-    Method,
-    _preset,
-    _same_bank,
-)
+from fastclap.drop_in.shared import Client, Method, cached_mel_bank, has_mel_bank, preset_spec
 from fastclap.kernels.log_mel.operator import log_mel
+from fastclap.kernels.log_mel.spec import LogMelSpec, window
 
 
 def _whisper_features(owner: type, original: Method) -> Method:
     def _torch_extract_fbank_features(self: Any, waveform: np.ndarray, device: str = "cpu") -> np.ndarray:
         bank = self.mel_filters
-        spec = _preset(
+        spec = preset_spec(
             "whisper",
             sampling_rate=self.sampling_rate,
             n_fft=self.n_fft,
@@ -28,7 +37,7 @@ def _whisper_features(owner: type, original: Method) -> Method:
             dither=getattr(self, "dither", 0.0),
         )
         samples = waveform.shape[-1]
-        if spec is None or samples <= spec.n_fft // 2 or samples < spec.hop_length or not _same_bank(bank, spec):
+        if spec is None or samples <= spec.n_fft // 2 or samples < spec.hop_length or not has_mel_bank(spec, bank):
             return original(self, waveform, device)
         clips = torch.from_numpy(waveform).to(device, torch.float32)  # integers are not scaled there
         features, _ = log_mel(clips.reshape(-1, samples), None, spec)
@@ -41,20 +50,21 @@ def _clap_features(owner: type, original: Method) -> Method:
     def _np_extract_fbank_features(
         self: Any, waveform: np.ndarray, mel_filters: np.ndarray | None = None
     ) -> np.ndarray:
-        usable = mel_filters is not None and waveform.ndim == 1 and waveform.size > 0 and np.isrealobj(waveform)
-        for preset in ("clap", "clap-fusion") if usable else ():
-            spec = _preset(
+        if mel_filters is None or waveform.ndim != 1 or waveform.size == 0 or not np.isrealobj(waveform):
+            return original(self, waveform, mel_filters)
+        for preset in ("clap", "clap-fusion"):
+            spec = preset_spec(
                 preset,
                 sampling_rate=self.sampling_rate,
                 n_fft=self.fft_window_size,
                 win_length=self.fft_window_size,
                 hop_length=self.hop_length,
-                n_mels=mel_filters.shape[1],  # type: ignore[union-attr]
+                n_mels=mel_filters.shape[1],
                 f_min=self.frequency_min,
                 f_max=self.frequency_max,
             )
-            if spec is not None and _same_bank(mel_filters, spec):
-                return log_mel(torch.from_numpy(waveform.astype(np.float32))[None], None, spec)[0][0].numpy()
+            if spec is not None and has_mel_bank(spec, mel_filters):
+                return decibels_in_float64(waveform, spec)
         return original(self, waveform, mel_filters)
 
     return _np_extract_fbank_features
@@ -63,12 +73,12 @@ def _clap_features(owner: type, original: Method) -> Method:
 def _ast_features(owner: type, original: Method) -> Method:
     def _extract_fbank_features(self: Any, waveform: np.ndarray, max_length: int) -> np.ndarray:
         rate = self.sampling_rate
-        window = int(rate * 25.0 * 0.001)  # torchaudio.compliance.kaldi's rounding
-        spec = _preset(
+        samples = int(rate * 25.0 * 0.001)  # of a window, rounded as torchaudio.compliance.kaldi does
+        spec = preset_spec(
             "ast",
             sampling_rate=rate,
-            n_fft=1 << max(window - 1, 0).bit_length(),
-            win_length=window,
+            n_fft=1 << max(samples - 1, 0).bit_length(),
+            win_length=samples,
             hop_length=int(rate * 10.0 * 0.001),
             n_mels=self.num_mel_bins,
             num_frames=max_length,
@@ -76,9 +86,37 @@ def _ast_features(owner: type, original: Method) -> Method:
             std=1.0,
         )
         # Without torchaudio the extractor has a mel bank and a window of its own, laid out for 16 kHz.
-        same = spec is not None and (rate == 16000 or not hasattr(self, "mel_filters"))
-        if not same or waveform.ndim != 1 or waveform.dtype != np.float32 or len(waveform) < window:
+        if rate != 16000 and hasattr(self, "mel_filters"):
+            spec = None
+        if spec is None or waveform.ndim != 1 or waveform.dtype != np.float32 or len(waveform) < samples:
             return original(self, waveform, max_length)
-        return log_mel(torch.from_numpy(waveform)[None], None, spec)[0][0].numpy()  # type: ignore[arg-type]
+        return log_mel(torch.from_numpy(waveform)[None], None, spec)[0][0].numpy()
 
     return _extract_fbank_features
+
+
+CLIENT = Client(
+    "transformers_features",
+    modules=("transformers",),
+    install="pip install transformers",
+    methods={
+        "WhisperFeatureExtractor._torch_extract_fbank_features": _whisper_features,
+        "ClapFeatureExtractor._np_extract_fbank_features": _clap_features,
+        "ASTFeatureExtractor._extract_fbank_features": _ast_features,
+    },
+)
+
+
+def decibels_in_float64(
+    waveform: np.ndarray,  # [samples]
+    spec: LogMelSpec,  # of the CLAP family: centred frames, a window as long as the transform, decibels
+) -> np.ndarray:
+    """Log-mel [frames, n_mels], float32, of which every step is in float64."""
+    padded = np.pad(waveform.astype(np.float64), spec.n_fft // 2, mode="reflect")
+    frames = torch.from_numpy(padded).unfold(0, spec.n_fft, spec.hop_length)  # [frames, n_fft]
+    taps, bank = torch.from_numpy(window(spec)), torch.from_numpy(cached_mel_bank(spec))
+    energies = []
+    for chunk in frames.split(128):  # a MB, which stays in the processor's cache
+        spectrum = torch.fft.rfft(chunk * taps)
+        energies.append((spectrum.real.square() + spectrum.imag.square()) @ bank)
+    return (10.0 * torch.cat(energies).clamp(min=spec.floor).log10()).float().numpy()

@@ -1,8 +1,8 @@
-"""Clients' own losses beside the patched ones: what each gives, in this process or on two gloo ranks.
+"""Clients' own losses next to the patched ones: what each gives, in this process or on two gloo ranks.
 
     python ranks.py FOLDER
 
-writes what both ranks got; `test_drop_in.py` judges it, and calls the same cases in its own process. Only clients that
+writes what both ranks got; `test_losses.py` judges it, and calls the same cases in its own process. Only clients that
 are installed take part; FASTCLAP_REFERENCE names a checkout of ParaSpeechCLAP, which is no package.
 """
 
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastclap import drop_in
-from fastclap.drop_in import open_clip, paraspeechclap, sentence_transformers, transformers_clap
+from fastclap.drop_in import open_clip, paraspeechclap, sentence_transformers, shared, transformers_clap
 
 WORLD = 2
 ROWS, DIM = 5, 12  # rows of each rank
@@ -461,7 +461,7 @@ def adapter_cases(rank: int, world: int) -> Cases:
         directions = ("query_to_doc", "doc_to_query") if two else ("query_to_doc",)
 
         def ranking(*columns: Tensor, directions: tuple[str, ...] = directions) -> Tensor:
-            loss = sentence_transformers._ranking_loss(ranking_options(directions, world), columns)
+            loss = sentence_transformers.ranking_loss(ranking_options(directions, world), columns)
             assert loss is not None
             return loss
 
@@ -531,6 +531,7 @@ FUSED = (
     (paraspeechclap, "info_nce"),
     (transformers_clap, "info_nce"),
     (sentence_transformers, "info_nce"),
+    (shared, "info_nce"),
 )
 
 

@@ -23,16 +23,21 @@ Sound = np.ndarray
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """The specs that fastclap's log-mel was called with."""
+    """The specs that fastclap's log-mel, or its float64 form for ClapFeatureExtractor, was called with."""
     specs: list[Any] = []
-    own = torchlibrosa.log_mel
+    own, in_float64 = torchlibrosa.log_mel, transformers_features.decibels_in_float64
 
     def counted(waveform: Tensor, lengths: Tensor | None, spec: Any) -> tuple[Tensor, Tensor]:
         specs.append(spec)
         return own(waveform, lengths, spec)
 
+    def counted_in_float64(waveform: Sound, spec: Any) -> Sound:
+        specs.append(spec)
+        return in_float64(waveform, spec)
+
     for module in (torchlibrosa, transformers_features):
         monkeypatch.setattr(module, "log_mel", counted)
+    monkeypatch.setattr(transformers_features, "decibels_in_float64", counted_in_float64)
     yield specs
 
 

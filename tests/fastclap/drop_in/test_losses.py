@@ -152,12 +152,12 @@ def test_clap_model_corrected() -> None:
 def test_ranking_loss_says_what_it_cannot_express() -> None:
     options, columns = script().ranking_options, [torch.randn(3, 4), torch.randn(3, 4)]
     assert torch.equal(
-        sentence_transformers._ranking_loss(options(), columns), fastclap.info_nce(*columns, 20.0, direction="a_to_b")
+        sentence_transformers.ranking_loss(options(), columns), fastclap.info_nce(*columns, 20.0, direction="a_to_b")
     )
     dots = options()
     dots.similarity_fct.__name__ = "dot_score"
     expected = fastclap.info_nce(*columns, 20.0, direction="a_to_b", normalize=False)
-    assert torch.equal(sentence_transformers._ranking_loss(dots, columns), expected)
+    assert torch.equal(sentence_transformers.ranking_loss(dots, columns), expected)
     every = ("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")
     for refused in (
         options(every),
@@ -166,9 +166,9 @@ def test_ranking_loss_says_what_it_cannot_express() -> None:
         options(similarity_fct=lambda a, b: a @ b.T),
         options(similarity_fct=F.cosine_similarity),
     ):
-        assert sentence_transformers._ranking_loss(refused, columns) is None, refused
+        assert sentence_transformers.ranking_loss(refused, columns) is None, refused
     for odd in (columns[:1], [columns[0], columns[1][:2]], [columns[0].to_sparse(), columns[1]]):
-        assert sentence_transformers._ranking_loss(options(), odd) is None
+        assert sentence_transformers.ranking_loss(options(), odd) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_unknown_and_absent_clients(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(ValueError, match=r"'clip'.*open_clip, laion_clap, paraspeechclap"):
         patch("clip")
     for name, install in (("open_clip", "open_clip_torch"), ("laion_clap", "laion-clap"), ("paraspeechclap", "PYTHON")):
-        for module in patching._CLIENTS[name].modules:
+        for module in patching.CLIENTS[name].modules:
             monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
         with pytest.raises(ModuleNotFoundError, match=f"{name} is not installed.*{install}"):
             patch(name)
@@ -410,7 +410,7 @@ def test_every_patch_on_stand_ins_for_the_clients(monkeypatch: pytest.MonkeyPatc
     """What a patched method reads of its object and what it leaves to the original, where no client is installed."""
     for client, name, classes, call, expected in stand_ins():
         with monkeypatch.context() as context:
-            for other in patching._CLIENTS[client].modules:
+            for other in patching.CLIENTS[client].modules:
                 context.setitem(sys.modules, other, None)  # type: ignore[arg-type]
             module = ModuleType(name)
             vars(module).update({key: type(value) for key, value in classes.items()})
@@ -439,9 +439,9 @@ def test_patches_hand_the_distributed_modes_on(client: str, name: str, monkeypat
         weight_loss_kappa=0,
     )
     key = f"{name}.forward"
-    forward = patching._CLIENTS[client].methods[key](type(loss), type(loss).forward)
+    forward = patching.CLIENTS[client].methods[key](type(loss), type(loss).forward)
     seen = {}
-    for cls in (drop_in.ClipLoss, drop_in.SigLipLoss):
+    for cls in (fastclap.ClipLoss, fastclap.SigLipLoss):
         monkeypatch.setattr(cls, "forward", lambda self, *args: seen.update(vars(self)))
     forward(loss, 1, 2, 3)
     wanted = options if name == "ClipLoss" else {"rank": 3, "world_size": 5}
@@ -450,7 +450,7 @@ def test_patches_hand_the_distributed_modes_on(client: str, name: str, monkeypat
 
 def test_cached_ranking_loss_goes_backward_when_told() -> None:
     options, columns = script().ranking_options(), [torch.randn(4, 3, requires_grad=True) for _ in range(2)]
-    calculate_loss = patching._CLIENTS["sentence_transformers"].methods[
+    calculate_loss = patching.CLIENTS["sentence_transformers"].methods[
         "CachedMultipleNegativesRankingLoss.calculate_loss"
     ]
     loss = calculate_loss(object, lambda *_: None)(options, [[column] for column in columns], with_backward=True)
