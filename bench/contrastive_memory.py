@@ -1,9 +1,8 @@
-"""Peak memory and time of InfoNCE's forward and backward at a large batch: the chunked engine beside the
-materialised form.
+"""Peak memory and time of InfoNCE forward and backward at a large batch: the chunked engine, and the whole matrix.
 
 Memory is read in a fresh process per form: the peak resident set during the call, less the resident set after the
-inputs exist and a small warm-up call has loaded the libraries. It includes both gradients. Time is wall and
-processor time of interleaved repeats in one process after one warm-up each; medians, with the smallest and largest.
+inputs exist and a small warm-up call has loaded the libraries. It includes both gradients. Time is wall and processor
+time of repeats in turn, in one process, after one warm-up each; medians, with the smallest and largest.
 
     python -m bench.contrastive_memory [--rows 16384] [--dim 768] [--scale 14.3] [--threads 2] [--repeats 5]
 

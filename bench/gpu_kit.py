@@ -4,9 +4,9 @@
     .gpu-kit/run.sh --plan                          # there, in a copy of this tree: python -m bench.gpu --plan
 
 The image is assumed to have Python 3.12 and the packages of `IMAGE`, above all torch and Triton, which every record
-names and nothing may replace. The kit has the packages of `KIT` as wheels. ``run.sh`` has pip install them into a
-folder of their own, which comes last on the import path: PYTHONPATH would put it in front of the image's packages, so a
-``sitecustomize.py`` on PYTHONPATH appends it, in every process that the benchmarks start. The image stays as it was.
+names and nothing may replace. The kit has the packages of `KIT` as wheels. `run.sh` has pip install them into a
+folder of their own, which comes last on the import path: PYTHONPATH would put it before the image's packages, so a
+`sitecustomize.py` on PYTHONPATH appends it, in every process that the benchmarks start. The image stays as it was.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ KIT: dict[str, tuple[str, ...]] = {
     "nnAudio": (),
     "torchlibrosa": ("librosa", "decorator", "pooch", "platformdirs"),
 }
-"""What is wanted, each with those of its needs that neither the image nor another line brings."""
+"""What is wanted, each with those of its dependencies that neither the image nor another line has."""
 
 LEFT_OUT = {
     "quack-kernels": "needs nvidia-cutlass-dsl, whose libraries have 90 MB",
     "kaldifeat": "has to be compiled against the image's torch; its only wheel is for torch 1.8.1",
     "cuda-python": "is empty itself: what flashmel imports of it, cuda-bindings, comes with torch",
 }
-"""What somebody may look for in vain, and why."""
+"""What is missing on purpose, and why."""
 
 # A checkout is copied for its code: neither what tests and explains it nor what is large.
 NOT_COPIED = (".git*", "tests", "docs", "tutorials", "__pycache__", "*.png", "*.jpg", "*.pdf", "*.ipynb", "*.csv")
@@ -137,7 +137,7 @@ def download(wanted: Sequence[str], folder: Path) -> None:
 
 
 def unmet(wheels: Iterable[Path]) -> list[str]:
-    """Unconditional needs of the wheels that nothing brings, each as a line that says whose it is."""
+    """Unconditional dependencies of the wheels that are nowhere, each as a line that says whose it is."""
     wheels = list(wheels)
     there = IMAGE | LEFT_OUT.keys() | {normalized(wheel.name.split("-")[0]) for wheel in wheels}
     lines = []
@@ -170,7 +170,7 @@ def copy_checkout(checkout: Path, target: Path) -> None:
 def make_kit(
     kit: Path, without: Iterable[str] = (), reference: Path | None = None, open_clip: Path | None = None
 ) -> None:
-    """Makes the kit anew beside the old one and then puts it in its place."""
+    """Makes a new kit next to the old one and then replaces that."""
     new = kit.with_name(f"{kit.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     (new / "wheels").mkdir(parents=True)
@@ -204,7 +204,7 @@ def report(kit: Path) -> str:
 
 
 def too_large(kit: Path, limit: float) -> str | None:
-    """What could be dropped if the kit has more than ``limit`` MiB, the largest first; None if it has not."""
+    """What could be dropped if the kit has more than `limit` MiB, the largest first; None if it has not."""
     size = size_of(kit) / 2**20
     if size <= limit:
         return None

@@ -11,7 +11,7 @@ f and n tokens, the forward pass of a clip and of a caption is
     a text layer   8·n·h² + 4·n²·h + 4·n·h·f
     a head         2·h·D + 2·D²
 
-and the backward pass twice that, less the first convolution's gradient of its input, which is not needed. Recomputation
+and the backward pass twice that, less the gradient of the first convolution's input, which is not needed. Recomputation
 (activation checkpointing, gradient caching) and the loss do not count: this is the work of the model, whatever a
 program spends on it, so its share of the hardware's peak is the model FLOPs utilisation.
 """
@@ -42,7 +42,7 @@ def wavlm_frames(config: Mapping[str, Any], samples: int) -> list[int]:
 
 
 def wavlm_forward(config: Mapping[str, Any], samples: int) -> int:
-    """FLOPs of one clip of ``samples`` through WavLM."""
+    """FLOPs of one clip of so many samples through WavLM."""
     config, frames = {**_DEFAULTS, **config}, wavlm_frames(config, samples)
     channels = (1, *config["conv_dim"])
     total = sum(
@@ -58,7 +58,7 @@ def wavlm_forward(config: Mapping[str, Any], samples: int) -> int:
 
 
 def text_forward(config: Mapping[str, Any], tokens: int) -> int:
-    """FLOPs of one caption of ``tokens`` through an encoder such as XLM-RoBERTa."""
+    """FLOPs of one caption of so many tokens through an encoder such as XLM-RoBERTa."""
     return config["num_hidden_layers"] * _layer(tokens, config["hidden_size"], config["intermediate_size"])
 
 

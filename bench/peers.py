@@ -201,7 +201,7 @@ def on_gpu(module: str, device: torch.device) -> Any:
 def load(
     name: str, package: str, passes: int, notes: str, make: Callable[[], Any], scale_gradient: bool = True
 ) -> Peer:
-    """The form that ``make`` returns, or the reason why there is none."""
+    """The form that `make` returns, or the reason why there is none."""
     known, run = {"fastclap": fastclap.__version__, "torch": torch.__version__}, None
     version = known.get(package)
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -217,7 +217,7 @@ def load(
 
 
 def info_nce_peers(device: torch.device, scale: float) -> list[Peer]:
-    """All forms of the symmetric InfoNCE loss; ``scale`` is for those that take no tensor.
+    """All forms of the symmetric InfoNCE loss; `scale` is for those that take no tensor.
 
     Compiled forms are compiled afresh in each list: drop the list, and call `torch.compiler.reset`, when shapes change.
     """

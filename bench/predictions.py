@@ -45,8 +45,8 @@ TILE, DEPTH, WARPS = 128, 64, 8  # of P1 and P2: rows and columns of a tile, a s
 
 
 @dataclass(frozen=True)
-class Form:
-    """A way to compute the loss and its gradients.
+class FormCost:
+    """What a form of the loss and its gradients costs.
 
     Attributes:
         issued: for each pass of a kernel of ours, instructions that a warp issues a tile and a step: counted in the
@@ -75,10 +75,10 @@ FOUR, THREE, MATERIALISED, OPEN_CLIP = (
     *("materialised, compiled", "open_clip, compiled"),
 )
 FORMS = {
-    FOUR: Form(((1806, 71), (1200, 84)), 2, 0, 0, OURS_OPERATIONS, OURS_HOST_MS),
-    THREE: Form(((1894, 83),), 2, 4, 2, OURS_OPERATIONS, OURS_HOST_MS, share_of_memory=0.25),
-    MATERIALISED: Form((), 3, 25, 4, 15, MATERIALISED_HOST_MS),
-    OPEN_CLIP: Form((), 6, 32, 8, 20, MATERIALISED_HOST_MS),
+    FOUR: FormCost(((1806, 71), (1200, 84)), 2, 0, 0, OURS_OPERATIONS, OURS_HOST_MS),
+    THREE: FormCost(((1894, 83),), 2, 4, 2, OURS_OPERATIONS, OURS_HOST_MS, share_of_memory=0.25),
+    MATERIALISED: FormCost((), 3, 25, 4, 15, MATERIALISED_HOST_MS),
+    OPEN_CLIP: FormCost((), 6, 32, 8, 20, MATERIALISED_HOST_MS),
 }
 LOSS_ISSUE_SHARE = 0.6  # of the cycles, in which a scheduler issues an instruction: assumed, for 16 warps and barriers
 FLOORS = {"memeff": 5, "quack (two calls)": 6, "liger-kernel (two calls)": 6, "cut-cross-entropy (two calls)": 8}
@@ -107,7 +107,7 @@ def pass_tflops(issued: tuple[int, int], dim: int, machine: Machine) -> float:
     return min(PRODUCT_SHARE * machine.tflops, by_issue, by_l2)
 
 
-def device_ms(form: Form, rows: int, dim: int, machine: Machine) -> float:
+def device_ms(form: FormCost, rows: int, dim: int, machine: Machine) -> float:
     """Passes of 2·N²·D at the rate of each, bytes of N² pairs, and gaps between operations."""
     one = 2e-9 * rows**2 * dim
     passes = sum(one / pass_tflops(issued, dim, machine) for issued in form.issued)
@@ -116,11 +116,11 @@ def device_ms(form: Form, rows: int, dim: int, machine: Machine) -> float:
     return passes + products + moved + 1e-3 * GAP_US * form.operations
 
 
-def fits(form: Form, rows: int, machine: Machine) -> bool:
+def fits(form: FormCost, rows: int, machine: Machine) -> bool:
     return form.kept_per_pair * rows**2 <= 1e9 * machine.gbytes * form.share_of_memory
 
 
-def loss_cell(form: Form, rows: int, dim: int, machine: Machine) -> str:
+def loss_cell(form: FormCost, rows: int, dim: int, machine: Machine) -> str:
     """The longer of device and host; the device's in brackets where that is the host's."""
     if not fits(form, rows, machine):
         return "–"
@@ -335,7 +335,7 @@ def step_rows() -> Iterator[list[str]]:
 
 
 def reference_cell(rows: int, shares: tuple[float, float], tflops: float | None, machine: Machine) -> str:
-    """Work over a share of ``tflops``, or of the rate of products, and what the released step reads off the device."""
+    """Work over a share of `tflops`, or of the rate of products, and what the released step reads off the device."""
     work = rows * (pair_tflop() + checkpointed_tflop())
     optimizer = 28e-9 * parameters() / (COPY_SHARE * machine.tbytes)
     reads = 0.0 if tflops is None else 1e-3 * HOST_READS * READ_US

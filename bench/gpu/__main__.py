@@ -97,13 +97,13 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def newest(lot: Lot, device_folders: Sequence[Path]) -> dict[str, Any] | None:
-    """The record of a lot with the latest run, of those in several folders."""
+    """The record of a lot with the latest run, out of several folders."""
     found = [r for folder in device_folders if (r := read_record(folder / f"{lot.name}.json")) is not None]
     return max(found, key=lambda r: r["runs"][-1]["date"], default=None)
 
 
 def expected_seconds(lot: Lot, record: dict[str, Any] | None) -> float:
-    """Of the last run that came to its end, else by estimate."""
+    """What the last complete run took, or an estimate."""
     done = [] if record is None else [run["seconds"] for run in record["runs"] if run["status"] == "done"]
     return done[-1] if done else lot.seconds
 
@@ -114,20 +114,20 @@ def plan_row(lot: Lot, record: dict[str, Any] | None) -> list[str]:
         run = record["runs"][-1]
         reasons = [row.get("reason", "not passed" if row.get("passed") is False else ABSENT) for row in record["rows"]]
         failed = sum(reason != ABSENT for reason in reasons)
-        bad = f", {failed} not well" if failed else ""
+        bad = f", {failed} failed" if failed else ""
         cells[1] = f"{run['date'][:10]}, {run['status']}, {len(record['rows'])} rows{bad}"
         cells[2] = "current" if record["code"] == lot.code else "code changed since"
     return cells
 
 
 def plan(out: Path) -> str:
-    """A table for every device that there are records of, or for none yet."""
+    """A table for every device that has records, or one where none has."""
     folders = sorted({folder.name for root in (RECORDS, out) for folder in root.glob("*") if folder.is_dir()})
     parts = []
     for name in folders or ["any device"]:
         rows = [plan_row(lot, newest(lot, [RECORDS / name, out / name])) for lot in LOTS.values()]
         total = sum(expected_seconds(lot, newest(lot, [RECORDS / name, out / name])) for lot in LOTS.values())
-        parts.append(f"{name}: the most worth first, {total:.0f} s in all\n")
+        parts.append(f"{name}: the most useful first, {total:.0f} s in all\n")
         parts.append(markdown(["lot", "record", "its code", "takes", "shows"], rows) + "\n")
     return "\n".join(parts)
 
@@ -184,8 +184,8 @@ def run_lots(names: Sequence[str], out: Path, settings: Settings, seconds: float
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--plan", action="store_true", help="say what there is and what is to be had")
-    what.add_argument("--report", action="store_true", help="write the tables and plots from the records")
+    what.add_argument("--plan", action="store_true", help="list the lots, their records and what they take")
+    what.add_argument("--report", action="store_true", help="write tables and plots from the records")
     what.add_argument("--merge", type=Path, metavar="FOLDER", help="take over records, FOLDER/<device>/<lot>.json")
     parser.add_argument("--lots", nargs="+", choices=LOTS, metavar="NAME", help=f"some of: {', '.join(LOTS)}")
     parser.add_argument("--seconds", type=float, default=3600, help="for everything (default: %(default)s)")

@@ -1,9 +1,9 @@
 """Compiles the kernels that a lot launches, in parallel, into Triton's cache, before anything is timed.
 
-A process that ends with the work rehearses the forms (`bench.gpu.rehearsal`), which tells the very keys that the
-launches will ask Triton's cache for, and forks one process a kernel that is not there, as many at once as there are
-processors. The caller's process keeps no trace of it. Where there is a driver for the GPU, the small C module is built
-too by which Triton starts the kernels of a signature.
+A process that ends with the work rehearses the forms (`bench.gpu.rehearsal`), which gives the very keys that the
+launches will look up in Triton's cache, and forks one process for each kernel that is missing there, as many at once as
+there are processors. The caller's process keeps no trace of it. Where there is a driver for the GPU, the small C module
+with which Triton starts the kernels of a signature is built too.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from bench.gpu.watch import GRACE, die_with_parent
 from fastclap.kernels.offline import Compilation, compiled_kernel, is_cached
 
 PROGRESS_SECONDS = 5.0
-# Of a processor, to compile a kernel for sm_90, by how its name begins; the others take less than one.
+# That a processor takes to compile a kernel for sm_90, by how its name begins; the others take less than one second.
 SECONDS = {"log_mel log_mel": 12.0, "log_mel frame": 3.0, "contrastive": 2.0, "toeplitz_attention": 1.5}
-LONG_TRANSFORM, LONG_TRANSFORM_SECONDS = 32, 55.0  # a log-mel kernel's with so many first factors, as CLAP's
+LONG_TRANSFORM, LONG_TRANSFORM_SECONDS = 32, 55.0  # of a log-mel kernel with so many first factors: CLAP's
 
 _fork = multiprocessing.get_context("fork")
 
@@ -41,8 +41,8 @@ def compile_forms(prefixes: Sequence[str], arch: int, seconds: float) -> dict[st
         seconds: until it stops, with what it has.
 
     Returns:
-        ``kernels``, of which ``hits`` were in the cache and ``misses`` not, ``done`` of the latter, and ``seconds``.
-        ``failed``: what did not compile or could not be rehearsed, and why. ``unfinished``: what there was no time for.
+        `kernels`, of which `hits` were in the cache and `misses` not, `done` of the latter, and `seconds`.
+        `failed`: what did not compile or could not be rehearsed, and why. `unfinished`: what there was no time for.
 
     Raises:
         ValueError: no form has a name that begins with one of the prefixes.
@@ -57,7 +57,7 @@ def compile_forms(prefixes: Sequence[str], arch: int, seconds: float) -> dict[st
     found: dict[str, Any] = {}
     try:
         while here.poll(max(0.0, start + seconds + GRACE - time.monotonic())):
-            found = here.recv()  # the latest state
+            found = here.recv()  # the latest progress
     except EOFError:  # it has ended
         process.join(GRACE)
         if process.exitcode != 0:
@@ -68,12 +68,12 @@ def compile_forms(prefixes: Sequence[str], arch: int, seconds: float) -> dict[st
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.join()
-    return {**State().report(0.0), **found}
+    return {**Progress().report(0.0), **found}
 
 
 @dataclass
-class State:
-    """How far the work is."""
+class Progress:
+    """How many kernels are compiled, and which are not."""
 
     hits: int = 0
     misses: int = 0
@@ -93,19 +93,19 @@ class State:
 
 
 def _compile(out: Connection, prefixes: tuple[str, ...], arch: int, start: float, seconds: float) -> None:
-    """Rehearses, compiles, and sends its state whenever that changes."""
+    """Rehearses, compiles, and sends its progress whenever that changes."""
     import torch
 
     die_with_parent()
     os.setsid()
     torch.set_num_threads(1)  # threads would not survive the forks
-    state = State()
+    progress = Progress()
     missing: list[Compilation] = []
-    for compilation in rehearsed(prefixes, arch, state.failed).values():
+    for compilation in rehearsed(prefixes, arch, progress.failed).values():
         if is_cached(compilation, arch):
-            state.hits += 1
+            progress.hits += 1
         else:
-            state.misses += 1
+            progress.misses += 1
             missing.append(compilation)
     missing.sort(key=_expected_seconds)  # the last comes first
     with_launchers = _has_driver()
@@ -120,10 +120,10 @@ def _compile(out: Connection, prefixes: tuple[str, ...], arch: int, start: float
             process.start()
             there.close()
             running[here] = (process, compilation.name)
-        state.unfinished = [name for _, name in running.values()] + [c.name for c in missing]
-        out.send(state.report(now))
+        progress.unfinished = [name for _, name in running.values()] + [c.name for c in missing]
+        out.send(progress.report(now))
         if not running or now >= seconds or now - said >= PROGRESS_SECONDS:
-            print(state.line(now), flush=True)
+            print(progress.line(now), flush=True)
             said = now
         if not running or now >= seconds:
             break
@@ -132,15 +132,15 @@ def _compile(out: Connection, prefixes: tuple[str, ...], arch: int, start: float
             process, name = running.pop(ended)
             reason = _reason(ended, process)
             if reason is None:
-                state.done += 1
+                progress.done += 1
             else:
-                state.failed[name] = reason
+                progress.failed[name] = reason
                 print(f"[compile] {name}: {reason}", flush=True)
     os._exit(0)
 
 
 def rehearsed(prefixes: Sequence[str], arch: int, failed: dict[str, str]) -> dict[str, Compilation]:
-    """What the forms launch, by cache key; a form that raises is put among the failed ones."""
+    """What the forms launch, by cache key; a form that raises is added to `failed`."""
     import torch
 
     found: dict[str, Compilation] = {}

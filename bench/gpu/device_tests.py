@@ -1,7 +1,7 @@
 """The project's own tests on the device: those of the kernels and of the training step, in parallel, a row a file.
 
-pytest runs as a process of its own, which tells what happens through `bench.gpu.pytest_rows`; rows are on the disk a
-second later, so that a run which is cut off says how far it came, what failed by then and what was running.
+pytest runs as a process of its own, which reports what happens through `bench.gpu.pytest_rows`; rows are on the disk a
+second later, so a run that is cut off says how far it came, what had failed by then and what was running.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def device_tests(run: Run) -> None:
 
 
 @dataclass
-class State:
-    """What is known of one test."""
+class TestState:
+    """What is known about one test."""
 
     outcome: str = "passed"
     seconds: float = 0.0
@@ -60,7 +60,7 @@ class State:
     ended: bool = False
 
     def report(self, outcome: str, seconds: float, message: str | None) -> None:
-        """A phase of it: the worst one counts."""
+        """Takes the outcome of one phase; the worst counts."""
         order = ("passed", "skipped", "failed")
         if order.index(outcome) > order.index(self.outcome):
             self.outcome, self.message = outcome, message
@@ -71,7 +71,7 @@ class State:
 class Results:
     """All tests of a run by their id, and what has changed since the last writing."""
 
-    tests: dict[str, State] = field(default_factory=dict)
+    tests: dict[str, TestState] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
 
     def take(self, event: dict[str, Any]) -> None:
@@ -90,12 +90,12 @@ class Results:
             if "::" not in event["test"]:  # a file that could not be collected
                 test.ended = True
 
-    def _of(self, name: str) -> State:
+    def _of(self, name: str) -> TestState:
         self.changed.add(file_of(name))
-        return self.tests.setdefault(name, State())
+        return self.tests.setdefault(name, TestState())
 
     def figures(self, file: str | None = None) -> dict[str, Any]:
-        """Of one file, or of all. ``passed``: every test came to its end and none failed."""
+        """Figures of one file, or of all; `passed` if every test came to its end and none failed."""
         chosen = {name: test for name, test in self.tests.items() if file is None or file_of(name) == file}
         shown = name_of if file else str
         count = Counter(test.outcome for test in chosen.values() if test.ended)
@@ -135,9 +135,9 @@ def run_tests(run: Run, arguments: Sequence[str], *, workers: int, root: Path = 
 
     Args:
         run: of the lot, whose time ends the tests.
-        arguments: files, and what else pytest is to be told.
-        workers: processes; 0: pytest's own, or without pytest-xdist.
-        root: the folder that it runs in.
+        arguments: files, and other arguments of pytest.
+        workers: processes of pytest-xdist, where it is installed; 0 for none.
+        root: the folder where pytest runs.
     """
     start, results = time.monotonic(), Results()
     reading, writing = os.pipe()
@@ -156,7 +156,7 @@ def run_tests(run: Run, arguments: Sequence[str], *, workers: int, root: Path = 
         with run.watched({"file": "all"}, run.left), os.fdopen(reading, "rb", buffering=0) as pipe:
             for event in _events(pipe, process, run):
                 if event is None:
-                    _write(run, results)
+                    _write_rows(run, results)
                 else:
                     results.take(event)
         code = process.poll()
@@ -180,7 +180,7 @@ def _command(arguments: Sequence[str], workers: int) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-p", "bench.gpu.pytest_rows", "-p", "no:cacheprovider", "-v", "-rf"]
     command += ["-m", "not slow", "--tb=short", "--continue-on-collection-errors", "-o", "faulthandler_timeout=60"]
     if workers and importlib.util.find_spec("xdist"):
-        # Neighbours launch the same kernels, which one process should compile; who has done its share helps others.
+        # Neighbours launch the same kernels, which one process should compile; one that is done helps the others.
         command += ["-n", str(workers), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout"):
         # By its own thread: a signal does not get through to a process that waits for the GPU.
@@ -222,8 +222,8 @@ def _events(pipe: IO[bytes], process: subprocess.Popen[bytes], run: Run) -> Iter
         process.wait(timeout=max(0.0, run.left - RESERVE))
 
 
-def _write(run: Run, results: Results) -> None:
-    """The files' rows as they are by now, not shown on the terminal."""
+def _write_rows(run: Run, results: Results) -> None:
+    """Writes the files' rows as they are by now, without printing them."""
     for file in sorted(results.changed):
         run.record.add({"file": file}, **results.figures(file))
     results.changed.clear()

@@ -1,4 +1,4 @@
-"""The lots, in the order of their worth, and the code that each measures."""
+"""The lots, the most useful first, and the code that each measures."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-DISPATCH = "kernels/dispatch.py"
-LOSS = ("kernels/contrastive/*.py", "fastclap/losses.py", DISPATCH)
-LOG_MEL = ("kernels/log_mel/*.py", "fastclap/features.py", DISPATCH)
-TOWERS = ("kernels/toeplitz_attention*.py", "kernels/layer_norm_gelu*.py", "kernels/waveform*.py", DISPATCH)
+# Globs of files, relative to the root.
+KERNELS = ("kernels/dispatch.py", "kernels/triton_tools.py")
+LOSS = (*KERNELS, "kernels/contrastive/*.py", "fastclap/losses.py")
+LOG_MEL = (*KERNELS, "kernels/log_mel/*.py", "fastclap/features.py")
+TOWERS = (*KERNELS, "kernels/toeplitz_attention*.py", "kernels/layer_norm_gelu*.py", "kernels/waveform*.py")
 MODEL = (*TOWERS, "fastclap/models/*.py")
-STEP = (*LOSS, *MODEL, "fastclap/grad_cache.py")
-STEP = (*STEP, "train/objective.py", "train/distributed.py")
+STEP = (*LOSS, *MODEL, "fastclap/grad_cache.py", "train/step.py", "train/distributed.py")
 
 
 @dataclass(frozen=True)
 class Lot:
-    """A share of the evidence that fits into four minutes of an H100, from a cold cache.
+    """A share of the measurements that fits into four minutes of an H100, from a cold cache.
 
     Attributes:
         name: of its record, and on the command line.
         what: it shows, in a line.
-        stages: "module:function" of a `bench.gpu.run.Run`, each run in a process of its own.
-        forms: names of the kernel forms (`bench.gpu.forms`) that it launches, compiled before anything is timed.
-        seconds: expected on an H100; a record says better.
-        measures: globs of the files whose change makes a record one of other code.
+        stages: "module:function" of a `bench.run.Run`, each run in a process of its own.
+        forms: how the names of the kernel forms (`bench.gpu.forms`) begin that it launches, which are compiled first.
+        seconds: expected on an H100; a record knows better.
+        measures: globs of the files that it measures: when one of them changes, its record is out of date.
     """
 
     name: str
@@ -74,7 +74,7 @@ _LOTS = (
     ),
     Lot(
         "loss",
-        "InfoNCE beside its peers at D = 768, its stages against their floors, latency as a call and as a graph",
+        "InfoNCE and its peers at D = 768, its stages and their floors, latency as a call and as a graph",
         tuple(f"bench.gpu.loss:{stage}" for stage in ("main", "stages", "latency", "errors", "graphs")),
         ("loss plain",),
         220,
@@ -82,7 +82,7 @@ _LOTS = (
     ),
     Lot(
         "towers",
-        "attention, LayerNorm + GELU and waveform kernels beside their peers and floors",
+        "attention, LayerNorm + GELU and waveform kernels, their peers and floors",
         ("bench.gpu.kernels:towers", "bench.gpu.kernels:tower_graphs"),
         ("attention", "layer norm gelu", "waveform"),
         150,
@@ -90,7 +90,7 @@ _LOTS = (
     ),
     Lot(
         "log_mel",
-        "the log-mel front-ends beside their peers and floors",
+        "the log-mel front-ends, their peers and floors",
         ("bench.gpu.kernels:log_mel", "bench.gpu.kernels:log_mel_graphs"),
         ("log-mel",),
         180,
@@ -106,7 +106,7 @@ _LOTS = (
     ),
     Lot(
         "loss_more",
-        "InfoNCE at D = 512 and 1024 and beside the other peers, SigLIP's loss, N = 1,048,576",
+        "InfoNCE at D = 512 and 1024 and with the other peers, SigLIP's loss, N = 1,048,576",
         ("bench.gpu.loss:more", "bench.gpu.loss:sigmoid", "bench.gpu.loss:largest"),
         ("loss plain", "sigmoid"),
         235,
@@ -122,7 +122,7 @@ _LOTS = (
     ),
     Lot(
         "step_more",
-        "the training step with one optimisation at a time, and open_clip's CLAP beside our log-mel tower",
+        "the training step with one optimisation at a time, and open_clip's CLAP next to our log-mel tower",
         ("bench.gpu.step:ablation", "bench.gpu.step:open_clip"),
         ("loss ids", "attention step", "layer norm gelu step", "waveform step", "log-mel clap"),
         235,

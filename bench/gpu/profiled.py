@@ -1,8 +1,8 @@
 """Where the device's time in a training step goes: by kernel, and by part of the model.
 
-A kernel belongs to the part within whose forward pass the operation that launched it ran; in the backward pass to the
-part of the forward operation that the running node of autograd belongs to, which its sequence number tells. What no
-part has a claim to is told apart by the operation. On a CPU, operations take the place of kernels.
+A kernel belongs to the part whose forward pass launched it; in the backward pass, to the part of the forward operation
+whose node of autograd is running, which has the same sequence number. What belongs to no part is sorted by operation.
+On a CPU, operations take the place of kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench.run import Row, significant
 
 LABEL = "part: "
 BACKWARD = "autograd::engine::evaluate_function: "
-# Words in the names of a kernel and of the operations around it, the first that is found counting
+# Words in the names of a kernel and of the operations around it; the first that is found counts
 OPERATIONS = {
     "attention": ("attention", "flash", "fmha"),
     "norms": ("layer_norm", "layernorm", "native_norm"),
@@ -37,10 +37,10 @@ OTHER = "other"
 
 @dataclass
 class Profile:
-    """Of one call: milliseconds and launches by kernel, the longest first.
+    """The profile of one call.
 
     Attributes:
-        kernels: by name.
+        kernels: milliseconds and launches by name, the longest first.
         events: of the profiler, which `parts` looks through.
         on_gpu: whether the events are a GPU's.
     """
@@ -58,16 +58,16 @@ class Profile:
     def total_ms(self) -> float:
         return sum(ms for ms, _ in self.kernels.values())
 
-    def rows(self, of: Mapping[str, tuple[float, int]], most: int | None = None) -> Iterator[tuple[str, Row]]:
-        """The name and the figures of each entry."""
-        for name, (ms, calls) in list(of.items())[:most]:
+    def rows(self, figures: Mapping[str, tuple[float, int]], most: int | None = None) -> Iterator[tuple[str, Row]]:
+        """The name and the row of each of the `kernels` or `parts`."""
+        for name, (ms, calls) in list(figures.items())[:most]:
             share = significant(ms / self.total_ms) if self.total_ms else 0.0
             yield name, {"calls": calls, "ms": significant(ms), "share": share}
 
 
 @contextlib.contextmanager
 def labelled(modules: Mapping[str, torch.nn.Module], methods: Mapping[str, tuple[Any, str]]) -> Iterator[None]:
-    """Within it, what these modules and methods (of an object or a class) do carries their label in a profile."""
+    """Inside it, what these modules and methods (of an object or a class) do carries their label in a profile."""
     with contextlib.ExitStack() as stack:
         for label, module in modules.items():
             open_scopes: list[Any] = []
@@ -95,7 +95,7 @@ def _labelled(label: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def profiled(call: Callable[[], Any], device: torch.device) -> Profile:
-    """The profile of a call within `labelled`.
+    """The profile of a call, best made inside `labelled`.
 
     Raises:
         RuntimeError: the profiler saw nothing.
@@ -135,7 +135,7 @@ def _by_part(events: list[Any], on_gpu: bool, total: float) -> dict[str, tuple[f
     launches: Counter[str] = Counter()
     for event in host:
         if on_gpu:
-            # a label's own event on the device is none of its kernels
+            # a label's own event on the device is no kernel
             found = [(kernel.name, kernel.duration) for kernel in event.kernels if kernel.name != event.name]
         else:
             own = event.name.startswith((LABEL, BACKWARD)) or event.is_user_annotation
@@ -170,7 +170,7 @@ def _part(event: Any, kernel: str, part_of_number: Mapping[int, str]) -> str:
             label = part_of_number.get(node.sequence_nr)
     if label is not None:
         return label
-    # the operation next to the kernel first: a copy within a product is a copy
+    # the innermost operation first: a copy within a product is a copy
     for name in (kernel, *(node.name for node in above)):
         lowered = name.lower()
         for part, words in OPERATIONS.items():

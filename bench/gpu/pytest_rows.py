@@ -1,4 +1,4 @@
-"""A pytest plugin that tells what happens in a run of tests, as it happens: one JSON line an event, down a pipe.
+"""A pytest plugin that reports what happens in a run of tests, as it happens: one JSON line an event, down a pipe.
 
     pytest -p bench.gpu.pytest_rows ...              with the pipe's file descriptor in FASTCLAP_PYTEST_EVENTS
 
@@ -7,8 +7,8 @@
     {"event": "report", "test": id, "outcome": "passed" | "failed" | "skipped", "seconds": of a phase, "message": why}
 
 Under pytest-xdist the controlling process writes the events of all workers. The plugin also sees to it that a worker
-ends with its controller, and right after a test that has lost the GPU's context, which would fail all tests behind it:
-pytest-xdist then goes on with a fresh one.
+ends with its controller, and right after a test that has lost the GPU's context, which would fail all later tests:
+pytest-xdist then goes on with a fresh worker.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if _WORKER:
 
 
 def write(**event: Any) -> None:
-    """One event; a line is written at once, so that two processes could not mix theirs."""
+    """Writes one event, a line at a time, so that two processes cannot mix theirs."""
     if not _WORKER and PIPE in os.environ:
         data = (json.dumps(event) + "\n").encode()
         while data:
@@ -41,15 +41,15 @@ def write(**event: Any) -> None:
 
 def message(report: pytest.TestReport | pytest.CollectReport) -> str | None:
     """Why a test failed or was skipped, in few words."""
-    told = report.longrepr
-    if told is None:
+    reason = report.longrepr
+    if reason is None:
         return None
-    if isinstance(told, tuple):  # of a skip: file, line, reason
-        return str(told[2]).removeprefix("Skipped: ")[:MESSAGE]
-    crash = getattr(told, "reprcrash", None)
+    if isinstance(reason, tuple):  # of a skip: file, line, reason
+        return str(reason[2]).removeprefix("Skipped: ")[:MESSAGE]
+    crash = getattr(reason, "reprcrash", None)
     if crash is not None:
         return f"{os.path.basename(crash.path)}:{crash.lineno}: {crash.message}"[:MESSAGE]
-    lines = [line for line in str(told).splitlines() if line.strip()]
+    lines = [line for line in str(reason).splitlines() if line.strip()]
     return lines[-1].removeprefix("E ").strip()[:MESSAGE] if lines else None
 
 

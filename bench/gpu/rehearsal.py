@@ -1,9 +1,9 @@
 """Which kernels a call would compile on a GPU that is not there.
 
-The call is an ordinary one of the public functions, on CPU tensors: here, and in no other place, a GPU is put in the
-place of what `fastclap.kernels.dispatch` finds, and a driver in that of Triton's. Launchers then take their usual way
-down to Triton's own treatment of the arguments, with its key for the cache; instead of compiling, the key is written
-down, and the kernel does nothing. Uninitialised tensors, which kernels would have filled, are zeros in the meantime.
+The call is an ordinary one of the public functions, on CPU tensors. While it runs, `fastclap.kernels.dispatch` finds a
+GPU and Triton a driver, which happens here and nowhere else. Launchers then take their usual way down to Triton's own
+treatment of the arguments, with its key for the cache; instead of compiling, the key is recorded, and the kernel does
+nothing. Uninitialised tensors, which kernels would have filled, are zeros in the meantime.
 
 A key depends on dtypes, on constants, on whether addresses and some strides are multiples of 16, and on whether an
 integer is 1 or beyond 32 bits; so small tensors lead to the same keys as large ones whose strides are as divisible.
@@ -30,12 +30,12 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 def launched(call: Callable[[], Any], arch: int) -> dict[str, Compilation]:
-    """What the launches of a call would compile on a GPU of compute capability ``arch`` (80, 90, 100), by cache key.
+    """What the launches of a call would compile on a GPU of compute capability `arch` (80, 90, 100), by cache key.
 
     The call's own result means nothing. Caches of this process are left as they were.
 
     Raises:
-        RuntimeError: a launch has options that a `Compilation` has no field for, or kernels are interpreted.
+        RuntimeError: a launch has options for which `Compilation` has no field, or kernels are interpreted.
     """
     if knobs.runtime.interpret:
         raise RuntimeError("under TRITON_INTERPRET=1 kernels are interpreted: nothing would be compiled")
@@ -69,7 +69,7 @@ def launched(call: Callable[[], Any], arch: int) -> dict[str, Compilation]:
 
 
 class NoGpu:
-    """A driver of Triton's for a GPU that is not there. It is its own device, so that its kernels are no others'."""
+    """A driver for Triton of a GPU that is not there. It is its own device, so that its kernels stay apart."""
 
     def __init__(self, arch: int) -> None:
         self.target = GPUTarget("cuda", arch, 32)
@@ -88,7 +88,7 @@ class NoGpu:
 
 
 class _NoKernel:
-    """In the place of a triton.compiler.CompiledKernel."""
+    """In place of a triton.compiler.CompiledKernel."""
 
     function = packed_metadata = None
 
@@ -101,7 +101,7 @@ class _NoKernel:
 
 @contextlib.contextmanager
 def as_on_gpu(gpu: NoGpu) -> Iterator[None]:
-    """All tensors count as on that GPU for the operators that have Triton kernels, and Triton's driver is its."""
+    """Inside it operators with Triton kernels take all tensors to be on that GPU, which is Triton's driver too."""
     from triton.runtime.driver import driver
 
     def zeroed(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

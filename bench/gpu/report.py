@@ -21,7 +21,7 @@ FORMS_ON_PAGE = ("fastclap Triton", "materialised, compiled", "open_clip, compil
 
 
 def write_reports(root: Path) -> list[Path]:
-    """Writes the page and the plots of every device under ``root``, and the tables of `PAGE` from its own records."""
+    """Writes the page and the plots of every device under `root`, and the tables of `PAGE` from its own records."""
     written = []
     devices = {folder: read_all(folder) for folder in sorted(root.glob("*")) if folder.is_dir()}
     for folder, records in devices.items():
@@ -40,7 +40,7 @@ def write_reports(root: Path) -> list[Path]:
 
 
 def with_tables(page: str, devices: dict[Path, Records]) -> str:
-    """The page with what stands between its marks made anew."""
+    """The page with new tables between its marks."""
     before, _, rest = page.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:
@@ -92,7 +92,7 @@ def _device(records: Records) -> str:
 
 
 def rows_of(records: Records, *lots: str, **case: Any) -> list[Row]:
-    """Rows of some lots whose case has these fields with these values (``...``: any)."""
+    """Rows of some lots whose case has these fields with these values (`...`: any)."""
     return [
         row
         for lot in lots
@@ -149,7 +149,7 @@ def _commit(commit: str | None) -> str:
 
 
 def _state(records: Records) -> Iterator[str]:
-    """One sentence on what was checked."""
+    """A sentence on what was checked."""
     said = []
     checks = [
         row for name in ("smoke", "loss", "towers", "log_mel") for row in rows_of(records, name) if "passed" in row
@@ -413,7 +413,7 @@ def _embed(records: Records) -> Iterator[str]:
 
 
 def plots(records: Records) -> Iterator[tuple[str, Callable[[Path], None]]]:
-    """The file names of the plots that there are figures for, and what draws each."""
+    """The file name of each plot for which there are figures, and the function that draws it."""
     loss = [r for r in rows_of(records, "loss", "loss_more", loss="info_nce", rows=..., form=...) if "median_ms" in r]
     if loss:
         yield "loss.png", lambda path: _plot_loss(loss, path)

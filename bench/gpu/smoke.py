@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import timing
-from bench.gpu import compare
+from bench import compare, timing
 from bench.gpu.forms import FORMS, KernelForm
 from bench.reference_step import deterministic_cudnn
 from bench.run import Case, Row, Run, dtype_name
