@@ -25,8 +25,8 @@ from fastclap.errors import ModelError
 from fastclap.models.folder import SavedModel, find_model, is_foreign, load_state_dict_file
 from fastclap.models.tokenizer import Tokenizer, as_tokenizer
 
-PARASPEECHCLAP_TOKENIZER = "ibm-granite/granite-embedding-278m-multilingual"
-LAION_TOKENIZER = "roberta-base"
+_PARASPEECHCLAP_TOKENIZER = "ibm-granite/granite-embedding-278m-multilingual"
+_LAION_TOKENIZER = "roberta-base"
 
 # microsoft/wavlm-large, with the layerdrop of 0 that ParaSpeechCLAP trains with
 _WAVLM_LARGE = {
@@ -143,6 +143,7 @@ class ForeignWeights:
         return name in self.tensors
 
     def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
+        """Shape of a tensor that must have this many dimensions, none of them empty."""
         if name not in self.tensors:
             raise ModelError(f"{self.path}: not a checkpoint of {self.code}: {name} is missing")
         shape = tuple(self.tensors[name].shape)
@@ -188,7 +189,7 @@ def read_paraspeechclap(weights: ForeignWeights, audio: dict[str, Any], text: di
         ),
         head=HeadConfig("paraspeechclap", weights.shape("audio_projection.linear1.weight", 2)[0]),
     )
-    return ForeignModel(weights.code, PARASPEECHCLAP_TOKENIZER, config, weights.tensors)
+    return ForeignModel(weights.code, _PARASPEECHCLAP_TOKENIZER, config, weights.tensors)
 
 
 def _wav2vec2_config(weights: ForeignWeights, base: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -283,7 +284,7 @@ def read_laion(weights: ForeignWeights, audio: dict[str, Any], text: dict[str, A
                 ours[new.replace(".attn.qkv.", f".attention.self.{part}.")] = chunk
         else:
             ours[new] = tensor
-    return ForeignModel(weights.code, LAION_TOKENIZER, config, ours)
+    return ForeignModel(weights.code, _LAION_TOKENIZER, config, ours)
 
 
 def _htsat_config(weights: ForeignWeights) -> dict[str, Any]:
