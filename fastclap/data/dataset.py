@@ -26,18 +26,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastclap.audio import MIN_SECONDS, AudioError, Clip, whole_clip
-from fastclap.data.hashing import draw, hash64
-from fastclap.data.rows import Manifest, Row
-from fastclap.data.sampler import BatchSampler, clip_durations
+from fastclap.data.hashing import CAPTION, CROP, REPLACEMENT, draw, hash64
+from fastclap.data.rows import Manifest, Row, clip_durations
+from fastclap.data.sampler import BatchSampler
 from fastclap.data.shards import open_clip
 from fastclap.data.tags import TagPrompts
 from fastclap.data.workers import describe_deaths, fork_server, start_worker
 from fastclap.errors import DataError, FastclapError, TrainingError
 
 _MAX_REPLACEMENTS = 64
-
-# What a hash is drawn for, so that the crop of a row tells nothing about its caption.
-_CROP, _CAPTION, _REPLACEMENT = 1, 2, 3
 
 
 class BadClip(NamedTuple):
@@ -69,7 +66,7 @@ class Batch:
     prompts: list[str] = field(default_factory=list)  # one for each tag, the same on every rank
     prompt_rows: Tensor | None = None  # int64 [tags], which of the distinct texts each prompt is
     tags: Tensor | None = None  # bool [B, tags], which clip has which tag
-    samples: list[int] = field(default_factory=list)  # ``lengths``, to be read without waiting for a device
+    samples: list[int] = field(default_factory=list)  # `lengths`, to be read without waiting for a device
     seconds: float = 0.0  # that a loader process took to make it
 
     def __post_init__(self) -> None:
@@ -80,11 +77,11 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch with its tensors on ``device``; asynchronous from pinned memory with ``non_blocking``."""
+        """The batch with its tensors on `device`; asynchronous from pinned memory with `non_blocking`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Tell the allocator that work queued on ``stream`` reads the tensors."""
+        """Tell the allocator that work queued on `stream` reads the tensors."""
 
         def note(tensor: Tensor) -> Tensor:
             tensor.record_stream(stream)
@@ -102,7 +99,7 @@ class Batch:
 
 
 class ClipDataset(Dataset[Batch]):
-    """Maps (step, epoch, rows), as :class:`~fastclap.data.BatchSampler` yields them, to a :class:`Batch`.
+    """Maps (step, epoch, rows), as `BatchSampler` yields them, to a `Batch`.
 
     A clip is unusable, and replaced by another row of its source, if its file is missing, damaged, truncated or of an
     unsupported type, is shorter than 0.1 s, has a NaN or infinite sample, or is all zeros.
@@ -111,20 +108,20 @@ class ClipDataset(Dataset[Batch]):
         manifest: the rows; its tensors are shared, not copied, with loader processes.
         sampling_rate: rate in Hz to resample to.
         crop_seconds: longer clips are cropped to this length at a random place. Only the crop is read, unless
-            ``cache_mb``, or ``file_statistics`` of a file that is not packed, ask for the whole clip.
+            `cache_mb`, or `file_statistics` of a file that is not packed, ask for the whole clip.
         seed: fixes crops, captions and replacements, together with epoch and row.
         caption: which descriptions one is drawn from: "global", "fine", or "both", which first draws the kind (half and
             half) and then the description. A row without one kind uses the other under "both". "pair" draws two a
             clip (CLSP stage 2, arXiv 2601.03065): at step t both fine with probability min(0.05 + 0.45 t/10⁴, 0.5), one
             decision for the whole batch, else a global and a fine one. A clip with one fine caption always gets a
             global one beside it.
-        file_statistics: fill ``Batch.mean`` and ``Batch.std``, for towers that normalise a file before it is cropped.
+        file_statistics: fill `Batch.mean` and `Batch.std`, for towers that normalise a file before it is cropped.
         cache_mb: each process keeps up to this many MB of decoded clips, so that a small set is decoded only once.
-        tokenize: fill ``Batch.text`` and ``Batch.text_rows`` with what this makes of the distinct captions of a batch,
-            so that loader processes tokenize. It must be picklable, as ``functools.partial(tokenizer, max_tokens=77)``
-            of a :class:`~fastclap.models.tokenizer.Tokenizer` is.
-        tags: fill ``Batch.tags`` and ``Batch.prompts``; the prompts are tokenized together with the captions.
-        pad_to_crop: every clip is padded to the crop length with zeros, and ``lengths`` count them as sound.
+        tokenize: fill `Batch.text` and `Batch.text_rows` with what this makes of the distinct captions of a batch,
+            so that loader processes tokenize. It must be picklable, as `functools.partial(tokenizer, max_tokens=77)`
+            of a `Tokenizer` is.
+        tags: fill `Batch.tags` and `Batch.prompts`; the prompts are tokenized together with the captions.
+        pad_to_crop: every clip is padded to the crop length with zeros, and `lengths` count them as sound.
         repeats: rows recur within an epoch, as a balanced sampler draws them: crops and captions are then drawn for
             each step anew instead of for each epoch.
 
@@ -216,12 +213,12 @@ class ClipDataset(Dataset[Batch]):
         )
 
     def _usable(self, epoch: int, row: int, used: set[int], bad: list[BadClip]) -> tuple[int, Clip]:
-        """The clip of ``row``, or of the first row that is drawn in its place and can be used."""
+        """The clip of `row`, or of the first row that is drawn in its place and can be used."""
         first, last = self._source_range(self.manifest[row].source)
         candidate, reason = row, None
         for attempt in range(_MAX_REPLACEMENTS):
             if attempt:
-                candidate = first + draw(last - first, self.seed, epoch, row, _REPLACEMENT, attempt)
+                candidate = first + draw(last - first, self.seed, epoch, row, REPLACEMENT, attempt)
                 # A row must not be its own replacement; near the end, better twice in the batch than none.
                 if candidate == row or (candidate in used and attempt < _MAX_REPLACEMENTS // 2):
                     continue
@@ -271,7 +268,7 @@ class ClipDataset(Dataset[Batch]):
 
     def _crop_start(self, epoch: int, row: int, length: int) -> int:
         assert self.crop is not None
-        return draw(length - self.crop + 1, self.seed, epoch, row, _CROP)
+        return draw(length - self.crop + 1, self.seed, epoch, row, CROP)
 
     def _draw_caption(self, epoch: int, row: int) -> str:
         clip: Row = self.manifest[row]
@@ -279,14 +276,14 @@ class ClipDataset(Dataset[Batch]):
         choices = [captions for captions in kinds[self.caption] if captions]
         if not choices:
             raise DataError(f"{clip.origin}: no caption to draw from; load the manifest with captions required")
-        captions = choices[draw(len(choices), self.seed, epoch, row, _CAPTION)]
-        return captions[draw(len(captions), self.seed, epoch, row, _CAPTION, 1)]
+        captions = choices[draw(len(choices), self.seed, epoch, row, CAPTION)]
+        return captions[draw(len(captions), self.seed, epoch, row, CAPTION, 1)]
 
     def _draw_pair(self, step: int, occasion: int, row: int) -> tuple[str, str]:
         clip = self.manifest[row]
-        fine, own = clip.fine_captions, (self.seed, occasion, row, _CAPTION)
+        fine, own = clip.fine_captions, (self.seed, occasion, row, CAPTION)
         first = draw(len(fine), *own, 1)
-        both_fine = hash64(self.seed, step, _CAPTION) < both_fine_probability(step) * 2**64
+        both_fine = hash64(self.seed, step, CAPTION) < both_fine_probability(step) * 2**64
         if both_fine and len(fine) > 1:
             other = draw(len(fine) - 1, *own, 2)
             return fine[first], fine[other + (other >= first)]
@@ -365,7 +362,7 @@ class Quarantine:
         """Record clips; returns those that are new.
 
         Raises:
-            DataError: the share of bad rows exceeds ``max_bad_share``.
+            DataError: the share of bad rows exceeds `max_bad_share`.
         """
         clips = list(clips)
         if not clips:
@@ -418,7 +415,7 @@ class _Relay(Dataset[Any]):
 
 
 class Loader:
-    """Iterates over batches, decoded ahead in loader processes; see :func:`make_loader`."""
+    """Iterates over batches, decoded ahead in loader processes; see `make_loader`."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = loader
@@ -456,7 +453,7 @@ def make_loader(
     prefetch: int = 2,
     pin_memory: bool = False,
 ) -> Loader:
-    """The batches of ``sampler`` in order, from its ``start_step`` to its ``stop_step``.
+    """The batches of `sampler` in order, from its `start_step` to its `stop_step`.
 
     Args:
         num_workers: loader processes; 0 decodes in the calling process. They come from a fork server, which has
@@ -511,7 +508,7 @@ def eval_batches(
         deviation are those of the whole file in units of full scale = ±1.
 
     Raises:
-        DataError: a clip is unusable and ``bad`` is None.
+        DataError: a clip is unusable and `bad` is None.
     """
 
     def load(row: int) -> tuple[int, Clip | BadClip]:

@@ -80,7 +80,7 @@ def write_demo(
     """Write the demo clips (16 kHz 16-bit WAV, about 2 s each) and their manifests, unless they are there already.
 
     The same arguments give the same bytes on the same machine. Styles are balanced; a clip has four global captions and
-    a fine one, ``classification_tag`` (its style), and tags for sex, pitch, loudness, tempo and phonation.
+    a fine one, `classification_tag` (its style), and tags for sex, pitch, loudness, tempo and phonation.
 
     Args:
         folder: where to write; created if missing.

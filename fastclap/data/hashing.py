@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+# What a hash is drawn for, so that the crop of a row says nothing about its caption.
+CROP, CAPTION, REPLACEMENT, PROMPT = 1, 2, 3, 4
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -20,17 +23,17 @@ def hash64(*values: int) -> int:
 
 
 def draw(below: int, *values: int) -> int:
-    """An integer in [0, below), fixed by ``values``."""
+    """An integer in [0, below), fixed by `values`."""
     return hash64(*values) * below >> 64
 
 
 def permutation(size: int, *values: int) -> np.ndarray:
-    """A shuffle of 0 … size-1, fixed by ``values``: the argsort of hash64(*values, i). int64 [size]."""
+    """A shuffle of 0 … size-1, fixed by `values`: the argsort of hash64(*values, i). int64 [size]."""
     return np.argsort(_hashes(size, *values), kind="stable")
 
 
 def uniform(size: int, *values: int) -> np.ndarray:
-    """Numbers from [0, 1), fixed by ``values``. float64 [size]."""
+    """Numbers from [0, 1), fixed by `values`. float64 [size]."""
     return (_hashes(size, *values) >> np.uint64(11)) * 2.0**-53
 
 

@@ -1,9 +1,7 @@
-"""Manifests: tables of clips and captions, read, checked and held in a form that suits a million rows and many workers.
+"""Reading manifests: tables of clips and captions, checked and turned into a `Manifest` of rows.
 
 Every format is turned into the same stream of records, one checker turns records into rows, and all errors of a
-manifest are reported together, each with file, row, column, value and remedy. Rows are kept pickled in one byte tensor:
-loader processes share that tensor instead of each holding millions of Python objects, and reading a row costs
-microseconds.
+manifest are reported together, each with file, row, column, value and remedy.
 """
 
 from __future__ import annotations
@@ -16,11 +14,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
-from fastclap.data.rows import Manifest, Mix, Row, check_mix
-from fastclap.data.shards import CLIP_COLUMN, PackedClip, is_pack, read_pack
+from fastclap.data.rows import Manifest, Mix, PackedClip, Row, check_mix
+from fastclap.data.shards import CLIP_COLUMN, is_pack, read_pack
 from fastclap.errors import DataError, required
 
 Record = Mapping[str, Any]
+Records = Iterator[tuple[int, Record]]  # each with its line or number
 
 _MAX_ERRORS = 10
 _FILES_TO_TRY = 8
@@ -44,27 +43,27 @@ def load_manifest(
 ) -> Manifest:
     """Read, join and check manifests.
 
-    A row has ``audio`` or ``relative_audio_path`` (``audio`` wins if both are there), ``text_description`` (a string or
-    a list of strings), and optionally ``fine_description`` (likewise), ``classification_tag``, ``duration`` in seconds
-    and ``text_style_prompt``. Every other column that holds strings, numbers or lists of them is a tag column,
-    ``source``, ``intrinsic_tags`` and ``situational_tags`` among them; nested values are left out. In CSV and TSV a
+    A row has `audio` or `relative_audio_path` (`audio` wins if both are there), `text_description` (a string or
+    a list of strings), and optionally `fine_description` (likewise), `classification_tag`, `duration` in seconds
+    and `text_style_prompt`. Every other column that holds strings, numbers or lists of them is a tag column,
+    `source`, `intrinsic_tags` and `situational_tags` among them; nested values are left out. In CSV and TSV a
     cell may hold a list as JSON or Python writes it. The same audio may occur with different captions; a row that
     repeats another in audio, captions and tags is an error.
 
-    A relative path is looked up under ``audio_root``, by default the manifest's own folder, as ROOT/PATH or as
-    ROOT/SOURCE/PATH (ParaSpeechCaps' layout) with the row's ``source``. Which of the two holds is settled once for each
-    value of ``source`` by looking for a few of its files.
+    A relative path is looked up under `audio_root`, by default the manifest's own folder, as ROOT/PATH or as
+    ROOT/SOURCE/PATH (ParaSpeechCaps' layout) with the row's `source`. Which of the two holds is settled once for each
+    value of `source` by looking for a few of its files.
 
     Args:
         sources: one or more of: a .jsonl, .json (an array of objects), .csv, .tsv or .parquet file; a folder written by
-            ``fastclap pack`` or ``datasets.save_to_disk``; "hf:NAME" or "hf:NAME:SPLIT" for ``datasets.load_dataset``,
+            `fastclap pack` or `datasets.save_to_disk`; "hf:NAME" or "hf:NAME:SPLIT" for `datasets.load_dataset`,
             split "train" if not given.
         audio_root: folder that relative paths are relative to.
         columns: our column name → the name the files use for it. A file without their name may still use ours.
         mix: "concat" shuffles all rows together; "interleave" alternates between sources, see
-            :class:`~fastclap.data.BatchSampler`.
+            `BatchSampler`.
         probabilities: for "interleave", the share of each source in the batches; they sum to 1.
-        require_captions: whether a row without ``text_description`` is an error.
+        require_captions: whether a row without `text_description` is an error.
         check_files: look for every audio file now, instead of a few for each source; takes long over a network.
 
     Raises:
@@ -74,16 +73,14 @@ def load_manifest(
     if not names:
         raise DataError("no manifest given; name at least one file, packed or datasets folder, or hf:NAME")
     check_mix(names, mix, probabilities)
-    for ours in columns or {}:
+    remap = columns or {}
+    for ours in remap:
         if ours not in _KNOWN_COLUMNS:
             raise DataError(f"cannot remap {ours!r}: the columns with a meaning are {', '.join(_KNOWN_COLUMNS)}")
-    remap = columns or {}
     errors = _Errors()
+    rules = _Rules(audio_root, remap, ("audio", "text_description") if require_captions else ("audio",), check_files)
     seen: dict[int, str] = {}
-    checkers = [
-        _Checker(name, index, audio_root, remap, require_captions, check_files, seen, errors)
-        for index, name in enumerate(names)
-    ]
+    checkers = [_Checker(name, index, rules, seen, errors) for index, name in enumerate(names)]
     rows = (row for checker in checkers for row in checker.rows())
     manifest = Manifest(rows, source_names=names, mix=mix, probabilities=probabilities)
     found = {column: None for checker in checkers for column in checker.columns}
@@ -106,7 +103,7 @@ def read_records(name: str) -> list[tuple[int, Record]]:
         DataError: the file is missing, of an unknown type or damaged, or has no record.
     """
     errors = _Errors()
-    records = list(_open(name, errors)[0])
+    records = list(_open_source(name, errors)[0])
     errors.raise_if_any()
     if not records:
         raise DataError(f"{name}: the table is empty; it needs at least one row")
@@ -135,6 +132,15 @@ class _RowError(Exception):
     """What is wrong with a row; becomes a message that also names the file and the row."""
 
 
+class _Rules(NamedTuple):
+    """What the rows of every source must satisfy."""
+
+    audio_root: str | None  # None: the folder of each source
+    remap: Mapping[str, str]  # our column name → theirs
+    required: Sequence[str]  # columns
+    check_files: bool  # whether every audio file has to be there
+
+
 class _Columns(NamedTuple):
     """What the columns of a record mean; records with the same columns share one."""
 
@@ -146,34 +152,22 @@ class _Columns(NamedTuple):
 class _Checker:
     """Turns the records of one source into rows."""
 
-    def __init__(
-        self,
-        name: str,
-        index: int,
-        audio_root: str | None,
-        remap: Mapping[str, str],
-        require_captions: bool,
-        check_files: bool,
-        seen: dict[int, str],
-        errors: _Errors,
-    ) -> None:
+    def __init__(self, name: str, index: int, rules: _Rules, seen: dict[int, str], errors: _Errors) -> None:
         self.name = name
         self.index = index
-        self.records, folder = _open(name, errors)
-        self.root = folder if audio_root is None else audio_root
-        self.remap = remap
-        self.required = ("audio", "text_description") if require_captions else ("audio",)
-        self.check_files = check_files
-        self.seen = seen
+        self.rules = rules
+        self.seen = seen  # hash of a row's content → where it was read
         self.errors = errors
+        self.records, folder = _open_source(name, errors)
+        self.root = folder if rules.audio_root is None else rules.audio_root
         self.numbers_are_text = name.lower().endswith((".csv", ".tsv"))
         self.columns: dict[str, None] = {}
-        self.layouts: dict[str, bool] = {}  # value of ``source`` → whether files lie under ROOT/SOURCE
-        self.tried: dict[str, list[tuple[str, ...]]] = {}  # value of ``source`` → paths that were looked for in vain
+        self.layouts: dict[str, bool] = {}  # value of `source` → whether files lie under ROOT/SOURCE
+        self.tried: dict[str, list[tuple[str, ...]]] = {}  # value of `source` → paths that were looked for in vain
 
     def rows(self) -> Iterator[Row]:
         total, errors_before = 0, self.errors.count
-        lacking: dict[str, list[str]] = {column: [] for column in self.required}
+        lacking: dict[str, list[str]] = {column: [] for column in self.rules.required}
         meanings: dict[tuple[str, ...], _Columns] = {}
         for line, record in self.records:
             total += 1
@@ -181,7 +175,7 @@ class _Checker:
             columns = meanings.get(keys := tuple(record))
             if columns is None:
                 self.columns.update(dict.fromkeys(keys))
-                columns = meanings[keys] = self._meaning(keys)
+                columns = meanings[keys] = self._column_meanings(keys)
             for column in columns.absent:
                 lacking[column].append(origin)
             if columns.absent:
@@ -206,12 +200,12 @@ class _Checker:
             if value not in self.layouts and (len(tried) == _FILES_TO_TRY or not self.layouts):
                 self._report_root(value, tried)
 
-    def _meaning(self, keys: Sequence[str]) -> _Columns:
+    def _column_meanings(self, keys: Sequence[str]) -> _Columns:
         theirs = {column: column for column in _KNOWN_COLUMNS}
-        theirs.update((column, name) for column, name in self.remap.items() if name in keys)
+        theirs.update((column, name) for column, name in self.rules.remap.items() if name in keys)
         ours = {name: column for column, name in theirs.items()}
         tags = [(name, ours.get(name, name)) for name in keys if name in ours or name not in theirs]
-        alternatives = {column: _PATH_COLUMNS if column == "audio" else (column,) for column in self.required}
+        alternatives = {column: _PATH_COLUMNS if column == "audio" else (column,) for column in self.rules.required}
         return _Columns(
             theirs,
             [(name, column) for name, column in tags if column not in _NOT_TAGS],
@@ -230,9 +224,9 @@ class _Checker:
                     self.errors.add(f"{origin}: missing column {wanted}; {remedy}")
 
     def _report_root(self, value: str, tried: Sequence[tuple[str, ...]]) -> None:
-        of_source = f" of source {value!r}" if value else ""
+        source = f" of source {value!r}" if value else ""
         self.errors.add(
-            f"{self.name}: none of the first {len(tried)} audio files{of_source} exists; looked for "
+            f"{self.name}: none of the first {len(tried)} audio files{source} exists; looked for "
             f"{' or '.join(tried[0])}; say which folder the paths are relative to with audio_root (--data.audio-root)"
         )
 
@@ -249,7 +243,7 @@ class _Checker:
             elif tag is None and column in _TAG_COLUMNS:
                 raise _wrong_type(theirs, record[theirs], "a string or a list of strings")
         captions = _as_captions(*get("text_description"))
-        if not captions and "text_description" in self.required:
+        if not captions and "text_description" in self.rules.required:
             raise _RowError(f"column {get('text_description')[0]!r} has an empty caption; write one or remove the row")
         path = _as_path(*next((pair for pair in map(get, _PATH_COLUMNS) if pair[1] is not None), get("audio")))
         packed = record.get(CLIP_COLUMN)
@@ -270,7 +264,7 @@ class _Checker:
         )
 
     def _resolve(self, path: str, source: str) -> str:
-        """Join a path to the root, with or without ``source``; the first rows of each source settle which."""
+        """Join a path to the root, with or without `source`; the first rows of each source settle which."""
         if os.path.isabs(path):
             candidates: tuple[str, ...] = (path,)
         elif self.root is None:
@@ -285,7 +279,7 @@ class _Checker:
             else:
                 tried.append(candidates)
         chosen = candidates[-1 if layout else 0]
-        if self.check_files and not os.path.isfile(chosen):
+        if self.rules.check_files and not os.path.isfile(chosen):
             raise _RowError(f"no such audio file: {chosen}; correct the path, set audio_root, or remove the row")
         return chosen
 
@@ -356,10 +350,7 @@ def _as_duration(column: str, value: Any, numbers_are_text: bool) -> float | Non
     return seconds
 
 
-Records = Iterator[tuple[int, Record]]
-
-
-def _open(name: str, errors: _Errors) -> tuple[Records, str | None]:
+def _open_source(name: str, errors: _Errors) -> tuple[Records, str | None]:
     """The numbered records of a source, and the folder that its paths are relative to."""
     if name.startswith("hf:"):
         return _read_hub(name), None
@@ -384,8 +375,8 @@ def _open(name: str, errors: _Errors) -> tuple[Records, str | None]:
 
 
 def _read_jsonl(name: str, errors: _Errors) -> Records:
-    with _text(name) as file:
-        for line, text in enumerate(_decoded(name, file), 1):
+    with _open_text(name) as file:
+        for line, text in enumerate(_utf8_lines(name, file), 1):
             if not text.strip():
                 continue
             try:
@@ -400,9 +391,9 @@ def _read_jsonl(name: str, errors: _Errors) -> Records:
 
 
 def _read_json(name: str, errors: _Errors) -> Records:
-    with _text(name) as file:
+    with _open_text(name) as file:
         try:
-            records = json.loads("".join(_decoded(name, file)))
+            records = json.loads("".join(_utf8_lines(name, file)))
         except json.JSONDecodeError as error:
             hint = "; one object a line is named .jsonl" if error.msg == "Extra data" else ""
             where = f"{name}:{error.lineno}"
@@ -417,15 +408,18 @@ def _read_json(name: str, errors: _Errors) -> Records:
 
 
 def _read_csv(name: str, errors: _Errors) -> Records:
-    with _text(name, newline="") as file:
-        table = csv.reader(_decoded(name, file), delimiter="\t" if name.lower().endswith(".tsv") else ",")
+    with _open_text(name, newline="") as file:
+        table = csv.reader(_utf8_lines(name, file), delimiter="\t" if name.lower().endswith(".tsv") else ",")
         try:
             header = next(table, [])
             if len(set(header)) < len(header):
                 raise DataError(f"{name}:1: a column name occurs twice in the header {header}; rename one")
             for cells in table:
                 if len(cells) == len(header):
-                    yield table.line_num, {column: _cell(cell) for column, cell in zip(header, cells, strict=True)}
+                    yield (
+                        table.line_num,
+                        {column: _parsed_cell(cell) for column, cell in zip(header, cells, strict=True)},
+                    )
                 elif cells:
                     errors.add(
                         f"{name}:{table.line_num}: {len(cells)} cells under a header of {len(header)}; "
@@ -435,7 +429,7 @@ def _read_csv(name: str, errors: _Errors) -> Records:
             raise DataError(f"{name}:{table.line_num}: not valid CSV ({error})") from error
 
 
-def _cell(cell: str) -> str | list[Any] | None:
+def _parsed_cell(cell: str) -> str | list[Any] | None:
     """A CSV cell; one that holds a list, as JSON or as Python prints it, becomes that list."""
     if not cell.startswith("[") or not cell.endswith("]"):
         return cell or None
@@ -495,14 +489,14 @@ def _read_dataset(data: Any) -> Records:
     return enumerate(data, 1)
 
 
-def _text(name: str, newline: str | None = None) -> TextIO:
+def _open_text(name: str, newline: str | None = None) -> TextIO:
     try:
         return open(name, encoding="utf-8-sig", newline=newline)
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror}") from error
 
 
-def _decoded(name: str, lines: Iterable[str]) -> Iterator[str]:
+def _utf8_lines(name: str, lines: Iterable[str]) -> Iterator[str]:
     try:
         yield from lines
     except UnicodeDecodeError as error:

@@ -1,4 +1,9 @@
-"""`fastclap pack`: clips decoded once into shards that `fastclap.data.shards` reads."""
+"""Writing packed folders, `fastclap pack`: clips decoded once into the shards that `fastclap.data.shards` reads.
+
+Every file is written under a temporary name and renamed once it is on the disk, the finished `pack.json` last. Before
+that, the folder is an unfinished pack, which the same command continues after its last finished shard. The bytes of a
+pack follow from its input alone, however many processes decoded it and however often it was interrupted.
+"""
 
 from __future__ import annotations
 
@@ -13,33 +18,29 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastclap.audio import AudioError, AudioFile, whole_clip
+from fastclap.data.rows import Manifest, Row
+from fastclap.data.shards import (
+    BLOCK,
+    CLIP_COLUMN,
+    INPUT_KEYS,
+    ROWS_AT_ONCE,
+    SAMPLE,
+    VERSION,
+    index_checksum,
+    is_pack,
+    open_clip,
+    open_index,
+    read_header,
+    shard_name,
+)
 from fastclap.data.workers import fork_server, start_worker
 from fastclap.errors import ConfigError, DataError, FastclapError
 from fastclap.files import fsync, locked, write_atomic
-
-if TYPE_CHECKING:
-    from fastclap.data.rows import Manifest, Row
-from fastclap.data.shards import (
-    _BLOCK,
-    _INPUT,
-    _ROWS_AT_ONCE,
-    _SAMPLE,
-    CLIP_COLUMN,
-    VERSION,
-    _open_index,
-    _read_header,
-    _shard_name,
-    _sum,
-    is_pack,
-    open_clip,
-)
-
-# Packing
 
 
 class _Decoded(NamedTuple):
@@ -61,19 +62,19 @@ def pack(
 ) -> dict[str, Any]:
     """Decode every clip of a manifest into a packed folder, or go on where an interrupted call left off.
 
-    Rows of several manifests become one, in their order; how they are mixed is for whoever loads them to say. Clips
-    that cannot be used are left out and listed in ``skipped.jsonl``. Memory: two clips a process.
+    Rows of several manifests become one, in their order; how they are mixed is decided when they are loaded. Clips
+    that cannot be used are left out and listed in `skipped.jsonl`. Memory: two clips a process.
 
     Args:
         manifest: rows to pack.
         folder: new or empty, or an earlier call's with the same rows and options.
         sampling_rate: rate in Hz of the packed samples; a model reads only packs of its own rate.
-        shard_mb: a shard is full before it exceeds so many MB; a longer clip has one of its own.
+        shard_mb: size of a shard in MB that is not exceeded; a longer clip has a shard of its own.
         workers: decoding processes; 0 decodes in this one.
-        advance: told the clips done and the clips in all, after each clip.
+        advance: called after each clip with the clips done and the clips in all.
 
     Returns:
-        JSON-able: ``folder``, ``rows``, ``clips``, ``hours``, ``bytes`` (of samples), ``shards``, ``skipped`` (rows).
+        JSON-able: `folder`, `rows`, `clips`, `hours`, `bytes` (of samples), `shards`, `skipped` (rows).
 
     Raises:
         DataError: the folder holds something else, the disk is full, a process died, or no clip can be used.
@@ -85,20 +86,20 @@ def pack(
             "the third at least 0"
         )
     folder = Path(folder)
-    with _writing(folder):
+    with _explained_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     header = {
         "version": VERSION,
         "sampling_rate": sampling_rate,
         "shard_mb": float(shard_mb),
-        "input": _fingerprint(manifest, sampling_rate, shard_mb),
+        "input": _input_id(manifest, sampling_rate, shard_mb),
     }
     with locked(folder, "packing into"):
-        _claim(folder, header)
-        if "index" not in _read_header(folder):
-            clip_of_row, rows = _distinct(manifest)
+        _start_or_resume(folder, header)
+        if "index" not in read_header(folder):
+            clip_of_row, rows = _distinct_clips(manifest)
             shards, lost = _write_shards(manifest, rows, folder, header, workers, advance)
-            with _writing(folder):
+            with _explained_write_errors(folder):
                 index = _write_index(manifest, clip_of_row, shards, lost, folder)
                 finished = {**header, "shards": [record["size"] for record in shards], "index": index}
                 write_atomic(folder / "pack.json", json.dumps(finished, indent=1).encode())
@@ -108,7 +109,7 @@ def pack(
         return _summary(folder)
 
 
-def _fingerprint(manifest: Manifest, sampling_rate: int, shard_mb: float) -> str:
+def _input_id(manifest: Manifest, sampling_rate: int, shard_mb: float) -> str:
     """An id of all that decides the bytes of a pack, but for the audio files themselves."""
     if CLIP_COLUMN in manifest.columns:
         raise DataError(
@@ -128,11 +129,11 @@ def _fingerprint(manifest: Manifest, sampling_rate: int, shard_mb: float) -> str
     return digest.hexdigest()
 
 
-def _claim(folder: Path, header: Mapping[str, Any]) -> None:
-    """Make the folder this pack's, or find that it is."""
+def _start_or_resume(folder: Path, header: Mapping[str, Any]) -> None:
+    """Write the header of a new pack into the folder, or check that the folder holds this pack."""
     if is_pack(os.fspath(folder)):
-        found = _read_header(folder)
-        if any(found[key] != header[key] for key in _INPUT):
+        found = read_header(folder)
+        if any(found[key] != header[key] for key in INPUT_KEYS):
             options = ("sampling_rate", "shard_mb")
             changed = [
                 f"{name} was {found[name]}, now {header[name]}" for name in options if found[name] != header[name]
@@ -144,11 +145,11 @@ def _claim(folder: Path, header: Mapping[str, Any]) -> None:
         return
     if any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise DataError(f"{folder}: is not empty and holds no pack; name a new folder")
-    with _writing(folder):
+    with _explained_write_errors(folder):
         write_atomic(folder / "pack.json", json.dumps(header, indent=1).encode())
 
 
-def _distinct(manifest: Manifest) -> tuple[list[int], list[int]]:
+def _distinct_clips(manifest: Manifest) -> tuple[list[int], list[int]]:
     """For each row the number of its clip, and for each clip its first row: rows of one file share their samples."""
     numbers: dict[tuple[str, int], int] = {}
     clip_of_row: list[int] = []
@@ -163,16 +164,16 @@ def _distinct(manifest: Manifest) -> tuple[list[int], list[int]]:
 
 
 class _ShardWriter:
-    """One shard and what the index has to say about its clips; under its final name only once it is complete."""
+    """One shard with the index entries of its clips; it gets its final name when it is complete."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.folder, self.number = folder, number
-        self.path = folder / _shard_name(number)
-        self.aside = folder / f".{self.path.name}.partial"
+        self.path = folder / shard_name(number)
+        self.temporary = folder / f".{self.path.name}.partial"
         self.size = 0
         self.clips: list[list[Any]] = []  # [clip, offset, samples, mean, variance, checksums, duration]
         self.skipped: list[list[Any]] = []  # [clip, path, reason]
-        self._file = open(self.aside, "wb")  # noqa: SIM115 - closed by finish or discard
+        self._file = open(self.temporary, "wb")  # noqa: SIM115 - closed by finish or discard
 
     def add(self, clip: int, decoded: _Decoded) -> None:
         _, mean, variance, checksums, duration = decoded
@@ -186,15 +187,15 @@ class _ShardWriter:
         self._file.close()
         record = {"size": self.size, "next_clip": next_clip, "clips": self.clips, "skipped": self.skipped}
         if self.size:
-            os.replace(self.aside, self.path)
+            os.replace(self.temporary, self.path)
             fsync(self.folder)
-            write_atomic(_note(self.folder, self.number), json.dumps(record).encode())
+            write_atomic(_record_path(self.folder, self.number), json.dumps(record).encode())
         return record
 
     def discard(self) -> None:
         with contextlib.suppress(OSError):  # closing writes what is still buffered, for which there may be no room
             self._file.close()
-        self.aside.unlink(missing_ok=True)
+        self.temporary.unlink(missing_ok=True)
 
 
 def _write_shards(
@@ -207,11 +208,11 @@ def _write_shards(
 ) -> tuple[list[dict[str, Any]], list[list[Any]]]:
     """The records of all shards, those of earlier calls included, and the skipped clips [clip, path, reason]."""
     limit = header["shard_mb"] * 1e6
-    records = _finished(folder)
+    records = _finished_shards(folder)
     begin = records[-1]["next_clip"] if records else 0
     advance(begin, len(rows))
     with contextlib.ExitStack() as stack:
-        with _writing(folder):
+        with _explained_write_errors(folder):
             writer = _ShardWriter(folder, len(records))
         stack.callback(lambda: writer.discard())
         decoded = stack.enter_context(
@@ -221,13 +222,13 @@ def _write_shards(
             if isinstance(found, AudioError):
                 writer.skipped.append([clip, found.path, found.reason])
             else:
-                with _writing(folder):
+                with _explained_write_errors(folder):
                     if writer.size and writer.size + found.wave.nbytes > limit:
                         records.append(writer.finish(clip))
                         writer = _ShardWriter(folder, len(records))
                     writer.add(clip, found)
             advance(clip + 1, len(rows))
-        with _writing(folder):
+        with _explained_write_errors(folder):
             records.append(writer.finish(len(rows)))
     skipped = [clip for record in records for clip in record["skipped"]]
     records = [record for record in records if record["size"]]
@@ -237,20 +238,20 @@ def _write_shards(
     return records, skipped
 
 
-def _finished(folder: Path) -> list[dict[str, Any]]:
-    """The records of the shards that earlier calls finished; whatever else they left is removed."""
+def _finished_shards(folder: Path) -> list[dict[str, Any]]:
+    """The records of the shards that earlier calls finished; anything else that they left is removed."""
     records: list[dict[str, Any]] = []
     while True:
         number = len(records)
-        path, note = folder / _shard_name(number), _note(folder, number)
+        path, record_path = folder / shard_name(number), _record_path(folder, number)
         try:
-            record = json.loads(note.read_bytes())
+            record = json.loads(record_path.read_bytes())
             if path.stat().st_size != record["size"]:
                 break
         except (OSError, ValueError):
             break
         records.append(record)
-    keep = {name(number) for number in range(len(records)) for name in (_shard_name, _note_name)}
+    keep = {name(number) for number in range(len(records)) for name in (shard_name, _record_name)}
     for pattern in ("shard-*", ".shard-*"):
         for left in folder.glob(pattern):
             if left.name not in keep:
@@ -261,7 +262,7 @@ def _finished(folder: Path) -> list[dict[str, Any]]:
 def _decode_all(
     manifest: Manifest, rows: Sequence[int], sampling_rate: int, workers: int
 ) -> Generator[_Decoded | AudioError, None, None]:
-    """The clips of ``rows``, in order; decoded in processes a little ahead of the caller."""
+    """The clips of `rows`, in order; decoded in processes a little ahead of the caller."""
     if not workers or not rows:
         for row in rows:
             yield _decode(manifest[row], sampling_rate)
@@ -281,7 +282,7 @@ def _decode_all(
         suspects = ", ".join(manifest[row].audio for row, _ in itertools.islice(ahead, workers))
         raise DataError(
             f"a decoding process died, most likely because memory ran out or a decoder crashed, at about {suspects}; "
-            "run the same command again, which goes on behind the last finished shard, with fewer --workers, or with "
+            "run the same command again, which goes on after the last finished shard, with fewer --workers, or with "
             "--workers 0 to see which clip it is"
         ) from error
     finally:
@@ -299,8 +300,8 @@ def _decode(row: Row, sampling_rate: int) -> _Decoded | AudioError:
         raise
     except Exception as error:
         raise RuntimeError(f"{row.origin}: {row.audio}: {type(error).__name__}: {error}") from error
-    wave = np.ascontiguousarray(clip.wave, _SAMPLE)
-    blocks = (wave[begin : begin + _BLOCK] for begin in range(0, len(wave), _BLOCK))
+    wave = np.ascontiguousarray(clip.wave, SAMPLE)
+    blocks = (wave[begin : begin + BLOCK] for begin in range(0, len(wave), BLOCK))
     checksums = np.array([zlib.crc32(block.data) for block in blocks], "<u4").tobytes()
     return _Decoded(wave, clip.mean, clip.variance, checksums, seconds)
 
@@ -312,7 +313,7 @@ def _write_index(
     lost: Sequence[Sequence[Any]],
     folder: Path,
 ) -> str:
-    """Write ``skipped.jsonl`` and ``index.parquet``; returns the sum of the latter."""
+    """Write `skipped.jsonl` and `index.parquet`; returns the checksum of the latter."""
     import pyarrow
     import pyarrow.parquet
 
@@ -355,15 +356,15 @@ def _write_index(
         }
 
     skipped, batch = [], []
-    aside = folder / ".index.parquet.partial"
-    with pyarrow.parquet.ParquetWriter(aside, schema) as writer:
+    temporary = folder / ".index.parquet.partial"
+    with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
         for index, (row, clip) in enumerate(zip(manifest, clip_of_row, strict=True)):
             if clip in reasons:
                 path, reason = reasons[clip]
                 skipped.append({"row": index, "path": path, "reason": reason, "origin": row.origin})
                 continue
             batch.append(record_of(row, clip))
-            if len(batch) == _ROWS_AT_ONCE:
+            if len(batch) == ROWS_AT_ONCE:
                 writer.write_table(pyarrow.Table.from_pylist(batch, schema))
                 batch = []
         if batch:
@@ -371,14 +372,14 @@ def _write_index(
     if skipped:
         lines = "".join(json.dumps(line) + "\n" for line in skipped)
         write_atomic(folder / "skipped.jsonl", lines.encode())
-    fsync(aside)
-    os.replace(aside, folder / "index.parquet")
-    return _sum((folder / "index.parquet").read_bytes())
+    fsync(temporary)
+    os.replace(temporary, folder / "index.parquet")
+    return index_checksum((folder / "index.parquet").read_bytes())
 
 
 def _summary(folder: Path) -> dict[str, Any]:
-    header = _read_header(folder)
-    index = _open_index(folder, header)
+    header = read_header(folder)
+    index = open_index(folder, header)
     skipped = folder / "skipped.jsonl"
     size = sum(header["shards"])
     clips = {
@@ -390,28 +391,29 @@ def _summary(folder: Path) -> dict[str, Any]:
         "folder": os.fspath(folder),
         "rows": index.metadata.num_rows,
         "clips": len(clips),
-        "hours": size / _SAMPLE.itemsize / header["sampling_rate"] / 3600,
+        "hours": size / SAMPLE.itemsize / header["sampling_rate"] / 3600,
         "bytes": size,
         "shards": len(header["shards"]),
         "skipped": len(skipped.read_bytes().splitlines()) if skipped.exists() else 0,
     }
 
 
-def _note_name(number: int) -> str:
+def _record_name(number: int) -> str:
     return f".shard-{number:05d}.json"
 
 
-def _note(folder: Path, number: int) -> Path:
-    """What is known of a finished shard, until the index is written."""
-    return folder / _note_name(number)
+def _record_path(folder: Path, number: int) -> Path:
+    """Where the record of a finished shard is kept until the index is written."""
+    return folder / _record_name(number)
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _explained_write_errors(folder: Path) -> Iterator[None]:
+    """Turns an error of the operating system into one that says how to go on."""
     try:
         yield
     except OSError as error:
         raise DataError(
             f"{error.filename or folder}: cannot be written: {error.strerror or error}; make room or choose another "
-            "folder; the same command goes on behind the last finished shard"
+            "folder; the same command goes on after the last finished shard"
         ) from error

@@ -1,22 +1,25 @@
-"""Rows of a manifest: a clip with its captions and tags, and the sequence of them that training reads."""
+"""Rows of a manifest: a clip with its captions and tags, and the sequence of such rows that training reads."""
 
 from __future__ import annotations
 
 import math
 import pickle
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastclap.audio import AudioError, audio_info
 from fastclap.errors import DataError
 
 Mix = Literal["concat", "interleave"]
 
 
 class PackedClip(NamedTuple):
-    """Where the samples of a row are, and what is known of them without reading."""
+    """Where the samples of a row lie in a packed folder, and what is known of them without reading."""
 
     shard: str  # path of the shard
     offset: int  # bytes
@@ -31,7 +34,7 @@ class PackedClip(NamedTuple):
 class Row(NamedTuple):
     """One clip of a manifest."""
 
-    audio: str  # path of the audio file; of a packed row, the one it was packed from (see ``open_clip``)
+    audio: str  # path of the audio file; of a packed row, the one it was packed from (see `open_clip`)
     captions: tuple[str, ...]  # global descriptions; empty only if captions were not required
     fine_captions: tuple[str, ...]  # fine-grained descriptions, often none
     tags: dict[str, tuple[str, ...]]  # every tag column that the row fills
@@ -52,12 +55,15 @@ class Row(NamedTuple):
 class Manifest(Sequence[Row]):
     """An immutable sequence of rows, in the order of their sources.
 
+    Rows are kept pickled in one byte tensor: loader processes share that tensor instead of each holding millions of
+    Python objects, and reading a row costs microseconds.
+
     Attributes:
-        source_names: the sources as given to :func:`load_manifest`.
+        source_names: the sources as given to `load_manifest`.
         source_sizes: rows of each source; rows of one source are contiguous.
         columns: names of the tag columns.
         durations: float64 [rows], seconds, NaN where the manifest has none.
-        mix, probabilities: how :class:`~fastclap.data.BatchSampler` draws from several sources.
+        mix, probabilities: how `BatchSampler` draws from several sources.
     """
 
     def __init__(
@@ -112,10 +118,43 @@ class Manifest(Sequence[Row]):
         return f"Manifest({len(self)} rows from {', '.join(self.source_names)}; tags: {tags})"
 
 
-def with_fine_captions(manifest: Manifest, shortest: int, longest: int) -> Manifest:
-    """The manifest with only those fine captions that have ``shortest`` to ``longest`` characters.
+def clip_durations(manifest: Manifest, threads: int = 8) -> np.ndarray:
+    """Seconds of every clip, float64 [rows]: the manifest's, else from the file's header; 0 where that cannot be read.
 
-    Rows that lose all of theirs are left out; rows that never had any stay, for whoever needs one to name.
+    An unreadable file is no error here: it is reported when its clip is drawn.
+    """
+    durations = manifest.durations.numpy().copy()
+    unknown = np.flatnonzero(np.isnan(durations))
+    if len(unknown):
+        from rich.console import Console
+        from rich.progress import track
+
+        console = Console(stderr=True)
+        paths = (manifest[int(row)].audio for row in unknown)
+        with ThreadPoolExecutor(threads) as pool:
+            seconds = track(
+                pool.map(_seconds_of_file, paths, chunksize=1),
+                "Reading clip lengths",
+                total=len(unknown),
+                console=console,
+                transient=True,
+                disable=not console.is_terminal,
+            )
+            durations[unknown] = list(seconds)
+    return durations
+
+
+def _seconds_of_file(path: str) -> float:
+    try:
+        return audio_info(path).duration
+    except AudioError:
+        return 0.0
+
+
+def with_fine_captions(manifest: Manifest, shortest: int, longest: int) -> Manifest:
+    """The manifest with only those fine captions that have `shortest` to `longest` characters.
+
+    Rows that lose all of theirs are left out; rows that never had any stay, so that whoever needs one can name the row.
 
     Raises:
         DataError: no row of a source is left.

@@ -11,14 +11,14 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
 
-from fastclap.audio import MIN_SECONDS, AudioError, audio_info
+from fastclap.audio import MIN_SECONDS
 from fastclap.data.hashing import draw, permutation, uniform
-from fastclap.data.rows import Manifest
+from fastclap.data.rows import Manifest, clip_durations
+from fastclap.data.tags import balanced_weights, clip_tags
 from fastclap.errors import DataError
 
 Balance = Literal["none", "inverse", "sqrt", "log"]
@@ -27,7 +27,7 @@ _MAX_BUCKET_WINDOW = 32  # batches that are sorted by length together
 
 
 class BatchSampler:
-    """Yields (step, epoch, rows) for each step from ``start_step`` on, without end unless ``stop_step`` is given.
+    """Yields (step, epoch, rows) for each step from `start_step` on, without end unless `stop_step` is given.
 
     One epoch:
 
@@ -44,32 +44,32 @@ class BatchSampler:
     still mix) are sorted by duration before they are cut into batches, and the batches of the epoch are shuffled; this
     trades the turns of "interleave" within a window, not its shares, for less padding.
 
-    The global batch is cut into ``world_size`` equal contiguous parts, of which this sampler yields part ``rank``; the
+    The global batch is cut into `world_size` equal contiguous parts, of which this sampler yields part `rank`; the
     global batches do not depend on the world size.
 
-    With ``batch_seconds``, batches hold as many clips as fit into a budget of padded audio instead: rows of a sorted
+    With `batch_seconds`, batches hold as many clips as fit into a budget of padded audio instead: rows of a sorted
     window are added, shortest first, while clips × longest clip stays within the budget and there are at most
-    ``batch_size`` of them; then the batch is cut to a multiple of ``world_size``. What was cut off begins the next
+    `batch_size` of them; then the batch is cut to a multiple of `world_size`. What was cut off begins the next
     batch, and rows that do not fill the last batch of a window go to the next window; only the last batch of an epoch
-    can be far from full. Fewer than ``world_size`` rows are left out of an epoch. Epochs differ a little in their
+    can be far from full. Fewer than `world_size` rows are left out of an epoch. Epochs differ a little in their
     number of batches, and other world sizes make other batches.
 
-    With ``balance``, rows are drawn with replacement by the weights of their tags (see
-    :func:`~fastclap.data.tags.balanced_weights`) instead, as many as fill the batches of an epoch, and a batch in which
-    fewer than ``rare_clips`` carry a rare tag (one that less than 5 % of all clips have) gets others that do, drawn
+    With `balance`, rows are drawn with replacement by the weights of their tags (see
+    `balanced_weights`) instead, as many as fill the batches of an epoch, and a batch in which
+    fewer than `rare_clips` carry a rare tag (one that less than 5 % of all clips have) gets others that do, drawn
     uniformly, in the place of its first clips that do not.
 
     Args:
         manifest: rows to draw from; also says how sources are mixed.
-        batch_size: rows of a global batch; with ``batch_seconds``, the most that it may have.
+        batch_size: rows of a global batch; with `batch_seconds`, the most that it may have.
         seed: fixes the order, together with the step.
         bucket_by_length: make batches of clips of similar duration. Durations that the manifest lacks are read from the
             files' headers, once, in threads.
         max_seconds: clips are cropped to this length later, so longer ones count as equally long.
         batch_seconds: padded audio of a global batch, at most; by the clips' durations, which a replacement of an
-            unusable clip may exceed. Needs ``bucket_by_length``.
+            unusable clip may exceed. Needs `bucket_by_length`.
         balance: weights of tags that n clips have: "inverse" 1/n, "sqrt" 1/√n, "log" 1/ln(n + 1); "none" draws every
-            row once. Goes neither with mix "interleave" nor with ``batch_seconds``.
+            row once. Goes neither with mix "interleave" nor with `batch_seconds`.
         tag_column: the column whose tags are balanced.
         rare_clips: clips with a rare tag in a global batch, at least, where the manifest has so many.
         rank, world_size: which part of each global batch to yield.
@@ -77,11 +77,11 @@ class BatchSampler:
         stop_step: the step before which iteration ends.
 
     Attributes:
-        batches_per_epoch: number of batches in every epoch; with ``batch_seconds``, in the first one.
+        batches_per_epoch: number of batches in every epoch; with `batch_seconds`, in the first one.
 
     Raises:
-        DataError: the manifest fills no batch, the batch cannot be divided over the ranks, ``batch_seconds`` is less
-            than the longest clip on every rank takes, or ``balance`` goes with neither the mix nor the columns.
+        DataError: the manifest fills no batch, the batch cannot be divided over the ranks, `batch_seconds` is less
+            than the longest clip on every rank takes, or `balance` goes with neither the mix nor the columns.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class BatchSampler:
                 f"{', '.join(manifest.source_names)}: {sum(self._counts)} clips do not fill one batch of {least}; "
                 f"set batch_size to at most {sum(self._counts)} or add data"
             )
-        self._weights = self._balanced(balance, tag_column, rare_clips) if balance != "none" else None
+        self._weights = self._cumulative_weights(balance, tag_column, rare_clips) if balance != "none" else None
         self._durations: np.ndarray | None = None
         if bucket_by_length:
             self._durations = clip_durations(manifest)
@@ -162,7 +162,7 @@ class BatchSampler:
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """All rows of an epoch, batch after batch, int64 [rows], and where batches begin and end, int64 [batches+1]."""
         if epoch != self._cached_epoch:
-            order = self._mixed(epoch)
+            order = self._shuffled(epoch)
             if self.batch_seconds is not None:
                 plan = self._budgeted(order, self.batch_seconds, epoch)
             else:
@@ -170,11 +170,11 @@ class BatchSampler:
                 order = order[: bounds[-1]]
                 if self._durations is not None:
                     order = self._bucketed(order, self._durations, epoch)
-                plan = order if self._weights is None else self._with_rare(order, epoch), bounds
+                plan = order if self._weights is None else self._with_rare_rows(order, epoch), bounds
             self._cached_epoch, self._cached_plan = epoch, plan
         return self._cached_plan
 
-    def _mixed(self, epoch: int) -> np.ndarray:
+    def _shuffled(self, epoch: int) -> np.ndarray:
         manifest, seed = self.manifest, self.seed
         if self._weights is not None:
             return np.searchsorted(self._weights, uniform(len(manifest), seed, epoch), side="right")
@@ -201,10 +201,8 @@ class BatchSampler:
         shuffled = permutation(self.batches_per_epoch, self.seed, epoch, -2)
         return batches.reshape(-1, self.batch_size)[shuffled].reshape(-1)
 
-    def _balanced(self, balance: Balance, column: str | None, rare_clips: int) -> np.ndarray:
+    def _cumulative_weights(self, balance: Balance, column: str | None, rare_clips: int) -> np.ndarray:
         """Cumulative weights of the rows, float64 [rows], up to 1; also notes the rows with rare tags."""
-        from fastclap.data.tags import balanced_weights, clip_tags  # which draws with this module's hashes
-
         if balance not in ("inverse", "sqrt", "log"):
             raise DataError(f"balance={balance!r}: it is 'none', 'inverse', 'sqrt' or 'log'")
         if column is None:
@@ -219,8 +217,8 @@ class BatchSampler:
         cumulative /= cumulative[-1]
         return cumulative
 
-    def _with_rare(self, order: np.ndarray, epoch: int) -> np.ndarray:
-        """Every batch has at least ``rare_clips`` rows with a rare tag."""
+    def _with_rare_rows(self, order: np.ndarray, epoch: int) -> np.ndarray:
+        """Every batch has at least `rare_clips` rows with a rare tag."""
         batches = order.reshape(-1, self.batch_size).copy()
         rare = self._is_rare[batches]
         for index in np.flatnonzero(rare.sum(1) < self._rare_clips):
@@ -272,39 +270,6 @@ class BatchSampler:
             left = part[first:]
         batches = [batches[index] for index in permutation(len(batches), self.seed, epoch, -2)]
         return np.concatenate(batches), np.cumsum([0, *map(len, batches)])
-
-
-def clip_durations(manifest: Manifest, threads: int = 8) -> np.ndarray:
-    """Seconds of every clip, float64 [rows]: the manifest's, else from the file's header; 0 where that cannot be read.
-
-    An unreadable file is no error here: it is reported when its clip is drawn.
-    """
-    durations = manifest.durations.numpy().copy()
-    unknown = np.flatnonzero(np.isnan(durations))
-    if len(unknown):
-        from rich.console import Console
-        from rich.progress import track
-
-        console = Console(stderr=True)
-        paths = (manifest[int(row)].audio for row in unknown)
-        with ThreadPoolExecutor(threads) as pool:
-            seconds = track(
-                pool.map(_seconds, paths, chunksize=1),
-                "Reading clip lengths",
-                total=len(unknown),
-                console=console,
-                transient=True,
-                disable=not console.is_terminal,
-            )
-            durations[unknown] = list(seconds)
-    return durations
-
-
-def _seconds(path: str) -> float:
-    try:
-        return audio_info(path).duration
-    except AudioError:
-        return 0.0
 
 
 def _draws_per_source(manifest: Manifest) -> list[int]:

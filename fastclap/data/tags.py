@@ -15,12 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclap.data.hashing import draw
+from fastclap.data.hashing import PROMPT, draw
 from fastclap.data.rows import Manifest, Row
 from fastclap.errors import DataError
 from fastclap.prompts import DEFAULT_TEMPLATE, fill_template, load_prompts
-
-_PROMPT = 4  # what a hash is drawn for; the data set has 1 to 3
 
 
 def row_tags(row: Row, column: str) -> tuple[str, ...]:
@@ -72,7 +70,7 @@ class TagPrompts:
 
     def draw(self, step: int) -> list[str]:
         """One sentence for each tag, uniformly from its list, fixed by (seed, step)."""
-        return [texts[draw(len(texts), self.seed, step, _PROMPT, index)] for index, texts in enumerate(self._sentences)]
+        return [texts[draw(len(texts), self.seed, step, PROMPT, index)] for index, texts in enumerate(self._sentences)]
 
     def targets(self, rows: Sequence[Row]) -> Tensor:
         """bool [rows, tags]: which clip has which tag. A tag outside of the vocabulary counts as none."""
@@ -105,6 +103,6 @@ def balanced_weights(
     scale = len(raw) / sum(raw.values())
     weights = {tag: scale * value for tag, value in raw.items()}
     least = min(weights.values())
-    of_clips = [sum(weights[tag] for tag in clip) / len(clip) if clip else least for clip in tags]
+    clip_weights = [sum(weights[tag] for tag in clip) / len(clip) if clip else least for clip in tags]
     rare = {tag for tag, count in counts.items() if count / len(tags) < rare_share}
-    return np.array(of_clips), np.array([any(tag in rare for tag in clip) for clip in tags])
+    return np.array(clip_weights), np.array([any(tag in rare for tag in clip) for clip in tags])

@@ -21,7 +21,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> str:
 
 @pytest.fixture
 def make_set(tmp_path: Path) -> Callable[..., str]:
-    """Writes ``count`` clips of different lengths from 0.2 s on, and their manifest; returns the manifest's path."""
+    """Writes `count` clips of different lengths from 0.2 s on, and their manifest; returns the manifest's path."""
 
     def make(count: int, *, name: str = "set", duration: bool = True, **columns: Any) -> str:
         (tmp_path / name).mkdir()

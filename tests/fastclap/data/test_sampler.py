@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from fastclap.data import BatchSampler, Manifest, Row
 from fastclap.data.hashing import draw, hash64, permutation
-from fastclap.data.manifest import Mix
-from fastclap.data.sampler import clip_durations
+from fastclap.data.rows import Mix, clip_durations
 from fastclap.errors import DataError
 
 

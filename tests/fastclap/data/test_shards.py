@@ -23,7 +23,7 @@ from fastclap.audio import AudioError, AudioFile, whole_clip
 from fastclap.commands.main import main
 from fastclap.data import BatchSampler, ClipDataset, Manifest, Quarantine, eval_batches, load_manifest, make_loader
 from fastclap.data.pack import pack
-from fastclap.data.shards import _BLOCK, PackedFile, open_clip
+from fastclap.data.shards import BLOCK, PackedFile, open_clip
 from fastclap.errors import ConfigError, DataError
 
 RATE = 16000
@@ -462,12 +462,12 @@ def test_a_crop_reads_and_checks_only_its_blocks(long_clips: Manifest, tmp_path:
     row = long_clips[2]
     assert row.packed is not None
     expected, _ = soundfile.read(tmp_path / "2.wav", dtype="int16")
-    flip(tmp_path / "pack" / "shard-00000.pcm", row.packed.offset + 2 * (4 * _BLOCK + 17))
+    flip(tmp_path / "pack" / "shard-00000.pcm", row.packed.offset + 2 * (4 * BLOCK + 17))
     with PackedFile(row.packed, RATE) as clip:
-        for start, size in ((0, 4 * _BLOCK), (5 * _BLOCK, 3 * _BLOCK), (_BLOCK - 1, 2), (9 * _BLOCK + 5, None)):
+        for start, size in ((0, 4 * BLOCK), (5 * BLOCK, 3 * BLOCK), (BLOCK - 1, 2), (9 * BLOCK + 5, None)):
             stop = None if size is None else start + size
             np.testing.assert_array_equal(clip.read(start, size), expected[start:stop])
-        for start, size in ((0, None), (4 * _BLOCK, 1), (5 * _BLOCK - 1, 10), (3 * _BLOCK, _BLOCK + 1)):
+        for start, size in ((0, None), (4 * BLOCK, 1), (5 * BLOCK - 1, 10), (3 * BLOCK, BLOCK + 1)):
             with pytest.raises(AudioError, match="damaged: the block at byte"):
                 clip.read(start, size)
         for start in (-1, 10 * RATE):
@@ -482,7 +482,7 @@ def test_a_damaged_clip_is_replaced_and_reported(long_clips: Manifest, tmp_path:
     batch = ClipDataset(long_clips, RATE, seed=0, file_statistics=True)[0, 0, [4, 5, 6]]
     assert (batch.rows[0], batch.rows[2], batch.rows[1] not in (4, 5, 6)) == (4, 6, True)
     (bad,) = batch.bad
-    block = row.packed.offset + 100_000 // (2 * _BLOCK) * 2 * _BLOCK
+    block = row.packed.offset + 100_000 // (2 * BLOCK) * 2 * BLOCK
     assert (bad.row, bad.path, bad.origin) == (5, str(tmp_path / "pack" / "shard-00001.pcm"), f"{tmp_path / 'pack'}:6")
     assert f"damaged: the block at byte {block} does not have its checksum" in bad.reason
     assert f"packed from {tmp_path / 'm.jsonl'}:6; copy the folder again from where it came from" in bad.reason
