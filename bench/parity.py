@@ -4,9 +4,9 @@
     python -m bench.parity --reference CHECKOUT --train MANIFEST --out bench/records/NAME [--steps 300] [--seeds 0 1 2]
 
 The first form copies the reference's random weights into our model by name, gives both the same batches without dropout
-and SpecAugment, and prints how far loss, gradients and weights are apart, the weights as a share of how far the
-reference has moved them. Our side is set as the reference is: every other caption a negative, Adam at 1e-5 without
-decay, schedule or clipping (AdamW without decay is Adam).
+and SpecAugment, and prints how far apart loss, gradients and weights are, the weights as a share of how far the
+reference has moved them. Our side is configured as the reference is: every other caption a negative, Adam at 1e-5
+without decay, schedule or clipping (AdamW without decay is Adam).
 
 The second form trains scaled-down towers on real clips, with dropout and SpecAugment as both implement them, from the
 same weights and on the same batches for each seed, and compares the curves over the seeds. The random masks differ, so
@@ -65,7 +65,7 @@ CAPTIONS = [
 def synthetic_batch(
     rows: int, seconds: float, seed: int, *, distinct: float = 1.0, least: float = 0.5, rate: int = 16000
 ) -> Batch:
-    """Random noise clips of ``least`` to all of ``seconds``, and captions of which a share is distinct."""
+    """Clips of random noise, from `least` times `seconds` to `seconds` long; a share of their captions is distinct."""
     generator = torch.Generator().manual_seed(seed)
     size = round(seconds * rate)
     lengths = (size * (least + (1 - least) * torch.rand(rows, generator=generator))).long().clamp(1, size)
@@ -109,17 +109,17 @@ def step_parity(
         checkout: of the reference.
         size: the towers; dropout and SpecAugment are taken out of them.
         dtype: of weights and arithmetic on both sides.
-        steps, rows, seconds: steps to take, and clips a step and their length.
+        steps, rows, seconds: number of steps, clips in each, and their length.
         learning_rate: of both optimizers. The recipe's 1e-5 moves float32 weights by a hundredth of their rounding in
             relative terms; a larger one leaves the update itself to be compared.
 
-    With float64 the two steps that our towers always take in float32, normalising samples and averaging over frames,
-    are taken in float64 too: what is left is the difference of the algorithms. In float32 Adam magnifies rounding, as
-    it divides a gradient that is zero but for rounding (that of a key bias, say) by its own size.
+    With float64 the two operations that our towers always do in float32, normalising samples and averaging over frames,
+    are done in float64 too: what is left is the difference between the algorithms. In float32 Adam magnifies rounding,
+    as it divides a gradient that is nothing but rounding (that of a key bias, say) by its own size.
 
     Returns:
-        For each step ``loss`` (ours), ``reference_loss``, ``loss_error`` (relative), ``gradient_error`` (‖difference‖ /
-        ‖reference's gradient‖) and ``weight_error`` (‖difference of the weights‖ / ‖change of the reference's weights
+        For each step `loss` (ours), `reference_loss`, `loss_error` (relative), `gradient_error` (‖difference‖ /
+        ‖reference's gradient‖) and `weight_error` (‖difference of the weights‖ / ‖change of the reference's weights
         since step 0‖), each over all parameters together.
     """
     torch.manual_seed(0)
@@ -193,7 +193,7 @@ class Learning:
     crop_seconds: float = 1.0
     learning_rate: float = 5e-4
     head_dropout: float = 0.0  # half of the scaled-down towers' 64 numbers are too few to learn from
-    last: int = 20  # steps that the end of a curve is averaged over
+    last: int = 20  # steps at the end of a curve that are averaged
 
 
 def learning_curves(checkout: Path, manifest: Manifest, settings: Learning, size: Size) -> dict[str, list[list[float]]]:
@@ -231,12 +231,12 @@ def _seed_all(seed: int) -> None:
 
 
 def compare(curves: dict[str, list[list[float]]], last: int) -> dict[str, Any]:
-    """What the curves say about each other at their end.
+    """How the curves compare at their end.
 
     Returns:
-        ``start`` and ``end``: for each form mean and standard deviation over the seeds of the first loss and of the
-        mean of the ``last`` ones; ``difference``: fastclap − reference of the means at the end; ``of_spread``: it as a
-        share of a seed's standard deviation (both forms pooled); ``paired``: mean and standard error over the seeds
+        `start` and `end`: for each form mean and standard deviation over the seeds of the first loss and of the
+        mean of the `last` ones; `difference`: fastclap − reference of the means at the end; `of_spread`: it as a
+        share of a seed's standard deviation (both forms pooled); `paired`: mean and standard error over the seeds
         of the difference within a seed, which had the same weights and batches.
     """
     found: dict[str, Any] = {"start": {}, "end": {}}

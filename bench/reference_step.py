@@ -1,15 +1,14 @@
 """ParaSpeechCLAP's reference implementation, driven from a checkout that the user names, and our model of its shape.
 
-Its own code runs: the model class, the loss, the optimizer set-up and ``run_training_step`` of ``scripts/train.py``,
-with gradient checkpointing and the statistics of intermediate tensors as released. Three things are put in its way, and
-nothing else:
+Its own code runs: the model class, the loss, the optimizer set-up and `run_training_step` of `scripts/train.py`, with
+gradient checkpointing and the statistics of intermediate tensors as released. Three things are changed, and no others:
 
-- ``from_pretrained`` of transformers' auto classes builds the model from a configuration, with random weights, since a
+- `from_pretrained` of transformers' auto classes builds the model from a configuration, with random weights, since a
   benchmark of speed and arithmetic needs no download;
 - packages that the step does not use (audtorch, datasets, hydra, omegaconf, wandb) are replaced by empty ones where
-  they are not installed, and what the step hands to ``wandb.log`` is dropped;
-- ``statistics=False`` replaces its ``debug_tensor``, which reads six numbers off the device for every tensor it is
-  shown, whatever the log level. The other six host reads of a step stay.
+  they are not installed, and what the step hands to `wandb.log` is dropped;
+- `statistics=False` replaces its `debug_tensor`, which reads six numbers off the device for every tensor it gets,
+  whatever the log level. The other six host reads of a step stay.
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ class Reference:
         learning_rate: of its Adam.
 
     Raises:
-        ConfigError: ``checkout`` is not a checkout of the reference.
+        ConfigError: `checkout` is not a checkout of the reference.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class Reference:
     ) -> None:
         self.train = load(checkout)
         self.device = device
-        with from_configuration(size), torch.device(device):  # random numbers are drawn where they are wanted
+        with from_configuration(size), torch.device(device):  # random weights are drawn on the device
             model = self.train.CLAP("wavlm", "xlm-roberta", size.dim, head_dropout)
         self.train.set_model_parameter_requires_grad(model, rank=0)
         self.model: nn.Module = model.to(device).train()
@@ -120,7 +119,7 @@ class Reference:
         self.optimizer, self.criterion = self.train.setup_optimizer_and_criterion(self.config, model.parameters())
 
     def step(self, batch: dict[str, Any], *, statistics: bool = True, autocast: torch.dtype | None = None) -> float:
-        """One call of its ``run_training_step`` on a batch of :func:`collated`; the loss.
+        """One call of its `run_training_step` on a batch made by `collated`; returns the loss.
 
         Args:
             batch: on the host; the step copies it to the device.
@@ -150,10 +149,10 @@ class Reference:
 
 
 def load(checkout: Path, name: str = "train") -> types.ModuleType:
-    """One of the reference's scripts, by default ``scripts/train.py``, as a module.
+    """One of the reference's scripts, by default `scripts/train.py`, as a module.
 
     Raises:
-        ConfigError: there is none under ``checkout``.
+        ConfigError: there is none under `checkout`.
     """
     script = checkout / "scripts" / f"{name}.py"
     if not script.is_file() or not (checkout / "paraspeechclap").is_dir():
@@ -224,7 +223,7 @@ def from_configuration(size: Size) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deterministic_cudnn(wanted: bool = True) -> Iterator[None]:
-    """Whether cuDNN is kept to deterministic algorithms, as the reference's ``setup_seed`` asks for."""
+    """Whether cuDNN is kept to deterministic algorithms, as the reference's `setup_seed` asks for."""
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = wanted
     try:
@@ -247,7 +246,7 @@ def _without_statistics() -> Iterator[None]:
 
 
 def collated(batch: Batch, tokens: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """A fastclap batch as the reference's ``collate_fn`` hands it over.
+    """A fastclap batch as the reference's `collate_fn` hands it over.
 
     Args:
         batch: with the whole files' mean and std, by which the reference's feature extractor normalises before the

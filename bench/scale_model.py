@@ -3,8 +3,8 @@
     python -m bench.scale_model [--records bench/records/gpu/DEVICE] [--embeddings float32|bfloat16] > docs/scaling.md
 
 Single-GPU figures come from the records of a device's lots `step` and `loss` (`bench.gpu`) where there are any, and are
-predictions where not; the page says which. Traffic is that of the collectives which the code really calls, tensor by
-tensor: a test counts what processes hand to torch.distributed and compares. Time on a wire is its bytes over the
+predictions where not; the page says which. Traffic is that of the collectives that the code really calls, tensor by
+tensor: a test compares it with what processes hand to torch.distributed. Time on a wire is its bytes over the
 slowest link's rate; every constant is a flag.
 
 With N clips, W GPUs, D dimensions, P parameters, e bytes a number of an embedding:
@@ -135,7 +135,7 @@ def counted_collectives() -> Iterator[list[tuple[str, int]]]:
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of one GPU and its links. Where they come from is said in ``source``."""
+    """Rates of one GPU and its links; `source` says where they come from."""
 
     clip_ms: float  # forward and backward of one pair, no cache
     second_forward: float = 4 / 3  # cost with the gradient cache over cost without
@@ -176,7 +176,7 @@ class Prediction:
 
 
 def predict(model: Model, machine: Machine, rows: int, world: int) -> Prediction:
-    """A step with a global batch of ``rows`` on ``world`` GPUs."""
+    """A step with a global batch of `rows` on `world` GPUs."""
     local = rows / world
     cached = local > model.chunk
     rate = machine.loss_tflops * 1e12 / (2 if model.itemsize == 4 else 1)  # TF32 has half the rate of 16-bit products
@@ -335,9 +335,9 @@ def page(model: Model, machine: Machine, command: str) -> str:
 def _step_cell(cell: Prediction | None, machine: Machine) -> str:
     if cell is None:
         return ""
-    of_loss = (cell.seconds["loss"] + cell.seconds["loss, links"]) / cell.step
+    loss_share = (cell.seconds["loss"] + cell.seconds["loss, links"]) / cell.step
     full = "" if sum(cell.held.values()) <= 1e9 * machine.memory_gb else " †"
-    return f"{cell.step:.3g} ({of_loss:.1%}){full}"
+    return f"{cell.step:.3g} ({loss_share:.1%}){full}"
 
 
 def _exchange(model: Model, rows: int, world: int) -> str:

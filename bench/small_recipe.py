@@ -2,8 +2,8 @@
 
     python -m bench.small_recipe --train train.jsonl --test test.jsonl --out bench/records/NAME [--seeds 0 1 2]
 
-Each seed is one ``fastclap-train small`` through the real command line, timed from start to exit, followed by zero-shot
-classification of every ``--task COLUMN TEMPLATE...`` and retrieval with global and fine captions. The test manifest is
+Each seed is one `fastclap-train small` through the real command line, timed from start to exit, followed by zero-shot
+classification of every `--task COLUMN TEMPLATE...` and retrieval with global and fine captions. The test manifest is
 seen by nothing before that.
 """
 
@@ -84,7 +84,7 @@ def summary(figures: dict[str, Any]) -> dict[str, float]:
 
 
 def processor() -> str:
-    """The processor's marketing name where the system tells it."""
+    """The processor's marketing name, where the system knows it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))

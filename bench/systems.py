@@ -1,16 +1,16 @@
-"""Every system's recipe in its small form, beside its own ablation: does what the paper adds help, on this data?
+"""Every system's recipe in its small form, compared with its own ablation: does what the paper adds help, on this data?
 
     python -m bench.systems --train train.jsonl --test test.jsonl --out bench/records/systems [--seeds 0 1 2]
 
-Each run is one ``fastclap-train RECIPE --small`` through the real command line. The comparisons (``--only NAME``):
+Each run is one `fastclap-train RECIPE --small` through the real command line. The comparisons (`--only NAME`):
 
-* tags: ``paraspeechclap-intrinsic`` with its tag loss and balanced draw, on ``classification_tag`` and on
-  ``intrinsic_tags``, against the same without either: zero-shot UAR.
-* combined: ``paraspeechclap-combined`` on captions of one kind each, from the columns ``intrinsic_tags`` and
-  ``situational_tags``, against ``-intrinsic`` (without tag loss) and ``-situational`` on their own kind: retrieval with
+* tags: `paraspeechclap-intrinsic` with its tag loss and balanced draw, on `classification_tag` and on
+  `intrinsic_tags`, against the same without either: zero-shot UAR.
+* combined: `paraspeechclap-combined` on captions of one kind each, from the columns `intrinsic_tags` and
+  `situational_tags`, against `-intrinsic` (without tag loss) and `-situational` on their own kind: retrieval with
   compositional captions, which name both kinds of tags and which none of them was trained on.
-* distillation: ``ra-clap`` from an ``ess-clap`` model, against the same further training without a teacher.
-* fine: ``clsp-stage2`` (global and fine captions) from a ``clsp-stage1`` model, against the same further training with
+* distillation: `ra-clap` from an `ess-clap` model, against the same further training without a teacher.
+* fine: `clsp-stage2` (global and fine captions) from a `clsp-stage1` model, against the same further training with
   global captions only: retrieval with fine captions.
 
 The test manifest is seen by nothing but the scores. Runs that the record has already are not repeated.
@@ -137,14 +137,14 @@ def main() -> None:
         "hardware": f"{processor()}, {os.cpu_count()} cores",
         "versions": {"fastclap": fastclap.__version__, "python": platform.python_version(), "torch": torch.__version__},
         "parallel": arguments.parallel,
-        "commands": {name: " ".join(_command(run, "SEED", "FOLDER", arguments.flags)) for name, run in RUNS.items()},
+        "commands": {name: " ".join(train_flags(run, "SEED", "FOLDER", arguments.flags)) for name, run in RUNS.items()},
     }
     figures: dict[str, dict[str, dict[str, float]]] = record.setdefault("figures", {})
     wanted = {name for comparison in arguments.only for name in COMPARISONS[comparison].runs}
     wanted |= {start for name in wanted if (start := RUNS[name].start)}
 
     with tempfile.TemporaryDirectory() as folder:
-        data = _manifests(Path(arguments.train), Path(arguments.test), Path(folder))
+        data = write_manifests(Path(arguments.train), Path(arguments.test), Path(folder))
 
         writing = threading.Lock()
 
@@ -173,8 +173,8 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _manifests(train: Path, test: Path, folder: Path) -> dict[str, list[str]]:
-    """Where the training manifests lie, by name, and the test manifest as ``test`` and ``compositional``."""
+def write_manifests(train: Path, test: Path, folder: Path) -> dict[str, list[str]]:
+    """Where the training manifests lie, by name, and the test manifest as `test` and `compositional`."""
 
     def written(source: Path, name: str, captions: Callable[[dict[str, Any], int], list[str]]) -> list[str]:
         rows = []
@@ -209,7 +209,7 @@ def _rows(manifest: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _command(run: Run, seed: int | str, folder: str, flags: Sequence[str]) -> list[str]:
+def train_flags(run: Run, seed: int | str, folder: str, flags: Sequence[str]) -> list[str]:
     start = ("--init-from", f"{folder}/{run.start}/model") if run.start else ()
     return [run.recipe, "--small", "--seed", str(seed), *run.flags, *start, *flags]
 
@@ -220,7 +220,7 @@ def _trained(
     """Train as a user would, and score."""
     runs = folder / str(seed)
     manifests = [path for which in run.data for path in data[which]]
-    command = [*_command(run, seed, str(runs), flags), "--data.train", *manifests, "--run-dir", str(runs / name)]
+    command = [*train_flags(run, seed, str(runs), flags), "--data.train", *manifests, "--run-dir", str(runs / name)]
     threads = max(1, (os.cpu_count() or 1) // parallel)
     start = time.perf_counter()
     subprocess.run(
@@ -260,7 +260,7 @@ def page(record: dict[str, Any]) -> str:
     seeds = sorted({seed for runs in figures.values() for seed in runs}, key=int)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
-        "# Systems in their small form, beside their ablations",
+        "# Systems in their small form, compared with their ablations",
         "",
         f"Written by `python -m bench.systems` on {record['data']}; {record['hardware']}, {record['parallel']} "
         f"trainings at a time; {versions}. Seeds "

@@ -3,7 +3,7 @@
     python -m bench.train_step --reference CHECKOUT --out bench/records/NAME
         [--size large|base|tiny] [--batches 16 64] [--seconds 10] [--minutes 9] [--audio FOLDER]
 
-measures all forms on the CPU; on a GPU they are the lots `step` and `step_more` of ``python -m bench.gpu``. A step is
+measures all forms on the CPU; on a GPU they are the lots `step` and `step_more` of `python -m bench.gpu`. A step is
 forward pass, loss, backward pass and optimizer, from a batch on the host. Every form gets the same clips, captions and
 crop, dropout and SpecAugment as configured, and random weights; all instances of our model share one set of weights
 and one optimizer. Forms are timed in turn, in blocks of consecutive steps (`bench.steady`).
@@ -105,7 +105,7 @@ class Form:
 
     Attributes:
         name, notes: of the row in a table.
-        build: makes ``step`` once the form is wanted.
+        build: makes `step` once the form is wanted.
         float32_matmul: torch's float32 matmul precision while it runs.
         least: smaller batches are not tried.
         step: takes a step on a batch and returns the loss, on the device or as a number.
@@ -118,8 +118,8 @@ class Form:
     least: int = 0
     step: Callable[[Any], Any] | None = field(default=None, repr=False)
 
-    def on(self, batch: Any) -> Callable[[], Any]:
-        """A step on this batch as a call, of the form built."""
+    def call_for(self, batch: Any) -> Callable[[], Any]:
+        """The form, built, as a call that takes a step on this batch."""
         if self.step is None:
             self.step = self.build()
         return functools.partial(self, batch)
@@ -135,7 +135,7 @@ class Form:
             torch.set_float32_matmul_precision(before)
 
     def outcome(self, loss: Any) -> Row:
-        """What a row says of a step's loss, and the chunks of the gradient cache that memory allowed."""
+        """For a row: a step's loss, and the chunks of the gradient cache that memory allowed."""
         value = float(loss)
         found: Row = {"loss": significant(value)} if math.isfinite(value) else {"loss": None, "passed": False}
         objective = getattr(self.step, "objective", None)
@@ -190,7 +190,7 @@ class Forms:
         bf16: bool = True,
         triton: bool = True,
         packed: bool = True,
-        once: bool = True,
+        distinct_captions: bool = True,
         fused: bool = True,
         chunk: int = 0,
     ) -> Callable[[HostBatch], Any]:
@@ -203,7 +203,7 @@ class Forms:
             bf16: autocast.
             triton: the towers' Triton kernels, where there are any for the device.
             packed: captions without padding.
-            once: equal captions are encoded once.
+            distinct_captions: equal captions are encoded once.
             fused: the loss without the matrix of logits; equal captions are positives then, and else negatives.
             chunk: of the gradient cache.
         """
@@ -232,7 +232,7 @@ class Forms:
             objective.loss = functools.partial(_materialised, objective)
 
         def call(batch: HostBatch) -> Any:
-            chosen = batch.batch if once else batch.every_caption
+            chosen = batch.batch if distinct_captions else batch.every_caption
             with contextlib.nullcontext() if triton else _without_triton():
                 loss = step([chosen.to(self.device, non_blocking=True)]).loss
             return loss.item() if host_syncs else loss
@@ -240,7 +240,7 @@ class Forms:
         call.objective = objective  # type: ignore[attr-defined]  # for the chunk sizes that memory allowed
         return call
 
-    def of_reference(self) -> list[Form]:
+    def reference_forms(self) -> list[Form]:
         """The reference, as it is and at its best; without a checkout they cannot be built."""
         return [
             Form("reference, as released", "float32, gradient checkpointing, statistics", self._released),
@@ -267,13 +267,13 @@ class Forms:
             )
         stages += [
             ("+ packed captions", "without padding", {"packed": True}),
-            ("+ equal captions once", "each distinct caption of the batch", {"once": True}),
+            ("+ equal captions once", "each distinct caption of the batch", {"distinct_captions": True}),
             ("+ fused loss", "no matrix of logits, equal captions are positives", {"fused": True}),
         ]
         if on_gpu:  # the last, so that one that does not compile leaves the others as they are
             stages.append(("+ compiled layers", "torch.compile of each layer", {"compiled": True}))
         options: dict[str, Any] = dict.fromkeys(
-            ("convolutions", "encoder", "compiled", "bf16", "triton", "packed", "once", "fused"), False
+            ("convolutions", "encoder", "compiled", "bf16", "triton", "packed", "distinct_captions", "fused"), False
         )
         options["host_syncs"] = True
         found = []
@@ -286,7 +286,7 @@ class Forms:
     def all(self) -> list[Form]:
         """In the order of the ablation; the reference's where there is a checkout."""
         cached = self.complete("+ gradient cache", f"chunks of {self.chunk}", chunk=self.chunk)
-        return [*(self.of_reference() if self.checkout is not None else []), *self.ablation(), cached]
+        return [*(self.reference_forms() if self.checkout is not None else []), *self.ablation(), cached]
 
     def _released(self) -> Callable[[HostBatch], Any]:
         reference = self.reference
@@ -496,7 +496,7 @@ def host_batch(batch: Batch, tokenizer: Tokenizer, size: Size, pin: bool) -> Hos
 
 
 def real_batch(folder: Path, rows: int, seconds: float, distinct: float) -> Batch:
-    """Clips of a folder (or of a manifest), cut to ``seconds``, repeated until there are enough; made-up captions.
+    """Clips of a folder (or of a manifest), cut to `seconds`, repeated until there are enough; made-up captions.
 
     Raises:
         DataError: there is no audio in it.
@@ -528,9 +528,9 @@ def real_batch(folder: Path, rows: int, seconds: float, distinct: float) -> Batc
 
 
 def work(rows: int, flops: int | None, peak_tflops: float | None) -> Callable[[float], Row]:
-    """What a row of a step on so many clips says of its median in ms."""
+    """Makes a row's figures from the median in ms of a step on so many clips."""
 
-    def said(median_ms: float) -> Row:
+    def figures(median_ms: float) -> Row:
         found: Row = {"clips_per_s": significant(1e3 * rows / median_ms)}
         if flops is not None:
             found["model_tflops"] = significant(1e-9 * flops / median_ms)
@@ -538,7 +538,7 @@ def work(rows: int, flops: int | None, peak_tflops: float | None) -> Callable[[f
                 found["mfu"] = significant(1e-9 * flops / median_ms / peak_tflops)
         return found
 
-    return said
+    return figures
 
 
 def software(reference: Path | None) -> dict[str, Any]:
@@ -614,7 +614,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The whole record; every row is in ``record.json`` of ``arguments.out`` from the moment it exists."""
+    """The whole record; every row is in `record.json` of `arguments.out` from the moment it exists."""
     device = torch.device("cpu")
     size = SIZES[arguments.size]
     torch.manual_seed(0)
@@ -659,7 +659,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             entries.append(
                 Entry(
                     case,
-                    functools.partial(form.on, prepared),
+                    functools.partial(form.call_for, prepared),
                     {"notes": form.notes},
                     work(rows, prepared.flops, peak),
                     form.outcome,

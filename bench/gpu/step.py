@@ -1,11 +1,11 @@
 """A training step of WavLM-Large and XLM-R: ours, ours compiled, the reference as released and at its best.
 
-The stages of the lots `step` and `step_more`. What a form is, and what a step takes and does, is said in
-`bench.train_step`; how it is timed in `bench.steady`. Weights are random and drawn on the device.
+The stages of the lots `step` and `step_more`. `bench.train_step` describes what a form is, and what a step takes and
+does; `bench.steady`, how it is timed. Weights are random and drawn on the device.
 
-Our step comes first and has its row before anything else is built. Our forms share weights and optimizer; the
-reference has its own beside them. By shapes, 64 clips without a gradient cache take 53 GB of ours, and what the
-reference keeps between its steps (weights, gradients, optimizer state) 10 GB.
+Our step comes first and has its row before anything else is built. Our forms share weights and optimizer; the reference
+has its own. By shapes, 64 clips without a gradient cache take 53 GB of ours, and what the reference keeps between its
+steps (weights, gradients, optimizer state) 10 GB.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Steps:
         facts = {"notes": form.notes}
         return Entry(
             self.case(form, rows),
-            lambda: form.on(self.batch(rows)),
+            lambda: form.call_for(self.batch(rows)),
             facts,
             work(rows, self.batch(rows).flops, self.peak_tflops),
             form.outcome,
@@ -88,7 +88,7 @@ def small(run: Run) -> None:
     for rows in (3, 4) if run.tiny else (32, 64):
         own = steps.entry(ours, rows)
         steps.steady.alone(own)
-        theirs = [steps.entry(form, rows) for form in steps.forms.of_reference()]
+        theirs = [steps.entry(form, rows) for form in steps.forms.reference_forms()]
         if run.settings.reference is None:
             for entry in theirs:
                 run.add(entry.case, reason=ABSENT, **NO_CHECKOUT)
@@ -135,7 +135,7 @@ def profile(run: Run) -> None:
 
 
 def _profiled(steps: Steps, form: Form, rows: int) -> Profile:
-    step = form.on(steps.batch(rows))
+    step = form.call_for(steps.batch(rows))
     for _ in range(3):
         step()
     assert form.step is not None
@@ -182,7 +182,7 @@ def open_clip(run: Run) -> None:
             def outcome(loss: Any, form: Form = form, which: int = which, pair: OpenClipPair = pair) -> Row:
                 return {**form.outcome(loss), "audio_parameters": pair.audio_parameters[which]}
 
-            make = functools.partial(lambda form, batch: form.on(batch(rows, seconds)), form, batch)
+            make = functools.partial(lambda form, batch: form.call_for(batch(rows, seconds)), form, batch)
             entries.append(Entry(case, make, {"notes": form.notes}, work(rows, None, None), outcome))
         steady.in_turn(entries, 0.0 if run.tiny else 8.0, least=1 if run.tiny else 3)
         del pair, entries, form, make, outcome

@@ -1,13 +1,14 @@
-"""``fastclap-train`` at full size, as a user starts it: from a configuration, on packed shards, in its own process.
+"""`fastclap-train` at full size, as a user starts it: from a configuration, on packed shards, in its own process.
 
-The stage of the lot `train`. It makes what a run needs without the hub and without a decoder of audio files: a model
-folder with random weights and a trained vocabulary (``init_from``), and a packed folder of noise. Then the command runs
-for some steps, and every line of its ``metrics.jsonl`` is a row as soon as it is written; after the last one it saves
-and exports as any run does. A second, short run writes its own profile (``--profile``), which becomes rows too.
+The stage of the lot `train`. It makes what a run needs, without the hub and without a decoder of audio files: a model
+folder with random weights and a trained vocabulary (`init_from`), and a packed folder of noise. Then the command runs
+for some steps, and every line of its `metrics.jsonl` is a row as soon as it is written; after the last one it saves
+and exports as any run does. A second, short run writes its own profile (`--profile`), which becomes rows too.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -31,7 +32,6 @@ from bench.gpu.watch import die_with_parent
 from bench.parity import CAPTIONS
 from bench.reference_step import build_ours
 from bench.run import SIZES, Row, Run, significant
-from fastclap.data import shards
 from fastclap.data.rows import Manifest
 from fastclap.data.rows import Row as Clip
 from fastclap.models.tokenizer import train_tokenizer
@@ -45,11 +45,11 @@ TIMED = ("waiting", "loader_clips_per_second", "mfu", "watts", "joules_per_clip"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the runs.
+    """Sizes of the runs.
 
     Attributes:
         size: of the towers.
-        clips: in the packed folder, of ``lengths`` seconds, of which a step takes ``crop``.
+        clips: in the packed folder, `lengths` seconds long, of which a step uses `crop`.
         batch, workers: clips a step, and loader processes.
         steps, log_every, profiled_steps: of the runs.
         start_seconds, save_seconds: the most that a run may take to its first line, and after its last.
@@ -89,7 +89,7 @@ def train(run: Run) -> None:
 
 
 def make_inputs(folder: Path, sizes: Sizes, device: torch.device) -> Row:
-    """Writes ``folder/model`` and ``folder/clips``; the seconds that each took."""
+    """Write `folder/model` and `folder/clips`. Returns the seconds that each took."""
     start = time.perf_counter()
     torch.manual_seed(0)
     model = build_ours(SIZES[sizes.size], train_tokenizer(CAPTIONS, 1000), device=device)
@@ -106,7 +106,7 @@ def make_inputs(folder: Path, sizes: Sizes, device: torch.device) -> Row:
 
 
 def pack_noise(folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """A packed folder of noise; what `fastclap.data.pack.pack` says of it. No audio file is read or written."""
+    """Write a packed folder of noise, with no audio file. Returns what `fastclap.data.pack.pack` returns."""
     generator = np.random.default_rng(0)
     least, most = (round(RATE * seconds) for seconds in sizes.lengths)
     tape = (3000 * generator.standard_normal(4 * most, dtype=np.float32)).astype(np.int16)
@@ -121,8 +121,9 @@ def pack_noise(folder: Path, sizes: Sizes) -> dict[str, Any]:
         index = int(row.audio)
         return _Array(row.audio, tape[begins[index] : begins[index] + samples[index]])
 
-    with mock.patch.object(shards, "open_clip", clip_of):
-        return shards.pack(Manifest(rows, source_names=("made",)), folder, sampling_rate=RATE)
+    module: Any = importlib.import_module("fastclap.data.pack")  # fastclap.data has a function of that name
+    with mock.patch.object(module, "open_clip", clip_of):
+        return module.pack(Manifest(rows, source_names=("made",)), folder, sampling_rate=RATE)
 
 
 class _Array:
@@ -213,7 +214,7 @@ class Process:
         return self._process.poll() is not None
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """The complete lines of ``metrics.jsonl`` that are new."""
+        """The complete lines of `metrics.jsonl` that are new."""
         path = self.run_dir / "metrics.jsonl"
         if path.exists():
             text = path.read_bytes()[self._read :]
@@ -221,12 +222,12 @@ class Process:
             self._read += len(text)
             yield from map(json.loads, text.splitlines())
 
-    def said(self, word: str) -> bool:
-        """Whether the output has a word."""
-        return word in self.log.read_text(encoding="utf-8", errors="replace")
+    def has_printed(self, words: str) -> bool:
+        """Whether the output has these words."""
+        return words in self.log.read_text(encoding="utf-8", errors="replace")
 
     def wait_for(self, what: Callable[[], bool], seconds: float) -> bool:
-        """Whether something came about within so many seconds, before the process ended.
+        """Whether something has come about within so many seconds and before the process ended.
 
         Raises:
             RuntimeError: the process failed; with its last words.
@@ -251,8 +252,8 @@ def _plain(run: Run, folder: Path, sizes: Sizes) -> Literal[True]:
     with Process(folder, "plain", config) as process:
         facts = {"clips": sizes.batch, "seconds": sizes.crop}
 
-        def noted() -> bool:
-            """Puts new lines down as rows. Whether the last one is among them."""
+        def add_lines() -> bool:
+            """Add new lines as rows. Returns whether the last one is among them."""
             last = False
             memory.look()
             for line in process.lines():
@@ -262,14 +263,14 @@ def _plain(run: Run, folder: Path, sizes: Sizes) -> Literal[True]:
                     last |= line["step"] == sizes.steps
             return last
 
-        if not process.wait_for(lambda: process.said("to train on"), sizes.start_seconds):
-            raise RuntimeError(f"it said nothing of its model within {sizes.start_seconds:.0f} s")
+        if not process.wait_for(lambda: process.has_printed("to train on"), sizes.start_seconds):
+            raise RuntimeError(f"it printed nothing about its model within {sizes.start_seconds:.0f} s")
         ready = {"seconds": significant(process.seconds)}
         run.add({"run": PLAIN, "phase": "start"}, **ready, notes="from the command to the line before the first step")
-        if not process.wait_for(noted, 2 * sizes.start_seconds):
+        if not process.wait_for(add_lines, 2 * sizes.start_seconds):
             raise RuntimeError("its last step did not come")
         begin = process.seconds
-        done = process.wait_for(lambda: process.ended and process.said("model: "), sizes.save_seconds)
+        done = process.wait_for(lambda: process.ended and process.has_printed("model: "), sizes.save_seconds)
         saved = significant(process.seconds - begin)
         notes = "from its last line to its end: a checkpoint, the exported model and the report"
         run.add(
@@ -282,7 +283,7 @@ def _plain(run: Run, folder: Path, sizes: Sizes) -> Literal[True]:
 
 
 def figures(line: dict[str, Any]) -> Row:
-    """Of a line of metrics.jsonl, as a row has them."""
+    """The figures of a line of metrics.jsonl, as a row has them."""
     time_of = line["time"]
     row: Row = {"clips_per_s": time_of["clips_per_second"]}
     row |= {name.replace("_second", "_s"): time_of[name] for name in TIMED if name in time_of}
@@ -295,7 +296,7 @@ def figures(line: dict[str, Any]) -> Row:
 
 
 class _Memory:
-    """The most memory of a GPU that all processes together used when it was looked at; None on a CPU."""
+    """The most memory of a GPU that all processes together were seen to use; None on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -322,7 +323,7 @@ def _profiled(run: Run, folder: Path, sizes: Sizes) -> Literal[True]:
 
 
 class Trace:
-    """What a chrome trace of ``fastclap-train --profile`` says of its three steps.
+    """The three steps in a Chrome trace of `fastclap-train --profile`.
 
     Args:
         path: of the trace.

@@ -253,7 +253,7 @@ def test_a_slow_call_is_not_repeated_before_its_turn(run: Run, monkeypatch: pyte
 def test_a_wrong_checkout_costs_the_reference_alone(run: Run, tmp_path: Path) -> None:
     steps = Steps(Run(run.record, Settings("cpu", reference=tmp_path), time.monotonic() + 60))
     ours = steps.forms.complete("fastclap", "")
-    steps.in_turn([steps.entry(form, 2) for form in (*steps.forms.of_reference(), ours)], 1.0)
+    steps.in_turn([steps.entry(form, 2) for form in (*steps.forms.reference_forms(), ours)], 1.0)
     found = {row["case"]["form"]: row for row in run.record.rows() if "form" in row["case"]}
     for name in ("reference, as released", "reference, bf16"):
         assert "no checkout of ParaSpeechCLAP" in found[name]["reason"]

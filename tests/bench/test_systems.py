@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.systems import COMPARISONS, KINDS, RUNS, _command, _manifests, page
+from bench.systems import COMPARISONS, KINDS, RUNS, page, train_flags, write_manifests
 from fastclap.train.cli import parse
 from fastclap.train.config import TrainConfig
 
@@ -24,7 +24,7 @@ ROW: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_is_a_valid_training(name: str) -> None:
-    config = parse([*_command(RUNS[name], 5, "runs", ["--steps", "9"]), "--data.train", "a.jsonl"])
+    config = parse([*train_flags(RUNS[name], 5, "runs", ["--steps", "9"]), "--data.train", "a.jsonl"])
     assert isinstance(config, TrainConfig)
     config.check()
     assert (config.seed, config.steps, config.model.audio.kind) == (5, 9, "log-mel")
@@ -42,7 +42,7 @@ def test_comparisons_name_runs_and_their_starts() -> None:
 def test_manifests_of_one_kind_and_of_both(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(2 * (json.dumps(ROW) + "\n"))
-    data = _manifests(tmp_path / "train.jsonl", tmp_path / "test.jsonl", tmp_path)
+    data = write_manifests(tmp_path / "train.jsonl", tmp_path / "test.jsonl", tmp_path)
     texts = {name: [json.loads(line) for line in Path(data[name][0]).read_text().splitlines()] for name in data}
     assert texts["intrinsic_tags"][0]["text_description"][0] == "A voice that is male and deep."
     assert len(texts["situational_tags"][1]["text_description"]) == len(KINDS["situational_tags"])
@@ -52,7 +52,7 @@ def test_manifests_of_one_kind_and_of_both(tmp_path: Path) -> None:
     assert texts["compositional"][0]["relative_audio_path"] == str(tmp_path / "a.wav")
     (tmp_path / "train.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps({**ROW, "intrinsic_tags": []}) + "\n")
     with pytest.raises(SystemExit, match=r"train\.jsonl:2: no intrinsic_tags"):
-        _manifests(tmp_path / "train.jsonl", tmp_path / "test.jsonl", tmp_path)
+        write_manifests(tmp_path / "train.jsonl", tmp_path / "test.jsonl", tmp_path)
 
 
 def test_the_page_has_means_spreads_and_the_best() -> None:

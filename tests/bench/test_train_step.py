@@ -91,7 +91,7 @@ def test_the_large_model_costs_what_is_published() -> None:
 def test_every_stage_takes_the_same_step(forms: train_step.Forms) -> None:
     """Without dropout all optimisations that keep float32 and distinct captions give one loss and one gradient."""
     batch = batch_of(forms, distinct=1.0)
-    options = {"bf16": False, "convolutions": False, "encoder": False, "packed": False, "once": False, "fused": False}
+    options = dict.fromkeys(("bf16", "convolutions", "encoder", "packed", "distinct_captions", "fused"), False)
     results = []
     start = {name: p.detach().clone() for name, p in forms.plain.named_parameters()}
     for change in (
@@ -100,7 +100,7 @@ def test_every_stage_takes_the_same_step(forms: train_step.Forms) -> None:
         {"convolutions": True},
         {"encoder": True},
         {"packed": True},
-        {"once": True},
+        {"distinct_captions": True},
         {"fused": True},
     ):
         host_syncs = change.pop("host_syncs", False)

@@ -1,4 +1,4 @@
-"""Configuration: flags, files, recipes, and what is said when they are wrong."""
+"""Configuration: flags, files, recipes, and the errors when they are wrong."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ NO_DROPOUT = {
 
 
 def on_ranks(size: int, function: Callable[..., None], *arguments: Any) -> list[int | None]:
-    """Run ``function(*arguments)`` in forked processes with torchrun's environment; returns their exit codes."""
+    """Run `function(*arguments)` in forked processes with torchrun's environment; returns their exit codes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -79,7 +79,7 @@ def without_dropout(config: TrainConfig) -> TrainConfig:
 def gradients(
     model: fastclap.CLAP, config: TrainConfig, loss: LossConfig, chunk: int, world: distributed.World
 ) -> None:
-    """One step's averaged gradients, left in ``.grad``."""
+    """One step's averaged gradients, left in `.grad`."""
     manifest = load_manifest(config.data.train)
     sampler = BatchSampler(manifest, config.batch_size, seed=0, rank=world.rank, world_size=world.size)
     # ranks have different numbers of clips with tags

@@ -122,7 +122,7 @@ def test_caching_changes_the_memory_and_not_the_gradient(tiny: Build) -> None:
 
 
 class Poison(Objective):
-    """Steps listed in ``at`` have a NaN in one gradient."""
+    """Steps listed in `at` have a NaN in one gradient."""
 
     at: frozenset[int] = frozenset()
     calls = 0

@@ -1,4 +1,4 @@
-"""What a step must not do and what a run can be told about its speed: host syncs, memory, traces, figures."""
+"""What a step must not do, and what a run reports of its speed: host syncs, memory, traces, figures."""
 
 from __future__ import annotations
 
