@@ -86,9 +86,8 @@ class DualEncoder(nn.Module):
         Raises:
             DataError: nothing to embed, or a clip that is empty, not 1-D, not finite or not readable; it is named.
         """
-        clips = _as_clips(audio, lengths)
-        ratio = self.sampling_rate / sampling_rate
-        sizes = [_num_samples(index, clip, self.sampling_rate, ratio) for index, clip in enumerate(clips)]
+        clips = _checked_clips(audio, lengths)
+        sizes = [_num_samples(index, clip, self.sampling_rate, sampling_rate) for index, clip in enumerate(clips)]
         order = sorted(range(len(clips)), key=sizes.__getitem__)  # similar lengths together: less padding
         vectors = []
         for first in range(0, len(order), batch_size):
@@ -111,21 +110,24 @@ class DualEncoder(nn.Module):
             audio: on any device.
             lengths: valid samples of each clip, on the host.
         """
-        if self.single_on_cpu and self.device.type == "cpu":
-            groups = [[row] for row in range(len(lengths))]
-        elif self.equal_lengths_only:
-            groups = [[row for row, own in enumerate(lengths) if own == length] for length in dict.fromkeys(lengths)]
-        else:
-            groups = [list(range(len(lengths)))]
+        groups = self._encoding_groups(lengths)
+        encoded = []
         with self._inference():
-            encoded = []
-            for group in groups:
-                own = [lengths[row] for row in group]
-                batch = (audio if len(groups) == 1 else audio[group])[:, : max(own)].to(self.device)
-                encoded.append(self.encode_audio(batch, torch.tensor(own, device=self.device), host_lengths=own))
-            order = torch.tensor([row for group in groups for row in group], device=self.device).argsort()
+            for rows in groups:
+                sizes = [lengths[row] for row in rows]
+                batch = audio[rows, : max(sizes)].to(self.device)
+                encoded.append(self.encode_audio(batch, torch.tensor(sizes, device=self.device), host_lengths=sizes))
+            order = torch.tensor([row for rows in groups for row in rows], device=self.device).argsort()
             vectors = F.normalize(torch.cat(encoded)[order].float(), dim=-1)
         return vectors.clone()  # outside of inference mode, so that the result can enter a graph
+
+    def _encoding_groups(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Rows of a batch that are encoded together."""
+        if self.single_on_cpu and self.device.type == "cpu":
+            return [[row] for row in range(len(lengths))]
+        if self.equal_lengths_only:
+            return [[row for row, size in enumerate(lengths) if size == length] for length in dict.fromkeys(lengths)]
+        return [list(range(len(lengths)))]
 
     def embed_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """Unit vectors of captions, in the order given: float32 [n, D] on the model's device."""
@@ -144,7 +146,8 @@ class DualEncoder(nn.Module):
             yield
 
 
-def _as_clips(audio: Sequence[Any] | np.ndarray | Tensor, lengths: Sequence[int] | Tensor | None) -> list[Any]:
+def _checked_clips(audio: Sequence[Any] | np.ndarray | Tensor, lengths: Sequence[int] | Tensor | None) -> list[Any]:
+    """The clips of a list, or of a padded batch without their padding."""
     if isinstance(audio, (str, os.PathLike)):
         raise DataError(f"embed_audio takes a list of clips; for one file write [{str(audio)!r}]")
     if isinstance(audio, (Tensor, np.ndarray)):
@@ -166,12 +169,12 @@ def _as_clips(audio: Sequence[Any] | np.ndarray | Tensor, lengths: Sequence[int]
     return clips
 
 
-def _num_samples(index: int, clip: Any, target_rate: int, ratio: float) -> float:
+def _num_samples(index: int, clip: Any, target_rate: int, sampling_rate: int) -> float:
     """Length at the model's rate (of a file, by its header), after the checks that need no decoding."""
     if isinstance(clip, (str, os.PathLike)):
         from fastclap.audio import audio_info
 
-        with _naming(index):
+        with _errors_with_number(index):
             return audio_info(clip).duration * target_rate
     if not isinstance(clip, (Tensor, np.ndarray)):
         raise DataError(f"clip {index} is {type(clip).__name__}; give a path, an array or a tensor")
@@ -179,7 +182,7 @@ def _num_samples(index: int, clip: Any, target_rate: int, ratio: float) -> float
         raise DataError(f"clip {index} has the shape {tuple(clip.shape)}; give mono 1-D audio (average the channels)")
     if len(clip) == 0:
         raise DataError(f"clip {index} is empty")
-    return len(clip) * ratio
+    return len(clip) * target_rate / sampling_rate
 
 
 def _waveform(index: int, clip: Any, target_rate: int, sampling_rate: int) -> Tensor:
@@ -187,7 +190,7 @@ def _waveform(index: int, clip: Any, target_rate: int, sampling_rate: int) -> Te
     if isinstance(clip, (str, os.PathLike)):
         from fastclap.audio import read_audio
 
-        with _naming(index):
+        with _errors_with_number(index):
             return torch.from_numpy(read_audio(clip, target_rate))
     wave = clip.detach() if isinstance(clip, Tensor) else torch.from_numpy(np.ascontiguousarray(clip))
     if wave.dtype != torch.int16:
@@ -205,7 +208,8 @@ def _waveform(index: int, clip: Any, target_rate: int, sampling_rate: int) -> Te
 
 
 @contextlib.contextmanager
-def _naming(index: int) -> Iterator[None]:
+def _errors_with_number(index: int) -> Iterator[None]:
+    """Errors of a file also say which clip of the list it is."""
     try:
         yield
     except DataError as error:

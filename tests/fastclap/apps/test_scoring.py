@@ -1,4 +1,4 @@
-"""The reward against cosines computed apart, its gradient, and style similarity beside ratings."""
+"""The reward compared with cosines computed separately, its gradient, and style similarity next to ratings."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_page_refers_to_nothing_outside_and_escapes_what_it_shows(tmp_path: Path
     assert (tmp_path / "confusion-a_b_i_.png").exists()
 
 
-def test_figures_stand_beside_their_chance_level(tmp_path: Path) -> None:
+def test_figures_are_shown_with_their_chance_level(tmp_path: Path) -> None:
     shown = results(classes=5)
     page = write_report(tmp_path, results=shown).read_text()
     sex, to_text = shown["classification"]["sex"], shown["retrieval"]["global"]["audio_to_text"]
@@ -103,7 +103,7 @@ def test_many_classes_and_one_class_can_be_drawn(tmp_path: Path) -> None:
 
 
 def embeddings(clips: int, **columns: int) -> dict[str, Any]:
-    """A map as :func:`evaluate` gives it, with so many classes in each column."""
+    """A map as `evaluate` returns it, with so many classes in each column."""
     points = torch.randn(clips, 2).tolist()
     return {
         "rows": list(range(clips)),
