@@ -45,7 +45,7 @@ KINDS = {  # crop in seconds, whole-file statistics
 }
 PREFETCH = 2
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 def made_clips(count: int, least: float, most: float, seed: int = 0) -> Iterator[np.ndarray]:
@@ -63,10 +63,10 @@ def made_clips(count: int, least: float, most: float, seed: int = 0) -> Iterator
 
 
 def write_forms(waves: Iterable[np.ndarray], folder: Path) -> dict[str, str]:
-    """Every form of the clips: its name → its manifest. Files lie as ParaSpeechCaps has them, under a ``source``."""
+    """Every form of the clips: its name → its manifest. Files lie as ParaSpeechCaps has them, under a `source`."""
     import soundfile
 
-    rows: dict[str, list[Row]] = {name: [] for name in FILES}
+    rows: dict[str, list[Record]] = {name: [] for name in FILES}
     (folder / "audio" / "bench").mkdir(parents=True)
     for index, wave in enumerate(waves):
         for name, (extension, subtype) in FILES.items():
@@ -86,7 +86,7 @@ def write_forms(waves: Iterable[np.ndarray], folder: Path) -> dict[str, str]:
 
 
 def rate_in_process(batch: Callable[[], object], batch_size: int, seconds: float) -> tuple[float, float]:
-    """Clips per second of CPU time: the median batch of about ``seconds``, and the share of time spent waiting."""
+    """Clips per second of CPU time: the median batch of about `seconds`, and the share of time spent waiting."""
     batch()
     costs: list[float] = []
     start, begun = time.perf_counter(), time.process_time()
@@ -109,11 +109,11 @@ def rate_of_loader(batches: Iterator[object], batch_size: int, workers: int, sec
     return batch_size * count / (time.perf_counter() - start)
 
 
-def measure(manifest: Manifest, kind: str, workers: Sequence[int], batch_size: int, seconds: float) -> Row:
+def measure(manifest: Manifest, kind: str, workers: Sequence[int], batch_size: int, seconds: float) -> Record:
     """Our loader on one form of the clips."""
     crop, with_statistics = KINDS[kind]
     dataset = ClipDataset(manifest, RATE, crop_seconds=crop, seed=0, file_statistics=with_statistics)
-    found: Row = {"workers": {}}
+    found: Record = {"workers": {}}
     for number in workers:
         sampler = BatchSampler(manifest, batch_size, seed=0, bucket_by_length=False)
         if number:
@@ -149,7 +149,7 @@ class Reference:
 
     def measure(
         self, folder: str, audio_root: str, kind: str, workers: Sequence[int], batch_size: int, seconds: float
-    ) -> Row:
+    ) -> Record:
         from transformers import Wav2Vec2FeatureExtractor
 
         crop, with_statistics = KINDS[kind]
@@ -162,7 +162,7 @@ class Reference:
         )
         if with_statistics:
             data.feature_extractor = Wav2Vec2FeatureExtractor()
-        found: Row = {"workers": {}}
+        found: Record = {"workers": {}}
         for number in workers:
             loader = DataLoader(
                 data,
@@ -203,7 +203,7 @@ def significant(x: float) -> float:
     return float(f"{x:.3g}")
 
 
-def table(record: Row) -> str:
+def table(record: Record) -> str:
     """The record in Markdown."""
     workers = [str(number) for number in record["workers"] if number]
     head = ("batches", "from", "loader", "clips/s per core", *(f"clips/s, {n} processes" for n in workers))
@@ -246,7 +246,7 @@ def main() -> int:
         waves = [read_audio(row.audio) for row in rows]
     else:
         waves = list(made_clips(args.clips, *args.lengths))
-    found: list[Row] = []
+    found: list[Record] = []
     with tempfile.TemporaryDirectory() as name:
         os.environ["HF_DATASETS_CACHE"] = os.path.join(name, "cache")
         folder = Path(name)

@@ -1,4 +1,4 @@
-"""``python -m fastclap`` is the ``fastclap`` command."""
+"""`python -m fastclap` is the `fastclap` command."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _RESAMPLER_MARGIN_SECONDS = 0.1
 
 
 class AudioError(DataError):
-    """An audio file cannot be used. ``path`` names it, ``reason`` says what is wrong and what to do."""
+    """An audio file cannot be used. `path` names it, `reason` says what is wrong and what to do."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
@@ -59,7 +59,7 @@ class Clip(NamedTuple):
 
     wave: np.ndarray  # int16 [n]
     mean: float  # full scale = ±1
-    variance: float  # population variance, likewise
+    variance: float  # population variance, in the same unit
 
     @property
     def std(self) -> float:
@@ -67,7 +67,7 @@ class Clip(NamedTuple):
 
 
 class AudioSource(Protocol):
-    """What a clip is read from: an open :class:`AudioFile`, or a clip of a packed folder."""
+    """What a clip is read from: an open `AudioFile`, or a clip of a packed folder."""
 
     path: str
     sampling_rate: int
@@ -80,11 +80,11 @@ class AudioSource(Protocol):
 
 
 class AudioFile:
-    """An open audio file seen as mono int16 at ``sampling_rate``; opened once for its length and any number of reads.
+    """An open audio file seen as mono int16 at `sampling_rate`; opened once for its length and any number of reads.
 
     Args:
         path: file to open.
-        sampling_rate: rate in Hz of the samples that :meth:`read` returns; the file's own rate if None.
+        sampling_rate: rate in Hz of the samples that `read` returns; the file's own rate if None.
 
     Raises:
         AudioError: the file is missing, empty, truncated, damaged or of an unsupported type, or holds no samples.
@@ -108,18 +108,18 @@ class AudioFile:
 
     @property
     def num_samples(self) -> int:
-        """Length of the whole file in samples at ``sampling_rate``."""
+        """Length of the whole file in samples at `sampling_rate`."""
         source, target = self.info.sampling_rate, self.sampling_rate
         return (2 * self.info.num_samples * target + source) // (2 * source)
 
     def read(self, start: int = 0, num_samples: int | None = None) -> np.ndarray:
-        """Decode ``num_samples`` samples from ``start``, both at ``sampling_rate``; to the end of the file if None.
+        """Decode `num_samples` samples from `start`, both at `sampling_rate`; to the end of the file if None.
 
         Returns:
             int16 [min(num_samples, self.num_samples - start)].
 
         Raises:
-            AudioError: ``start`` lies outside the file, the data is damaged or ends early, a sample is NaN or infinite.
+            AudioError: `start` lies outside the file, the data is damaged or ends early, a sample is NaN or infinite.
             MissingPackageError: the rate has to change and soxr is not installed.
         """
         if not 0 <= start < self.num_samples:
@@ -207,13 +207,13 @@ def read_audio(
     num_samples: int | None = None,
     dtype: Literal["int16", "float32"] = "int16",
 ) -> np.ndarray:
-    """Decode a file, or a part of it, to mono at ``sampling_rate``.
+    """Decode a file, or a part of it, to mono at `sampling_rate`.
 
     Args:
         path: WAV, FLAC, OGG, Opus, MP3 or AIFF file of any rate, width and channel count.
         sampling_rate: wanted rate in Hz; a file of another rate is resampled by soxr (HQ).
-        start: first sample, counted at ``sampling_rate``.
-        num_samples: how many samples, counted at ``sampling_rate``; to the end of the file if None or if fewer remain.
+        start: first sample, counted at `sampling_rate`.
+        num_samples: how many samples, counted at `sampling_rate`; to the end of the file if None or if fewer remain.
         dtype: "int16", or "float32" for the same values divided by 32768.
 
     Returns:
@@ -242,7 +242,7 @@ def whole_clip(file: AudioSource) -> Clip:
     """A whole clip with its mean and population variance.
 
     Raises:
-        AudioError: as :meth:`AudioFile.read`; the clip is shorter than 0.1 s, or all its samples are zero.
+        AudioError: as `AudioFile.read`; the clip is shorter than 0.1 s, or all its samples are zero.
     """
     wave = file.read()
     if file.statistics is not None:

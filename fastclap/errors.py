@@ -1,6 +1,6 @@
-"""The errors a user can cause, told apart from the ones only a maintainer can.
+"""The errors that a user can cause.
 
-Command lines print these in one line and exit with status 2; anything else keeps its traceback.
+Command lines print these in one line and exit with status 2; any other error keeps its traceback.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def raise_data_errors(messages: Sequence[str]) -> None:
 
 
 def required(package: str, purpose: str) -> Any:
-    """The module of a package without which everything but `purpose` works, imported when it is needed.
+    """Import a package that only `purpose` needs, and return its module.
 
     Args:
         package: name of the module, under which pip finds it too.
-        purpose: what needs it, the subject of the message.
+        purpose: what needs it: the subject of the message.
 
     Raises:
         MissingPackageError: it cannot be imported.

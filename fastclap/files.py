@@ -21,28 +21,28 @@ def fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file to; it is then flushed to the disk and renamed to ``path``, or after an error removed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    """A temporary path to write to, then flushed to the disk and renamed to `path`; after an error, removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield aside
-        fsync(aside)
-        os.replace(aside, path)
+        yield temporary
+        fsync(temporary)
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is never seen half-written: aside, flushed to the disk, then renamed."""
-    with replacing(path) as aside:
-        aside.write_bytes(data)
+    """Write a file so that it is never seen half-written."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
 def locked(folder: Path, doing: str) -> Iterator[None]:
-    """Keeps a second process out of the folder, where the file system knows locks.
+    """Keep a second process out of the folder, where the file system supports locks.
 
     Raises:
-        DataError: another process is ``doing`` something there.
+        DataError: another process is `doing` it (such as "packing into").
     """
     import fcntl
 

@@ -7,7 +7,7 @@ the first, so per chunk the random states of torch (CPU and CUDA), NumPy and Pyt
 of their inputs (some write into them), the autocast cache of cast weights is cleared, and BatchNorm updates its
 running statistics in the first pass only.
 
-The first chunk of the first pass does build a graph, which is dropped at once. It tells whether the tower trains at
+The first chunk of the first pass does build a graph, which is dropped at once. It shows whether the tower trains at
 all (a frozen one is not repeated and its side of the loss is not differentiated), and it meets most out-of-memory
 errors before the loss has communicated with other ranks.
 """
@@ -33,12 +33,12 @@ class GradCache:
     """Forward and backward of one big batch in chunks.
 
     Args:
-        towers: one callable per input, e.g. ``[model.encode_audio, model.encode_text]``; each returns [rows, ...]
+        towers: one callable per input, e.g. `[model.encode_audio, model.encode_text]`; each returns [rows, ...]
             embeddings. A row must depend on its own chunk only through BatchNorm, if at all.
         chunk_size: rows per chunk, one number or one per tower. A batch of one chunk a tower costs no second pass.
-        loss: called as ``loss(*embeddings)`` with leaf tensors, returns a scalar. It may use tensors of its own,
+        loss: called as `loss(*embeddings)` with leaf tensors, returns a scalar. It may use tensors of its own,
             such as the logit scale; they receive their gradients too.
-        modules: the modules behind the towers, searched for BatchNorm, parameters and ``no_sync``. May be left out
+        modules: the modules behind the towers, searched for BatchNorm, parameters and `no_sync`. May be left out
             where every tower is a module or a method of one.
 
     Attributes:
@@ -61,12 +61,12 @@ class GradCache:
             raise ValueError(f"chunk_size must be a positive integer, or one for each tower, got {chunk_size!r}")
         self.chunk_sizes = sizes
         self.loss = loss
-        found = [_module_of(tower) for tower in self.towers] if modules is None else list(modules)
+        found = [_module_behind(tower) for tower in self.towers] if modules is None else list(modules)
         self._knows_modules = all(module is not None for module in found)
         self._modules = list(dict.fromkeys(module for module in found if module is not None))
 
     def __call__(self, *inputs: Input, no_sync: Callable[[], AbstractContextManager[Any]] | None = None) -> Tensor:
-        """Adds the gradient of ``loss`` to ``.grad`` of everything it depends on, and returns the loss, detached.
+        """Add the gradient of `loss` to `.grad` of everything it depends on, and return the loss, detached.
 
         Args:
             inputs: inputs[i] goes to towers[i] in chunks along dimension 0: a tensor, or a dict that is passed as
@@ -74,7 +74,7 @@ class GradCache:
                 row (lengths that the host knows) is cut like them, and anything else goes to every chunk as it is.
                 Towers may have different numbers of rows. An input that requires gradients must be a leaf.
             no_sync: makes the context that suppresses gradient synchronisation during all backward passes but the
-                last; by default ``no_sync()`` of each module that has it (DistributedDataParallel).
+                last; by default `no_sync()` of each module that has it (DistributedDataParallel).
 
         Raises:
             ValueError, TypeError: unusable inputs, embeddings or loss.
@@ -84,7 +84,7 @@ class GradCache:
         """
         if len(inputs) != len(self.towers):
             raise ValueError(f"{len(self.towers)} towers need as many inputs, got {len(inputs)}")
-        sizes = [_rows(index, batch) for index, batch in enumerate(inputs)]
+        sizes = [_checked_rows(index, batch) for index, batch in enumerate(inputs)]
         found: list[Any] = [getattr(module, "no_sync", None) for module in self._modules]
         contexts = [context for context in ([no_sync] if no_sync is not None else found) if context is not None]
         distributed = bool(contexts) or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
@@ -107,7 +107,7 @@ class GradCache:
 
 
 class _Step:
-    """One attempt at a batch with the chunk sizes at hand."""
+    """One attempt at a batch with the current chunk sizes."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class _Step:
 
     def run(self, undoable: bool) -> Tensor:
         if all(len(chunks) == 1 for chunks in self.chunks):
-            return self._at_once(undoable)
+            return self._run_unchunked(undoable)
         torch.clear_autocast_cache()  # casts made without a graph cut the weights off from a pass that needs one
         embeddings = [self._embed(index) for index in range(len(self.chunks))]
         torch.clear_autocast_cache()
@@ -145,7 +145,7 @@ class _Step:
         if undoable:
             self._set_gradients_aside()
         with _frozen_batch_norm(self.cache._modules):
-            self._repeat(gradients, own)
+            self._run_second_pass(gradients, own)
         self._add_earlier_gradients()
         if not self.contexts:
             for tensor, gradient in own:
@@ -153,8 +153,8 @@ class _Step:
         after_loss.restore()
         return loss
 
-    def _at_once(self, undoable: bool) -> Tensor:
-        """One chunk a tower: nothing is embedded twice."""
+    def _run_unchunked(self, undoable: bool) -> Tensor:
+        """Every tower has one chunk, so nothing is embedded twice."""
         self.working = list(range(len(self.chunks)))
         with torch.enable_grad():
             embeddings = [self._forward(index, at) for index, (at,) in enumerate(self.chunks)]
@@ -169,7 +169,7 @@ class _Step:
         return loss.detach()
 
     def undo(self) -> bool:
-        """Puts gradients, running statistics and random states back to where they were; False if that is impossible."""
+        """Put gradients, running statistics and random states back to where they were; False if that is impossible."""
         if self.second_pass and self.earlier is None:
             return False
         for tensor, gradient in (self.earlier or {}).items():
@@ -212,8 +212,8 @@ class _Step:
         wanted = [embedding for embedding in embeddings if embedding.requires_grad]
         leaves = [leaf for leaf in _leaves(loss) if not any(leaf is embedding for embedding in wanted)]
         found = torch.autograd.grad(loss.sum(), [*wanted, *leaves], allow_unused=True)
-        of_embeddings = iter(found[: len(wanted)])
-        gradients = [next(of_embeddings) if embedding.requires_grad else None for embedding in embeddings]
+        received = iter(found[: len(wanted)])
+        gradients = [next(received) if embedding.requires_grad else None for embedding in embeddings]
         own = [
             (leaf, gradient)
             for leaf, gradient in zip(leaves, found[len(wanted) :], strict=True)
@@ -221,7 +221,7 @@ class _Step:
         ]
         return loss.detach(), gradients, own
 
-    def _repeat(self, gradients: Sequence[Tensor | None], own: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _run_second_pass(self, gradients: Sequence[Tensor | None], own: Sequence[tuple[Tensor, Tensor]]) -> None:
         """The second pass. Where gradients are synchronised, the last chunks of all towers share one backward pass.
 
         DistributedDataParallel waits in that pass until every parameter has its gradient, so each tower, and whatever
@@ -259,7 +259,7 @@ class _Step:
             out = tower(batch[at].clone())
         else:
             rows = self.chunks[index][-1].stop
-            out = tower(**{key: _cut(x, at, rows) for key, x in batch.items()})
+            out = tower(**{key: _chunk_of(x, at, rows) for key, x in batch.items()})
         if not isinstance(out, Tensor):
             raise TypeError(f"tower {index} must return a tensor of embeddings, got {type(out).__name__}")
         if out.dim() == 0 or out.shape[0] != at.stop - at.start:
@@ -328,17 +328,17 @@ def _batch_norms(modules: Sequence[nn.Module]) -> set[nn.modules.batchnorm._Norm
     }
 
 
-def _module_of(tower: Tower) -> nn.Module | None:
+def _module_behind(tower: Tower) -> nn.Module | None:
     if isinstance(tower, nn.Module):
         return tower
     if isinstance(tower, functools.partial):
-        return _module_of(tower.func)
+        return _module_behind(tower.func)
     owner = getattr(tower, "__self__", None)
     return owner if isinstance(owner, nn.Module) else None
 
 
 def _leaves(root: Tensor) -> list[Tensor]:
-    """The leaf tensors whose gradients a backward pass from ``root`` accumulates."""
+    """The leaf tensors whose gradients a backward pass from `root` accumulates."""
     leaves: list[Tensor] = []
     if root.grad_fn is None:
         return [root]
@@ -355,14 +355,14 @@ def _leaves(root: Tensor) -> list[Tensor]:
     return leaves
 
 
-def _cut(value: Any, at: slice, rows: int) -> Any:
-    """A chunk of what a dict input holds for its ``rows`` rows."""
+def _chunk_of(value: Any, at: slice, rows: int) -> Any:
+    """A chunk of what a dict input holds for its `rows` rows."""
     if isinstance(value, Tensor):
         return value[at].clone()
     return value[at] if isinstance(value, list) and len(value) == rows else value
 
 
-def _rows(index: int, batch: Input) -> int:
+def _checked_rows(index: int, batch: Input) -> int:
     """Number of rows of a tower's input, after checking that it can be cut into chunks."""
     if isinstance(batch, Tensor):
         tensors = {"input": batch}

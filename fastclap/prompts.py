@@ -1,7 +1,7 @@
 """Class names as sentences: a zero-shot classifier compares a clip with texts, so every class needs a prompt.
 
 A template serves all classes alike; a prompts file gives each class sentences of its own; published sets of either are
-known by name. Nothing here imports torch: the command lines name the default template in their help.
+known by name. Nothing here imports torch, because the help of the commands shows the default template.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ no names of its age classes; here they are the words of their prompts."""
 
 
 def fill_template(template: str, name: str) -> str:
-    """`template` with ``{}`` replaced by the class name, and ``{a}`` or ``{A}`` by its article.
+    """`template` with `{}` replaced by the class name, and `{a}` or `{A}` by its article.
 
     The article is "an" before a vowel letter; where the letter misleads ("hour"), write the prompts of a prompts file.
 
-    Raises DataError when ``{}`` is missing or another placeholder is there.
+    Raises:
+        DataError: `{}` is missing, or there is another placeholder.
     """
     placeholders = set(re.findall(r"\{[^{}]*\}", template))
     if "{}" not in placeholders or not placeholders <= {"{}", "{a}", "{A}"}:
@@ -76,11 +77,12 @@ def fill_template(template: str, name: str) -> str:
 
 
 def load_prompts(path: str | Path, column: str) -> dict[str, list[str]]:
-    """Prompts of each class from a JSON file: ``{class: [prompt, ...]}``, or ``{column: {class: [prompt, ...]}}``.
+    """Prompts of each class from a JSON file: `{class: [prompt, ...]}`, or `{column: {class: [prompt, ...]}}`.
 
-    A single prompt may stand without its list. Returns {} when the file is by column and lacks `column`.
+    A single prompt needs no list around it. Returns {} when the file is by column and lacks `column`.
 
-    Raises DataError when the file cannot be read, holds something else, or a class has no prompt.
+    Raises:
+        DataError: the file cannot be read, holds something else, or a class has no prompt.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

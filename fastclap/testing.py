@@ -21,7 +21,7 @@ def relative_error(reference: Tensor, out: Tensor) -> float:
 
 
 def assert_close_rel(name: str, reference: Tensor, out: Tensor, tol: float) -> None:
-    """Assert that ``out`` is within the relative error ``tol`` of ``reference``, naming the tensor on failure.
+    """Assert that `out` is within the relative error `tol` of `reference`, naming the tensor on failure.
 
     Args:
         name: what the tensor is, for the message.
@@ -38,15 +38,15 @@ def assert_close_rel(name: str, reference: Tensor, out: Tensor, tol: float) -> N
 
 @contextmanager
 def host_syncs() -> Iterator[list[str]]:
-    """Collects the operations that would make the host wait for a GPU, while the code runs on a CPU.
+    """Collect the operations that would make the host wait for a GPU, while the code runs on a CPU.
 
-    These are the ones whose result the host needs before it can go on: reading a scalar (``.item()``, ``bool(x)``),
-    shapes that depend on values (``nonzero``, ``masked_select``, ``unique``), and a boolean mask as an index. Backward
-    passes are covered as well. Reading a tensor as a whole (``.tolist()``, ``.cpu()``, ``.numpy()``) runs no operation
-    on a CPU and is not seen; on a GPU ``torch.cuda.set_sync_debug_mode("error")`` finds those too.
+    These are the ones whose result the host needs before it can go on: reading a scalar (`.item()`, `bool(x)`),
+    shapes that depend on values (`nonzero`, `masked_select`, `unique`), and a boolean mask as an index. Backward
+    passes are covered as well. Reading a tensor as a whole (`.tolist()`, `.cpu()`, `.numpy()`) runs no operation
+    on a CPU and is not seen; on a GPU `torch.cuda.set_sync_debug_mode("error")` finds those too.
 
     Yields:
-        A list that grows by one ``"operation at file:line"`` each time.
+        A list that grows by one `"operation at file:line"` each time.
     """
     found: list[str] = []
     with _SyncRecorder(found):

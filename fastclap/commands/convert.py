@@ -21,9 +21,9 @@ class Flags:
     tokenizer: str | None = None
     """Folder or hub id of the text tower's tokenizer (default: the published one's, from the hub)."""
     audio_config: dict[str, str] = field(default_factory=dict)
-    """Entries of the audio tower's transformers configuration that are not as published, as pairs: NAME JSON."""
+    """Entries of the audio tower's transformers configuration that differ from the published, as pairs: NAME JSON."""
     text_config: dict[str, str] = field(default_factory=dict)
-    """Likewise of the text tower."""
+    """The same for the text tower."""
     license: str | None = None
     """Licence of the weights for the model card, by its name on the hub (for example cc-by-nc-sa-4.0)."""
     json: bool = False
@@ -31,7 +31,7 @@ class Flags:
 
 
 HELP = """\
-Every command takes such checkpoints as they are too; a converted one loads without the hub and without unpickling.
+Every command also takes such checkpoints as they are; a converted one loads without the hub and without unpickling.
 
 Examples:
   fastclap convert paraspeechclap-intrinsic.pth.tar models/intrinsic

@@ -29,8 +29,8 @@ class Flags(ModelFlags):
 
 
 HELP = """\
-Parquet has the columns path, text, origin and vector; NPY has its names beside it in FILE.npy.jsonl. What cannot be
-used is listed in FILE.skipped.jsonl and counted; the exit status is 0 all the same, and 2 if nothing can be used. An
+Parquet has the columns path, text, origin and vector; NPY has its names in FILE.npy.jsonl. What cannot be used is
+listed in FILE.skipped.jsonl and counted; the exit status is 0 all the same, and 2 if nothing can be used. An
 interrupted call is continued by the same command. clips_per_second leaves out loading the model.
 
 Examples:

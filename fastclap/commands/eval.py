@@ -17,7 +17,7 @@ class Flags(DataFlags):
     captions: Literal["global", "fine", "both"] = "global"
     """Captions to retrieve with: text_description, fine_description, or each in turn."""
     captions_per_clip: Literal["first", "all"] = "first"
-    """Of a clip with several captions, use the first, or all (its rank is then that of its best-ranked one)."""
+    """Which captions of a clip to use: the first, or all (its rank is then that of its best-ranked one)."""
 
 
 HELP = """\

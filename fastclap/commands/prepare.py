@@ -33,8 +33,8 @@ class Flags:
 
 
 HELP = """\
-Clips whose audio is missing or unreadable are left out and listed beside the manifest, in NAME-skipped.jsonl. Where to
-get each dataset, under which licence, and how its folder looks: docs/data.md.
+Clips whose audio is missing or unreadable are left out and listed next to the manifest, in NAME-skipped.jsonl. Where
+to get each dataset, under which licence, and how its folder looks: docs/data.md.
 
 Examples:
   fastclap prepare ravdess --root data/ravdess --out manifests/ravdess.jsonl

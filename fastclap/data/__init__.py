@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fastclap.data.dataset import BadClip, Batch, ClipDataset, Quarantine, eval_batches, make_loader
 from fastclap.data.manifest import load_manifest
-from fastclap.data.pack import pack
 from fastclap.data.rows import Manifest, Row
 from fastclap.data.sampler import BatchSampler
 from fastclap.data.shards import open_clip
@@ -21,5 +20,4 @@ __all__ = [
     "load_manifest",
     "make_loader",
     "open_clip",
-    "pack",
 ]

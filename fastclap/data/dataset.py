@@ -114,7 +114,7 @@ class ClipDataset(Dataset[Batch]):
             half) and then the description. A row without one kind uses the other under "both". "pair" draws two a
             clip (CLSP stage 2, arXiv 2601.03065): at step t both fine with probability min(0.05 + 0.45 t/10⁴, 0.5), one
             decision for the whole batch, else a global and a fine one. A clip with one fine caption always gets a
-            global one beside it.
+            global one as the other.
         file_statistics: fill `Batch.mean` and `Batch.std`, for towers that normalise a file before it is cropped.
         cache_mb: each process keeps up to this many MB of decoded clips, so that a small set is decoded only once.
         tokenize: fill `Batch.text` and `Batch.text_rows` with what this makes of the distinct captions of a batch,
@@ -383,7 +383,7 @@ class Quarantine:
         return new
 
     def _read(self) -> None:
-        """Take in the lines that were written since the last call, by this process or another."""
+        """Read the lines that were written since the last call, by this process or another."""
         if not os.path.exists(self.path):
             return
         with open(self.path, "rb+") as file:
@@ -398,8 +398,8 @@ class Quarantine:
             self._known.add((clip["row"], clip["path"]))
 
 
-class _Relay(Dataset[Any]):
-    """Hands a user's error over as an item, because torch would bury its message in the traceback of the worker."""
+class _ErrorsAsItems(Dataset[Any]):
+    """Returns a user's error as an item, because torch would bury its message in the traceback of the worker."""
 
     def __init__(self, dataset: ClipDataset) -> None:
         self.dataset = dataset
@@ -462,12 +462,12 @@ def make_loader(
         pin_memory: copy batches to pinned memory in a thread, for asynchronous transfer to a GPU.
 
     Raises:
-        DataError: while iterating, what a loader process met; the message is the same as without processes.
+        DataError: while iterating, an error in a loader process; the message is the same as without processes.
         TrainingError: while iterating, a loader process was killed or crashed; noticed within a few seconds.
     """
     return Loader(
         DataLoader(
-            _Relay(dataset),
+            _ErrorsAsItems(dataset),
             batch_size=None,
             sampler=sampler,
             collate_fn=_identity,
@@ -486,6 +486,16 @@ def _identity(item: Any) -> Any:
     return item
 
 
+class EvalBatch(NamedTuple):
+    """Whole clips, decoded and padded."""
+
+    rows: list[int]  # in the manifest
+    audio: Tensor  # int16 [B, T], zero-padded
+    lengths: Tensor  # int64 [B], samples
+    mean: Tensor  # float32 [B], of the whole file, full scale = ±1
+    std: Tensor  # float32 [B], population standard deviation, likewise
+
+
 def eval_batches(
     manifest: Manifest,
     sampling_rate: int,
@@ -494,18 +504,18 @@ def eval_batches(
     max_seconds: float | None = None,
     bad: list[BadClip] | None = None,
     threads: int = 4,
-) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor, Tensor]]:
+) -> Iterator[EvalBatch]:
     """Every clip once, whole, longest first in batches of similar length, for evaluation and embedding.
 
     Clips are decoded in threads one batch ahead of the caller.
 
     Args:
+        manifest: the clips.
+        sampling_rate: rate in Hz to resample to.
+        batch_size: clips of a batch; unusable ones make it smaller.
         max_seconds: use no more than the beginning of longer clips.
         bad: unusable clips are appended to this list and left out; without a list they are an error.
-
-    Yields:
-        (rows, audio int16 [B, T] zero-padded, lengths int64 [B], mean float32 [B], std float32 [B]); mean and standard
-        deviation are those of the whole file in units of full scale = ±1.
+        threads: decoding threads.
 
     Raises:
         DataError: a clip is unusable and `bad` is None.
@@ -521,12 +531,10 @@ def eval_batches(
 
     order = np.argsort(-clip_durations(manifest), kind="stable").tolist()
     limit = None if max_seconds is None else round(max_seconds * sampling_rate)
-    starts = range(0, len(order), batch_size)
     with ThreadPoolExecutor(threads) as pool:
         ahead = [pool.submit(load, row) for row in order[:batch_size]]
-        for begin in starts:
-            current = ahead
-            ahead = [pool.submit(load, row) for row in order[begin + batch_size : begin + 2 * batch_size]]
+        for end in range(batch_size, len(order) + batch_size, batch_size):
+            current, ahead = ahead, [pool.submit(load, row) for row in order[end : end + batch_size]]
             rows, clips = [], []
             for row, clip in (future.result() for future in current):
                 if isinstance(clip, Clip):
@@ -539,10 +547,5 @@ def eval_batches(
                     bad.append(clip)
             if rows:
                 audio, lengths = pad([clip.wave[:limit] for clip in clips])
-                yield (
-                    rows,
-                    audio,
-                    lengths,
-                    torch.tensor([clip.mean for clip in clips]),
-                    torch.tensor([clip.std for clip in clips]),
-                )
+                mean, std = torch.tensor([(clip.mean, clip.std) for clip in clips]).unbind(1)
+                yield EvalBatch(rows, audio, lengths, mean, std)

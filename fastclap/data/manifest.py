@@ -163,7 +163,7 @@ class _Checker:
         self.numbers_are_text = name.lower().endswith((".csv", ".tsv"))
         self.columns: dict[str, None] = {}
         self.layouts: dict[str, bool] = {}  # value of `source` → whether files lie under ROOT/SOURCE
-        self.tried: dict[str, list[tuple[str, ...]]] = {}  # value of `source` → paths that were looked for in vain
+        self.tried: dict[str, list[tuple[str, ...]]] = {}  # value of `source` → missing paths
 
     def rows(self) -> Iterator[Row]:
         total, errors_before = 0, self.errors.count

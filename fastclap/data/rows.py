@@ -26,7 +26,7 @@ class PackedClip(NamedTuple):
     samples: int
     sampling_rate: int  # Hz
     mean: float  # of the whole clip, full scale = ±1
-    variance: float  # population variance, likewise
+    variance: float  # population variance, in the same unit
     checksums: bytes  # CRC-32 of each block, uint32 little-endian
     origin: str  # manifest and line that the clip was packed from
 

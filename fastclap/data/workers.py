@@ -13,7 +13,7 @@ _GRACE_SECONDS = 30
 
 
 def fork_server() -> BaseContext:
-    """Processes from a server that has imported torch and this package once and holds no CUDA state."""
+    """A context whose processes come from a server that has imported torch and this package and holds no CUDA state."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastclap.data.dataset"])
     return context
@@ -22,12 +22,12 @@ def fork_server() -> BaseContext:
 def start_worker(worker: int = 0) -> None:
     """Tie this helper process to its parent.
 
-    It ends when the parent ends; torch watches the fork server instead, which outlives a killed run. And it outlives a
+    It ends when the parent ends; torch watches the fork server instead, which survives a killed run. It survives a
     signal to the whole process group (Ctrl-C, a scheduler's SIGTERM), so that the parent can finish its step and save.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_SECONDS))  # then SIGALRM ends it
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a thread for each core, in each process, is no gain
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a thread for each core in each process gains nothing
 
     def wait() -> None:
         parent = multiprocessing.parent_process()
@@ -39,7 +39,7 @@ def start_worker(worker: int = 0) -> None:
 
 
 def describe_deaths(ended: Iterable[tuple[int, int | None]]) -> str:
-    """(process id, exit code) of helper processes, in words, with what the signal that killed them means."""
+    """How helper processes ended, from their (process id, exit code) pairs, in words that explain the signal."""
     found = []
     for pid, code in ended:
         if code is None or code >= 0:

@@ -1,8 +1,9 @@
-"""Public datasets as manifests: ``fastclap prepare`` reads what their owners distribute and writes our columns.
+"""Public datasets as manifests: `fastclap prepare` reads what their owners distribute and writes our columns.
 
-One reader a dataset tells its clips (:mod:`fastclap.prepare.described`, :mod:`fastclap.prepare.acted`); everything else
-is the same for all and lives here: finding the audio, measuring durations, splits, files. Rows leave in the reader's
-order and carry nothing of the machine or the moment, so that the same dataset gives the same manifest, byte for byte.
+A reader for each dataset lists its clips (`fastclap.prepare.described`, `fastclap.prepare.acted`); everything else is
+the same for all and stands here: finding the audio, measuring durations, splits, files. Rows are written in the
+reader's order and depend on neither the machine nor the time, so the same dataset gives the same manifest, byte for
+byte.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple, TextIO
 from fastclap.errors import ConfigError, DataError
 from fastclap.files import replacing
 from fastclap.prepare import acted, described
-from fastclap.prepare.layout import Clip, Dataset, Place
+from fastclap.prepare.layout import Dataset, DescribedClip, Place
 
 DATASETS: dict[str, Dataset] = {
     "paraspeechcaps": described.PARASPEECHCAPS,
@@ -35,7 +36,7 @@ DATASETS: dict[str, Dataset] = {
     "iemocap": acted.IEMOCAP,
 }
 
-_AT_ONCE = 1024  # clips whose files are looked for together
+_CLIPS_AT_A_TIME = 1024  # clips whose files are looked for together
 _THREADS = 16  # they wait for the disk, or the network behind it
 _SPLIT_MARK = "{split}"
 
@@ -51,23 +52,23 @@ def prepare(
 ) -> dict[str, Any]:
     """Write the manifest of a dataset.
 
-    A row has ``audio`` (relative to the manifest's folder), ``split``, ``duration`` in seconds (the owners', else that
-    of the audio file's header) and what the dataset has of our columns (see ``docs/data.md``). Clips whose audio is
-    missing or unreadable are left out and listed in a file beside the manifest, ``manifest-skipped.jsonl`` for
-    ``manifest.jsonl``. A row that repeats another in everything is written once.
+    A row has `audio` (relative to the manifest's folder), `split`, `duration` in seconds (the owners', else that
+    of the audio file's header) and what the dataset has of our columns (see `docs/data.md`). Clips whose audio is
+    missing or unreadable are left out and listed in a file next to the manifest, `manifest-skipped.jsonl` for
+    `manifest.jsonl`. A row that repeats another in everything is written once.
 
     Args:
-        dataset: a name in :data:`DATASETS`.
+        dataset: a name in `DATASETS`.
         root: folder of the audio.
         out: the manifest, a .jsonl file; with "{split}" in its name, one file a split.
         annotations: file or folder of the captions and labels, or "hf:NAME" of the hub; by default the root.
         columns: a field's name in the published dataset → its name in this copy, where they differ.
-        advance: told the clips done and the clips in all.
+        advance: called with the clips done and the clips in all.
 
     Returns:
-        JSON-able: ``dataset``, ``rows``, ``hours``, ``splits`` (of each: ``rows``, ``hours``, ``speakers``),
-        ``split_rule``, ``missing``, ``unreadable``, ``repeated``, ``left_out`` (reason → clips), ``files``,
-        ``skipped_file`` (None if nothing was skipped).
+        JSON-able: `dataset`, `rows`, `hours`, `splits` (of each: `rows`, `hours`, `speakers`),
+        `split_rule`, `missing`, `unreadable`, `repeated`, `left_out` (reason → clips), `files`,
+        `skipped_file` (None if nothing was skipped).
 
     Raises:
         DataError: the folder is not that dataset, or none of its audio is there; the message says what was expected
@@ -79,16 +80,16 @@ def prepare(
     out = Path(out)
     if out.suffix != ".jsonl" or _SPLIT_MARK in str(out.parent):
         raise ConfigError(f"--out {out}: must be a .jsonl file; only its name, not its folder, may hold {_SPLIT_MARK}")
-    place = _place(DATASETS[dataset], Path(root), annotations, columns or {})
+    place = _find_place(DATASETS[dataset], Path(root), annotations, columns or {})
     total, clips = place.dataset.read(place)
     out.parent.mkdir(parents=True, exist_ok=True)
     lost = {"missing": 0, "unreadable": 0}
     example: _Found | None = None
-    first: Clip | None = None
+    first: DescribedClip | None = None
     advance(0, total)
     with contextlib.ExitStack() as stack:
         writer = _Writer(out, place.root, stack)
-        for done, (clip, found) in enumerate(_located(clips), 1):
+        for done, (clip, found) in enumerate(_with_audio(clips), 1):
             first = first or clip
             if found.reason:
                 lost["unreadable" if found.path else "missing"] += 1
@@ -96,14 +97,14 @@ def prepare(
                 writer.skip({"path": found.path or clip.paths[0], "reason": found.reason, "origin": clip.origin})
             else:
                 writer.write(clip, found)
-            if done % _AT_ONCE == 0:
+            if done % _CLIPS_AT_A_TIME == 0:
                 advance(done, total)
         if not writer.rows:
-            raise _nothing(place, first, example, lost)
+            raise _nothing_usable(place, first, example, lost)
     advance(total, total)
     skipped_file = writer.files.pop(writer.skipped_path, None)
     if skipped_file is None:
-        writer.skipped_path.unlink(missing_ok=True)  # an earlier call's
+        writer.skipped_path.unlink(missing_ok=True)  # of an earlier call
     return {
         "dataset": dataset,
         "rows": writer.rows,
@@ -118,7 +119,7 @@ def prepare(
     }
 
 
-def _place(dataset: Dataset, root: Path, annotations: str | None, names: Mapping[str, str]) -> Place:
+def _find_place(dataset: Dataset, root: Path, annotations: str | None, names: Mapping[str, str]) -> Place:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {dataset.source}, and name its folder with --root")
     for field in names:
@@ -134,7 +135,7 @@ def _place(dataset: Dataset, root: Path, annotations: str | None, names: Mapping
 
 
 def _from_hub(name: str) -> Path:
-    """The annotation files of a dataset of the hub, as they are: gigabytes, so without a copy in another format."""
+    """The annotation files of a dataset of the hub, as they are: they take gigabytes, so they are not converted."""
     import huggingface_hub
 
     try:
@@ -148,20 +149,22 @@ def _from_hub(name: str) -> Path:
 
 
 class _Found(NamedTuple):
+    """What was found of the audio of a clip."""
+
     path: str | None  # of the audio file, if there is one
     duration: float  # seconds
     reason: str  # why the clip cannot be used, or ""
 
 
-def _located(clips: Iterable[Clip]) -> Iterator[tuple[Clip, _Found]]:
-    """The clips with their audio files, in their order; the files of many are looked at together."""
+def _with_audio(clips: Iterable[DescribedClip]) -> Iterator[tuple[DescribedClip, _Found]]:
+    """The clips with their audio files, in their order; the files of many clips are looked up at a time."""
     stream = iter(clips)
     with ThreadPoolExecutor(_THREADS) as threads:
-        while block := list(itertools.islice(stream, _AT_ONCE)):
+        while block := list(itertools.islice(stream, _CLIPS_AT_A_TIME)):
             yield from zip(block, threads.map(_locate, block), strict=True)
 
 
-def _locate(clip: Clip) -> _Found:
+def _locate(clip: DescribedClip) -> _Found:
     from fastclap.audio import AudioError, audio_info
 
     path = next((path for path in clip.paths if os.path.isfile(path)), None)
@@ -179,7 +182,7 @@ def _locate(clip: Clip) -> _Found:
 
 
 class _Writer:
-    """Writes rows to the manifest or to that of their split; files get their names when the stack closes."""
+    """Writes rows to the manifest, or to that of their split; files get their final names when the stack closes."""
 
     def __init__(self, out: Path, root: Path, stack: contextlib.ExitStack) -> None:
         self.out = out
@@ -188,7 +191,7 @@ class _Writer:
         name = out.name.replace(_SPLIT_MARK, "skipped") if by_split else f"{out.stem}-skipped.jsonl"
         self.skipped_path = out.with_name(name)
         self.stack = stack
-        # A manifest's paths start from its folder. Real folders, because ".." leaves a linked folder by its target.
+        # Paths in a manifest start from its folder. Links are resolved, because ".." leaves a link by its target.
         self.prefix = os.path.relpath(os.path.realpath(root), os.path.realpath(out.parent))
         self.files: dict[Path, TextIO] = {}
         self.rows = self.repeated = 0
@@ -197,11 +200,11 @@ class _Writer:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.speakers: defaultdict[str, set[str]] = defaultdict(set)
 
-    def write(self, clip: Clip, found: _Found) -> None:
+    def write(self, clip: DescribedClip, found: _Found) -> None:
         path = os.path.normpath(os.path.join(self.prefix, os.path.relpath(str(found.path), self.root)))
         columns = {name: value for name, value in clip.columns.items() if value is not None and value not in ("", [])}
         duration = round(found.duration, 4)
-        line = _line({"audio": path.replace(os.sep, "/"), "split": clip.split, **columns, "duration": duration})
+        line = _json_line({"audio": path.replace(os.sep, "/"), "split": clip.split, **columns, "duration": duration})
         digest = blake2b(line.encode(), digest_size=12).digest()
         if digest in self.seen:
             self.repeated += 1
@@ -215,13 +218,13 @@ class _Writer:
             self.speakers[clip.split].add(str(columns["speaker"]))
 
     def skip(self, note: Mapping[str, Any]) -> None:
-        self._open(self.skipped_path).write(_line(note))
+        self._open(self.skipped_path).write(_json_line(note))
 
     def _open(self, path: Path) -> TextIO:
         file = self.files.get(path)
         if file is None:
-            aside = self.stack.enter_context(replacing(path))
-            file = self.stack.enter_context(aside.open("w", encoding="utf-8", newline="\n"))
+            temporary = self.stack.enter_context(replacing(path))
+            file = self.stack.enter_context(temporary.open("w", encoding="utf-8", newline="\n"))
             self.files[path] = file
         return file
 
@@ -236,11 +239,13 @@ class _Writer:
         }
 
 
-def _line(record: Mapping[str, Any]) -> str:
+def _json_line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def _nothing(place: Place, first: Clip | None, example: _Found | None, lost: Mapping[str, int]) -> DataError:
+def _nothing_usable(
+    place: Place, first: DescribedClip | None, example: _Found | None, lost: Mapping[str, int]
+) -> DataError:
     if first is None:
         return place.wrong(f"no clip of it can be used: {dict(place.left_out) or 'the annotations are empty'}")
     if example is not None:

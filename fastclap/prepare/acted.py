@@ -1,6 +1,6 @@
 """Acted emotional speech, whose labels are its file names: RAVDESS, CREMA-D and IEMOCAP.
 
-None of them has captions: :func:`_labels` writes two sentences from sex, age and emotion, so that the manifests can
+None of them has captions: `_labels` writes two sentences from sex, age and emotion, so that the manifests can
 train as well as test. Emotions are adjectives, as prompts want them ("fearful", not "fear"). None defines splits
 either; all three are split by speaker.
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastclap.errors import ConfigError
-from fastclap.prepare.layout import Clip, Clips, Dataset, Place, sex_of
+from fastclap.prepare.layout import Clips, Dataset, DescribedClip, Place, parse_sex
 from fastclap.prompts import fill_template
 
 _RAVDESS_NAME = re.compile(r"(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)")
@@ -77,8 +77,8 @@ def _age_group(age: int) -> str:
     return "adult" if age < 40 else "middle-aged" if age < 60 else "older or elder"
 
 
-def _by_name(place: Place, pattern: re.Pattern[str]) -> list[tuple[Path, tuple[str, ...]]]:
-    """WAV files whose names match, anywhere under the root; of several of one name the first (copies hold some)."""
+def _recordings(place: Place, pattern: re.Pattern[str]) -> list[tuple[Path, tuple[str, ...]]]:
+    """WAV files whose names match, anywhere under the root; of several files of one name, the first."""
     found: dict[str, tuple[Path, tuple[str, ...]]] = {}
     for path in sorted(place.root.rglob("*.wav")):
         match = pattern.fullmatch(path.stem)
@@ -91,9 +91,9 @@ def _by_name(place: Place, pattern: re.Pattern[str]) -> list[tuple[Path, tuple[s
 
 def _read_ravdess(place: Place) -> Clips:
     if place.annotations != place.root:
-        raise ConfigError("--annotations: RAVDESS has none beside its file names; leave the flag away")
+        raise ConfigError("--annotations: RAVDESS has none but its file names; leave the flag away")
     clips = []
-    files = _by_name(place, _RAVDESS_NAME)
+    files = _recordings(place, _RAVDESS_NAME)
     for path, codes in files:
         _, channel, emotion, intensity, statement, _, actor = map(int, codes)
         if not (emotion in range(1, 9) and intensity in (1, 2) and statement in (1, 2) and actor in range(1, 25)):
@@ -107,7 +107,7 @@ def _read_ravdess(place: Place) -> Clips:
                 "sentence": _RAVDESS_STATEMENTS[statement - 1],
             }
             split = "test" if actor > 22 else "dev" if actor > 20 else "train"
-            clips.append(Clip((str(path),), split, columns, str(path)))
+            clips.append(DescribedClip((str(path),), split, columns, str(path)))
     if not clips:
         raise place.wrong(f"none of its {len(files)} recordings is spoken" if files else "no file has such a name")
     return len(clips), clips
@@ -123,27 +123,27 @@ def _read_crema_d(place: Place) -> Clips:
             raise place.wrong(f"{table} has the columns {rows.fieldnames}, not ActorID, Age and Sex")
         actors = {row["ActorID"].strip(): row for row in rows}
     clips = []
-    for path, (actor, sentence, emotion, intensity) in _by_name(place, _CREMA_NAME):
+    for path, (actor, sentence, emotion, intensity) in _recordings(place, _CREMA_NAME):
         if emotion not in _CREMA_EMOTIONS or actor not in actors:
             place.left_out["the file name has an unknown emotion, or an actor without a row in VideoDemographics"] += 1
             continue
         person = actors[actor]
         age = int(person["Age"]) if (person["Age"] or "").strip().isdecimal() else None
         columns = {
-            **_labels(actor, sex_of(person["Sex"]), _CREMA_EMOTIONS[emotion], age),
+            **_labels(actor, parse_sex(person["Sex"]), _CREMA_EMOTIONS[emotion], age),
             "age_group": None if age is None else _age_group(age),
             "intensity": _CREMA_INTENSITIES.get(intensity),
             "sentence": sentence,
         }
         split = {"0": "test", "9": "dev"}.get(actor[-1], "train")
-        clips.append(Clip((str(path),), split, columns, str(path)))
+        clips.append(DescribedClip((str(path),), split, columns, str(path)))
     if not clips:
         raise place.wrong("no file has such a name")
     return len(clips), clips
 
 
 def _read_iemocap(place: Place) -> Clips:
-    # The archive's root holds a folder of its own; macOS leaves files named "._Ses…" beside the tables.
+    # The archive's root holds a folder of its own; macOS leaves files named "._Ses…" next to the tables.
     tables = place.files(
         "Session?/dialog/EmoEvaluation/Ses*.txt", "IEMOCAP_full_release/Session?/dialog/EmoEvaluation/Ses*.txt"
     )
@@ -155,7 +155,7 @@ def _read_iemocap(place: Place) -> Clips:
     return len(clips), clips
 
 
-def _iemocap_clips(place: Place, tables: list[Path]) -> Iterator[Clip]:
+def _iemocap_clips(place: Place, tables: list[Path]) -> Iterator[DescribedClip]:
     for table in tables:
         session_folder = place.root / table.parents[2].relative_to(place.annotations)
         folder = session_folder / "sentences" / "wav" / table.stem
@@ -170,13 +170,13 @@ def _iemocap_clips(place: Place, tables: list[Path]) -> Iterator[Clip]:
             emotion = _IEMOCAP_EMOTIONS[code]
             # The letter before the turn's number is who speaks; the one after the session is who wore the markers.
             columns = {
-                **_labels(session + letter, sex_of(letter), emotion),
+                **_labels(session + letter, parse_sex(letter), emotion),
                 "emotion4": _IEMOCAP_FOUR.get(emotion),
                 "session": session[-1],
                 "scene": "improvised" if "_impro" in turn else "scripted",
             }
             split = {"5": "test", "4": "dev"}.get(session[-1], "train")
-            yield Clip((str(folder / f"{turn}.wav"),), split, columns, f"{table}:{line}")
+            yield DescribedClip((str(folder / f"{turn}.wav"),), split, columns, f"{table}:{line}")
 
 
 RAVDESS = Dataset(

@@ -8,8 +8,8 @@ Verified against public descriptions: ParaSpeechCaps's columns and splits and th
 dataset/README.md), FCaps's files, splits and cuts (its dataset card) and the two caption lists of a cut (the published
 CLSP recipe), PromptSpeech's columns (public code that reads Real_training.csv), TextrolSpeech's columns and the name of
 its training table (public code that reads them). Not verified: TextrolSpeech's test table is taken to be named and
-built alike. SpeechCraft's files were not seen: their form is that which the published annotation code writes; where
-they differ, ``--columns`` says so.
+built like it. SpeechCraft's files were not seen: their form is what the published annotation code writes; a copy that
+differs needs `--columns`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from typing import Any
 from fastclap.errors import DataError, required
 from fastclap.prepare.layout import (
     AudioIndex,
-    Clip,
     Clips,
     Dataset,
+    DescribedClip,
     Place,
+    parse_sex,
     read_tables,
-    sex_of,
     split_by_speaker,
-    split_of,
+    split_in_name,
     texts,
 )
 
@@ -73,15 +73,15 @@ _SPEECHCRAFT_SPEAKER = re.compile(r"SSB\d{4}|[^_]+(?=_)")  # AISHELL-3's has no 
 def _read_paraspeechcaps(place: Place) -> Clips:
     total, splits = _paraspeechcaps_tables(place)
 
-    def clips() -> Iterator[Clip]:
+    def clips() -> Iterator[DescribedClip]:
         for split, origin, records in splits:
             for number, record in enumerate(records, 1):
                 source, relative = str(record["source"]), str(record["relative_audio_path"])
                 columns = {ours: record.get(theirs) for theirs, ours in _PARASPEECHCAPS_COLUMNS.items()}
                 columns["text_description"] = texts(record["text_description"])
-                columns["sex"] = sex_of(record.get("gender"))
+                columns["sex"] = parse_sex(record.get("gender"))
                 paths = (str(place.root / source / relative), str(place.root / relative))
-                yield Clip(paths, split, columns, f"{origin}:{number}", record.get("duration"))
+                yield DescribedClip(paths, split, columns, f"{origin}:{number}", record.get("duration"))
 
     return total, clips()
 
@@ -142,7 +142,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}: cannot be read ({error}); download it again") from error
 
 
-def _fcaps_clip(place: Place, path: Path, line: int, text: str) -> Iterator[Clip]:
+def _fcaps_clip(place: Place, path: Path, line: int, text: str) -> Iterator[DescribedClip]:
     origin = f"{path}:{line}"
     try:
         cut = json.loads(text)
@@ -160,14 +160,14 @@ def _fcaps_clip(place: Place, path: Path, line: int, text: str) -> Iterator[Clip
     columns = {
         "text_description": short or fine,  # Emilia's clips have fine captions only, and a row needs this column
         "fine_description": fine,
-        "sex": sex_of(supervision.get("gender")),
+        "sex": parse_sex(supervision.get("gender")),
         "speaker": supervision.get("speaker"),
         **{column: custom.get(column) for column in _FCAPS_CUSTOM},
     }
     relative = source.lstrip("/")
     paths = (str(place.root / relative), str(place.root / relative.removeprefix("download/")))
     split = path.name.removeprefix("fcaps-").split(".")[0].removesuffix("-train_base")
-    yield Clip(paths, split, columns, origin, cut.get("duration"))
+    yield DescribedClip(paths, split, columns, origin, cut.get("duration"))
 
 
 def _read_promptspeech(place: Place) -> Clips:
@@ -175,16 +175,16 @@ def _read_promptspeech(place: Place) -> Clips:
     tables = read_tables(place, ("item_name", "style_prompt"))
     index = AudioIndex(place)
 
-    def clips() -> Iterator[Clip]:
+    def clips() -> Iterator[DescribedClip]:
         for path, origin, record in tables.rows():
             name = str(record[item])
             columns = {
                 "text_description": texts(record[caption]),
-                "sex": sex_of(record.get(place.name("gender"))),
+                "sex": parse_sex(record.get(place.name("gender"))),
                 "speaker": record.get(speaker) or name.partition("_")[0],
                 **{column: record.get(place.name(column)) for column in ("pitch", "speaking_speed", "energy")},
             }
-            yield Clip(index.find(name), split_of(path), columns, origin)
+            yield DescribedClip(index.find(name), split_in_name(path), columns, origin)
 
     return tables.total, clips()
 
@@ -193,17 +193,19 @@ def _read_textrolspeech(place: Place) -> Clips:
     audio, caption, emotion = (place.name(column) for column in ("wav_fp", "style_prompt", "emotion"))
     tables = read_tables(place, ("wav_fp", "style_prompt"))
 
-    def clips() -> Iterator[Clip]:
+    def clips() -> Iterator[DescribedClip]:
         for path, origin, record in tables.rows():
             label = str(record.get(emotion) or "").strip().lower()
             columns = {
                 "text_description": texts(record[caption]),
                 "classification_tag": label,
                 "emotion": label,
-                "sex": sex_of(record.get(place.name("gender"))),
+                "sex": parse_sex(record.get(place.name("gender"))),
                 **{column: record.get(place.name(column)) for column in ("pitch", "tempo", "energy")},
             }
-            yield Clip((str(place.root / str(record[audio]).lstrip("/")),), split_of(path), columns, origin)
+            yield DescribedClip(
+                (str(place.root / str(record[audio]).lstrip("/")),), split_in_name(path), columns, origin
+            )
 
     return tables.total, clips()
 
@@ -218,7 +220,7 @@ def _read_speechcraft(place: Place) -> Clips:
     caption = _speechcraft_caption(place, files, [fields for _, fields in entries.values()])
     index = AudioIndex(place)
 
-    def clips() -> Iterator[Clip]:
+    def clips() -> Iterator[DescribedClip]:
         for name, (origin, fields) in entries.items():
             captions = texts(fields.get(caption))
             if not captions:
@@ -228,7 +230,7 @@ def _read_speechcraft(place: Place) -> Clips:
             match = _SPEECHCRAFT_SPEAKER.match(name)
             speaker = match[0] if match else name
             columns = {"text_description": captions, **labels, "classification_tag": labels.get("emotion")}
-            yield Clip(index.find(name), split_by_speaker(speaker), {**columns, "speaker": speaker}, origin)
+            yield DescribedClip(index.find(name), split_by_speaker(speaker), {**columns, "speaker": speaker}, origin)
 
     return len(entries), clips()
 
@@ -272,7 +274,7 @@ def _speechcraft_labels(fields: Mapping[str, Any]) -> dict[str, Any]:
         for theirs, ours in _SPEECHCRAFT_LABELS.items()
         if isinstance(value := found.get(theirs), str)
     }
-    return {**labels, "sex": sex_of(labels.get("sex"))}
+    return {**labels, "sex": parse_sex(labels.get("sex"))}
 
 
 PARASPEECHCAPS = Dataset(

@@ -1,7 +1,7 @@
 """What the readers of the datasets share: where a dataset lies, one of its clips, and how its files are found.
 
-A reader is a function from a :class:`Place` to the number of clips and an iterator over them, in an order that depends
-on the dataset alone. It opens no audio: whether a clip is there, and how long it is, is settled for all datasets alike.
+A reader is a function from a `Place` to the number of clips and an iterator over them, in an order that depends on the
+dataset alone. It opens no audio: `fastclap.prepare` finds out whether a clip is there and how long it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SEX = {"m": "male", "male": "male", "男": "male", "f": "female", "female": "fe
 _SPLIT = re.compile(r"train|dev|val|test", re.IGNORECASE)
 
 
-class Clip(NamedTuple):
+class DescribedClip(NamedTuple):
     """One clip as its owners describe it."""
 
     paths: tuple[str, ...]  # where its audio may lie; the first that exists is taken
@@ -33,7 +33,7 @@ class Clip(NamedTuple):
     duration: float | None = None  # seconds, if the owners say
 
 
-Clips = tuple[int, Iterable[Clip]]
+Clips = tuple[int, Iterable[DescribedClip]]
 
 
 class Dataset(NamedTuple):
@@ -41,7 +41,7 @@ class Dataset(NamedTuple):
 
     title: str
     expects: str  # the layout of its folder, for messages
-    source: str  # where it is to be had, for messages
+    source: str  # where to get it, for messages
     split: str  # how it is split
     fields: tuple[str, ...]  # names that may differ between copies
     read: Callable[[Place], Clips]
@@ -89,7 +89,7 @@ class Tables(NamedTuple):
 
 
 def read_tables(place: Place, needed: Sequence[str]) -> Tables:
-    """All CSV files of the annotation folder and of the folders in it that have the ``needed`` columns.
+    """All CSV files of the annotation folder and of the folders in it that have the `needed` columns.
 
     Raises:
         DataError: there is none.
@@ -116,7 +116,7 @@ class AudioIndex:
     """Finds the audio of a folder by file name without extension, whatever folders it lies in.
 
     Raises:
-        DataError: on :meth:`find`, if two files have the name that is looked for.
+        DataError: on `find`, if two files have the name that is looked for.
     """
 
     def __init__(self, place: Place) -> None:
@@ -142,13 +142,13 @@ class AudioIndex:
         return (paths[0],)
 
 
-def sex_of(value: Any) -> str | None:
+def parse_sex(value: Any) -> str | None:
     """ "male" or "female" from the spellings that the datasets use, otherwise None."""
     return _SEX.get(str(value).strip().lower())
 
 
-def split_of(path: Path) -> str:
-    """The split that a file's name tells, such as train of "random_train.csv"; without one, the name itself."""
+def split_in_name(path: Path) -> str:
+    """The split that a file's name contains, such as train in "random_train.csv"; without one, the name itself."""
     words = _SPLIT.findall(path.stem)
     if not words:
         return path.stem.lower()

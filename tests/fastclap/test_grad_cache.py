@@ -260,7 +260,7 @@ def test_tower_that_the_loss_ignores() -> None:
 
 @contextmanager
 def out_of_memory(tower: Noisy, fits: int, after: int = 0) -> Iterator[None]:
-    """Makes ``tower`` run out of memory on more than ``fits`` rows, from call number ``after`` on."""
+    """Makes `tower` run out of memory on more than `fits` rows, from call number `after` on."""
 
     def refuse(module: nn.Module, arguments: Any) -> None:
         if arguments[0].shape[0] > fits and len(tower.calls) >= after:

@@ -275,7 +275,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_result(mixed: str, tmp_path
 KILLED = """
 import sys, time
 from fastclap.data import load_manifest
-from fastclap.data import pack
+from fastclap.data.pack import pack
 if __name__ == "__main__":
     def advance(done, total):
         print(done, flush=True)
@@ -338,7 +338,7 @@ def test_a_decoding_process_that_dies_is_named(mixed: str, tmp_path: Path) -> No
 FULL = """
 import resource, sys
 from fastclap.data import load_manifest
-from fastclap.data import pack
+from fastclap.data.pack import pack
 resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, resource.RLIM_INFINITY))  # as on a full disk
 try:
     pack(load_manifest(sys.argv[1]), sys.argv[2], shard_mb=0.2)
