@@ -253,12 +253,9 @@ def ours(engine: str, clips: Sequence[Tensor], spec: LogMelSpec) -> list[Tensor]
     batch = torch.randn(len(clips), int(lengths.max()), generator=noise)
     for row, clip in zip(batch, clips, strict=True):
         row[: len(clip)] = clip
-    if engine == "fastclap C++":
-        features, frames = native.log_mel_native(batch, lengths, spec)
-    else:
-        device = "cuda" if engine == "fastclap Triton" and not INTERPRETED else "cpu"
-        backend = "triton" if engine == "fastclap Triton" else "torch"
-        features, frames = log_mel(batch.to(device), lengths.to(device), spec, backend=backend)
+    device = "cuda" if engine == "fastclap Triton" and not INTERPRETED else "cpu"
+    backend = {"fastclap C++": "native", "fastclap Triton": "triton"}.get(engine, "torch")
+    features, frames = log_mel(batch.to(device), lengths.to(device), spec, backend=backend)
     return [x[:count] for x, count in zip(features.cpu(), frames.tolist(), strict=True)]
 
 

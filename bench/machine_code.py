@@ -179,9 +179,9 @@ def main() -> None:
         tile = row_tile(machine_code(layer_norm_gelu_triton, f"layer norm gelu {name}"))
         rows.append((f"layer norm gelu {name}", "a tile of 4 rows", tile))
     for label, form in FORMS.items():
-        groups = -(-FRONT_ENDS[label].n_mels // log_mel._flags(FRONT_ENDS[label])["MELS"])
+        groups = -(-FRONT_ENDS[label].n_mels // log_mel.feature_flags(FRONT_ENDS[label])["MELS"])
         tile = log_mel_tile(machine_code(log_mel, f"log-mel {form} fp32 to fp32"), groups)
-        rows.append((f"log-mel {label}", f"a tile of {log_mel.TILE.frames} frames", tile))
+        rows.append((f"log-mel {label}", f"a tile of {log_mel.FEATURE_TILE.frames} frames", tile))
     header = ("kernel", "of a warp", "instructions", "wavefronts", "matrix instructions")
     print(markdown(header, [(name, what, *map(str, counts.values)) for name, what, counts in rows]))
 

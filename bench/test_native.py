@@ -165,7 +165,7 @@ def by_torch(case: Case, waveform: Tensor) -> Run:
 def by_native(case: Case, waveform: Tensor) -> Run:
     if not native.available():
         pytest.skip(f"no native log-mel engine: {native.description()}")
-    return lambda: native.log_mel_native(waveform, None, case.spec)[0]
+    return lambda: log_mel(waveform, None, case.spec, backend="native")[0]
 
 
 def by_native_int16(case: Case, waveform: Tensor) -> Run:

@@ -101,13 +101,16 @@ def log_mel_engine(
     """
     if backend not in LOG_MEL_BACKENDS:
         raise ValueError(f"backend={backend!r}: choose one of {', '.join(map(repr, LOG_MEL_BACKENDS))}")
+    if backend == "torch":
+        return backend
+    only_torch = why_only_torch(waveform)
     on_cpu = waveform.device.type == "cpu" and not on_gpu(waveform)
     if backend == "native" or (backend == "auto" and on_cpu):
-        reason = why_not_native()
+        reason = only_torch or why_not_native()
         if backend == "native" and reason:
             raise ValueError(f'backend="native" cannot be used: {reason}; use backend="auto"')
         return "torch" if reason else "native"
-    return engine(waveform, backend, why_not_triton, tensor="a waveform")
+    return engine(waveform, backend, only_torch or why_not_triton, tensor="a waveform")
 
 
 def _why_no_triton(x: Tensor) -> str | None:

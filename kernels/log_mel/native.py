@@ -1,9 +1,9 @@
-"""The C++ log-mel engine (csrc/) for CPU tensors that need no gradient: the function of `logmel.log_mel` in one pass.
+"""The C++ log-mel engine (csrc/) for CPU tensors that need no gradient: waveform to features in one pass.
 
 The library has a plain C interface and is loaded by ctypes, which releases the interpreter lock for the call; so one
 build serves every torch and every Python. It is optional: an installation made without a compiler has none, `available`
-says so and `logmel.log_mel` computes with torch. It keeps no state but immutable plans and runs on torch's threads, or
-on threads of each call in a process that may have been forked (data workers) and so has lost torch's: it may be used
+says so and `operator.log_mel` computes with torch. It keeps no state but immutable plans and runs on torch's threads,
+or on threads of each call in a process that may have been forked (data workers) and so has lost torch's: it may be used
 before and after a fork and from several threads at once.
 """
 
@@ -24,11 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fastclap.kernels.log_mel.operator import _check
-from fastclap.kernels.log_mel.spec import LogMelSpec, mel_bank, window
-from fastclap.kernels.log_mel.torch_engine import _scaled, normalised
+from fastclap.kernels.log_mel.spec import EDGES, Batch, LogMelSpec, mel_bank, window
+from fastclap.kernels.log_mel.torch_engine import normalised
 
 LIBRARY_VARIABLE = "FASTCLAP_NATIVE_LIBRARY"
 _LIBRARY_NAME = "libfastclap_native.dylib" if sys.platform == "darwin" else "libfastclap_native.so"
@@ -37,8 +35,6 @@ _LIBRARY_NAME = "libfastclap_native.dylib" if sys.platform == "darwin" else "lib
 _INTERFACE = 2
 _SIMD = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3}
 _INVALID, _UNSUPPORTED = 1, 2
-_EDGE = {"snip_edges": 0, "center": 1, "no_snip_edges": 2}
-_LOG_SCALE = {"ln": 1.0, "log10": 1.0 / math.log(10.0), "db": 10.0 / math.log(10.0)}
 _MESSAGE_SIZE = 256
 
 _INTEGERS = ("n_fft", "win_length", "hop_length", "n_mels", "offset", "edge", "remove_dc", "power")
@@ -162,7 +158,7 @@ def _team() -> int | None:
     return None
 
 
-class _Plan:
+class _LibraryPlan:
     """A fastclap_log_mel_plan: the tables of one front-end for one SIMD path."""
 
     def __init__(self, library: ctypes.CDLL, handle: ctypes.c_void_p) -> None:
@@ -171,7 +167,7 @@ class _Plan:
 
 
 @lru_cache(maxsize=64)
-def _plan(spec: LogMelSpec, simd: str) -> _Plan | str:
+def _plan(spec: LogMelSpec, simd: str) -> _LibraryPlan | str:
     """The plan, or why the library does not cover this front-end."""
     library, text = _load()
     if library is None:
@@ -186,17 +182,17 @@ def _plan(spec: LogMelSpec, simd: str) -> _Plan | str:
         hop_length=spec.hop_length,
         n_mels=spec.n_mels,
         offset=spec.offset,
-        edge=_EDGE[spec.framing],
+        edge=EDGES[spec.framing],
         remove_dc=spec.remove_dc,
         power=int(spec.power),
         preemphasis=spec.preemphasis,
         input_scale=spec.input_scale,
-        log_scale=_LOG_SCALE[spec.log],
+        log_scale=spec.log_scale,
         floor=spec.floor,
         log_padding=spec.log_padding,
         dynamic_range=-1.0 if spec.dynamic_range is None else spec.dynamic_range,
-        mean=spec.mean if _one_affine(spec) else 0.0,
-        std=spec.std if _one_affine(spec) else 1.0,
+        mean=spec.mean if spec.one_affine else 0.0,
+        std=spec.std if spec.one_affine else 1.0,
     )
     handle = ctypes.c_void_p()
     message = ctypes.create_string_buffer(_MESSAGE_SIZE)
@@ -212,7 +208,7 @@ def _plan(spec: LogMelSpec, simd: str) -> _Plan | str:
     if code == _UNSUPPORTED:
         return message.value.decode()
     _raise(code, message)
-    return _Plan(library, handle)
+    return _LibraryPlan(library, handle)
 
 
 def _raise(code: int, message: ctypes.Array[ctypes.c_char]) -> None:
@@ -221,98 +217,77 @@ def _raise(code: int, message: ctypes.Array[ctypes.c_char]) -> None:
         raise kind(f"native log-mel engine: {message.value.decode()}")
 
 
-def _one_affine(spec: LogMelSpec) -> bool:
-    """Whether the library normalises; for a mean or deviation of each mel, torch does after it."""
-    return isinstance(spec.mean, float) and isinstance(spec.std, float)
-
-
 @lru_cache(maxsize=1)
-def _say_once() -> None:
+def _warn_once() -> None:
     warnings.warn(
         f"log-mel features are computed with torch, several times slower than by the native engine: {description()}",
         RuntimeWarning,
-        stacklevel=5,
+        stacklevel=6,  # the caller of `operator.log_mel`
     )
 
 
-def plain(waveform: Tensor) -> bool:
-    """Whether engines other than torch can follow this tensor: no forward-mode or functorch transform, no trace."""
-    return not (
-        type(waveform) is not Tensor
-        or torch.jit.is_tracing()
-        or torch._C._functorch.is_functorch_wrapped_tensor(waveform)
-        or forward_ad.unpack_dual(waveform).tangent is not None
-    )
+def why_not(waveform: Tensor, spec: LogMelSpec) -> str | None:
+    """Why `log_mel_native` cannot compute these features; None if it can.
 
-
-def usable(waveform: Tensor, spec: LogMelSpec) -> bool:
-    """Whether `log_mel_native` stands for `log_mel` in this call.
-
-    That takes a plain CPU tensor outside of what only torch operations can follow (a gradient, forward-mode or
-    functorch transforms, compiling, tracing) and a front-end that the library covers. Warns once a process if all that
-    is missing is the library.
+    It takes a CPU tensor without a gradient and a front-end that the library covers. Warns once in a process if all
+    that is missing is the library.
     """
-    if (
-        torch.compiler.is_compiling()
-        or waveform.device.type != "cpu"
-        or (waveform.requires_grad and torch.is_grad_enabled())
-        or not plain(waveform)
-    ):
-        return False
+    if waveform.device.type != "cpu":
+        return f"the waveform must be on the CPU, is on {waveform.device}"
+    if waveform.requires_grad and torch.is_grad_enabled():
+        return "the waveform requires a gradient"
     if not available():
-        _say_once()
-        return False
-    return isinstance(_plan(spec, "auto"), _Plan)
+        _warn_once()
+        return description()
+    plan = _plan(spec, "auto")
+    return plan if isinstance(plan, str) else None
 
 
 def log_mel_native(
-    waveform: Tensor,  # [B, T] int16, or floating point in [-1, 1]; on the CPU
-    lengths: Tensor | None,  # [B] integers, samples of each clip; None: all T
+    batch: Batch,
     spec: LogMelSpec,
     *,
     simd: str = "auto",
-    threads: int | None = None,  # None: torch.get_num_threads()
+    threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`fastclap.kernels.log_mel.operator.log_mel` without gradients: (features [B, frames, n_mels], frame_lengths [B]).
+    """`operator.log_mel` of a batch, before masks: (features [B, frames, n_mels], frame lengths [B]).
 
-    The result does not depend on `threads`. `simd` names one of `simd_paths()`; they differ by float32 rounding. Float
-    samples far above full scale (1e17) may overflow to infinite features.
+    Float samples far above full scale (1e17) may overflow to infinite features.
 
-    Raises RuntimeError without the library, NotImplementedError for a front-end that it does not cover (n_fft above
-    2048 or with a prime factor above 5, more than 4096 mels, a floor below 1e-37), and ValueError for what `log_mel`
-    refuses.
+    Args:
+        batch: on the CPU; no gradient reaches it.
+        spec: without dither.
+        simd: one of `simd_paths()`; they differ by float32 rounding.
+        threads: None for torch.get_num_threads(); the result does not depend on it.
+
+    Raises:
+        RuntimeError: there is no library.
+        NotImplementedError: it does not cover the front-end: n_fft above 2048 or with a prime factor above 5, more than
+            4096 mels, a floor below 1e-37.
     """
     if simd not in _SIMD:
         raise ValueError(f"simd={simd!r}: choose one of {', '.join(_SIMD)}")
     library, text = _load()
     if library is None:
         raise RuntimeError(f"no native log-mel engine: {text}")
-    lengths, _ = _check(waveform, lengths)
-    if waveform.device.type != "cpu":
-        raise ValueError(f"waveform must be on the CPU, got {waveform.device}")
-    if spec.dither:
-        waveform, spec = _scaled(waveform, spec), spec.noiseless
     plan = _plan(spec, simd)
     if isinstance(plan, str):
         raise NotImplementedError(f"native log-mel engine: {plan}")
+    waveform, lengths, frames, frame_lengths = batch.cropped(spec)
     if waveform.dtype != torch.int16:
         waveform = waveform.to(torch.float32)
     waveform = waveform.resolve_neg()
     if waveform.stride(1) != 1:
         waveform = waveform.contiguous()
-    batch, samples = waveform.shape
-    frames = spec.frames(samples)
-    if lengths is None:
-        lengths, frame_lengths = torch.full((batch,), samples), torch.full((batch,), frames)
-    else:
-        lengths, frame_lengths = lengths.contiguous(), spec.frame_lengths(lengths)
-    features = _memory(batch, spec.num_frames or frames, spec.n_mels)
+    clips, samples = waveform.shape
+    lengths = torch.full((clips,), samples) if lengths is None else lengths.contiguous()
+    features = _memory(clips, spec.num_frames or frames, spec.n_mels)
     message = ctypes.create_string_buffer(_MESSAGE_SIZE)
     code = library.fastclap_log_mel_run(
         plan.handle,
         waveform.data_ptr(),
         int(waveform.dtype == torch.int16),
-        batch,
+        clips,
         samples,
         waveform.stride(0),
         lengths.data_ptr(),
@@ -325,6 +300,6 @@ def log_mel_native(
         _MESSAGE_SIZE,
     )
     _raise(code, message)
-    if not _one_affine(spec):
+    if not spec.one_affine:
         features = normalised(features, spec)
     return features.to(getattr(torch, spec.dtype)), frame_lengths

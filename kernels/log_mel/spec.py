@@ -1,4 +1,7 @@
-"""`LogMelSpec`: the numbers of a log-mel front-end, and the mel bank and window that follow from them."""
+"""`LogMelSpec`: the numbers of a log-mel front-end, and the mel bank and window that follow from them.
+
+`Batch` is what they are applied to: the clips, checked by `operator.log_mel`, as every engine receives them.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,15 @@ import math
 import typing
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _IntOrTensor = TypeVar("_IntOrTensor", int, Tensor)
+
+EDGES = {"snip_edges": 0, "center": 1, "no_snip_edges": 2}  # the framings, as the native and Triton engines number them
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,15 @@ class LogMelSpec:
     padding_value: float | None = None  # log-mel of frames past a clip's end; None: digital silence, the log of `floor`
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the features; they are computed in float32
 
-    key: ClassVar[str]  # all of the fields, from which `_spec_of` makes an equal spec
-    noiseless: ClassVar[LogMelSpec]  # for samples to which `_scaled` has added the dither
+    # What follows from them. Attributes, not properties: a compiler reads them where it could not follow their making.
+    mel_rate: ClassVar[int]  # the sampling rate that the mel bank is laid out for
+    mel_f_max: ClassVar[float]  # upper edge of the mel bank, Hz
+    offset: ClassVar[int]  # samples by which the first frame's window starts before the clip; negative: after its start
+    log_scale: ClassVar[float]  # what the natural logarithm is multiplied by
+    log_padding: ClassVar[float]  # log-mel of frames past a clip's end, before `dynamic_range` and the affine step
+    one_affine: ClassVar[bool]  # whether `mean` and `std` are the same for all mels
+    key: ClassVar[str]  # all of the fields, from which an operator of torch makes an equal spec
+    noiseless: ClassVar[LogMelSpec]  # for samples to which `scaled` has added the dither
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -96,13 +108,28 @@ class LogMelSpec:
             raise ValueError(f"dither={self.dither}: must not be negative")
         if self.dynamic_range is not None and self.dynamic_range < 0:
             raise ValueError(f"dynamic_range={self.dynamic_range}: must not be negative")
+        mel_rate = self.mel_sampling_rate or self.sampling_rate
+        object.__setattr__(self, "mel_rate", mel_rate)
+        object.__setattr__(self, "mel_f_max", mel_rate / 2 if self.f_max is None else self.f_max)
         if not 0 <= self.f_min < self.mel_f_max:
             raise ValueError(f"f_min={self.f_min} Hz: must lie in [0, f_max={self.mel_f_max} Hz)")
         if self.mel_f_max > self.mel_rate / 2:
             raise ValueError(
                 f"f_max={self.f_max} Hz: above half the sampling rate of {self.mel_rate} Hz; lower it or set it to None"
             )
-        # Attributes, not properties: a compiler reads them where it could not follow their making.
+        offsets = {
+            "center": self.n_fft // 2 - (self.n_fft - self.win_length) // 2,
+            "snip_edges": 0,
+            "no_snip_edges": self.win_length // 2 - self.hop_length // 2,
+        }
+        object.__setattr__(self, "offset", offsets[self.framing])
+        log_scales = {"ln": 1.0, "log10": 1.0 / math.log(10.0), "db": 10.0 / math.log(10.0)}
+        object.__setattr__(self, "log_scale", log_scales[self.log])
+        padding = self.padding_value
+        if padding is None:
+            padding = {"ln": math.log, "log10": math.log10, "db": lambda x: 10 * math.log10(x)}[self.log](self.floor)
+        object.__setattr__(self, "log_padding", padding)
+        object.__setattr__(self, "one_affine", isinstance(self.mean, float) and isinstance(self.std, float))
         object.__setattr__(self, "key", json.dumps(dataclasses.asdict(self)))
         quiet = dataclasses.replace(self, dither=0.0, input_scale=1.0) if self.dither else self
         object.__setattr__(self, "noiseless", quiet)
@@ -124,31 +151,9 @@ class LogMelSpec:
         floats = tuple(float(number) for number in values)
         object.__setattr__(self, name, floats if many else floats[0])
 
-    @property
-    def mel_rate(self) -> int:
-        """The sampling rate that the mel bank is laid out for."""
-        return self.mel_sampling_rate or self.sampling_rate
-
-    @property
-    def mel_f_max(self) -> float:
-        """Upper edge of the mel bank, Hz."""
-        return self.mel_rate / 2 if self.f_max is None else self.f_max
-
-    @property
-    def offset(self) -> int:
-        """Samples by which the first frame's window starts before the clip (negative: after its first sample)."""
-        if self.framing == "center":
-            return self.n_fft // 2 - (self.n_fft - self.win_length) // 2
-        if self.framing == "snip_edges":
-            return 0
-        return self.win_length // 2 - self.hop_length // 2
-
-    @property
-    def log_padding(self) -> float:
-        """Log-mel of the frames past a clip's end, before `dynamic_range` and the affine step."""
-        if self.padding_value is not None:
-            return self.padding_value
-        return {"ln": math.log, "log10": math.log10, "db": lambda x: 10 * math.log10(x)}[self.log](self.floor)
+    def sample_scale(self, dtype: torch.dtype) -> float:
+        """Factor from samples of a dtype to the units of the front-end."""
+        return self.input_scale / 32768.0 if dtype == torch.int16 else self.input_scale
 
     def _count(self, samples: _IntOrTensor) -> _IntOrTensor:
         """Frames by the origin's rule alone; not positive for a clip that is too short for it."""
@@ -169,6 +174,37 @@ class LogMelSpec:
         """`frames` of each of `lengths` (integer tensor of any shape, on any device), int64."""
         lengths = lengths.to(torch.int64)
         return self._count(lengths).clamp(min=1, max=self.num_frames).masked_fill(lengths < 1, 0)
+
+
+class Batch(NamedTuple):
+    """A padded batch of clips, as engines receive it: sizes agree, integers are int64 on the waveform's device.
+
+    Masks are spans of frames and of mels, begin and end. See `operator.log_mel`.
+    """
+
+    waveform: Tensor  # [B, T] int16, or floating point in [-1, 1]
+    lengths: Tensor | None = None  # [B] samples of each clip
+    offsets: Tensor | None = None  # [B] first sample of each clip
+    time_masks: Tensor | None = None  # [B, n, 2]
+    mel_masks: Tensor | None = None  # [B, m, 2]
+
+    def cropped(self, spec: LogMelSpec) -> tuple[Tensor, Tensor | None, int, Tensor]:
+        """Each clip moved to the front: (waveform, lengths, frames of its whole width, frame lengths [B] int64)."""
+        waveform, lengths = self.waveform, self.lengths
+        batch, samples = waveform.shape
+        if self.offsets is not None:
+            index = self.offsets[:, None] + torch.arange(samples, device=waveform.device)
+            waveform = waveform.gather(1, index.clamp(max=samples - 1))
+            left = samples - self.offsets
+            lengths = left if lengths is None else torch.minimum(lengths, left)
+        frames = spec.frames(samples)
+        if lengths is None:
+            return waveform, None, frames, torch.full((batch,), frames, device=waveform.device)
+        return waveform, lengths, frames, spec.frame_lengths(lengths)
+
+    def clips(self, some: slice) -> Batch:
+        """Some of the clips."""
+        return Batch(*(None if x is None else x[some] for x in self))  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=1)

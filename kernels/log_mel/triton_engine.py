@@ -24,9 +24,9 @@ needs the maximum of the whole clip: the launch then leaves the log-mel and the 
 Every value is computed by one program in a fixed order: results are bit-identical from run to run, and a clip's do not
 depend on what else is in the batch.
 
-The gradient recomputes the spectra as products alone, with frames folded twice about the window's centre, turns them to
-gradients of frames by the transposed products, and lets every sample of the waveform gather those of its frames and
-reflections: no atomics.
+The gradient recomputes the spectra as products alone, with frames folded twice about the window's centre, turns them
+into gradients of frames by the transposed products, and lets every sample of the waveform gather those of its frames
+and reflections: no atomics.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,30 +46,17 @@ import triton
 from torch import Tensor
 
 from fastclap.kernels import dispatch
-from fastclap.kernels.log_mel.operator import recorded
-from fastclap.kernels.log_mel.spec import LogMelSpec, mel_bank, window
-from fastclap.kernels.log_mel.torch_engine import finished, masked
-from fastclap.kernels.log_mel.triton_kernels import (
-    _frame_gradients_kernel,
-    _log_mel_kernel,
-    _range_kernel,
-    _samples_gradients_kernel,
-)
+from fastclap.kernels.log_mel.spec import EDGES, Batch, LogMelSpec, mel_bank, window
+from fastclap.kernels.log_mel.torch_engine import autograd_in_operator, finished, masked
+from fastclap.kernels.log_mel.triton_gradient_kernels import _frame_gradients_kernel, _samples_gradients_kernel
+from fastclap.kernels.log_mel.triton_kernels import _log_mel_kernel, _range_kernel
 from fastclap.kernels.offline import Compilation, signature_and_attrs
+from fastclap.kernels.triton_tools import TYPE_NAMES, for_architecture
 
-# Tuples of tensors grow by + in the kernels: Triton knows no starred expressions, mypy no growing tuples.
-# mypy: disable-error-code="assignment"
-
-EDGES = {"snip_edges": 0, "center": 1, "no_snip_edges": 2}
 FRAME_FLAGS = ("EDGES", "DC", "PREEMPHASIS")
-PRODUCT_FLAGS = ("FOLD", "POWER", "BM", "BN", "BK", "MELS")
-LARGEST_TRANSFORM = 4096  # the matrices of a longer one would take more memory than is worth it
-LN_FACTOR = {"ln": 1.0, "log10": 1.0 / math.log(10.0), "db": 10.0 / math.log(10.0)}
-DTYPES = (torch.int16, torch.float16, torch.bfloat16, torch.float32)
 
 
-@dataclass(frozen=True)
-class Tile:
+class FrameTile(NamedTuple):
     """Frames and bins of a program and samples of one step of its products."""
 
     frames: int
@@ -79,17 +66,23 @@ class Tile:
     stages: int
 
 
-# Of the forward pass: columns for bins, lanes for depth. A warp has 8 frames, a thread 4 elements of a matrix.
-TILE = Tile(32, 16, 16, 4, 1)
-# By arithmetic, checked by offline compilation; other architectures take the nearest lower one.
-BACKWARD_TILES = {80: Tile(32, 16, 16, 8, 1), 90: Tile(128, 16, 16, 8, 1), 100: Tile(64, 16, 16, 8, 1)}
-INTERPRETER_TILE = Tile(32, 64, 128, 4, 1)
+# Columns for bins, lanes for depth. A warp has 8 frames, a thread 4 elements of a matrix.
+FEATURE_TILE = FrameTile(32, 16, 16, 4, 1)
+# By arithmetic, checked by offline compilation; other architectures take the nearest lower one, 0 is the interpreter.
+GRADIENT_TILES = {
+    0: FrameTile(32, 64, 128, 4, 1),
+    80: FrameTile(32, 16, 16, 8, 1),
+    90: FrameTile(128, 16, 16, 8, 1),
+    100: FrameTile(64, 16, 16, 8, 1),
+}
 PROGRAMS_OF_SM = 2  # of the forward pass, which takes all of the registers
 GRADIENT_CHUNK = 256 << 20  # bytes of frames' gradients held at a time
+RANGE_WIDTH, RANGE_TOPS = 1024, 64  # values of a program of `_range_kernel`, maxima of tiles read at a time
+SAMPLES_WIDTH = 256  # samples of a program of `_samples_gradients_kernel`
 
 
 @dataclass(frozen=True)
-class Plan:
+class FeaturePlan:
     """What `_log_mel_kernel` needs of a front-end besides the waveform."""
 
     taps: Tensor  # [DEPTH, 2, N1, LANES] window of samples n2 and N2 - 1 - n2 of every slice
@@ -99,8 +92,14 @@ class Plan:
     ends: Tensor  # int32, alike: the part of a mel that a sum is here, term·n_mels + mel, or -1
     counts: Tensor  # [n_mels] int32: parts of each mel
     affine: Tensor  # [2, mels]: mean, 1/std
-    numbers: tuple[float, ...]  # hop … target, but for what depends on the call
+    numbers: dict[str, float]  # by the kernel's argument
     flags: dict[str, Any]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the kernel, by name."""
+        tables = ("taps", "twiddles", "dft", "weights", "ends", "counts", "affine")
+        return {**{name: getattr(self, name) for name in tables}, **self.numbers, **self.flags}
 
 
 def _factors(n_fft: int) -> tuple[int, int]:
@@ -151,7 +150,7 @@ def _runs(spec: LogMelSpec) -> tuple[np.ndarray, list[list[tuple[int, ...]]]]:
     return weights, parts
 
 
-def _flags(spec: LogMelSpec) -> dict[str, Any]:
+def feature_flags(spec: LogMelSpec) -> dict[str, Any]:
     n1, n2 = _factors(spec.n_fft)
     pairs = (n2 + 1) // 2
     mels = 16 if spec.n_mels <= 16 else 32
@@ -164,19 +163,19 @@ def _flags(spec: LogMelSpec) -> dict[str, Any]:
         "WIN": spec.win_length,
         "N1": n1,
         "N2": n2,
-        "BM": TILE.frames,
-        "LANES": TILE.depth,
-        "DEPTH": -(-pairs // TILE.depth),
-        "COLS": TILE.bins,
-        "BLOCKS": -(-pairs // TILE.bins),
+        "BM": FEATURE_TILE.frames,
+        "LANES": FEATURE_TILE.depth,
+        "DEPTH": -(-pairs // FEATURE_TILE.depth),
+        "COLS": FEATURE_TILE.bins,
+        "BLOCKS": -(-pairs // FEATURE_TILE.bins),
         "MELS": mels,
         "TERMS": max(1, *(len(parts) for parts in _runs(spec)[1])),
     }
 
 
 @lru_cache(maxsize=64)
-def _plan(spec: LogMelSpec, device: torch.device) -> Plan:
-    flags = _flags(spec)
+def _feature_plan(spec: LogMelSpec, device: torch.device) -> FeaturePlan:
+    flags = feature_flags(spec)
     n1, n2, lanes, depth, columns, blocks = (flags[x] for x in ("N1", "N2", "LANES", "DEPTH", "COLS", "BLOCKS"))
     pairs, count = (n2 + 1) // 2, lanes * depth
     n = np.arange(pairs)
@@ -223,45 +222,72 @@ def _plan(spec: LogMelSpec, device: torch.device) -> Plan:
 
     affine = np.stack(np.broadcast_arrays(spec.mean, 1.0 / np.asarray(spec.std), np.zeros(spec.n_mels))[:2])
 
-    # Bound of what is split into float16, which ends at 2^16, over that of a sample.
-    gain = taps.sum((0, 1)).max() * (2 if spec.remove_dc or spec.preemphasis else 1)
-    target = 253 + 15 - math.ceil(math.log2(max(gain, 1e-3)))
-    count_add, count_plus = _frame_counts(spec)
-    numbers = (
-        spec.hop_length, spec.offset, spec.n_mels, count_add, count_plus, spec.num_frames or 2**31 - 1,
-        1.0 - spec.preemphasis, target,
-    )  # fmt: skip
+    log_high, log_low = _logarithm_of_two(spec)
+    return FeaturePlan(
+        _table(taps.reshape(2, n1, depth, lanes).transpose(2, 0, 1, 3), np.float32, device),
+        _table(twiddles.reshape(-1, 2, depth, lanes).transpose(2, 0, 1, 3), np.float32, device),
+        _table(dft, np.float16, device),
+        _table(by_block(weights), np.float32, device),
+        _table(by_block(ends), np.int32, device),
+        _table(counts, np.int32, device),
+        _table(affine, np.float32, device),
+        {
+            **_numbers(spec, taps.sum((0, 1)).max()),
+            "floor": spec.floor,
+            "log_high": log_high,
+            "log_low": log_low,
+            "padding": spec.log_padding,
+        },
+        flags,
+    )
 
-    def table(values: Any, dtype: Any) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, dtype)).to(device)
 
+def _table(values: Any, dtype: Any, device: torch.device) -> Tensor:
     # inference_mode(False): a constant made inside a user's inference_mode could not be used for training later.
     with torch.inference_mode(False):
-        return Plan(
-            table(taps.reshape(2, n1, depth, lanes).transpose(2, 0, 1, 3), np.float32),
-            table(twiddles.reshape(-1, 2, depth, lanes).transpose(2, 0, 1, 3), np.float32),
-            table(dft, np.float16),
-            table(by_block(weights), np.float32),
-            table(by_block(ends), np.int32),
-            table(counts, np.int32),
-            table(affine, np.float32),
-            numbers,
-            flags,
-        )
+        return torch.from_numpy(np.ascontiguousarray(values, dtype)).to(device)
 
 
-def _frame_counts(spec: LogMelSpec) -> tuple[int, int]:
-    """(count_add, count_plus) of `_clip`."""
+def _numbers(spec: LogMelSpec, largest_sum: float) -> dict[str, float]:
+    """Arguments of both kernels that read frames, by name.
+
+    Args:
+        spec: the front-end.
+        largest_sum: of the window's values that weigh what one number split into float16 is made of.
+    """
+    # Bound of what is split into float16, which ends at 2^16, over that of a sample.
+    gain = largest_sum * (2 if spec.remove_dc or spec.preemphasis else 1)
+    return {
+        "hop": spec.hop_length,
+        "shift": spec.offset,
+        "mels": spec.n_mels,
+        **_frame_count_terms(spec),
+        "rest": 1.0 - spec.preemphasis,
+        "target": 253 + 15 - math.ceil(math.log2(max(gain, 1e-3))),
+    }
+
+
+def _frame_count_terms(spec: LogMelSpec) -> dict[str, int]:
+    """What `clip_bounds` makes a clip's frames of, by argument."""
     add, plus = {
         "center": (0, 1),
         "snip_edges": (-spec.win_length, 1),
         "no_snip_edges": (spec.hop_length // 2, 0),
     }[spec.framing]
-    return add, plus - int(spec.drop_last_frame)
+    plus -= int(spec.drop_last_frame)
+    return {"count_add": add, "count_plus": plus, "most_frames": spec.num_frames or 2**31 - 1}
+
+
+def _logarithm_of_two(spec: LogMelSpec) -> tuple[float, float]:
+    """What one more in the exponent of an energy adds to its logarithm: 12 bits of it, and the rest."""
+    step = math.log(2.0) * spec.log_scale
+    fraction, exponent = math.frexp(step)
+    high = math.ldexp(round(fraction * 4096), exponent - 12)
+    return high, step - high
 
 
 @dataclass(frozen=True)
-class FoldedPlan:
+class GradientPlan:
     """What `_frame_gradients_kernel` needs of a front-end besides the waveform."""
 
     taps: Tensor  # [2, depth] folded window
@@ -269,9 +295,14 @@ class FoldedPlan:
     bank: Tensor  # [blocks, 2, BN, MELS]: weights of the even, the odd bins
     blocks: Tensor  # [groups + 1] int32, first block of each group of mels
     firsts: Tensor  # [groups + 1] int32, first mel of each group
-    groups: int
-    numbers: tuple[float, ...]  # win … target, but for what depends on the call
+    numbers: dict[str, float]  # by the kernel's argument
     flags: dict[str, Any]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the kernel, by name."""
+        tables = ("taps", "dft", "bank", "blocks", "firsts")
+        return {**{name: getattr(self, name) for name in tables}, **self.numbers, **self.flags}
 
 
 def _fold(spec: LogMelSpec) -> tuple[int, int, np.ndarray]:
@@ -320,7 +351,7 @@ def _groups(spec: LogMelSpec, bins: int, mels: int) -> list[tuple[int, int, int]
     return groups
 
 
-def _folded_flags(spec: LogMelSpec, tile: Tile) -> dict[str, Any]:
+def _gradient_flags(spec: LogMelSpec, tile: FrameTile) -> dict[str, Any]:
     mels = 32 if spec.n_mels <= 32 else 64
     return {
         "EDGES": EDGES[spec.framing],
@@ -336,8 +367,8 @@ def _folded_flags(spec: LogMelSpec, tile: Tile) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=64)
-def _folded_plan(spec: LogMelSpec, device: torch.device, tile: Tile) -> FoldedPlan:
-    flags = _folded_flags(spec, tile)
+def _gradient_plan(spec: LogMelSpec, device: torch.device, tile: FrameTile) -> GradientPlan:
+    flags = _gradient_flags(spec, tile)
     high, low, taps = _fold(spec)
     odd_centre = high != low
     count = taps.shape[1]
@@ -364,200 +395,214 @@ def _folded_plan(spec: LogMelSpec, device: torch.device, tile: Tile) -> FoldedPl
                     plane[1] = exact - plane[0]
                 mels = weights[bins, mel : firsts[group + 1]]
                 bank[at, parity, : len(bins), : mels.shape[1]] = mels
-    # Bound of a folded sample over that of a sample; float16 ends at 2^16.
-    gain = 2 * taps.sum(0).max() * (2 if spec.remove_dc or spec.preemphasis else 1)
-    target = 253 + 15 - math.ceil(math.log2(max(gain, 1e-3)))
-    count_add, count_plus = _frame_counts(spec)
-    numbers = (
-        spec.win_length, spec.hop_length, spec.offset, spec.n_fft // 2, low, high, depth, len(groups), spec.n_mels,
-        count_add, count_plus, spec.num_frames or 2**31 - 1, 1.0 - spec.preemphasis, target,
-    )  # fmt: skip
-
-    def table(values: Any, dtype: Any) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, dtype)).to(device)
-
-    # inference_mode(False): a constant made inside a user's inference_mode could not be used for training later.
-    with torch.inference_mode(False):
-        return FoldedPlan(
-            table(taps, np.float32),
-            table(dft, np.float16),
-            table(bank, np.float32),
-            table(blocks, np.int32),
-            table(firsts, np.int32),
-            len(groups),
-            numbers,
-            flags,
-        )
+    return GradientPlan(
+        _table(taps, np.float32, device),
+        _table(dft, np.float16, device),
+        _table(bank, np.float32, device),
+        _table(blocks, np.int32, device),
+        _table(firsts, np.int32, device),
+        {
+            **_numbers(spec, 2 * taps.sum(0).max()),
+            "win": spec.win_length,
+            "half": spec.n_fft // 2,
+            "low": low,
+            "high": high,
+            "depth": depth,
+            "groups": len(groups),
+        },
+        flags,
+    )
 
 
-def backward_tile_for(arch: int) -> Tile:
-    """The configuration of the gradient for an architecture: that of the nearest one below it."""
-    if arch == 0:
-        return INTERPRETER_TILE
-    _check_arch(arch)
-    return BACKWARD_TILES[max(a for a in BACKWARD_TILES if a <= arch)]
-
-
-def _check_arch(arch: int) -> None:
-    if 0 < arch < min(BACKWARD_TILES):
-        raise RuntimeError(f"the Triton log-mel needs compute capability 8.0 or later, this GPU has {arch / 10}")
-
-
-def _resident(index: int | None) -> int:
-    """Programs that a GPU holds at once, each with its own scratch."""
+def _resident_programs(index: int | None) -> int:
+    """How many a GPU holds at once, each with its own scratch."""
     return PROGRAMS_OF_SM * dispatch.multiprocessors(index) if dispatch.architecture(index) else 3
 
 
-def _on(index: int | None) -> contextlib.AbstractContextManager[object]:
-    """The device's context, which costs a few microseconds, unless it is the current one."""
+def _device_context(index: int | None) -> contextlib.AbstractContextManager[object]:
+    """Of a CUDA device, unless it is the current one: it costs a few microseconds."""
     if index is None or index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(index)
 
 
-def log_mel_triton(
-    waveform: Tensor,  # [B, T] int16, or floating point in [-1, 1]
-    lengths: Tensor | None,  # [B] int64
-    spec: LogMelSpec,  # without dither
-    offsets: Tensor | None = None,  # [B] int64
-    time_masks: Tensor | None = None,  # [B, n, 2] int64
-    mel_masks: Tensor | None = None,  # [B, n, 2] int64
-) -> tuple[Tensor, Tensor]:
-    """`log_mel` for arguments that it has checked: (features, frame lengths), no gradient."""
-    masks = tuple(None if x is None else x.contiguous() for x in (time_masks, mel_masks))
-    return _launch(_readable(waveform), lengths, spec, offsets, masks, energy=False)
+def log_mel_triton(batch: Batch, spec: LogMelSpec) -> tuple[Tensor, Tensor]:
+    """`operator.log_mel` of a batch, without gradient: (features [B, frames, n_mels], frame lengths [B]).
+
+    `spec` is without dither.
+    """
+    time, mel = (None if x is None else x.contiguous() for x in (batch.time_masks, batch.mel_masks))
+    batch = batch._replace(waveform=_readable(batch.waveform), time_masks=time, mel_masks=mel)
+    return _launch(batch, spec, energy=False)
 
 
-def _launch(
-    waveform: Tensor,
-    lengths: Tensor | None,
-    spec: LogMelSpec,
-    offsets: Tensor | None,
-    masks: tuple[Tensor | None, ...],
-    energy: bool,
-) -> tuple[Tensor, Tensor]:
+def _launch(batch: Batch, spec: LogMelSpec, energy: bool) -> tuple[Tensor, Tensor]:
     """Features and frame lengths; `energy`: mel energies [B, frames, n_mels] float32, 0 past a clip's end."""
-    device = waveform.device
+    waveform, device = batch.waveform, batch.waveform.device
     index = dispatch.index_of(device)
-    _check_arch(dispatch.architecture(index))
-    plan = _plan(spec, device)
-    batch, samples = waveform.shape
+    plan = _feature_plan(spec, device)
+    clips, samples = waveform.shape
     frames = spec.num_frames or spec.frames(samples)
-    tiles = triton.cdiv(frames, TILE.frames)
-    programs = min(batch * tiles, _resident(index))
+    tiles = triton.cdiv(frames, FEATURE_TILE.frames)
+    programs = min(clips * tiles, _resident_programs(index))
     ranged = spec.dynamic_range is not None and not energy
     dtype = torch.float32 if energy else getattr(torch, spec.dtype)
-    features = torch.empty(batch, frames, spec.n_mels, dtype=dtype, device=device)
+    features = torch.empty(clips, frames, spec.n_mels, dtype=dtype, device=device)
     log_mels = torch.empty_like(features, dtype=torch.float32) if ranged else features
-    tops = torch.empty((batch, tiles) if ranged else (1,), device=device)
-    edge = TILE.frames * min(spec.hop_length, spec.win_length) + spec.win_length
-    edges = torch.empty(programs, edge, dtype=waveform.dtype, device=device)
-    scratch = torch.empty(programs, plan.flags["TERMS"], spec.n_mels, TILE.frames, device=device)
-    frame_lengths = torch.empty(batch, dtype=torch.int64, device=device)
-    spans = tuple(0 if x is None else x.shape[1] for x in masks)
-    masks = tuple(frame_lengths if x is None else x for x in masks)
-    hidden = any(spans)
-    flags = {**plan.flags, "RANGE": ranged, "ENERGY": energy, "MASKS": hidden and not ranged}
-    with _on(index):
+    tops = torch.empty((clips, tiles) if ranged else (1,), device=device)
+    edge = FEATURE_TILE.frames * min(spec.hop_length, spec.win_length) + spec.win_length
+    frame_lengths = torch.empty(clips, dtype=torch.int64, device=device)
+    masks = _mask_arguments(batch, frame_lengths)
+    hidden = bool(masks["time_spans"] or masks["mel_spans"])
+    with _device_context(index):
         _log_mel_kernel[(programs,)](
-            waveform, frame_lengths if offsets is None else offsets, frame_lengths if lengths is None else lengths,
-            plan.taps, plan.twiddles, plan.dft, plan.weights, plan.ends, plan.counts, plan.affine, *masks,
-            edges, scratch, log_mels, tops, frame_lengths,
-            batch * tiles, samples, waveform.stride(0), tiles, frames, *plan.numbers[:-2], *spans, *plan.numbers[-2:],
-            _input_scale(waveform, spec), spec.floor, *_of_exponent(spec), spec.log_padding,
-            OFFSETS=offsets is not None, LENGTHS=lengths is not None,
-            num_warps=TILE.warps, num_stages=TILE.stages, **flags,
-        )  # fmt: skip
+            **_clip_arguments(batch, spec, frame_lengths),
+            **{**plan.arguments, "RANGE": ranged, "ENERGY": energy, "MASKS": hidden and not ranged},
+            **masks,
+            edges=torch.empty(programs, edge, dtype=waveform.dtype, device=device),
+            scratch=torch.empty(programs, plan.flags["TERMS"], spec.n_mels, FEATURE_TILE.frames, device=device),
+            out=log_mels,
+            tops=tops,
+            frame_lengths=frame_lengths,
+            work=clips * tiles,
+            tiles=tiles,
+            frames=frames,
+            num_warps=FEATURE_TILE.warps,
+            num_stages=FEATURE_TILE.stages,
+        )
         if ranged:
             size = frames * spec.n_mels
-            _range_kernel[(batch * triton.cdiv(size, 1024),)](
-                log_mels, tops, plan.affine, *masks, features, size, spec.n_mels, tiles, *spans,
-                spec.dynamic_range, spec.log_padding, MASKS=hidden, WIDTH=1024, TOPS=64,
-            )  # fmt: skip
+            _range_kernel[(clips * triton.cdiv(size, RANGE_WIDTH),)](
+                log_mels,
+                tops,
+                plan.affine,
+                **masks,
+                out=features,
+                size=size,
+                mels=spec.n_mels,
+                tops_size=tiles,
+                dynamic_range=spec.dynamic_range,
+                padding=spec.log_padding,
+                MASKS=hidden,
+                WIDTH=RANGE_WIDTH,
+                TOPS=RANGE_TOPS,
+            )
     return features, frame_lengths
 
 
-def log_mel_gradient(
+def _clip_arguments(batch: Batch, spec: LogMelSpec, absent: Tensor) -> dict[str, Any]:
+    """What the kernels that read frames know of the clips; `absent` stands for lengths and offsets that are not given.
+
+    Its dtype is theirs, int64.
+    """
+    return {
+        "waveform": batch.waveform,
+        "samples": batch.waveform.shape[1],
+        "row_stride": batch.waveform.stride(0),
+        "input_scale": spec.sample_scale(batch.waveform.dtype),
+        **_bounds_arguments(batch, absent),
+    }
+
+
+def _bounds_arguments(batch: Batch, absent: Tensor) -> dict[str, Any]:
+    return {
+        "offsets": absent if batch.offsets is None else batch.offsets,
+        "lengths": absent if batch.lengths is None else batch.lengths,
+        "OFFSETS": batch.offsets is not None,
+        "LENGTHS": batch.lengths is not None,
+    }
+
+
+def _mask_arguments(batch: Batch, absent: Tensor) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for name, masks in (("time", batch.time_masks), ("mel", batch.mel_masks)):
+        arguments[f"{name}_masks"] = absent if masks is None else masks
+        arguments[f"{name}_spans"] = 0 if masks is None else masks.shape[1]
+    return arguments
+
+
+def log_mel_triton_gradient(
     gradient: Tensor,  # [B, frames, n_mels], of the features
-    waveform: Tensor,  # and what else `log_mel_triton` was given
-    lengths: Tensor | None,
+    batch: Batch,  # as given to `log_mel_triton`
     spec: LogMelSpec,
-    offsets: Tensor | None = None,
-    time_masks: Tensor | None = None,
-    mel_masks: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the waveform [B, T], in its dtype; from the recomputed mel energies on, a few clips at a time.
 
     What lies between energies and features is differentiated by torch: floor, dynamic range and masks keep autograd's
     rules.
     """
-    readable = _readable(waveform)
-    index = dispatch.index_of(waveform.device)
-    tile = backward_tile_for(dispatch.architecture(index))
-    plan = _folded_plan(spec, waveform.device, tile)
-    batch, samples = waveform.shape
+    readable = batch._replace(waveform=_readable(batch.waveform))
+    device = batch.waveform.device
+    index = dispatch.index_of(device)
+    tile = for_architecture(GRADIENT_TILES, dispatch.architecture(index))
+    plan = _gradient_plan(spec, device, tile)
+    clips, samples = batch.waveform.shape
     frames = gradient.shape[1]
-    result = torch.empty(batch, samples, dtype=readable.dtype, device=waveform.device)
+    result = torch.empty(clips, samples, dtype=readable.waveform.dtype, device=device)
     few = max(1, GRADIENT_CHUNK // (4 * frames * spec.win_length))
     tiles = triton.cdiv(frames, tile.frames)
-    flags = {name: plan.flags[name] for name in FRAME_FLAGS}
-    flags |= {"OFFSETS": offsets is not None, "LENGTHS": lengths is not None}
-    products = {name: plan.flags[name] for name in PRODUCT_FLAGS}
-    win, hop, shift, *_ = plan.numbers
-    for first in range(0, batch, few):
+    for first in range(0, clips, few):
         some = slice(first, first + few)
-        clips = readable[some]
-        edges = tuple(None if x is None else x[some] for x in (offsets, lengths))
-        time, mel = (None if x is None else x[some].contiguous() for x in (time_masks, mel_masks))
-        energies, frame_lengths = _launch(clips, edges[1], spec, edges[0], (None, None), energy=True)
-        with recorded():
+        chunk = readable.clips(some)
+        count = len(chunk.waveform)
+        energies, frame_lengths = _launch(chunk._replace(time_masks=None, mel_masks=None), spec, energy=True)
+        with autograd_in_operator():
             energies.requires_grad_()
-            features = masked(finished(energies, frame_lengths, spec), time, mel, spec).to(gradient.dtype)
+            features = finished(energies, frame_lengths, spec)
+            features = masked(features, chunk.time_masks, chunk.mel_masks, spec).to(gradient.dtype)
             (d_energy,) = torch.autograd.grad(features, energies, gradient[some])
         # Zeros: the window's own are not written.
-        d_frames = torch.zeros(len(clips), frames, spec.win_length, device=waveform.device)
-        d_sums = torch.zeros(len(clips), frames, device=waveform.device)
-        given = tuple(frame_lengths if x is None else x for x in edges)
-        with _on(index):
-            _frame_gradients_kernel[(len(clips) * tiles,)](
-                clips, *given, plan.taps, plan.dft, plan.bank, plan.blocks, plan.firsts, d_energy.contiguous(),
-                d_frames, d_sums, samples, clips.stride(0), tiles, frames, *plan.numbers, _input_scale(clips, spec),
-                num_warps=tile.warps, num_stages=tile.stages, **flags, **products,
-            )  # fmt: skip
-            _samples_gradients_kernel[(len(clips) * triton.cdiv(samples, 256),)](
-                d_frames, d_sums, *given, result[some], samples, frames, win, hop, shift, *plan.numbers[9:12],
-                triton.cdiv(spec.win_length, spec.hop_length), spec.preemphasis, WIDTH=256, **flags,
-            )  # fmt: skip
-    return result.to(waveform.dtype)
+        d_frames = torch.zeros(count, frames, spec.win_length, device=device)
+        d_sums = torch.zeros(count, frames, device=device)
+        with _device_context(index):
+            _frame_gradients_kernel[(count * tiles,)](
+                **_clip_arguments(chunk, spec, frame_lengths),
+                **plan.arguments,
+                d_energy=d_energy.contiguous(),
+                d_frames=d_frames,
+                d_sums=d_sums,
+                tiles=tiles,
+                frames=frames,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+            _samples_gradients_kernel[(count * triton.cdiv(samples, SAMPLES_WIDTH),)](
+                d_frames,
+                d_sums,
+                **_bounds_arguments(chunk, frame_lengths),
+                **_frame_count_terms(spec),
+                **{name: plan.flags[name] for name in FRAME_FLAGS},
+                out=result[some],
+                samples=samples,
+                frames=frames,
+                win=spec.win_length,
+                hop=spec.hop_length,
+                shift=spec.offset,
+                overlap=triton.cdiv(spec.win_length, spec.hop_length),
+                preemphasis=spec.preemphasis,
+                WIDTH=SAMPLES_WIDTH,
+            )
+    return result.to(batch.waveform.dtype)
 
 
 def _readable(waveform: Tensor) -> Tensor:
     """The waveform in a dtype and layout that the kernels read."""
-    if waveform.dtype not in DTYPES:
+    if waveform.dtype not in TYPE_NAMES:
         waveform = waveform.to(torch.float32)
     return waveform if waveform.stride(1) == 1 else waveform.contiguous()
 
 
-def _of_exponent(spec: LogMelSpec) -> tuple[float, float]:
-    """What one more in the exponent of an energy adds to its logarithm: 12 bits of it, and the rest."""
-    step = math.log(2.0) * LN_FACTOR[spec.log]
-    fraction, exponent = math.frexp(step)
-    high = math.ldexp(round(fraction * 4096), exponent - 12)
-    return high, step - high
+# ---------------------------------------------------------------------------------------------------------------------
+# What the launcher may ask Triton to compile
+# ---------------------------------------------------------------------------------------------------------------------
 
-
-def _input_scale(waveform: Tensor, spec: LogMelSpec) -> float:
-    return spec.input_scale / 32768.0 if waveform.dtype == torch.int16 else spec.input_scale
-
-
-TYPES = {torch.int16: "i16", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _WHISPER = LogMelSpec(16000, 400, 400, 160, 80, mel_scale="slaney", dynamic_range=8.0)
 _KALDI = LogMelSpec(
     16000, 512, 400, 160, 80, window="povey", framing="snip_edges", remove_dc=True, preemphasis=0.97,
     mel_scale="kaldi", f_min=20.0,
 )  # fmt: skip
-# The forms of the kernel that the family of CLAP takes; overrides of a front-end may lead to more.
-FORMS = {
+# The front-ends of the CLAP family, so far as the kernels tell them apart; overrides may lead to more.
+COMPILED_SPECS = {
     "whisper": _WHISPER,
     "whisper 128": dataclasses.replace(_WHISPER, n_mels=128),
     "kaldi": _KALDI,
@@ -572,44 +617,47 @@ FORMS = {
 
 def compilations(arch: int) -> Iterator[Compilation]:
     """The forms of every preset with each dtype of a waveform and the usual ones of features, and with lengths."""
-    both = (False, True)
-    for name, spec in FORMS.items():
-        flags = {**_flags(spec), "ENERGY": False}
-        if flags["RANGE"]:  # features have their dtype and masks from the second kernel
-            kinds = [(kind, "fp32") for kind in TYPES.values()]
-        else:
-            kinds = [(kind, kind) for kind in ("fp32", "fp16", "bf16")]
-            kinds += [("fp32", "bf16"), ("i16", "fp32"), ("i16", "bf16")]
-        forms = [(kind, out, lengths, False) for (kind, out), lengths in product(kinds, both)]
-        for kind, out, lengths, masks in forms if flags["RANGE"] else [*forms, ("i16", "bf16", True, True)]:
-            label = f"log-mel {name} {kind} to {out}{' lengths' * lengths}{' offsets masks' * masks}"
-            constants = {**flags, "OFFSETS": masks, "LENGTHS": lengths, "MASKS": masks}
-            types = {**dict.fromkeys(("waveform", "edges"), f"*{kind}"), "out": f"*{out}"}
-            yield _compilation(label, _log_mel_kernel, types, constants, TILE.warps, TILE.stages)
-        for dtype in (torch.float32, torch.bfloat16):
-            types = {**dict.fromkeys(("waveform", "edges"), f"*{TYPES[dtype]}"), "out": "*fp32"}
-            given = {"OFFSETS": False, "LENGTHS": True}
-            constants = {**flags, **given, "MASKS": False, "RANGE": False, "ENERGY": True}
-            label = f"{name} {TYPES[dtype]}"
-            yield _compilation(f"mel energy {label}", _log_mel_kernel, types, constants, TILE.warps, TILE.stages)
-            back = backward_tile_for(arch)
-            names = (*FRAME_FLAGS, *PRODUCT_FLAGS)
-            constants = {**given, **{flag: value for flag, value in _folded_flags(spec, back).items() if flag in names}}
-            yield _compilation(
-                f"frame gradients {label}", _frame_gradients_kernel, types, constants, back.warps, back.stages
-            )
-            constants = {**given, **{flag: flags[flag] for flag in FRAME_FLAGS}, "WIDTH": 256}
-            types = {"out": f"*{TYPES[dtype]}"}
-            yield _compilation(f"sample gradients {label}", _samples_gradients_kernel, types, constants, 4, 3)
+    for name, spec in COMPILED_SPECS.items():
+        yield from _feature_compilations(name, spec)
+        yield from _gradient_compilations(name, spec, arch)
     for out in ("fp32", "fp16", "bf16"):
         for masks in (False, True):
-            constants = {"MASKS": masks, "WIDTH": 1024, "TOPS": 64}
+            constants = {"MASKS": masks, "WIDTH": RANGE_WIDTH, "TOPS": RANGE_TOPS}
             label = f"range to {out}{' masks' * masks}"
-            yield _compilation(label, _range_kernel, {"out": f"*{out}"}, constants, 4, 3)
+            yield _compilation(label, _range_kernel, {"out": f"*{out}"}, constants)
+
+
+def _feature_compilations(name: str, spec: LogMelSpec) -> Iterator[Compilation]:
+    both = (False, True)
+    flags = {**feature_flags(spec), "ENERGY": False}
+    if flags["RANGE"]:  # features have their dtype and masks from the second kernel
+        kinds = [(kind, "fp32") for kind in ("i16", "fp32", "fp16", "bf16")]
+    else:
+        kinds = [(kind, kind) for kind in ("fp32", "fp16", "bf16")]
+        kinds += [("fp32", "bf16"), ("i16", "fp32"), ("i16", "bf16")]
+    forms = [(kind, out, lengths, False) for (kind, out), lengths in product(kinds, both)]
+    for kind, out, lengths, masks in forms if flags["RANGE"] else [*forms, ("i16", "bf16", True, True)]:
+        label = f"log-mel {name} {kind} to {out}{' lengths' * lengths}{' offsets masks' * masks}"
+        constants = {**flags, "OFFSETS": masks, "LENGTHS": lengths, "MASKS": masks}
+        types = {**dict.fromkeys(("waveform", "edges"), f"*{kind}"), "out": f"*{out}"}
+        yield _compilation(label, _log_mel_kernel, types, constants, FEATURE_TILE)
+
+
+def _gradient_compilations(name: str, spec: LogMelSpec, arch: int) -> Iterator[Compilation]:
+    tile = for_architecture(GRADIENT_TILES, arch)
+    given = {"OFFSETS": False, "LENGTHS": True}
+    flags = _gradient_flags(spec, tile)
+    for kind in ("fp32", "bf16"):
+        types = {**dict.fromkeys(("waveform", "edges"), f"*{kind}"), "out": "*fp32"}
+        constants: dict[str, Any] = {**feature_flags(spec), **given, "MASKS": False, "RANGE": False, "ENERGY": True}
+        yield _compilation(f"mel energy {name} {kind}", _log_mel_kernel, types, constants, FEATURE_TILE)
+        yield _compilation(f"frame gradients {name} {kind}", _frame_gradients_kernel, types, {**given, **flags}, tile)
+        constants = {**given, **{flag: flags[flag] for flag in FRAME_FLAGS}, "WIDTH": SAMPLES_WIDTH}
+        yield _compilation(f"sample gradients {name} {kind}", _samples_gradients_kernel, {"out": f"*{kind}"}, constants)
 
 
 def _compilation(
-    name: str, function: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int
+    name: str, function: Any, types: dict[str, str], constants: dict[str, Any], tile: FrameTile | None = None
 ) -> Compilation:
     numbers = ["preemphasis", "rest", "input_scale", "floor", "log_high", "log_low", "padding", "dynamic_range"]
     types = {
@@ -620,6 +668,7 @@ def _compilation(
         **types,
     }
     signature, attrs = signature_and_attrs(function, types, constants)
+    warps, stages = (4, 3) if tile is None else (tile.warps, tile.stages)
     # Matrices of 16 rows: no chip's larger instruction takes them.
     matrix_instruction: bool | str = "mma.sync" if "N1" in constants else "BN" in constants
     return Compilation(

@@ -26,9 +26,8 @@ from torch.autograd import forward_ad
 
 from fastclap.features import PRESETS
 from fastclap.kernels.log_mel import native
-from fastclap.kernels.log_mel.native import log_mel_native
-from fastclap.kernels.log_mel.operator import log_mel
-from fastclap.kernels.log_mel.spec import LogMelSpec
+from fastclap.kernels.log_mel.operator import chosen_engine, log_mel
+from fastclap.kernels.log_mel.spec import Batch, LogMelSpec
 from fastclap.kernels.log_mel.torch_engine import log_mel_reference
 
 needs_library = pytest.mark.skipif(not native.available(), reason=f"no native log-mel engine: {native.description()}")
@@ -70,6 +69,19 @@ def torch_engine(waveform: Tensor, lengths: Tensor | None, spec: LogMelSpec) -> 
     """`log_mel` computed by torch whatever is installed: a waveform with a gradient has no other engine."""
     features, frame_lengths = log_mel(waveform.float().requires_grad_(), lengths, int16_as_float(waveform, spec))
     return features.detach(), frame_lengths
+
+
+def log_mel_native(
+    waveform: Tensor, lengths: Tensor | None, spec: LogMelSpec, *, simd: str = "auto", threads: int | None = None
+) -> tuple[Tensor, Tensor]:
+    if simd == "auto" and threads is None:
+        return log_mel(waveform, lengths, spec, backend="native")
+    return native.log_mel_native(Batch(waveform, lengths), spec, simd=simd, threads=threads)
+
+
+def usable(waveform: Tensor, spec: LogMelSpec) -> bool:
+    """Whether "auto" takes the native engine."""
+    return chosen_engine(waveform, spec, "auto") == "native"
 
 
 def int16_as_float(waveform: Tensor, spec: LogMelSpec) -> LogMelSpec:
@@ -324,9 +336,9 @@ def test_wrong_arguments_are_named(waveform: Tensor, lengths: Tensor | None, mes
 )
 def test_what_is_not_covered_is_left_to_torch(change: dict[str, int], message: str) -> None:
     spec = dataclasses.replace(PRESETS["whisper"], **change)  # type: ignore[arg-type]
-    assert not native.usable(torch.zeros(1, 1000), spec)
+    assert not usable(torch.zeros(1, 1000), spec)
     with pytest.raises(NotImplementedError, match=message):
-        log_mel_native(torch.zeros(1, 1000), None, spec)
+        native.log_mel_native(Batch(torch.zeros(1, 1000)), spec)
 
 
 # --- threads, processes, transformations ------------------------------------------------------------------------------
@@ -458,17 +470,17 @@ def test_threads_are_those_of_the_openmp_runtime(monkeypatch: pytest.MonkeyPatch
 @needs_library
 def test_usable_only_where_torch_need_not_follow() -> None:
     spec, waveform = PRESETS["whisper"], noise(1, 1000)
-    assert native.usable(waveform, spec)
-    assert native.usable(waveform.to(torch.int16), spec)
-    assert not native.usable(waveform.to("meta"), spec)
+    assert usable(waveform, spec)
+    assert usable(waveform.to(torch.int16), spec)
+    assert not usable(waveform.to("meta"), spec)
     leaf = waveform.clone().requires_grad_()
-    assert not native.usable(leaf, spec)
+    assert not usable(leaf, spec)
     with torch.no_grad():
-        assert native.usable(leaf, spec)
+        assert usable(leaf, spec)
     seen = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(native.usable(x, spec))
+        seen.append(usable(x, spec))
         return x.sum()
 
     torch.func.vmap(look)(waveform[None])
@@ -483,7 +495,7 @@ def test_usable_only_where_torch_need_not_follow() -> None:
 
 @pytest.fixture
 def fresh_loader() -> Iterator[None]:
-    caches = (native._load, native._plan, native._say_once)
+    caches = (native._load, native._plan, native._warn_once)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -504,10 +516,10 @@ def test_without_the_library_it_says_so_once(
     assert str(file) in native.description()
     with pytest.warns(RuntimeWarning, match="computed with torch") as caught:
         for _ in range(2):
-            assert not native.usable(torch.zeros(1, 1000), PRESETS["whisper"])
+            assert not usable(torch.zeros(1, 1000), PRESETS["whisper"])
     assert len(caught) == 1
     with pytest.raises(RuntimeError, match="no native log-mel engine"):
-        log_mel_native(torch.zeros(1, 1000), None, PRESETS["whisper"])
+        native.log_mel_native(Batch(torch.zeros(1, 1000)), PRESETS["whisper"])
 
 
 @needs_library
