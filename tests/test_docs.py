@@ -71,7 +71,9 @@ def test_every_command_is_understood(page: Path, monkeypatch: pytest.MonkeyPatch
         if words[0] == "torchrun":
             words = ["fastclap-train", *words[words.index("fastclap.train.cli") + 1 :]]
         if words[0] not in ("fastclap", "fastclap-train"):
-            assert words[0] in ("git", "hf", "huggingface-cli", "make", "pip", "python", "mkdir", "cd"), words
+            assert words[0] in (".ci/run", "git", "hf", "huggingface-cli", "make", "pip", "python", "mkdir", "cd"), (
+                words
+            )
             continue
         ours += 1
         try:
@@ -87,7 +89,7 @@ def test_every_command_is_understood(page: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in RUN_ELSEWHERE], ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they stand, one after the other; those that need a client (needs=NAME) run where it is installed, elsewhere."""
+    """As they stand, one after the other; other tests run those that need a client (needs=NAME), where it is there."""
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}
     for language, needs, text in blocks(page):

@@ -1,0 +1,5 @@
+"""The public name of `fastclap.apps.mteb_model`."""
+
+from fastclap.apps.mteb_model import MTEBEncoder
+
+__all__ = ["MTEBEncoder"]
