@@ -26,7 +26,7 @@ _WORKER = "PYTEST_XDIST_WORKER" in os.environ
 _failed: set[str] = set()  # ids of tests, in a worker
 
 if _WORKER:
-    from bench.gpu.run import die_with_parent  # here, as it imports torch, which the controller can do without
+    from bench.gpu.watch import die_with_parent  # here, as it imports torch, which the controller can do without
 
     die_with_parent()
 
