@@ -488,19 +488,19 @@ def test_import_is_cheap_and_brings_no_client() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# README
+# docs/drop-in.md
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def readme_examples() -> list[Any]:
-    """The README's blocks that need a client: ```python needs=NAME. Those that need none run with the others."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def examples() -> list[Any]:
+    """The page's blocks that need a client: ```python needs=NAME. tests/test_docs.py runs the others."""
+    text = (ROOT / "docs" / "drop-in.md").read_text(encoding="utf-8")
     found = re.findall(r"```python needs=(\w+)\n(.*?)```", text, flags=re.DOTALL)
     return [pytest.param(name, code, id=name) for name, code in found]
 
 
-@pytest.mark.parametrize("name, code", readme_examples())
-def test_readme_examples_with_a_client_run(name: str, code: str) -> None:
+@pytest.mark.parametrize("name, code", examples())
+def test_examples_with_a_client_run(name: str, code: str) -> None:
     skip_unless_installed(name)
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
