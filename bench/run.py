@@ -331,6 +331,13 @@ class Run:
         row = self.known(case)
         return row is not None and not row.get("preliminary")
 
+    def measure(self, case: Case, call: Callable[[], Row], seconds: float) -> None:
+        """Adds the row that a call returns, or one with the reason why there is none, unless the case has a row."""
+        if self.known(case) is None:
+            figures = self.attempt(case, call, seconds)
+            if figures is not None:
+                self.add(case, **figures)
+
     def attempt(self, case: Case, call: Callable[[], Any], seconds: float) -> Any:
         """The result of a call; or None, with a row that says why: what it raised, or that it took too long.
 

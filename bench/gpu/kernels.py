@@ -57,8 +57,30 @@ class KernelSizes:
     warm_up_seconds: float  # the most one form may take to compile, tune and run twice
 
 
-GPU = KernelSizes(1024, 10.0, 1.0, (32, 128), 499, 16, 32 * 16000, 512, 2.0, 30.0)
-CPU = KernelSizes(2, 0.1, 0.06, (2,), 29, 4, 64, 48, 0.02, 20.0)
+GPU = KernelSizes(
+    clips=1024,
+    seconds=10.0,
+    graph_seconds=1.0,
+    attention_batches=(32, 128),
+    frames=499,
+    heads=16,
+    rows=32 * 16000,
+    channels=512,
+    case_seconds=2.0,
+    warm_up_seconds=30.0,
+)
+CPU = KernelSizes(
+    clips=2,
+    seconds=0.1,
+    graph_seconds=0.06,
+    attention_batches=(2,),
+    frames=29,
+    heads=4,
+    rows=64,
+    channels=48,
+    case_seconds=0.02,
+    warm_up_seconds=20.0,
+)
 
 
 def sizes_of(run: Run) -> KernelSizes:
@@ -316,7 +338,7 @@ def _graph(run: Run, case: Case, call: Callable[[], Sequence[Tensor]], inputs: S
     """A captured graph replayed on other inputs gives what an eager call gives; and how long a replay takes."""
     case = {"check": "replay of a CUDA graph", **case, "dtype": dtype_name(run.dtype)}
 
-    def replayed() -> tuple[bool, timing.Timing]:
+    def replayed() -> Row:
         replay = timing.captured(call, run.device)
         with torch.no_grad():
             for x in inputs:
@@ -325,9 +347,7 @@ def _graph(run: Run, case: Case, call: Callable[[], Sequence[Tensor]], inputs: S
         found = replay()
         torch.cuda.synchronize(run.device)
         same = all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
-        return same, timing.interleaved({"replay": replay}, run.device, 0.3, least=10, most=100)["replay"]
+        times = timing.interleaved({"replay": replay}, run.device, 0.3, least=10, most=100)["replay"]
+        return {"passed": same, **times.as_dict()}
 
-    if not run.known(case):
-        found = run.attempt(case, replayed, 30.0)
-        if found is not None:
-            run.add(case, passed=found[0], **found[1].as_dict())
+    run.measure(case, replayed, 30.0)

@@ -99,20 +99,16 @@ def errors(run: Run) -> None:
                 case = {"check": "float64", "loss": loss, "rows": rows, "dim": dim, "scale": round(scale, 2)}
                 ways = ("stored", "4 passes") if loss == "info_nce" and not run.tiny else ("one way",)
                 cases = {way: {**case, "exponentials": way} for way in ways}
-                if all(run.known(of) for of in cases.values()):
+                if all(run.known(case) for case in cases.values()):
                     continue
                 first = next(iter(cases.values()))
                 expected = run.attempt(first, functools.partial(peers.reference, loss, *inputs), 30.0)
-                for way, of in cases.items():
-                    if expected is None or run.known(of):
-                        continue
+                if expected is None:
+                    continue
+                for way, case in cases.items():
                     engine = functools.partial(LOSSES[loss], backend=run.engine)
                     chosen = engine if way == "one way" else peers.storing(engine, way == "stored")
-                    found = run.attempt(
-                        of, functools.partial(_checked, chosen, loss, expected, inputs, run.dtype), 30.0
-                    )
-                    if found is not None:
-                        run.add(of, **found)
+                    run.measure(case, functools.partial(_checked, chosen, loss, expected, inputs, run.dtype), 30.0)
 
 
 def _checked(
@@ -198,30 +194,27 @@ def loss_entries(
 def latency(run: Run) -> None:
     """Small batches as a program calls them: many calls in a row by the wall clock, the slower of host and device."""
     for case, form, call in _small_calls(run, "calls in a row"):
-        found = run.attempt(case, functools.partial(_in_a_row, call, run.device), sizes_of(run).warm_up_seconds)
-        if found is not None:
-            run.add(case, **found.as_dict(), notes=form.notes)
+        run.measure(case, functools.partial(_successive, call, run.device, form.notes), sizes_of(run).warm_up_seconds)
 
 
-def _in_a_row(call: Callable[[], object], device: torch.device) -> timing.Timing:
+def _successive(call: Callable[[], object], device: torch.device, notes: str) -> Row:
     timing.warmed_up(call)
-    return timing.Timing.of([timing.steady_ms(call, device, CALLS) for _ in range(5)])
+    times = timing.Timing.of([timing.steady_ms(call, device, CALLS) for _ in range(5)])
+    return {**times.as_dict(), "notes": notes}
 
 
 def graphs(run: Run) -> None:
     """Small batches as a captured CUDA graph: device time of a replay, and whether it gives what a call gives."""
     for case, form, call in _small_calls(run, "graph"):
-        found = run.attempt(case, functools.partial(_replayed, call, run.device), sizes_of(run).warm_up_seconds)
-        if found is not None:
-            same, figures = found
-            run.add(case, passed=same, **figures.as_dict(), notes=form.notes)
+        run.measure(case, functools.partial(_replayed, call, run.device, form.notes), sizes_of(run).warm_up_seconds)
 
 
-def _replayed(call: Callable[[], Tensor], device: torch.device) -> tuple[bool, timing.Timing]:
+def _replayed(call: Callable[[], Tensor], device: torch.device, notes: str) -> Row:
     expected = call().clone()
     replay = timing.captured(call, device)
     same = torch.equal(expected, replay())
-    return same, timing.interleaved({"replay": replay}, device, 0.5, least=10, most=100)["replay"]
+    times = timing.interleaved({"replay": replay}, device, 0.5, least=10, most=100)["replay"]
+    return {"passed": same, **times.as_dict(), "notes": notes}
 
 
 def _small_calls(run: Run, mode: str) -> Iterator[tuple[Case, peers.Peer, Callable[[], Tensor]]]:
@@ -357,14 +350,10 @@ def largest(run: Run) -> None:
     if needed > run.left:
         run.add(case, reason=f"{NOT_REACHED}: a step takes about {needed:.0f} s, {run.left:.0f} s are left")
         return
-    found = run.attempt(case, functools.partial(_one_step, run, rows, dim), run.left)
-    if found is not None:
-        ms, peak, loss = found
-        figures = {**timing.Timing.of([ms]).as_dict(), "peak_bytes": peak, "loss_value": loss}
-        run.add(case, **figures, **peers.loss_rates(rows, dim, ms, tflops))
+    run.measure(case, functools.partial(_one_step, run, rows, dim, tflops), run.left)
 
 
-def _one_step(run: Run, rows: int, dim: int) -> tuple[float, int | None, float]:
+def _one_step(run: Run, rows: int, dim: int, peak_tflops: float | None) -> Row:
     loss = functools.partial(info_nce, backend=run.engine)
     timing.forward_backward(loss, [timing.embeddings(min(rows, 16384), dim, SCALE, run.device, run.dtype)])()
     inputs = timing.embeddings(rows, dim, SCALE, run.device, run.dtype)
@@ -381,4 +370,5 @@ def _one_step(run: Run, rows: int, dim: int) -> tuple[float, int | None, float]:
     value, milliseconds = values
     if not math.isfinite(value) or not all(t.grad is not None and bool(t.grad.isfinite().all()) for t in inputs):
         raise ArithmeticError("the loss or a gradient is not finite")
-    return milliseconds, peak, value
+    figures = {**timing.Timing.of([milliseconds]).as_dict(), "peak_bytes": peak, "loss_value": value}
+    return {**figures, **peers.loss_rates(rows, dim, milliseconds, peak_tflops)}

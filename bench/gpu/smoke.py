@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bench import compare, timing
 from bench.gpu.forms import FORMS, KernelForm
 from bench.reference_step import deterministic_cudnn
-from bench.run import Case, Row, Run, dtype_name
+from bench.run import Row, Run, dtype_name
 from bench.tables import markdown
 from fastclap.testing import relative_error
 
@@ -36,10 +36,7 @@ def kernels(run: Run) -> None:
     """Every form against float64, and two runs of it bit for bit."""
     for form in FORMS:
         case = {"form": form.name, "dtype": dtype_name(form.dtype)}
-        if run.known(case) is None:
-            found = run.attempt(case, functools.partial(_checked, form, run.device, run.engine), FORM_SECONDS)
-            if found is not None:
-                run.add(case, **found)
+        run.measure(case, functools.partial(_checked, form, run.device, run.engine), FORM_SECONDS)
     _print_failures(run, "form")
 
 
@@ -114,20 +111,13 @@ def positions(run: Run) -> None:
     sizes = CPU if run.tiny else GPU
     for dtype in (torch.float32, torch.bfloat16):
         case = {"positions": "errors", "dtype": dtype_name(dtype), "batch": CHECKED_BATCH, "frames": sizes.frames}
-        if run.known(case) is None:
-            found = run.attempt(case, functools.partial(_convolution_errors, run, sizes, dtype), FORM_SECONDS)
-            if found is not None:
-                run.add(case, **found)
+        run.measure(case, functools.partial(_convolution_errors, run, sizes, dtype), FORM_SECONDS)
     for deterministic in (False, True):
-        case = {"positions": "times", "dtype": "bfloat16", "batch": sizes.batch, "frames": sizes.frames}
-        case |= {"cudnn_deterministic": deterministic}
         for passes in ("forward", "backward"):
-            of: Case = {**case, "passes": passes}
-            if run.known(of) is None:
-                timed = functools.partial(_convolution_times, run, sizes, passes, deterministic)
-                figures = run.attempt(of, timed, FORM_SECONDS)
-                if figures is not None:
-                    run.add(of, **figures.as_dict())
+            case = {"positions": "times", "dtype": "bfloat16", "batch": sizes.batch, "frames": sizes.frames}
+            case |= {"cudnn_deterministic": deterministic, "passes": passes}
+            times = functools.partial(_convolution_times, run, sizes, passes, deterministic)
+            run.measure(case, times, FORM_SECONDS)
     _print_failures(run, "positions")
 
 
@@ -174,7 +164,7 @@ def _convolution_errors(run: Run, sizes: ConvolutionSizes, dtype: torch.dtype) -
     return {"passed": all(error <= rounding for error in errors.values()), "errors": errors, "rounding": rounding}
 
 
-def _convolution_times(run: Run, sizes: ConvolutionSizes, passes: str, deterministic: bool) -> timing.Timing:
+def _convolution_times(run: Run, sizes: ConvolutionSizes, passes: str, deterministic: bool) -> Row:
     forward, leaves, upstream = _forward_of(_convolution(run, sizes), run, sizes, sizes.batch, torch.bfloat16)
     with deterministic_cudnn(deterministic):
         out = forward()
@@ -185,4 +175,4 @@ def _convolution_times(run: Run, sizes: ConvolutionSizes, passes: str, determini
 
         call: Callable[[], Any] = forward if passes == "forward" else backward
         call()
-        return timing.interleaved({passes: call}, run.device, sizes.seconds)[passes]
+        return timing.interleaved({passes: call}, run.device, sizes.seconds)[passes].as_dict()
