@@ -35,6 +35,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "info_nce": info_nce,
     "sigmoid": functools.partial(sigmoid_loss, logit_bias=peers.SIGMOID_BIAS),
 }
+OUR_KERNELS = ("sums", "gradient", "convert", "sigmoid")  # of `fastclap.kernels.contrastive.triton_kernels`
 CALLS = 20  # in a row, of a sample of the latency
 PROFILED = 3  # steps
 
@@ -283,7 +284,7 @@ def _by_stage(by_kernel: dict[str, float], step: timing.Timing) -> dict[str, Row
     """Figures of the whole step, of each stage and of the longest kernels; `passes` of those that multiply."""
     grouped: dict[str, float] = {}
     for kernel, milliseconds in by_kernel.items():
-        grouped[_stage(kernel)] = grouped.get(_stage(kernel), 0.0) + milliseconds
+        grouped[stage_of(kernel)] = grouped.get(stage_of(kernel), 0.0) + milliseconds
     passes = {"sums": 1, "gradient": 1, "products": 2}
     found: dict[str, Row] = {"whole step": {**step.as_dict(), "passes": 3 if "convert" in grouped else 4}}
     for stage, milliseconds in sorted(grouped.items(), key=lambda item: -item[1]):
@@ -293,10 +294,10 @@ def _by_stage(by_kernel: dict[str, float], step: timing.Timing) -> dict[str, Row
     return found
 
 
-def _stage(kernel: str) -> str:
+def stage_of(kernel: str) -> str:
     name = kernel.lower()
-    for stage in ("sums", "gradient", "convert", "sigmoid"):
-        if f"_{stage}_kernel" in name:
+    for stage in OUR_KERNELS:
+        if name.strip("_").startswith(f"{stage}_kernel"):
             return stage
     if any(part in name for part in ("gemm", "nvjet", "cutlass", "xmma", "aten::mm", "aten::addmm")):
         return "products"

@@ -106,6 +106,13 @@ def test_stages_latency_and_the_largest_batch(rows: Callable[..., list[Row]]) ->
     assert 0 < largest["loss_value"] < 20 and largest["median_ms"] > 0
 
 
+def test_a_kernel_of_ours_belongs_to_its_stage() -> None:
+    kernels = pytest.importorskip("fastclap.kernels.contrastive.triton_kernels")
+    for stage in loss.OUR_KERNELS:
+        assert loss.stage_of(getattr(kernels, f"{stage}_kernel").__name__) == stage
+    assert loss.stage_of("nvjet_tst_128x256") == "products" and loss.stage_of("vectorized_add") == "other"
+
+
 def test_kernels_are_timed_with_their_peers_and_floors(rows: Callable[..., list[Row]]) -> None:
     for lot, kernel, peer in (
         ("log_mel", "log-mel", "torchaudio"),
