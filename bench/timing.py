@@ -57,8 +57,8 @@ class Timing:
 def queued_ms(call: Call, device: torch.device, wait_ms: float) -> tuple[float, float]:
     """(ms on the device, ms until the host had queued it) of one call, which the device begins after a wait.
 
-    A wait that is longer than the host needs takes the host's time out of the device's. Where a call waits for the
-    device itself, both hold its turns.
+    A wait that is longer than the host needs keeps the host's time out of the device's. Where a call itself waits for
+    the device, both times include that.
     """
     torch.cuda.synchronize(device)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -234,7 +234,7 @@ def noise(clips: int, samples: int, dtype: torch.dtype, device: torch.device | s
 def larger_than_cache(
     rows: int, dim: int, scale: float, device: torch.device, dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """As many sets of `embeddings` as make twice the L2 cache, at least two; two on a CPU."""
+    """As many sets of `embeddings` as fill twice the L2 cache, at least two; two on a CPU."""
     sets = 2
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size

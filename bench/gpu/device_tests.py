@@ -78,9 +78,9 @@ class Results:
         """An event of `bench.gpu.pytest_rows`."""
         if event["event"] == "collected":
             for name in event["tests"]:
-                self._of(name)
+                self._state_of(name)
             return
-        test = self._of(event["test"])
+        test = self._state_of(event["test"])
         if event["event"] == "started":
             test.started = True
         elif event["event"] == "ended":
@@ -90,7 +90,7 @@ class Results:
             if "::" not in event["test"]:  # a file that could not be collected
                 test.ended = True
 
-    def _of(self, name: str) -> TestState:
+    def _state_of(self, name: str) -> TestState:
         self.changed.add(file_of(name))
         return self.tests.setdefault(name, TestState())
 

@@ -1,6 +1,6 @@
 """Stages of the lot `smoke`: the ceilings, every kernel form once, and the positional convolution of WavLM.
 
-Failures are rows like all others; none of them ends the lot, and a table at the end of a stage has them together.
+Failures are rows like all others; none of them ends the lot, and a table at the end of a stage lists them.
 """
 
 from __future__ import annotations

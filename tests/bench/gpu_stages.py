@@ -14,7 +14,7 @@ from bench.run import Run
 
 
 def counting(run: Run) -> None:
-    """A row every few milliseconds, each told of in a file once it is on the disk; never ends by itself."""
+    """A row every few milliseconds, each noted in a file once it is on the disk; never ends by itself."""
     told = Path(os.environ["FASTCLAP_TEST_TOLD"])
     with told.open("a", encoding="utf-8") as file:
         file.write(f"pid {os.getpid()}\n")
