@@ -25,6 +25,5 @@ def embed_clips(
         threads: decoding threads.
         bad: receives the clips that cannot be used.
     """
-    batches = eval_batches(manifest, model.sampling_rate, batch_size, bad=bad, threads=threads)
-    for rows, audio, lengths, _, _ in batches:
-        yield rows, model.embed_batch(audio, lengths.tolist())
+    for batch in eval_batches(manifest, model.sampling_rate, batch_size, bad=bad, threads=threads):
+        yield batch.rows, model.embed_batch(batch.audio, batch.lengths.tolist())
