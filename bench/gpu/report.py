@@ -17,6 +17,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- tables of bench.gpu: begin -->", "<!-- end -->"
 UNMEASURED = "**Nothing here has been measured on a GPU yet.**"
 OURS = ("fastclap", "fastclap Triton")  # forms of the kernels that are ours
+COMMON_SIZES = ("clips", "seconds", "heads", "frames", "head_width", "rows", "channels")  # in all cases of a kernel
 FORMS_ON_PAGE = ("fastclap Triton", "materialised, compiled", "open_clip, compiled", "inf_cl", "memeff")
 
 
@@ -199,32 +200,30 @@ def _case(row: Row) -> str:
 
 
 def _step(records: Records, *, brief: bool) -> Iterator[str]:
-    for rows in _unique(row["case"]["rows"] for row in rows_of(records, "step", "step_more", form=..., rows=...)):
-        cases = [
-            row for row in rows_of(records, *(["step"] if brief else ["step", "step_more"]), form=..., rows=rows)
-            if not brief or "median_ms" in row
-        ]  # fmt: skip
-        if not cases or (brief and rows != min(r["case"]["rows"] for r in rows_of(records, "step", rows=...))):
+    lots = ("step",) if brief else ("step", "step_more")
+    sizes = _unique(row["case"]["rows"] for row in rows_of(records, *lots, form=..., rows=...))
+    for rows in [min(sizes)] if brief and sizes else sizes:
+        cases = [row for row in rows_of(records, *lots, form=..., rows=rows) if not brief or "median_ms" in row]
+        if not cases:
             continue
         yield f"A training step of WavLM-Large and XLM-R, {rows} clips of {cases[0]['case'].get('seconds', 10):g} s:"
-        base = {row["case"]["form"]: row.get("median_ms") for row in cases}
-        released, tuned = base.get("reference, as released"), base.get("reference, bf16")
+        times = {row["case"]["form"]: row.get("median_ms") for row in cases}
+        released, tuned = times.get("reference, as released"), times.get("reference, bf16")
         yield markdown(
             ["form", "ms", "clips/s", "of the matmul peak", "memory", "× released", "× reference, bf16"],
             [
-                [
-                    *(
-                        row["case"]["form"],
-                        _ms(row),
-                        _figure(row, "clips_per_s"),
-                        _percent(row, "mfu"),
-                        _gigabytes(row),
-                    ),
-                    *(f"{t / row['median_ms']:.1f}" if t and "median_ms" in row else "" for t in (released, tuned)),
-                ]
+                [row["case"]["form"], *_step_cells(row), *(_gain(row, base) for base in (released, tuned))]
                 for row in cases
             ],
         )
+
+
+def _step_cells(row: Row) -> list[str]:
+    return [_ms(row), _figure(row, "clips_per_s"), _percent(row, "mfu"), _gigabytes(row)]
+
+
+def _gain(row: Row, base_ms: float | None) -> str:
+    return f"{base_ms / row['median_ms']:.1f}" if base_ms and "median_ms" in row else ""
 
 
 def _open_clip(records: Records) -> Iterator[str]:
@@ -373,22 +372,19 @@ def _kernels(records: Records) -> Iterator[str]:
         errors = [e for n, e in ((ours or {}).get("errors") or {}).items() if n != "largest"]
         cells.append(
             [
-                ", ".join(f"B = {v}" if k == "batch" else str(v) for k, v in case if k not in UNSAID),
-                *(
-                    "" if ours is None else _ms(ours),
-                    _figure(ours or {}, "floor_ms"),
-                    _percent(ours or {}, "share_of_floor"),
-                ),
+                ", ".join(f"B = {v}" if k == "batch" else str(v) for k, v in case if k not in COMMON_SIZES),
+                "" if ours is None else _ms(ours),
+                _figure(ours or {}, "floor_ms"),
+                _percent(ours or {}, "share_of_floor"),
                 f"{max(errors):.1e}" if errors else "",
-                *(best or "", _ms(peers[best]) if best else "", gain),
+                best or "",
+                _ms(peers[best]) if best else "",
+                gain,
             ]
         )
     if cells:
         yield "The other kernels, each with its fastest peer; the floor is bytes or flops at the measured rates:"
         yield markdown(["case", "ours, ms", "floor", "floor / ms", "error", "fastest peer", "its ms", "×"], cells)
-
-
-UNSAID = ("clips", "seconds", "heads", "frames", "head_width", "rows", "channels")  # sizes that all cases share
 
 
 def _embed(records: Records) -> Iterator[str]:
@@ -436,8 +432,8 @@ def _plot_loss(rows: Sequence[Row], path: Path) -> None:
     figure, axes = _axes(len(dims))
     for axis, dim in zip(axes[0], dims, strict=True):
         for form in _unique(row["case"]["form"] for row in rows):
-            of = [row for row in rows if (row["case"]["form"], row["case"]["dim"]) == (form, dim)]
-            line = sorted((row["case"]["rows"], row["median_ms"]) for row in of)
+            chosen = [row for row in rows if (row["case"]["form"], row["case"]["dim"]) == (form, dim)]
+            line = sorted((row["case"]["rows"], row["median_ms"]) for row in chosen)
             if line:
                 axis.plot(*zip(*line, strict=True), marker="o", lw=3 if form in OURS else 1, label=form)
         axis.set(xscale="log", yscale="log", xlabel="N", ylabel="ms, forward and backward", title=f"InfoNCE, D = {dim}")
