@@ -58,7 +58,7 @@ def units(rank: int, *seeds: int, rows: int = ROWS) -> list[Tensor]:
 def from_leaves(loss: Callable[..., Any], *tensors: Tensor, averaged: tuple[int, ...] = ()) -> Run:
     """Runs a loss on fresh leaves; gives its value and each leaf's gradient. Dicts and tuples of losses are summed.
 
-    ``averaged`` counts the value as 0 and the leaves from 1.
+    `averaged` counts the value as 0 and the leaves from 1.
     """
 
     def run() -> Results:
@@ -210,11 +210,11 @@ def laion_model(loss: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], Tenso
         module.create_pann_model = own
     audio, tokens = draw(ROWS, 20, seed=6).float(), torch.randint(1, 50, (ROWS, 8))
 
-    def of_model(clap: nn.Module) -> Tensor:
+    def model_loss(clap: nn.Module) -> Tensor:
         a, t, a_mlp, t_mlp, scale_a, scale_t = clap(audio, tokens)
         return loss(a, t, scale_a, scale_t, a_mlp, t_mlp)
 
-    return model, of_model
+    return model, model_loss
 
 
 def paraspeechclap_cases(rank: int, world: int) -> Cases:
@@ -444,7 +444,7 @@ def adapter_cases(rank: int, world: int) -> Cases:
     mine = drop_in.GradCacheDistributedLoss(2) if world > 1 else drop_in.GradCacheLoss(2)
 
     def one_sided(x: Tensor, y: Tensor, target: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        x, y = (of_all_ranks(z, rank, world, False, False) for z in (x, y))
+        x, y = (rows_of_all_ranks(z, rank, world, False, False) for z in (x, y))
         return F.cross_entropy(x @ y.T, torch.arange(0, len(y), 3) if target is None else target, reduction=reduction)
 
     for name, options in {
@@ -467,10 +467,10 @@ def adapter_cases(rank: int, world: int) -> Cases:
 
         def definition(*columns: Tensor, two: bool = two) -> Tensor:
             queries, *docs = (F.normalize(column, dim=1) for column in columns)
-            every = torch.cat([of_all_ranks(doc, rank, world, True, True) for doc in docs])
+            every = torch.cat([rows_of_all_ranks(doc, rank, world, True, True) for doc in docs])
             own = torch.arange(ROWS) + rank * ROWS
             loss = F.cross_entropy(20 * queries @ every.T, own)
-            every = of_all_ranks(queries, rank, world, True, True)
+            every = rows_of_all_ranks(queries, rank, world, True, True)
             return (loss + F.cross_entropy(20 * docs[0] @ every.T, own)) / 2 if two else loss
 
         yield f"ranking, {name}", from_leaves(definition, *columns), from_leaves(ranking, *columns)
@@ -490,7 +490,7 @@ def ranking_options(directions: tuple[str, ...] = ("query_to_doc",), world: int 
     )  # fmt: skip
 
 
-def of_all_ranks(x: Tensor, rank: int, world: int, gather_with_grad: bool, local_loss: bool) -> Tensor:
+def rows_of_all_ranks(x: Tensor, rank: int, world: int, gather_with_grad: bool, local_loss: bool) -> Tensor:
     """A gather in open_clip's ways: with all gradients, with the own rows' only, or with none."""
     if world == 1:
         return x
@@ -507,7 +507,7 @@ def two_sided(
     a: Tensor, b: Tensor, scale: Tensor, rank: int, world_size: int, local_loss: bool, gather_with_grad: bool
 ) -> Tensor:
     """open_clip's definition in its four modes."""
-    every_a, every_b = (of_all_ranks(x, rank, world_size, gather_with_grad, local_loss) for x in (a, b))
+    every_a, every_b = (rows_of_all_ranks(x, rank, world_size, gather_with_grad, local_loss) for x in (a, b))
     if not local_loss:
         a, b, rank = every_a, every_b, 0
     labels = torch.arange(len(a)) + rank * len(a)

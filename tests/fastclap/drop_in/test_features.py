@@ -191,6 +191,14 @@ def test_clap(truncation: str, padding: str, calls: list[Any]) -> None:
     compare(calls, lambda: extractor(clips[:1], max_length=24000, **options), 5e-3)
 
 
+@pytest.mark.parametrize("truncation", ["fusion", "rand_trunc"])
+def test_clap_computes_in_float64_as_the_client(truncation: str, calls: list[Any]) -> None:
+    """A pure tone: around it, a float32 transform is off by whole decibels."""
+    tone = np.sin(2 * np.pi * 997.0 * np.arange(48000) / 48000)
+    extractor = ClapFeatureExtractor(max_length_s=1, frequency_min=50)
+    compare(calls, lambda: extractor(tone, sampling_rate=48000, truncation=truncation, return_tensors="pt"), 1e-5)
+
+
 def test_clap_with_other_numbers_and_other_banks(calls: list[Any]) -> None:
     clip = sound(40000)
     other = ClapFeatureExtractor(

@@ -1,7 +1,7 @@
 """The drop-ins: adapters against the definitions, patches against the clients' own losses, and how patching behaves.
 
 Comparisons with a client run where it is installed, in this process and on two gloo ranks. One command runs them all,
-with FASTCLAP_REFERENCE naming a checkout of ParaSpeechCLAP: ``pytest tests/fastclap/drop_in``.
+with FASTCLAP_REFERENCE naming a checkout of ParaSpeechCLAP: `pytest tests/fastclap/drop_in`.
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ def test_paraspeech_losses_by_definition() -> None:
     assert_close_rel("alone", expected, drop_in.ParaSpeechClipLoss()(text, audio, 9.0), 1e-12)
     logits = F.cosine_similarity(audio[[0, 2], None], tags[None], dim=2)
     probability = logits.sigmoid()
-    of_tags = -torch.stack([(1 - probability[0, 0]).log(), *probability[[0, 1, 1], [1, 0, 1]].log()]).mean()
-    assert_close_rel("classification", of_tags, losses["classification_loss"], 1e-12)
+    tag_loss = -torch.stack([(1 - probability[0, 0]).log(), *probability[[0, 1, 1], [1, 0, 1]].log()]).mean()
+    assert_close_rel("classification", tag_loss, losses["classification_loss"], 1e-12)
     ours = torch.autograd.grad(losses["total_loss"], (text, audio, tags))
-    for theirs, mine in zip(torch.autograd.grad(expected + of_tags, (text, audio, tags)), ours, strict=True):
+    for theirs, mine in zip(torch.autograd.grad(expected + tag_loss, (text, audio, tags)), ours, strict=True):
         assert_close_rel("gradient", theirs, mine, 1e-12)
     untagged = drop_in.ParaSpeechMultiTaskLoss()(text, audio, 9.0, tags, [[], None, []], {})
     assert untagged["classification_loss"] == 0
@@ -130,9 +130,9 @@ def test_paraspeech_losses_by_definition() -> None:
 def test_clap_model_loss_by_definition(corrected: bool) -> None:
     audio, text = script().units(0, 1, 2)
     labels = torch.arange(len(audio))
-    of_text = F.cross_entropy(5 * text @ audio.T, labels)
+    text_to_audio = F.cross_entropy(5 * text @ audio.T, labels)
     second = audio @ text.T if corrected else text @ audio.T
-    expected = (of_text + F.cross_entropy(8 * second, labels)) / 2
+    expected = (text_to_audio + F.cross_entropy(8 * second, labels)) / 2
     assert_close_rel("loss", expected, drop_in.ClapModelLoss(corrected)(audio, text, 8.0, 5.0), 1e-12)
 
 
