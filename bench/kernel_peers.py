@@ -1,4 +1,4 @@
-"""What fastclap's log-mel front-ends and tower kernels are measured beside, each through its own package.
+"""What fastclap's log-mel front-ends and tower kernels are compared with, each through its own package.
 
 All forms of one kernel take the same tensors. One that computes something else, or leaves something out, says so in its
 notes; one that is not installed, or has nothing for this machine, is listed with the reason.
@@ -71,7 +71,7 @@ def librosa_options(spec: LogMelSpec) -> dict[str, Any]:
 def log_mel_forms(
     spec: LogMelSpec, device: torch.device, audio: torch.dtype, features: torch.dtype, *, ours_only: bool = False
 ) -> list[LogMelForm]:
-    """Forms of run(clips [B, T] in ``audio``) -> [B, frames, mels] in ``features`` on the device.
+    """Forms of run(clips [B, T] in `audio`) -> [B, frames, mels] in `features` on the device.
 
     Packages without int16 input or 16-bit features get and give float32, with a conversion in the call; all stop at the
     logarithm, which favours them where the front-end goes on.
@@ -298,7 +298,7 @@ def _compiled(function: Callable[..., Tensor], device: torch.device) -> Callable
 
 
 def waveform_forms(device: torch.device, dtype: torch.dtype) -> list[Peer]:
-    """Forms of run(audio int16, lengths, mean | None, std | None) -> normalised waveform in ``dtype``."""
+    """Forms of run(audio int16, lengths, mean | None, std | None) -> normalised waveform in `dtype`."""
     forms: Any = importlib.import_module("bench.test_towers_kernels")
     engine = "triton" if device.type == "cuda" else "auto"
 

@@ -3,7 +3,7 @@
     python -m bench.kernel_report [--module MODULE ...] [--arch 80 90 100] [--out FILE]
 
 Every (kernel, configuration, dtypes) that a launcher may pick is compiled and looked at as `fastclap.kernels.offline`
-describes. Prints a Markdown table with a row for each compilation as it ends; the page that ``--out`` writes has a row
+describes. Prints a Markdown table with a row for each compilation as it ends; the page that `--out` writes has a row
 for each kernel and architecture. Exits with 1 where a kernel would spill, would not launch or is without the matrix
 instruction. Compilations are cached by Triton, so a second report is quick.
 """

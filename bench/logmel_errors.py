@@ -416,7 +416,7 @@ def tables(record: dict[str, Any]) -> str:
     lines += [
         "",
         "Where a comparison needs care: a float32 transform leaves rounding of about 1e-7 of a frame's amplitude in "
-        "every bin. Bands 100 dB and more below the loudest of their frame (beside a tone or a hum, above 8 kHz in "
+        "every bin. Bands 100 dB and more below the loudest of their frame (next to a tone or a hum, above 8 kHz in "
         "speech that was recorded at 16 kHz) hold that rounding instead of their energy, in every float32 engine, "
         "and a logarithm shows it as errors of whole units, above all where the truth is the floor. Two float32 "
         "engines differ there as much as each differs from the truth: only their rms errors compare, and the loud "

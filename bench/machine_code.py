@@ -70,7 +70,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one warp; ``products`` are its matrix instructions."""
+    """Of one warp; `products` are its matrix instructions."""
 
     instructions: int
     wavefronts: int
@@ -95,7 +95,7 @@ class Counts:
 
 
 def parse(listing: str) -> list[Instruction]:
-    """The instructions of a kernel in what ``cuobjdump -sass`` prints."""
+    """The instructions of a kernel in what `cuobjdump -sass` prints."""
     return [Instruction(int(at, 16), text) for at, text in _LINE.findall(listing)]
 
 
@@ -105,7 +105,7 @@ def loops(code: Sequence[Instruction]) -> list[tuple[int, int]]:
 
 
 def shortest(code: Sequence[Instruction], start: int, end: int | None) -> list[Instruction]:
-    """The fewest instructions from address ``start`` up to and with ``end`` (None: an exit always taken).
+    """The fewest instructions from address `start` up to and with `end` (None: an exit always taken).
 
     Rare branches, such as those of a tile at the matrix's edge, are so left out where they are branches.
     """
@@ -148,7 +148,7 @@ def row_tile(code: Sequence[Instruction]) -> Counts:
 
 
 def log_mel_tile(code: Sequence[Instruction], groups: int) -> Counts:
-    """Of a tile of frames inside a clip: without the copy of a clip's ends, and the last loop inside ``groups`` times.
+    """Of a tile of frames inside a clip: without the copy of a clip's ends, and the last loop inside `groups` times.
 
     All instructions count: the tile's one large branch is taken.
     """

@@ -4,10 +4,10 @@
 
 Four front-ends (Whisper's 80 mels, Kaldi's 80, CLSP's 128, LAION-CLAP's 64 at 48 kHz), with float32 samples and
 features and with int16 samples and bf16 features; ours also in the two mixtures. The forms, and what each leaves out,
-are those of `bench.kernel_peers`; one that is not there is skipped with the reason (``-rs``). On a GPU 1024 clips of
+are those of `bench.kernel_peers`; one that is not there is skipped with the reason (`-rs`). On a GPU 1024 clips of
 10 s, on a CPU 8; FASTCLAP_BENCH_CLIPS, FASTCLAP_BENCH_SECONDS, FASTCLAP_BENCH_DEVICE and FASTCLAP_BENCH_ROUNDS change
 that. Before every timed round another form of the group runs, in turn, so that all see the same machine; a call on a
-GPU ends with a synchronisation. The ``extra_info`` of ``--benchmark-json`` has `ms_per_clip`, the median over the
+GPU ends with a synchronisation. The `extra_info` of `--benchmark-json` has `ms_per_clip`, the median over the
 number of clips; `least_bytes`, samples in and features out; `bytes_per_second`, that over the median; and the relative
 error against float64 of the forms that compute the same features.
 """

@@ -1,4 +1,4 @@
-r"""Gated-Toeplitz attention, forward and backward: ours beside what else computes it, on this machine.
+r"""Gated-Toeplitz attention, forward and backward: ours compared with what else computes it, on this machine.
 
     pytest --benchmark-only --benchmark-group-by=group -rs bench/test_toeplitz_attention.py
     FASTCLAP_BENCH_BATCH=256 FASTCLAP_BENCH_FRAMES=499 pytest --benchmark-only -rs bench/test_toeplitz_attention.py
@@ -10,7 +10,7 @@ whose cost is therefore included. On a GPU WavLM-Large's 16 heads of 64 with 499
 dropout; on a CPU tiny float32 sizes. FASTCLAP_BENCH_BATCH, _FRAMES, _HEADS, _DEVICE, _DTYPE and _ROUNDS change that.
 Before every timed round another form runs, in turn, so that all see the same machine; inputs rotate over two sets; a
 call on a GPU ends with a synchronisation. Memory and the error of each form against float64 at a small size are in the
-``extra_info`` of ``--benchmark-json``. A form that runs out of memory or is not available is skipped with that reason.
+`extra_info` of `--benchmark-json`. A form that runs out of memory or is not available is skipped with that reason.
 """
 
 from __future__ import annotations

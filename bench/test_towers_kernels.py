@@ -1,4 +1,4 @@
-"""The memory-bound kernels of the waveform towers beside their peers, on this machine.
+"""The memory-bound kernels of the waveform towers compared with their peers, on this machine.
 
     pytest --benchmark-only --benchmark-group-by=group -rs bench/test_towers_kernels.py
 
@@ -8,8 +8,8 @@ cache holds, and 8 MB in the last, which one may. On a CPU tiny float32 sizes, a
 where the two differ there, it is the machine. FASTCLAP_BENCH_DEVICE, _CLIPS, _SECONDS and _ROUNDS change all that.
 
 Before every timed round of a form another form of the group runs, in turn; a call on a GPU ends with a synchronisation.
-``least_bytes`` in the ``extra_info`` is what the fused form has to move at least, ``bytes_per_second`` that over the
-median. A peer that is not there is skipped with the reason (``-rs``).
+`least_bytes` in the `extra_info` is what the fused form has to move at least, `bytes_per_second` that over the
+median. A peer that is not there is skipped with the reason (`-rs`).
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ WAVEFORMS: dict[str, tuple[str | None, Callable[[], Form]]] = {
 def test_normalize_waveform(benchmark: Any, form: str, statistics: str) -> None:
     if WAVEFORMS[form][0]:
         pytest.skip(f"{form}: {WAVEFORMS[form][0]}")
-    clips = 32 * CLIPS if ON_GPU else CLIPS  # samples are few beside what the convolutions make of them
+    clips = 32 * CLIPS if ON_GPU else CLIPS  # samples are few compared with what the convolutions make of them
     benchmark.group = f"normalised waveform, {clips} × {SAMPLES} int16 to {DTYPE}, statistics {statistics}"
     generator = torch.Generator(DEVICE).manual_seed(0)
     audio = (3000 * torch.randn(clips, SAMPLES, device=DEVICE, generator=generator)).to(torch.int16)

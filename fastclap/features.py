@@ -1,8 +1,8 @@
 """`LogMel`: the log-mel front-ends of the CLAP family by name, as a module that takes raw waveforms and their lengths.
 
-A preset is a set of numbers for `log_mel`, taken from the code that its models were trained
-with; any of them can be overridden. The module has no parameters and no buffers: it runs wherever the waveform is, adds
-nothing to a checkpoint, and can stand inside a model, so that features are made on the device.
+A preset is a set of numbers for `log_mel`, taken from the code that its models were trained with; any of them can be
+overridden. The module has no parameters and no buffers: it runs wherever the waveform is, adds nothing to a checkpoint,
+and can be part of a model, so that features are made on the device.
 """
 
 from __future__ import annotations
@@ -92,6 +92,9 @@ class SpecAugment:
 
     A span of frames is 0 to `time_width` of the clip's own frames long, a span of mels 0 to `mel_width` mels; each
     width and each place in the clip is as likely as any other. Numbers come from torch's generator of the device.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     time_masks: int = 2
@@ -141,8 +144,8 @@ class LogMel(nn.Module):
       clsp         CLSP and lhotse: Kaldi, snip_edges=False, 128 mels, 20-7600 Hz, floor 1e-10
       torchaudio   MelSpectrogram() with its defaults, then log(max(mel, 1e-10))
 
-    Overrides are the fields of `LogMelSpec`; window and hop stay in samples when sampling_rate
-    changes. Two that are often asked for:
+    Overrides are the fields of `LogMelSpec`; window and hop stay in samples when sampling_rate changes. Two that are
+    often asked for:
 
       speech from scratch  LogMel("kaldi", framing="no_snip_edges", mean=..., std=...)
       MS-CLAP 2023         LogMel("clap", sampling_rate=44100, hop_length=320, mel_sampling_rate=32000): its bank was
@@ -151,10 +154,11 @@ class LogMel(nn.Module):
     `mean` and `std` may hold a number for each mel, and dtype="bfloat16" or "float16" stores features in 16 bits.
 
     Dither and `spec_augment` are noise, for training: they are left out in eval mode, so that embeddings are
-    reproducible. Masked features are `silence`.
+    reproducible. Masked features are `silence`. A warning says when overrides leave mel filters that no DFT bin falls
+    into: their feature is constant.
 
-    Raises ValueError for an unknown preset or override and for a value out of range, and warns when overrides leave
-    mel filters that no DFT bin falls into (their feature is constant).
+    Raises:
+        ValueError: the preset or an override is unknown, or a value is out of range.
     """
 
     def __init__(self, preset: str, *, spec_augment: SpecAugment | None = None, **overrides: object) -> None:
@@ -171,7 +175,7 @@ class LogMel(nn.Module):
         self.spec_augment = spec_augment
         self.overrides = dict(overrides)
         self.spec = dataclasses.replace(PRESETS[preset], **overrides)  # type: ignore[arg-type]
-        self._without_dither = dataclasses.replace(self.spec, dither=0.0)
+        self._spec_without_dither = dataclasses.replace(self.spec, dither=0.0)
         if overrides:
             empty = int((mel_bank(self.spec).max(axis=0) == 0).sum())
             if empty > int((mel_bank(PRESETS[preset]).max(axis=0) == 0).sum()):
@@ -214,10 +218,10 @@ class LogMel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(features [B, frames, n_mels], frame_lengths [B] int64), both on the waveform's device.
 
-        Features are float32 unless `dtype` says otherwise. `log_mel` states what holds for
-        short clips, crops, padding, NaN, gradients and errors.
+        Features are float32 unless `dtype` says otherwise. `log_mel` states what holds for short clips, crops, padding,
+        NaN, gradients and errors.
         """
-        spec = self.spec if self.training else self._without_dither
+        spec = self.spec if self.training else self._spec_without_dither
         masks = None
         if self.training and self.spec_augment is not None and waveform.ndim == 2:
             clips = self._clip_lengths(waveform, lengths, offsets)

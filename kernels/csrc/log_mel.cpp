@@ -3,8 +3,8 @@
 // A plan holds what depends on the front-end only (window, twiddles, sparse mel bank). A run cuts the batch into tasks
 // of some frames of one clip, which threads take from a shared counter. They are those of the caller's OpenMP runtime:
 // its threads spin for some milliseconds after their last work, and another thread would wait for their core. Without
-// one they live for one call: starting one costs some 20 us beside 120 us of work or more for every 10 s of audio, and a
-// process that forked (as PyTorch's data workers do) has no pool whose threads are gone.
+// one they live for one call: starting one costs some 20 us, against 120 us of work or more for every 10 s of audio, and
+// a process that forked (as PyTorch's data workers do) has no pool whose threads are gone.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -112,7 +112,7 @@ void build_mel(fastclap_log_mel_plan &plan, const double *bank, const std::vecto
             const float value = static_cast<float>(bank[static_cast<std::size_t>(k) * n_mels + m]);
             if (value == 0.0f) continue;
             used[k] = true;
-            plan.weights.push_back({k == points ? 1 : slot[k], value});  // the last bin stands beside the first
+            plan.weights.push_back({k == points ? 1 : slot[k], value});  // the last bin stands next to the first
         }
         plan.mel_begin.push_back(static_cast<std::int32_t>(plan.weights.size()));
     }

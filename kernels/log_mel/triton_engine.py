@@ -83,7 +83,7 @@ SAMPLES_WIDTH = 256  # samples of a program of `_samples_gradients_kernel`
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """What `_log_mel_kernel` needs of a front-end besides the waveform."""
+    """What `_log_mel_kernel` needs to know of a front-end."""
 
     taps: Tensor  # [DEPTH, 2, N1, LANES] window of samples n2 and N2 - 1 - n2 of every slice
     twiddles: Tensor  # [DEPTH, N1/2 - 1, 2, LANES] cosine, sine of rows k1 = 1 … N1/2 - 1
@@ -125,7 +125,7 @@ def _slots(spec: LogMelSpec) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _runs(spec: LogMelSpec) -> tuple[np.ndarray, list[list[tuple[int, ...]]]]:
-    """Weights [turns, columns, rows, 2] of even and odd mels, and where in there the sums stand that make up each mel.
+    """Weights [turns, columns, rows, 2] of even and odd mels, and the places in them of the sums that make up each mel.
 
     The weight of the first bin of a mel's run is negative.
 
@@ -151,6 +151,7 @@ def _runs(spec: LogMelSpec) -> tuple[np.ndarray, list[list[tuple[int, ...]]]]:
 
 
 def feature_flags(spec: LogMelSpec) -> dict[str, Any]:
+    """Constants of `_log_mel_kernel` for a front-end, by name."""
     n1, n2 = _factors(spec.n_fft)
     pairs = (n2 + 1) // 2
     mels = 16 if spec.n_mels <= 16 else 32
@@ -253,7 +254,7 @@ def _numbers(spec: LogMelSpec, largest_sum: float) -> dict[str, float]:
 
     Args:
         spec: the front-end.
-        largest_sum: of the window's values that weigh what one number split into float16 is made of.
+        largest_sum: the largest sum of window values that go into one number before it is split into float16.
     """
     # Bound of what is split into float16, which ends at 2^16, over that of a sample.
     gain = largest_sum * (2 if spec.remove_dc or spec.preemphasis else 1)
@@ -288,7 +289,7 @@ def _logarithm_of_two(spec: LogMelSpec) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class GradientPlan:
-    """What `_frame_gradients_kernel` needs of a front-end besides the waveform."""
+    """What `_frame_gradients_kernel` needs to know of a front-end."""
 
     taps: Tensor  # [2, depth] folded window
     dft: Tensor  # [blocks, 8, depth, BN] float16: cosine, sine of even, odd bins, each with its float16 remainder

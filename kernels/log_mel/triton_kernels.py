@@ -528,7 +528,7 @@ def _log_mel_kernel(
         inside = (begin >= 0) & (end <= length) & (tile * BM + BM <= count)
         exponent = target
         if tile * BM < count:
-            # Frames at a clip's ends are read from a copy, with what the reflection puts beside the clip.
+            # Frames at a clip's ends are read from a copy, with what the reflection puts before and after the clip.
             at = clip + begin
             step_of_frames = hop
             if not inside:

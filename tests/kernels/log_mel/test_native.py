@@ -105,8 +105,8 @@ def test_is_as_close_to_the_float64_definition_as_torch(preset: str, simd: str) 
     assert features.shape == reference.shape and torch.equal(frame_lengths, expected_lengths)
     for clip, (truth, ours, theirs) in enumerate(zip(reference, features, by_torch, strict=True)):
         error, torch_error = ours - truth, theirs - truth
-        # Both are float32 FFTs and round differently. What is quiet beside a loud tone has few bits left in either, and
-        # a reflected clip of a few samples is such a tone; the rest of the margin is luck on some thousand values.
+        # Both are float32 FFTs and round differently. What is quiet next to a loud tone has few bits left in either,
+        # and a reflected clip of a few samples is such a tone; the rest of the margin is luck on some thousand values.
         assert error.square().mean().sqrt() <= 2 * torch_error.square().mean().sqrt() + 2e-6, clip
         assert error.abs().max() <= 3 * torch_error.abs().max() + 2e-5, clip
 
