@@ -4,9 +4,9 @@
 
 Both sides have one set of random weights, the same WAV files and captions (noise shaped like speech, made here), and
 run in turn after a warm-up: clips of different lengths, then clips of one length. A call goes from files to unit
-vectors. Ours is what `fastclap embed` calls; theirs is ``evaluate_retrieval`` of ``scripts/evaluate_retrieval.py`` with
-the settings of its configuration (batches of 8, sorted by length), and ``load_audio`` with ``get_audio_embedding`` of
-``scripts/inference.py``, which takes one clip at a time and no caption. All vectors are compared.
+vectors. Ours is what `fastclap embed` calls; theirs is `evaluate_retrieval` of `scripts/evaluate_retrieval.py` with
+the settings of its configuration (batches of 8, sorted by length), and `load_audio` with `get_audio_embedding` of
+`scripts/inference.py`, which takes one clip at a time and no caption. All vectors are compared.
 
 What bounds a side is the rate of products: the table has the model's FLOPs (`bench.model_flops`; padding does not
 count) over the time within the audio tower, and its share of the rate of a large product on as many threads.
@@ -71,7 +71,7 @@ class Clips:
 
 @dataclass
 class Run:
-    """What one call gave: unit vectors by clip and by caption, and where the time went."""
+    """The result of one call: unit vectors by clip and by caption, and where the time went."""
 
     clips: list[Tensor | None]
     captions: list[Tensor | None]
@@ -81,7 +81,7 @@ class Run:
 
 
 def make_clips(folder: Path, count: int, least: float, most: float, seed: int) -> Clips:
-    """Writes ``count`` clips of ``least`` to ``most`` seconds, evenly spaced, and their captions."""
+    """Write `count` clips of `least` to `most` seconds, evenly spaced, and their captions."""
     import soundfile
 
     (folder / "audio" / "bench").mkdir(parents=True)
@@ -101,7 +101,7 @@ def make_clips(folder: Path, count: int, least: float, most: float, seed: int) -
 
 @contextlib.contextmanager
 def clocks(run: Run) -> Iterator[None]:
-    """Takes the time of what happens within."""
+    """Measure the time of what happens within."""
     start, begun = time.perf_counter(), time.process_time()
     yield
     run.seconds, run.cpu_seconds = time.perf_counter() - start, time.process_time() - begun
@@ -109,7 +109,7 @@ def clocks(run: Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def timed_methods(model: Any, methods: Mapping[str, str], within: dict[str, float]) -> Iterator[None]:
-    """Adds the seconds spent in some methods of an object to ``within``, under the names given."""
+    """Add the seconds spent in some methods of an object to `within`, under the names given."""
 
     def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -137,7 +137,7 @@ class Ours:
         self.model, self.batch_size = model, batch_size
 
     def __call__(self, clips: Clips, *, precision: Any = "float32", products: bool = True) -> Run:
-        """One call; without ``products`` torch multiplies as it does by itself."""
+        """One call; without `products` torch multiplies as it does by default."""
         run = Run([], [])
         methods = {"encode_audio": "audio", "encode_text": "text"}
         plain = mock.patch("fastclap.models.encoder.fast_products", lambda device: contextlib.nullcontext())
@@ -156,7 +156,7 @@ class Ours:
 
 
 class Reference:
-    """The scripts of a ParaSpeechCLAP checkout, and what had to be put in their place here."""
+    """The scripts of a ParaSpeechCLAP checkout, and notes on what had to be replaced in them."""
 
     def __init__(self, checkout: Path, size: Size, tokenizer: Tokenizer) -> None:
         import logging
@@ -169,7 +169,7 @@ class Reference:
             "its data set loads in the process itself, not in 8 others, which would take longer to start",
         ]
         self.retrieval, self.inference = load(checkout, "evaluate_retrieval"), load(checkout, "inference")
-        logging.getLogger("paraspeechclap").setLevel(logging.ERROR)  # it tells that there is no checkpoint
+        logging.getLogger("paraspeechclap").setLevel(logging.ERROR)  # it warns that there is no checkpoint
         models = {"speech": "wavlm", "text": "xlm-roberta", "embedding_dim": size.dim}
         self.config = _Config(models=_Config(models), checkpoint_path=None)
         with from_configuration(size):
@@ -196,12 +196,12 @@ class Reference:
             ),
         )
         self.tokenizer.seen.clear()
-        _prepared(self.config.data.dataset_name)
+        _fill_cache(self.config.data.dataset_name)
         kept: dict[str, list[Tensor]] = {"get_audio_embedding": [], "get_text_embedding": []}
         with contextlib.ExitStack() as stack:
             stack.enter_context(_default_feature_extractor())
             for method, found in kept.items():
-                keep = functools.partial(_kept, getattr(self.model, method), found)
+                keep = functools.partial(_call_and_keep, getattr(self.model, method), found)
                 stack.enter_context(mock.patch.object(self.model, method, keep))
             methods = {"get_audio_embedding": "audio", "get_text_embedding": "text"}
             stack.enter_context(timed_methods(self.model, methods, run.within))
@@ -227,7 +227,7 @@ class Reference:
 
 
 class _Config(dict[str, Any]):
-    """What a script sees of its configuration."""
+    """The configuration as a script sees it."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -237,7 +237,7 @@ class _Config(dict[str, Any]):
 
 
 class _TheirTokenizer:
-    """Our tokenizer behind the call that their scripts make; it remembers what it was asked for."""
+    """Our tokenizer behind the call that their scripts make; it remembers the texts."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -249,14 +249,14 @@ class _TheirTokenizer:
 
 
 @functools.cache
-def _prepared(folder: str) -> None:
-    """Has `datasets` read a table for the first time, which writes it once more to its cache."""
+def _fill_cache(folder: str) -> None:
+    """Have `datasets` read a table for the first time, which writes a copy to its cache."""
     from datasets import load_dataset
 
     load_dataset(folder, split="test")
 
 
-def _kept(method: Callable[..., Tensor], found: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+def _call_and_keep(method: Callable[..., Tensor], found: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
     found.append(method(*args, **kwargs))
     return found[-1]
 
@@ -281,7 +281,7 @@ def _read_by_soundfile(path: str) -> tuple[Tensor, int]:
 
 
 def product_rates(n: int = 1024, seconds: float = 1.0) -> dict[str, float]:
-    """GFLOP/s of one n×n×n product: by torch, as we have it multiplied, and in bfloat16."""
+    """GFLOP/s of one n×n×n product: by torch, by the library that fastclap chooses, and in bfloat16."""
     a, b = torch.randn(2, n, n)
     low = a.bfloat16(), b.bfloat16()
 
@@ -299,7 +299,7 @@ def product_rates(n: int = 1024, seconds: float = 1.0) -> dict[str, float]:
 def measure(
     forms: Mapping[str, Callable[[Clips], Run]], clips: Clips, size: Size, repeats: int, seconds: float
 ) -> list[Row]:
-    """A row a form: all in turn, ``repeats`` times or as often as ``seconds`` allow, but at least once."""
+    """A row for each form: all in turn, `repeats` times or as often as `seconds` allow, but at least once."""
     runs: dict[str, list[Run]] = {name: [] for name in forms}
     start = time.perf_counter()
     for index in range(repeats):
@@ -379,7 +379,7 @@ def measure_search(model: CLAP, sizes: list[int], repeats: int) -> list[Row]:
 
 
 def measure_command(model: CLAP, count: int, repeats: int, threads: int) -> Row:
-    """`fastclap search` as a command on an index of ``count`` clips, start-up and reading of the model included."""
+    """`fastclap search` as a command on an index of `count` clips, start-up and reading of the model included."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model.save_pretrained(folder / "model")
@@ -431,7 +431,7 @@ def tables(record: Row) -> str:
     header = ["form", "s a call", "repeats", "clips/s", "s of audio a s", "×", "CPU s", "× in CPU s"]
     header += ["in audio / text tower, s", "GFLOP/s", "share", "clips differ by", "captions by"]
     for case in record["cases"]:
-        base = _compared_with(case)
+        base = _fastest_reference(case)
         cells = []
         for row in case["rows"]:
             peak = rates["bfloat16" if row["form"].endswith("bfloat16") else "fastclap"]
@@ -483,17 +483,17 @@ def tables(record: Row) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _compared_with(case: Row) -> Row:
+def _fastest_reference(case: Row) -> Row:
     """The faster form of the reference; without a reference, the first."""
     theirs = [row for row in case["rows"] if row["form"].startswith("ParaSpeechCLAP")]
     return max(theirs or case["rows"][:1], key=lambda row: row["clips_per_s"])
 
 
 def explanation(record: Row) -> str:
-    """How far the fastest form of ours is from the reference's, and what the rates of products allow."""
+    """How the speed of our forms compares with the reference's, and what the rates of products allow."""
     rates, parts = record["products_gflops"], []
     for case in record["cases"]:
-        theirs = _compared_with(case)
+        theirs = _fastest_reference(case)
         gains = ", ".join(
             f"“{row['form']}” {theirs['median_ms'] / row['median_ms']:.2f} ({theirs['cpu_s'] / row['cpu_s']:.2f} in "
             f"CPU time)"
@@ -536,7 +536,7 @@ def main() -> int:
 
 
 def record_of(arguments: argparse.Namespace) -> Row:
-    """Takes all measurements and writes them to ``arguments.out``."""
+    """Take all measurements and write them to `arguments.out`."""
     import transformers
 
     torch.set_num_threads(arguments.threads)

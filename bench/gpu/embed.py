@@ -1,10 +1,10 @@
 """Embedding with a full-size model on the device: clips from arrays, and captions from strings.
 
-The stage of the lot `embed`. Ours is ``CLAP.embed_audio`` and ``embed_text``: int16 arrays and strings in, unit vectors
+The stage of the lot `embed`. Ours is `CLAP.embed_audio` and `embed_text`: int16 arrays and strings in, unit vectors
 out, sorting, padding, normalisation and the copy to the device included. The peer is transformers' own WavLM with the
 same weights, as ParaSpeechCLAP's evaluation calls it: clips sorted by length in padded batches with a mask, mask-aware
 mean, projection, unit norm. What its loader does, normalising and padding, is done beforehand and not counted; so are
-its captions' tokens. Both take batches of one size, float32 as torch multiplies it by itself or bf16 by autocast.
+its captions' tokens. Both take batches of one size, in float32 with torch's own products or in bf16 by autocast.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def embed(run: Run) -> None:
 
 
 class Models:
-    """One set of random weights in our model and in one with transformers' own WavLM, built when wanted."""
+    """One set of random weights in our model and in one with transformers' own WavLM, built when needed."""
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.size, self.device = size, device
@@ -93,7 +93,7 @@ class Models:
 
 
 def made_clips(count: int, shortest: float, longest: float) -> list[np.ndarray]:
-    """Noise of evenly spaced lengths, int16 [samples], in no order."""
+    """Noise of evenly spaced lengths, int16 [samples], in random order."""
     generator = np.random.default_rng(0)
     lengths = generator.permutation(np.linspace(shortest, longest, count))
     return [
@@ -173,7 +173,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def peer_audio(model: CLAP, clips: Sequence[np.ndarray], batch: int) -> Callable[[], Tensor]:
-    """A call that embeds prepared clips by transformers' modules and gives their unit vectors in the given order."""
+    """A call that embeds prepared clips by transformers' modules and returns their unit vectors in the given order."""
     order = sorted(range(len(clips)), key=lambda index: len(clips[index]))
     back = torch.tensor(order).argsort()
     batches = list(_padded_batches([clips[index] for index in order], batch))
@@ -195,7 +195,7 @@ def peer_audio(model: CLAP, clips: Sequence[np.ndarray], batch: int) -> Callable
 
 
 def _padded_batches(clips: Sequence[np.ndarray], batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised float32 waves [B, T] and their masks, on the host, as a loader hands them over."""
+    """Normalised float32 waves [B, T] and their masks, on the host, as a loader yields them."""
     for first in range(0, len(clips), batch):
         waves = [torch.from_numpy(clip).float() / 32768 for clip in clips[first : first + batch]]
         waves = [(wave - wave.mean()) / (wave.var(correction=0) + 1e-7).sqrt() for wave in waves]
@@ -205,7 +205,7 @@ def _padded_batches(clips: Sequence[np.ndarray], batch: int) -> Iterator[tuple[T
 
 
 def peer_text(model: CLAP, captions: Sequence[str], batch: int) -> Callable[[], Tensor]:
-    """Likewise of captions: transformers' XLM-R on padded batches, its first token, the projection."""
+    """The same for captions: transformers' XLM-R on padded batches, its first token, the projection."""
     base: Any = model.text_branch.base
     base.set_attn_implementation("sdpa")  # its own
     device = model.device

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fastclap.console import Advance
-from fastclap.data import BadClip, Manifest, Row, load_manifest
+from fastclap.data import BadClip, Row, load_manifest
 from fastclap.data.shards import is_pack
 from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.evaluation.embedding import embed_clips
@@ -286,9 +286,9 @@ def _embed_missing(
                 store.add(written, model.embed_text([item.name for item in written]))
             done += len(group)
             advance(done, total)
-        manifest = Manifest(item.row for item in clips if item.row is not None)
+        clip_rows = [item.row for item in clips if item.row is not None]
         bad: list[BadClip] = []
-        for rows, vectors in embed_clips(model, manifest, batch_size=batch_size, threads=threads, bad=bad):
+        for rows, vectors in embed_clips(model, clip_rows, batch_size=batch_size, threads=threads, bad=bad):
             store.skip((clips[clip.row].key, clip.reason) for clip in bad)
             store.add([clips[row] for row in rows], vectors)
             embedded += len(rows)

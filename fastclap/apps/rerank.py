@@ -21,7 +21,7 @@ from typing import Any
 from fastclap.apps.embed import check_finite, clip_row, read_lines
 from fastclap.apps.scoring import normalized_weights, prompt_cosines
 from fastclap.console import Advance
-from fastclap.data import BadClip, Manifest
+from fastclap.data import BadClip
 from fastclap.data.manifest import read_records
 from fastclap.errors import MAX_LISTED, ConfigError, DataError, raise_data_errors
 from fastclap.evaluation.embedding import embed_clips
@@ -261,16 +261,16 @@ def rerank(
     fewest = min(candidates.items, key=lambda item: len(item.paths))
     if not 1 <= top_k <= len(fewest.paths):
         raise ConfigError(f"--top-k is {top_k}, but item {fewest.id} has {len(fewest.paths)} candidates")
-    manifest = Manifest(clip_row(path, f"item {item.id}") for item in candidates.items for path in item.paths)
+    clips = [clip_row(path, f"item {item.id}") for item in candidates.items for path in item.paths]
     prompts = [item.prompts for item in candidates.items for _ in item.paths]
-    scores: list[float | None] = [0.0] * len(manifest)
+    scores: list[float | None] = [0.0] * len(clips)
     skipped: dict[str, str] = {}
-    total = len(manifest) * len(models)
+    total = len(clips) * len(models)
     for number, (model, share) in enumerate(zip(models, shares, strict=True)):
         bad: list[BadClip] = []
-        done = number * len(manifest)
-        for rows, vectors in embed_clips(model, manifest, batch_size=batch_size, threads=threads, bad=bad):
-            check_finite(vectors, [manifest[row].audio for row in rows])
+        done = number * len(clips)
+        for rows, vectors in embed_clips(model, clips, batch_size=batch_size, threads=threads, bad=bad):
+            check_finite(vectors, [clips[row].audio for row in rows])
             cosines = prompt_cosines(model, vectors, [prompts[row] for row in rows]).tolist()
             for row, cosine in zip(rows, cosines, strict=True):
                 before = scores[row]
@@ -295,7 +295,7 @@ def rerank(
     return {
         "weights": shares,
         "items": len(candidates.items),
-        "candidates": len(manifest),
+        "candidates": len(clips),
         "skipped": [{"path": path, "reason": reason} for path, reason in skipped.items()],
         "selection": selection,
     }

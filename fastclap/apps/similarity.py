@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastclap.apps.embed import check_finite, clip_row
 from fastclap.console import Advance
-from fastclap.data import BadClip, Manifest
+from fastclap.data import BadClip
 from fastclap.data.manifest import read_records
 from fastclap.errors import DataError, raise_data_errors
 from fastclap.evaluation.embedding import embed_clips
@@ -127,10 +127,10 @@ def score_pairs(
         else:
             origins.setdefault(pair.other, pair.origin)
     paths = list(origins)
-    manifest = Manifest(clip_row(path, origin) for path, origin in origins.items())
+    clip_rows = [clip_row(path, origin) for path, origin in origins.items()]
     bad: list[BadClip] = []
     clips: dict[str, Tensor] = {}
-    for rows, vectors in embed_clips(model, manifest, batch_size=batch_size, threads=threads, bad=bad):
+    for rows, vectors in embed_clips(model, clip_rows, batch_size=batch_size, threads=threads, bad=bad):
         check_finite(vectors, [paths[row] for row in rows])
         clips.update((paths[row], vector) for row, vector in zip(rows, vectors, strict=True))
         advance(len(clips) + len(bad), len(paths))

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -55,7 +55,7 @@ class Batch:
     audio: Tensor  # int16 [B, T], zero-padded
     lengths: Tensor  # int64 [B], samples
     mean: Tensor | None  # float32 [B], of the whole file before the crop, full scale = ±1; None unless asked for
-    std: Tensor | None  # float32 [B], population standard deviation, likewise
+    std: Tensor | None  # float32 [B], population standard deviation, in the same unit
     captions: list[str]  # of each clip; of pairs first those of all clips, then the second ones
     caption_ids: Tensor  # int64 [captions], equal for equal captions on every rank
     rows: list[int]  # the rows that were used, replacements included
@@ -497,7 +497,7 @@ class EvalBatch(NamedTuple):
 
 
 def eval_batches(
-    manifest: Manifest,
+    manifest: Sequence[Row],
     sampling_rate: int,
     batch_size: int,
     *,
@@ -510,7 +510,7 @@ def eval_batches(
     Clips are decoded in threads one batch ahead of the caller.
 
     Args:
-        manifest: the clips.
+        manifest: the clips; any sequence of rows.
         sampling_rate: rate in Hz to resample to.
         batch_size: clips of a batch; unusable ones make it smaller.
         max_seconds: use no more than the beginning of longer clips.

@@ -118,19 +118,20 @@ class Manifest(Sequence[Row]):
         return f"Manifest({len(self)} rows from {', '.join(self.source_names)}; tags: {tags})"
 
 
-def clip_durations(manifest: Manifest, threads: int = 8) -> np.ndarray:
-    """Seconds of every clip, float64 [rows]: the manifest's, else from the file's header; 0 where that cannot be read.
+def clip_durations(rows: Sequence[Row], threads: int = 8) -> np.ndarray:
+    """Seconds of every clip, float64 [rows]: the row's, else from the file's header; 0 where that cannot be read.
 
     An unreadable file is no error here: it is reported when its clip is drawn.
     """
-    durations = manifest.durations.numpy().copy()
+    known = rows.durations if isinstance(rows, Manifest) else [row.duration for row in rows]  # None becomes NaN
+    durations = np.array(known, np.float64)
     unknown = np.flatnonzero(np.isnan(durations))
     if len(unknown):
         from rich.console import Console
         from rich.progress import track
 
         console = Console(stderr=True)
-        paths = (manifest[int(row)].audio for row in unknown)
+        paths = (rows[int(row)].audio for row in unknown)
         with ThreadPoolExecutor(threads) as pool:
             seconds = track(
                 pool.map(_seconds_of_file, paths, chunksize=1),

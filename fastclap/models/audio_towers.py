@@ -90,8 +90,7 @@ class LogMelTower(AudioTower):
             self.log_mel = LogMel(config.features, **config.feature_options)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"log-mel features: {error}") from error
-        self.sampling_rate = self.log_mel.sampling_rate
-        bands = self.log_mel.n_mels
+        self.sampling_rate, bands = self.log_mel.spec.sampling_rate, self.log_mel.spec.n_mels
         self.register_buffer("feature_mean", torch.zeros(bands))
         self.register_buffer("feature_std", torch.ones(bands))
         halvings = config.subsampling.bit_length() - 1
@@ -164,7 +163,7 @@ class LogMelTower(AudioTower):
         sizes: list[int] | None = None  # frames that the transformer sees, where the host knows them
         if lengths is not None and host_lengths is not None:
             audio = audio[:, : longest_of("host_lengths", host_lengths, audio)]
-            sizes = self.log_mel.frame_lengths(torch.tensor(host_lengths)).tolist()
+            sizes = self.log_mel.spec.frame_lengths(torch.tensor(host_lengths)).tolist()
         if self.training and config.random_gain:
             decibels = config.random_gain * (2 * torch.rand(len(audio), 1, device=audio.device) - 1)
             audio = as_float(audio) * 10 ** (decibels / 20)

@@ -11,7 +11,7 @@ import torch
 
 from fastclap import CLAP
 from fastclap.apps.embed import clip_row
-from fastclap.data import BadClip, Manifest
+from fastclap.data import BadClip
 from fastclap.evaluation.embedding import embed_clips
 from fastclap.testing import assert_close_rel
 
@@ -32,10 +32,10 @@ def test_padded_batches_give_the_vectors_of_single_clips(
         setattr(model, restriction, True)
     encoded: list[int] = []
     model.audio_branch.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
-    manifest = Manifest(clip_row(path, "here") for path in [*paths, str(tmp_path / "broken.wav")])
+    clips = [clip_row(path, "here") for path in [*paths, str(tmp_path / "broken.wav")]]
     bad: list[BadClip] = []
     found: dict[int, Any] = {}
-    for rows, vectors in embed_clips(model, manifest, batch_size=3, bad=bad):
+    for rows, vectors in embed_clips(model, clips, batch_size=3, bad=bad):
         assert not vectors.is_inference() and not vectors.requires_grad
         found.update(zip(rows, vectors, strict=True))
     assert_close_rel("vectors", expected, torch.stack([found[row] for row in range(5)]), 1e-5)
