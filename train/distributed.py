@@ -282,11 +282,11 @@ def placed_like(model: Tensor, value: Tensor) -> Tensor:
     return value
 
 
-def agree(value: T, world: World) -> T:
-    """Rank 0's value on every rank (a small picklable object)."""
+def agree(choose: Callable[[], T], world: World) -> T:
+    """What rank 0 chooses, on every rank (a small picklable object)."""
+    box: list[Any] = [choose() if world.is_main else None]
     if world.group is None:
-        return value
-    box = [value]
+        return box[0]
     dist.broadcast_object_list(
         box, src=0, group=world.group, device=world.device if world.device.type == "cuda" else None
     )

@@ -118,8 +118,8 @@ def prepare(config: TrainConfig, world: World) -> Run:
     make_demo_data(config, world)
     config.check(world.size)
 
-    # Rank 0 chooses what to continue from, so that all ranks continue from the same place.
-    found = distributed.agree(checkpoint.find_checkpoint(config) if world.is_main else None, world)
+    # Rank 0 chooses, so that all ranks continue from the same place.
+    found = distributed.agree(lambda: checkpoint.find_checkpoint(config), world)
     resume_path, state = found if found is not None else (None, None)
     start_step = int(state["step"]) if state else 0
 
