@@ -2,10 +2,10 @@
 
     y = gelu((x - mean) / sqrt(variance + eps) · weight + bias),   gelu(z) = z · Φ(z)
 
-Apart, the two read and write every value twice and keep two activations for the backward pass. The Triton engine
-(`fastclap.kernels.layer_norm_gelu_triton`) reads x once and writes y once; its backward pass reads x and dy, computes
-the rest again from the mean and the inverse standard deviation of each row, and writes dx. In bf16 that is 4 and 6
-bytes a value, against 8 and 12, and one saved activation instead of two.
+Run one after the other, they read and write every value twice and keep two activations for the backward pass. The
+Triton engine (`fastclap.kernels.layer_norm_gelu_triton`) reads x once and writes y once; its backward pass reads x and
+dy, computes the rest again from the mean and the inverse standard deviation of each row, and writes dx. In bf16 that is
+4 and 6 bytes a value, against 8 and 12, and one saved activation instead of two.
 
 Eager calls of the Triton engine go through an autograd.Function. Under torch.compile the same kernels are the operator
 `fastclap::layer_norm_gelu`, so that a graph stays whole.
@@ -24,14 +24,14 @@ from fastclap.kernels import dispatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the Triton engine
 WIDEST = 8192  # values of a row of the Triton engine, which a program keeps in registers
-ONCE = (
+SECOND_ORDER = (
     "the gradient of layer_norm_gelu cannot be differentiated again: call backward without create_graph=True, "
     'or use backend="torch"'
 )
 
 
 def layer_norm_gelu_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    """The definition, written out in the dtype of its inputs; the oracle in float64."""
+    """The definition, written out in the dtype of its inputs; the reference in float64."""
     centred = x - x.mean(-1, keepdim=True)
     z = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
     z = z if weight is None else z * weight
@@ -40,9 +40,9 @@ def layer_norm_gelu_reference(x: Tensor, weight: Tensor | None, bias: Tensor | N
 
 
 def layer_norm_gelu(
-    x: Tensor,  # (..., C)
-    weight: Tensor | None = None,  # (C,)
-    bias: Tensor | None = None,  # (C,)
+    x: Tensor,  # [..., C]
+    weight: Tensor | None = None,  # [C]
+    bias: Tensor | None = None,  # [C]
     eps: float = 1e-5,
     *,
     backend: str = "auto",
@@ -52,8 +52,8 @@ def layer_norm_gelu(
     Differentiable in x, weight and bias; on the Triton engine once. Never waits for the device.
 
     Args:
-        x: [..., C] of a floating dtype. Rows whose values lie side by side are read in place, whatever their distance.
-        weight, bias: [C] or None, in any floating dtype, such as float32 beside a bfloat16 x.
+        x: [..., C] of a floating dtype. Rows that are contiguous are read in place, whatever the stride between them.
+        weight, bias: [C] or None, in any floating dtype, such as float32 with a bfloat16 x.
         eps: added to the variance.
         backend: "triton", "torch", "reference", or "auto": Triton on CUDA devices from sm_80 on for float32, bfloat16
             and float16 with C ≤ 8192, else torch. On a CPU "triton" needs TRITON_INTERPRET=1.
@@ -71,7 +71,7 @@ def layer_norm_gelu(
     if backend == "auto" and not dispatch.on_gpu(x):
         return _torch_engine(x, weight, bias, eps)
     _check(x, weight, bias)
-    engine = dispatch.engine(x, backend, _why_not(x))
+    engine = dispatch.engine(x, backend, _why_not_triton(x))
     if engine == "torch":
         return _torch_engine(x, weight, bias, eps)
     if engine == "reference":
@@ -95,7 +95,7 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
             raise ValueError(f"{name} is on {parameter.device}, x on {x.device}; move it there first")
 
 
-def _why_not(x: Tensor) -> str | None:
+def _why_not_triton(x: Tensor) -> str | None:
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}, not float32, bfloat16 or float16"
     return f"rows have {x.shape[-1]} values, more than {WIDEST}" if x.shape[-1] > WIDEST else None
@@ -117,19 +117,16 @@ def _torch_engine(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     from fastclap.kernels import layer_norm_gelu_triton
 
-    return layer_norm_gelu_triton.forward(x, weight, bias, eps)
+    return layer_norm_gelu_triton.forward(*inputs)
 
 
-def _backward(
-    upstream: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse_std: Tensor,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     from fastclap.kernels import layer_norm_gelu_triton
 
-    return layer_norm_gelu_triton.backward(upstream, x, weight, bias, mean, inverse_std, need)
+    return layer_norm_gelu_triton.backward(*inputs)
 
 
 class _LayerNormGELU(torch.autograd.Function):
@@ -148,7 +145,7 @@ class _LayerNormGELU(torch.autograd.Function):
 
 def _gradients(compute: Any, ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        raise RuntimeError(ONCE)
+        raise RuntimeError(SECOND_ORDER)
     need = list(ctx.needs_input_grad[:3])
     gradients = compute(upstream, *ctx.saved_tensors, need)
     return (*(gradient if wanted else None for gradient, wanted in zip(gradients, need, strict=True)), None)
@@ -164,9 +161,14 @@ def layer_norm_gelu_op(
 
 @torch.library.custom_op("fastclap::layer_norm_gelu_backward", mutates_args=())
 def layer_norm_gelu_backward_op(
-    upstream: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse_std: Tensor,
+    upstream: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    inverse_std: Tensor,
     need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; an empty tensor for each that is not needed."""
     return _backward(upstream, x, weight, bias, mean, inverse_std, need)
 
@@ -178,14 +180,11 @@ def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tupl
 
 
 @layer_norm_gelu_backward_op.register_fake
-def _(
-    upstream: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse_std: Tensor,
-    need: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    like = (x, weight, bias)
+def _(upstream: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *inputs, _, _, need = others
     return tuple(
-        x.new_empty(0) if of is None or not wanted else of.new_empty(of.shape)
-        for of, wanted in zip(like, need, strict=True)
+        upstream.new_empty(0) if x is None or not wanted else x.new_empty(x.shape)
+        for x, wanted in zip(inputs, need, strict=True)
     )
 
 

@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastclap.kernels import dispatch
-from fastclap.kernels.layer_norm_gelu import WIDEST
 from fastclap.kernels.offline import Compilation, signature_and_attrs
+from fastclap.kernels.triton_tools import TYPE_NAMES
 
 VALUES = 16  # of a tile, a thread
 NARROWEST = 16
@@ -147,9 +147,9 @@ def _rows(x: Tensor, columns: int) -> Tensor:
 
 
 def forward(
-    x: Tensor,  # (..., C)
-    weight: Tensor | None,  # (C,)
-    bias: Tensor | None,  # (C,)
+    x: Tensor,  # [..., C]
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y [..., C] in the dtype of x, mean and inverse standard deviation [...] float32), for checked arguments."""
@@ -171,12 +171,12 @@ def forward(
 
 
 def backward(
-    upstream: Tensor,  # (..., C)
-    x: Tensor,  # (..., C)
-    weight: Tensor | None,  # (C,)
-    bias: Tensor | None,  # (C,)
-    mean: Tensor,  # (...)
-    inverse_std: Tensor,  # (...)
+    upstream: Tensor,  # [..., C]
+    x: Tensor,  # [..., C]
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
+    mean: Tensor,  # [...]
+    inverse_std: Tensor,  # [...]
     need: list[bool],  # of x, weight and bias
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the dtypes of x, weight and bias; an empty tensor for each that is not needed."""
@@ -209,15 +209,15 @@ def backward(
 # What the launcher may ask Triton to compile
 # ---------------------------------------------------------------------------------------------------------------------
 
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-# The family's, and one that is neither a power of two nor a multiple of 16; one warp a row and more.
-WIDTHS = (512, 80, 500, 1024, WIDEST)
+# The family's, and one that is neither a power of two nor a multiple of 16; one warp a row and more; the widest.
+WIDTHS = (512, 80, 500, 1024, 8192)
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
     """Every form at the family's width; the others, whose code differs in the tile alone, with weight and bias."""
     both = (False, True)
-    for columns, kind, parameter in product(WIDTHS, TYPES.values(), TYPES.values()):
+    kinds = [TYPE_NAMES[dtype] for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    for columns, kind, parameter in product(WIDTHS, kinds, kinds):
         if parameter not in (kind, "fp32") or (columns != WIDTHS[0] and parameter != "fp32"):
             continue
         for weight, bias, sums in product(both, both, both):

@@ -150,7 +150,7 @@ def is_cached(c: Compilation, arch: int) -> bool:
 
 
 def compiled_kernel(c: Compilation, arch: int) -> Any:
-    """The triton.compiler.CompiledKernel for compute capability ``arch`` (80, 90, 100), through Triton's own cache.
+    """The triton.compiler.CompiledKernel for compute capability `arch` (80, 90, 100), through Triton's own cache.
 
     Raises:
         TypeError, ValueError: as `compile_offline`.
@@ -190,7 +190,7 @@ def _prepared(c: Compilation, arch: int) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def compile_offline(c: Compilation, arch: int) -> Compiled:
-    """Compiles for compute capability ``arch`` (80, 90, 100), through Triton's own cache, and reads the machine code.
+    """Compiles for compute capability `arch` (80, 90, 100), through Triton's own cache, and reads the machine code.
 
     Raises:
         TypeError: the function is not a triton.JITFunction; under TRITON_INTERPRET=1 none is.
@@ -223,7 +223,7 @@ def _matrix_instruction(c: Compilation, arch: int) -> str:
 
 
 def problems(c: Compilation, compiled: Compiled, arch: int) -> list[str]:
-    """What keeps it from launching or from full speed on ``arch``; empty when nothing does."""
+    """What keeps it from launching or from full speed on `arch`; empty when nothing does."""
     found = []
     if c.matrix_instruction and not compiled.matrix_instructions:
         found.append(f"no {_matrix_instruction(c, arch)}")

@@ -20,7 +20,7 @@ Eager calls of the Triton engine go through an autograd.Function. Under torch.co
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,16 +30,15 @@ from fastclap.kernels import dispatch
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST_HEAD = 128  # of the Triton engine
-WIDEST_HEAD_TF32X3 = 64  # of it at float32 precision "highest": wider tiles, split in two, would not fit the registers
+WIDEST_EXACT_HEAD = 64  # of it at float32 precision "highest": wider tiles, split in two, would not fit the registers
+HEADS_ALONE = 192  # queries from which on, without gradients on a CPU, a head by itself is faster than all together
 MASK_ALIGNMENT = 8  # elements: rows of an additive mask of torch's memory-efficient kernel start at multiples of it
-ONCE = (
+SECOND_ORDER = (
     "the gradient of gated_toeplitz_attention cannot be differentiated again: call backward without create_graph=True, "
     'or use backend="reference"'
 )
 
 Gradients = tuple["Tensor | None", ...]
-
-HEADS_ALONE = 192  # queries from which on, without gradients on a CPU, a head by itself is faster than all together
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,7 +49,7 @@ HEADS_ALONE = 192  # queries from which on, without gradients on a CPU, a head b
 def toeplitz(table: Tensor, columns: int | None = None) -> Tensor:
     """[H, T, T] with out[h, i, j] = table[h, j - i + T - 1], a table being [H, 2T - 1]; a view as far as possible.
 
-    ``columns`` beyond T are zero.
+    `columns` beyond T are zero.
     """
     rows = (table.shape[1] + 1) // 2
     columns = rows if columns is None else columns
@@ -58,20 +57,20 @@ def toeplitz(table: Tensor, columns: int | None = None) -> Tensor:
 
 
 def gated_toeplitz_attention_reference(
-    q: Tensor,  # (B, H, T, d)
-    k: Tensor,  # (B, H, T, d)
-    v: Tensor,  # (B, H, T, d)
-    table: Tensor,  # (H, 2T - 1)
-    gate: Tensor,  # (B, H, T)
-    lengths: Tensor | None = None,  # (B,)
+    q: Tensor,  # [B, H, T, d]
+    k: Tensor,  # [B, H, T, d]
+    v: Tensor,  # [B, H, T, d]
+    table: Tensor,  # [H, 2T - 1]
+    gate: Tensor,  # [B, H, T]
+    lengths: Tensor | None = None,  # [B]
     *,
     dropout: float = 0.0,
     scale: float | None = None,
-    keep: Tensor | None = None,  # (B, H, T, T) bool
+    keep: Tensor | None = None,  # [B, H, T, T] bool
 ) -> Tensor:
-    """The definition with all matrices in memory, in the dtype of its inputs; the oracle in float64.
+    """The definition with all matrices in memory, in the dtype of its inputs; the reference in float64.
 
-    ``keep`` says which probabilities dropout leaves; without it they are drawn from torch's generator.
+    `keep` says which probabilities dropout leaves; without it they are drawn from torch's generator.
     See `gated_toeplitz_attention`.
     """
     logits = (q.shape[-1] ** -0.5 if scale is None else scale) * (q @ k.transpose(-1, -2))
@@ -90,7 +89,7 @@ def gated_toeplitz_attention_reference(
 def dropout_mask(seed: Tensor, batch: int, heads: int, length: int, dropout: float) -> Tensor:
     """Bool [batch, heads, length, length]: the probabilities that dropout of the Triton engine keeps.
 
-    ``seed`` is int64 [1]. Every (b, h) has two 32-bit keys mixed from the seed. One hash, of
+    `seed` is int64 [1]. Every (b, h) has two 32-bit keys mixed from the seed. One hash, of
     key_0 + (i without its bit 3) · length + j with key_1 between its two rounds, serves two rows: i with bit 3 takes
     its upper 16 bits, i without it the lower ones (a thread of a matrix instruction holds rows i and i + 8). Read as a
     signed number they have to reach round(dropout · 2¹⁶) - 2¹⁵. The steps and constants of the mixing are those of
@@ -120,12 +119,12 @@ def _mix(x: Tensor, key: int | Tensor = 0) -> Tensor:
 
 
 def gated_toeplitz_attention(
-    q: Tensor,  # (B, H, T, d)
-    k: Tensor,  # (B, H, T, d)
-    v: Tensor,  # (B, H, T, d)
-    table: Tensor,  # (H, 2T - 1)
-    gate: Tensor,  # (B, H, T)
-    lengths: Tensor | None = None,  # (B,)
+    q: Tensor,  # [B, H, T, d]
+    k: Tensor,  # [B, H, T, d]
+    v: Tensor,  # [B, H, T, d]
+    table: Tensor,  # [H, 2T - 1]
+    gate: Tensor,  # [B, H, T]
+    lengths: Tensor | None = None,  # [B]
     *,
     dropout: float = 0.0,
     scale: float | None = None,
@@ -137,12 +136,12 @@ def gated_toeplitz_attention(
 
     Args:
         q, k, v: [B, H, T, d] of one floating dtype, any strides; views of [B, T, H, d] are read in place.
-        table: [H, 2T - 1], one value for each distance j - i, from -(T - 1) to T - 1. It may be float32 beside 16-bit
-            q, k and v.
+        table: [H, 2T - 1], one value for each distance j - i, from -(T - 1) to T - 1. It may be float32 where q, k
+            and v are 16-bit.
         gate: [B, H, T], a factor for each query; dtype as for table.
         lengths: int [B] on the device of q, the number of valid keys of each row of the batch: keys at or past it get
-            no weight. Queries past it attend to the valid keys like all others, so that their values are finite. A
-            length is the caller's duty to keep in 0..T; for one of 0 the output is zero.
+            no weight. Queries past it attend to the valid keys like all others, so that their values are finite. The
+            caller keeps them in 0..T; for a length of 0 the output is zero.
         dropout: probability in [0, 1) with which a weight is set to zero; the others are divided by 1 - dropout. The
             Triton engine rounds it to a multiple of 2⁻¹⁶.
         scale: of q·kᵀ, by default d^-0.5.
@@ -165,30 +164,40 @@ def gated_toeplitz_attention(
     if torch.is_autocast_enabled(device_type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    _check(q, k, v, table, gate, lengths, dropout, scale)
+    inputs = Inputs(q, k, v, table, gate, lengths)
+    _check(inputs, dropout, scale)
     engine = dispatch.engine(q, backend, _why_not_triton(q))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if engine == "reference":
-        return gated_toeplitz_attention_reference(q, k, v, table, gate, lengths, dropout=dropout, scale=scale)
+        return gated_toeplitz_attention_reference(*inputs, dropout=dropout, scale=scale)
     if engine == "torch":
-        return _torch_engine(q, k, v, table, gate, lengths, dropout, scale)
+        return _torch_engine(inputs, dropout, scale)
     dropout = min(round(dropout * 2**16), 2**16 - 1) / 2**16
     seed = torch.randint(0, 2**63 - 1, (1,), device=q.device) if dropout > 0 else None
     if torch.compiler.is_compiling():
-        return torch.ops.fastclap.gated_toeplitz_attention(q, k, v, table, gate, lengths, seed, dropout, scale)[0]
-    return _Attention.apply(q, k, v, table, gate, lengths, seed, dropout, scale)
+        return torch.ops.fastclap.gated_toeplitz_attention(*inputs, seed, dropout, scale)[0]
+    return _Attention.apply(*inputs, seed, dropout, scale)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None, dropout: float,
-    scale: float | None,
-) -> None:  # fmt: skip
+class Inputs(NamedTuple):
+    """The tensors of a call."""
+
+    q: Tensor  # [B, H, T, d]
+    k: Tensor  # [B, H, T, d]
+    v: Tensor  # [B, H, T, d]
+    table: Tensor  # [H, 2T - 1]
+    gate: Tensor  # [B, H, T]
+    lengths: Tensor | None  # [B]
+
+
+def _check(inputs: Inputs, dropout: float, scale: float | None) -> None:
+    q, lengths = inputs.q, inputs.lengths
     if q.dim() != 4:
         raise ValueError(f"q must be [batch, heads, length, head width], is {list(q.shape)}")
     batch, heads, length, width = q.shape
     if length < 1 or width < 1:
         raise ValueError(f"q has no positions or no width: {list(q.shape)}")
-    named = {"q": q, "k": k, "v": v, "table": table, "gate": gate}
+    named = {name: x for name, x in inputs._asdict().items() if name != "lengths"}
     shapes = {
         "k": (batch, heads, length, width),
         "v": (batch, heads, length, width),
@@ -197,14 +206,15 @@ def _check(
     }
     for name, shape in shapes.items():
         if named[name].shape != shape:
-            raise ValueError(f"{name} must be {list(shape)} beside q {list(q.shape)}, is {list(named[name].shape)}")
+            raise ValueError(f"{name} must be {list(shape)} for q {list(q.shape)}, is {list(named[name].shape)}")
     for name, tensor in named.items():
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, is {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device}, q on {q.device}; move it there first")
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        raise TypeError(f"q, k and v must have one dtype, have {q.dtype}, {k.dtype} and {v.dtype}")
+    dtypes = (q.dtype, inputs.k.dtype, inputs.v.dtype)
+    if len(set(dtypes)) > 1:
+        raise TypeError("q, k and v must have one dtype, have {}, {} and {}".format(*dtypes))
     if lengths is not None:
         if lengths.shape != (batch,):
             raise ValueError(f"lengths must be [{batch}], one for each row of the batch, is {list(lengths.shape)}")
@@ -224,9 +234,9 @@ def _why_not_triton(q: Tensor) -> str | None:
     if q.shape[-1] > WIDEST_HEAD:
         return f"heads are {q.shape[-1]} wide, more than {WIDEST_HEAD}"
     exact = q.dtype == torch.float32 and _float32_precision() == "highest"
-    if q.is_cuda and exact and q.shape[-1] > WIDEST_HEAD_TF32X3:
+    if q.is_cuda and exact and q.shape[-1] > WIDEST_EXACT_HEAD:
         return (
-            f"heads are {q.shape[-1]} wide, more than {WIDEST_HEAD_TF32X3} in float32 at precision 'highest' "
+            f"heads are {q.shape[-1]} wide, more than {WIDEST_EXACT_HEAD} in float32 at precision 'highest' "
             "(torch.set_float32_matmul_precision('high') allows it)"
         )
     return None
@@ -242,14 +252,12 @@ def _float32_precision() -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _torch_engine(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None, dropout: float, scale: float
-) -> Tensor:
-    inputs = (q, k, v, table, gate)
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+def _torch_engine(inputs: Inputs, dropout: float, scale: float) -> Tensor:
+    q, k, v, table, gate, lengths = inputs
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:5])
     alone_pays = q.device.type == "cpu" and q.shape[2] >= HEADS_ALONE and not torch.compiler.is_compiling()
     if alone_pays and not differentiable and not dropout:
-        return _head_by_head(*inputs, lengths, scale)
+        return _head_by_head(inputs, scale)
     length = q.shape[2]
     padded = -(-length // MASK_ALIGNMENT) * MASK_ALIGNMENT
     bias = (gate[..., None] * toeplitz(table, padded)).to(q.dtype)[..., :length]
@@ -263,10 +271,9 @@ def _torch_engine(
     return out if lengths is None else out.where(some, 0.0)
 
 
-def _head_by_head(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None, scale: float
-) -> Tensor:
+def _head_by_head(inputs: Inputs, scale: float) -> Tensor:
     """The torch engine without gradients on a CPU: the scores of one head at a time, which fit the cache."""
+    q, k, v, table, gate, lengths = inputs
     batch, heads, length, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros(batch, length, heads, v.shape[-1]).transpose(1, 2)
@@ -287,24 +294,18 @@ def _head_by_head(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None, seed: Tensor | None,
-    dropout: float, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from fastclap.kernels import toeplitz_attention_triton as triton_engine
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    from fastclap.kernels.toeplitz_attention_triton import Launch, forward
 
-    return triton_engine.forward(q, k, v, table, gate, lengths, seed, dropout, scale)
+    return forward(Launch(*inputs))
 
 
 def _backward(
-    upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None,
-    seed: Tensor | None, out: Tensor, log_sum: Tensor, dropout: float, scale: float, need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from fastclap.kernels import toeplitz_attention_triton as triton_engine
+    need: list[bool], upstream: Tensor, out: Tensor, log_sum: Tensor, *inputs: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from fastclap.kernels.toeplitz_attention_triton import Launch, backward
 
-    return triton_engine.backward(
-        upstream, q, k, v, table, gate, lengths, seed, out, log_sum, dropout, scale, tuple(need)
-    )
+    return backward(Launch(*inputs), upstream, out, log_sum, need)
 
 
 class _Attention(torch.autograd.Function):
@@ -313,8 +314,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         out, log_sum = _forward(*inputs)
-        ctx.save_for_backward(*inputs[:7], out, log_sum)
-        ctx.options = inputs[7:]
+        _save(ctx, inputs, (out, log_sum))
         return out
 
     @staticmethod
@@ -322,59 +322,73 @@ class _Attention(torch.autograd.Function):
         return _gradients(_backward, ctx, upstream)
 
 
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs[:7])
+    ctx.options = inputs[7:]
+
+
 def _gradients(compute: Any, ctx: Any, upstream: Tensor) -> Gradients:
     if torch.is_grad_enabled():
-        raise RuntimeError(ONCE)
+        raise RuntimeError(SECOND_ORDER)
     need = list(ctx.needs_input_grad[:5])
-    gradients = compute(upstream, *ctx.saved_tensors, *ctx.options, need)
+    gradients = compute(need, upstream, *ctx.saved_tensors, *ctx.options)
     return (*(x if wanted else None for x, wanted in zip(gradients, need, strict=True)), None, None, None, None)
 
 
 @torch.library.custom_op("fastclap::gated_toeplitz_attention", mutates_args=())
 def attention_op(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None, seed: Tensor | None,
-    dropout: float, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    gate: Tensor,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """The output, and the logarithm (to base 2) of every row's sum of exponentials, [B, H, T] float32."""
     return _forward(q, k, v, table, gate, lengths, seed, dropout, scale)
 
 
 @torch.library.custom_op("fastclap::gated_toeplitz_attention_backward", mutates_args=())
 def attention_backward_op(
-    upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None,
-    seed: Tensor | None, out: Tensor, log_sum: Tensor, dropout: float, scale: float, need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    need: list[bool],
+    upstream: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    gate: Tensor,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, table and gate; an empty tensor for each that is not needed."""
-    return _backward(upstream, q, k, v, table, gate, lengths, seed, out, log_sum, dropout, scale, need)
-
-
-def like_projection(x: Tensor) -> Tensor:
-    """An uninitialised tensor of the shape of x, [B, H, T, d], laid out as [B, T, H, d]: what projections multiply."""
-    batch, heads, length, width = x.shape
-    return x.new_empty(batch, length, heads, width).transpose(1, 2)
+    return _backward(need, upstream, out, log_sum, q, k, v, table, gate, lengths, seed, dropout, scale)
 
 
 @attention_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return like_projection(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    from fastclap.kernels.toeplitz_attention_triton import empty_projection
+
+    return empty_projection(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @attention_backward_op.register_fake
-def _(
-    upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None,
-    seed: Tensor | None, out: Tensor, log_sum: Tensor, dropout: float, scale: float, need: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    shaped = (like_projection(q), like_projection(k), like_projection(v), *map(_contiguous_like, (table, gate)))
-    return tuple(x if wanted else x.new_empty(0) for x, wanted in zip(shaped, need, strict=True))
+def _(need: list[bool], upstream: Tensor, out: Tensor, log_sum: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    from fastclap.kernels.toeplitz_attention_triton import empty_projection
+
+    gradients = [empty_projection(x) for x in inputs[:3]]
+    gradients += [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[3:5]]
+    return tuple(x if wanted else x.new_empty(0) for x, wanted in zip(gradients, need, strict=True))
 
 
-def _contiguous_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:7], *output)
-    ctx.options = inputs[7:]
+def _save_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _save(ctx, inputs, output)
     ctx.mark_non_differentiable(output[1])
 
 
@@ -382,4 +396,4 @@ def _op_backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> Gradients:
     return _gradients(torch.ops.fastclap.gated_toeplitz_attention_backward, ctx, upstream)
 
 
-attention_op.register_autograd(_op_backward, setup_context=_save)
+attention_op.register_autograd(_op_backward, setup_context=_save_op)

@@ -5,7 +5,7 @@ gate_i · table[j - i]: a tile needs BM + BN - 1 consecutive values of the table
 are gathered from there straight into the layout of the matrix instruction's result.
 
 * `_forward_kernel`: a block of queries against all keys with a running maximum; keeps log2 of each row's sum.
-* `_rows_kernel`: δ_i = Σ_c out_ic · dout_ic, for the gradient of the softmax, beside what else a row needs.
+* `_rows_kernel`: δ_i = Σ_c out_ic · dout_ic, for the gradient of the softmax, and what else a row needs.
 * `_keys_kernel`: a block of keys against all queries, transposed tiles: dK and dV.
 * `_queries_kernel`: a block of queries against all keys: dQ and dgate_i = Σ_j ds_ij · table[j - i].
 * `_diagonals_kernel`: dtable[r] = Σ_b Σ_i ds_{i,i+r} · gate_i. The sum runs along diagonals, across the rows that the
@@ -22,8 +22,7 @@ of the largest block, so that their loads need no masks; rows past T have log-su
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -35,22 +34,19 @@ from torch import Tensor
 
 from fastclap.kernels import dispatch
 from fastclap.kernels.offline import Compilation, signature_and_attrs
-from fastclap.kernels.toeplitz_attention import WIDEST_HEAD_TF32X3, like_projection
+from fastclap.kernels.triton_tools import INF, LN2, LOG2E, PRECISIONS, TYPE_NAMES
 
-LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2.0))
-INF = tl.constexpr(float("inf"))
 LARGEST_BLOCK = 128
 SLACK = tl.constexpr(2 * LARGEST_BLOCK)  # values after a row of the padded table that a window may reach into
 DIAGONAL_PROGRAMS = 2048  # at least so many programs share the work of dtable; each leaves one tile
-PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}
+NARROW = 64  # heads up to this width have tiles of their own, and tf32x3
 
 
 @dataclass(frozen=True)
-class Tile:
+class AttentionTile:
     """Queries and keys of a tile, warps of a program, stages of its loop.
 
-    ``registers``: the limit a thread, where it lets more programs share an SM without a spill in the main loop.
+    `registers`: the limit a thread, where it lets more programs share an SM without a spill in the main loop.
     """
 
     rows: int
@@ -62,28 +58,29 @@ class Tile:
 
 KERNELS = ("forward", "keys", "queries", "diagonals")
 # By offline compilation: no spill in a main loop with dropout and lengths, then the most warps on an SM. By
-# architecture, bytes of an element and (padded) width of a head, up to 64 or 128; in the order of KERNELS.
-TILES: dict[int, dict[tuple[int, int], tuple[Tile, Tile, Tile, Tile]]] = {
+# architecture, bytes of an element and (padded) width of a head, up to 64 or 128; in the order of KERNELS,
+# the fields of an `AttentionTile`.
+TILES: dict[int, dict[tuple[int, int], tuple[tuple[int, ...], ...]]] = {
     80: {
-        (2, 64): (Tile(128, 64, 8, 3, 128), Tile(32, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-        (2, 128): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
-        (4, 64): (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1)),
-        (4, 128): (Tile(64, 32, 4, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),
+        (2, 64): ((128, 64, 8, 3, 128), (32, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
+        (2, 128): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2)),
+        (4, 64): ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+        (4, 128): ((64, 32, 4, 2), (32, 32, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1)),
     },
     90: {
-        (2, 64): (Tile(128, 64, 8, 3, 128), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-        (2, 128): (Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-        (4, 64): (Tile(64, 32, 4, 2), Tile(32, 64, 8, 1), Tile(64, 32, 4, 2), Tile(32, 32, 8, 2)),
-        (4, 128): (Tile(64, 32, 4, 2), Tile(32, 64, 8, 1), Tile(64, 16, 4, 1), Tile(64, 64, 8, 1)),
+        (2, 64): ((128, 64, 8, 3, 128), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (2, 128): ((128, 64, 8, 2), (32, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
+        (4, 64): ((64, 32, 4, 2), (32, 64, 8, 1), (64, 32, 4, 2), (32, 32, 8, 2)),
+        (4, 128): ((64, 32, 4, 2), (32, 64, 8, 1), (64, 16, 4, 1), (64, 64, 8, 1)),
     },
     100: {
-        (2, 64): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, 168), Tile(64, 64, 4, 2)),
-        (2, 128): (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-        (4, 64): (Tile(64, 32, 4, 2), Tile(32, 64, 8, 1), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-        (4, 128): (Tile(64, 32, 4, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 1), Tile(64, 64, 8, 1)),
+        (2, 64): ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2, 168), (64, 64, 4, 2)),
+        (2, 128): ((128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
+        (4, 64): ((64, 32, 4, 2), (32, 64, 8, 1), (64, 64, 8, 2), (64, 64, 8, 2)),
+        (4, 128): ((64, 32, 4, 2), (32, 64, 8, 1), (64, 32, 8, 1), (64, 64, 8, 1)),
     },
 }
-INTERPRETER_TILE = Tile(64, 32, 4, 1)
+INTERPRETER_TILE = AttentionTile(64, 32, 4, 1)
 ROWS = 32  # of a program that prepares the numbers of rows
 SUMMED_ROWS = 16  # of a step of the program that sums diagonals
 
@@ -95,7 +92,7 @@ SUMMED_ROWS = 16  # of a step of the program that sums diagonals
 
 @triton.jit
 def _load_rows(base, first, stride, limit, ROWS: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr):
-    """[ROWS, D] from row ``first`` on of a matrix of HEAD columns; zeros outside of it."""
+    """[ROWS, D] from row `first` on of a matrix of HEAD columns; zeros outside of it."""
     row, at = tl.arange(0, ROWS)[:, None], tl.arange(0, D)[None, :]
     mask = row < limit - first
     if HEAD < D:
@@ -122,7 +119,7 @@ def _valid(lengths, clip, length):
 
 
 @triton.jit
-def _table_tile(table, row, column, far, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl.constexpr):
+def _table(table, row, column, far, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl.constexpr):
     """log2(e) · table[j - i] of the tile at (row, column): [BM, BN], TRANSPOSED [BN, BM]."""
     WINDOW: tl.constexpr = 2 * BM if BM > BN else 2 * BN
     window = tl.load(table + (far + column - row - BM) + tl.arange(0, WINDOW))
@@ -199,7 +196,7 @@ def _forward_kernel(
     for TAIL in tl.static_range(2):  # the tiles that all keys of are valid, then the last one if there is one more
         for column in tl.range(whole if TAIL else 0, valid if TAIL else whole, BN):
             x = tl.dot(queries, _load_rows(k, column, k_row, valid, BN, HEAD, D).T, input_precision=PRECISION)
-            x = x * scale + factor[:, None] * _table_tile(table, row, column, far, BM, BN, False)
+            x = x * scale + factor[:, None] * _table(table, row, column, far, BM, BN, False)
             if TAIL:
                 x = tl.where(columns[None, :] < valid - column, x, -INF)
             larger = tl.maximum(maximum, tl.max(x, 1))
@@ -272,7 +269,7 @@ def _keys_kernel(
         queries = _load_rows(q, row, q_row, length, BM, HEAD, D)
         x = tl.dot(keys, queries.T, input_precision=PRECISION)
         factor = tl.load(gate + row + rows)
-        x = x * scale + factor[None, :] * _table_tile(table, row, column, far, BM, BN, True)
+        x = x * scale + factor[None, :] * _table(table, row, column, far, BM, BN, True)
         p = tl.exp2(x - tl.load(log_sum + row + rows)[None, :])
         out_gradient = _load_rows(upstream, row, up_row, length, BM, HEAD, D)
         ds = tl.dot(values, out_gradient.T, input_precision=PRECISION)
@@ -320,7 +317,7 @@ def _queries_kernel(
         for column in tl.range(whole if TAIL else 0, valid if TAIL else whole, BN):
             keys = _load_rows(k, column, k_row, valid, BN, HEAD, D)
             x = tl.dot(queries, keys.T, input_precision=PRECISION)
-            distance = _table_tile(table, row, column, far, BM, BN, False)
+            distance = _table(table, row, column, far, BM, BN, False)
             x = x * scale + factor[:, None] * distance
             if TAIL:
                 x = tl.where(columns[None, :] < valid - column, x, -INF)
@@ -357,7 +354,7 @@ def _diagonals_kernel(
     first_row, first_column = tl.maximum(-diagonal, 0) * BM, tl.maximum(diagonal, 0) * BM
     count = tiles - (rank + 1) // 2
     rows = tl.arange(0, BM)
-    distance = _table_tile(table + head * (2 * far + SLACK), first_row, first_column, far, BM, BM, False)
+    distance = _table(table + head * (2 * far + SLACK), first_row, first_column, far, BM, BM, False)
     total = tl.zeros((BM, BM), tl.float32)
     for step in tl.range(0, tl.cdiv(clips - group, groups) * count):
         clip = (group + step // count * groups).to(tl.int64)
@@ -408,31 +405,40 @@ def _skew_kernel(parts, dtable, heads, length, groups, gain, BM: tl.constexpr, R
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def tile_for(arch: int, dtype: torch.dtype, width: int, kernel: str) -> Tile:
+def tile_for(arch: int, dtype: torch.dtype, width: int, kernel: str) -> AttentionTile:
     """The configuration of a kernel for a padded head width; sm_80's, the smallest, where the architecture has none of
     its own: the GPUs for desks have less shared memory."""
     if arch == 0:
         return INTERPRETER_TILE
     family = arch // 10 * 10 if arch // 10 * 10 in TILES else 80
-    return TILES[family][dtype.itemsize, 64 if width <= 64 else 128][KERNELS.index(kernel)]
+    return AttentionTile(*TILES[family][dtype.itemsize, 64 if width <= NARROW else 128][KERNELS.index(kernel)])
 
 
 class Launch:
     """What the launches of one call share; 16-bit and 32-bit table and gate become float32."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None,
-        seed: Tensor | None, dropout: float, scale: float,
-    ) -> None:  # fmt: skip
+        self,
+        q: Tensor,  # [B, H, T, d], as k and v
+        k: Tensor,
+        v: Tensor,
+        table: Tensor,  # [H, 2T - 1]
+        gate: Tensor,  # [B, H, T]
+        lengths: Tensor | None,  # [B]
+        seed: Tensor | None,  # [1]; None: no dropout
+        dropout: float,
+        scale: float,
+    ) -> None:
         self.index = dispatch.index_of(q.device)
         self.arch, self.dtype = dispatch.architecture(self.index), q.dtype
         self.clips, self.heads, self.length, self.width = q.shape
         self.far = triton.cdiv(self.length, LARGEST_BLOCK) * LARGEST_BLOCK
+        self.table_dtype, self.gate_dtype = table.dtype, gate.dtype
         self.padded_table = q.new_zeros(self.heads, 2 * self.far + SLACK.value, dtype=torch.float32)
         inside = self.padded_table[:, self.far - self.length + 1 : self.far + self.length]
         torch.mul(table.detach().float(), LOG2E.value, out=inside)
         self.gate = gate.detach().float().contiguous()
-        self.q, self.k, self.v = _rows_of(q), _rows_of(k), _rows_of(v)
+        self.q, self.k, self.v = _with_contiguous_rows(q), _with_contiguous_rows(k), _with_contiguous_rows(v)
         self.lengths = None if lengths is None else lengths.contiguous()
         self.seed, self.scale = seed, scale * LOG2E.value
         self.threshold, self.gain = (round(dropout * 2**16) - 2**15) << 16, 1.0 / (1.0 - dropout)
@@ -451,20 +457,26 @@ class Launch:
     def sizes(self) -> tuple[Any, ...]:
         return (self.heads, self.length, self.far, self.scale, self.threshold)
 
-    def tile(self, kernel: str) -> Tile:
+    def tile(self, kernel: str) -> AttentionTile:
         return tile_for(self.arch, self.dtype, padded_width(self.width), kernel)
 
     def programs(self, block: int) -> tuple[int]:
         return (self.clips * self.heads * triton.cdiv(self.length, block),)
 
-    def on_device(self) -> contextlib.AbstractContextManager[Any]:
-        """The device's context, which costs a few microseconds, unless it is the current one."""
+    def device_context(self) -> contextlib.AbstractContextManager[Any]:
+        """Of the CUDA device, unless it is the current one: it costs a few microseconds."""
         if self.index is None or self.index == torch.cuda.current_device():
             return contextlib.nullcontext()
         return torch.cuda.device(self.index)
 
 
-def _rows_of(x: Tensor) -> Tensor:
+def empty_projection(x: Tensor) -> Tensor:
+    """An uninitialised tensor of the shape of x, [B, H, T, d], laid out as [B, T, H, d]: what projections multiply."""
+    batch, heads, length, width = x.shape
+    return x.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+def _with_contiguous_rows(x: Tensor) -> Tensor:
     x = x.detach()
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
@@ -473,8 +485,8 @@ def padded_width(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def constants(tile: Tile, width: int, precision: str, square: bool = False) -> dict[str, Any]:
-    """Constants and options of a kernel; ``square``: of the one whose tiles are."""
+def constants(tile: AttentionTile, width: int, precision: str, square: bool = False) -> dict[str, Any]:
+    """Constants and options of a kernel; `square`: of the one whose tiles are."""
     sides = {"BM": tile.rows} if square else {"BM": tile.rows, "BN": tile.columns}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if tile.registers is not None:
@@ -482,15 +494,12 @@ def constants(tile: Tile, width: int, precision: str, square: bool = False) -> d
     return {"HEAD": width, "D": padded_width(width), **sides, "PRECISION": precision, **options}
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None, seed: Tensor | None,
-    dropout: float, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def forward(launch: Launch) -> tuple[Tensor, Tensor]:
     """The output, and log2 of the rows' sums of exponentials, [B, H, T] float32 (+∞ for a clip without keys)."""
-    launch = Launch(q, k, v, table, gate, lengths, seed, dropout, scale)
-    out, log_sum = like_projection(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out = empty_projection(launch.q)
+    log_sum = launch.q.new_empty(launch.q.shape[:3], dtype=torch.float32)
     tile = launch.tile("forward")
-    with launch.on_device():
+    with launch.device_context():
         _forward_kernel[launch.programs(tile.rows)](
             *launch.inputs(launch.gate), out, log_sum, *launch.strides, *out.stride()[:3], *launch.sizes, launch.gain,
             **constants(tile, launch.width, launch.precision),
@@ -499,39 +508,43 @@ def forward(
 
 
 def backward(
-    upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, gate: Tensor, lengths: Tensor | None,
-    seed: Tensor | None, out: Tensor, log_sum: Tensor, dropout: float, scale: float, need: tuple[bool, ...],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, table and gate; an empty tensor for each that ``need`` does not ask for."""
-    launch = Launch(q, k, v, table, gate, lengths, seed, dropout, scale)
-    upstream = _rows_of(upstream)
+    launch: Launch,
+    upstream: Tensor,  # [B, H, T, d]
+    out: Tensor,  # and the sums, as `forward` gave them
+    log_sum: Tensor,
+    need: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, table and gate; an empty tensor for each that `need` does not ask for."""
+    upstream = _with_contiguous_rows(upstream)
+    q, k, v = launch.q, launch.k, launch.v
     rows = q.new_empty(3, launch.clips * launch.heads, launch.far, dtype=torch.float32)
-    dq, dk, dv, dtable, dgate = (x.new_empty(0) for x in (q, k, v, table, gate))
+    dq, dk, dv = q.new_empty(0), k.new_empty(0), v.new_empty(0)
+    dtable, dgate = q.new_empty(0, dtype=launch.table_dtype), q.new_empty(0, dtype=launch.gate_dtype)
     inputs = (*launch.inputs(rows[0]), upstream, rows[1], rows[2])
     strides = (*launch.strides, *upstream.stride()[:3])
-    with launch.on_device():
+    with launch.device_context():
         _rows_kernel[(launch.clips * launch.heads * launch.far // ROWS,)](
             launch.gate, log_sum, out, upstream, *rows, *out.stride()[:3], *upstream.stride()[:3],
             launch.heads, launch.length, launch.far, 1.0 / launch.gain,
             HEAD=launch.width, D=padded_width(launch.width), BM=ROWS,
         )  # fmt: skip
         if need[1] or need[2]:
-            dk, dv = like_projection(k), like_projection(v)
+            dk, dv = empty_projection(k), empty_projection(v)
             tile = launch.tile("keys")
             _keys_kernel[launch.programs(tile.columns)](
                 *inputs, dk, dv, *strides, *dk.stride()[:3], *dv.stride()[:3], *launch.sizes,
                 launch.gain, **constants(tile, launch.width, launch.precision),
             )  # fmt: skip
         if need[0] or need[4]:
-            dq, gate_gradient = like_projection(q), torch.empty_like(launch.gate)
+            dq, gate_gradient = empty_projection(q), torch.empty_like(launch.gate)
             tile = launch.tile("queries")
             _queries_kernel[launch.programs(tile.rows)](
                 *inputs, dq, gate_gradient, *strides, *dq.stride()[:3], *launch.sizes,
                 launch.gain, **constants(tile, launch.width, launch.precision),
             )  # fmt: skip
-            dgate = gate_gradient.to(gate.dtype)
+            dgate = gate_gradient.to(launch.gate_dtype)
         if need[3]:
-            dtable = torch.empty_like(table, memory_format=torch.contiguous_format)
+            dtable = q.new_empty(launch.heads, 2 * launch.length - 1, dtype=launch.table_dtype)
             _table_gradient(launch, inputs, strides, dtable)
     gradients = (dq, dk, dv, dtable, dgate)
     return tuple(x if wanted else x.new_empty(0) for x, wanted in zip(gradients, need, strict=True))  # type: ignore[return-value]
@@ -556,7 +569,7 @@ def _table_gradient(launch: Launch, inputs: tuple[Any, ...], strides: tuple[int,
 # Everything that the launchers may ask Triton to compile
 # ---------------------------------------------------------------------------------------------------------------------
 
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FUNCTIONS = dict(zip(KERNELS, (_forward_kernel, _keys_kernel, _queries_kernel, _diagonals_kernel), strict=True))
 
 
@@ -564,9 +577,10 @@ def compilations(arch: int, widths: tuple[int, ...] = (64, 80)) -> Iterator[Comp
     """Every (kernel, configuration, dtype, flags) that the launchers may pick on an architecture, for heads of some
     widths; others take the configuration of the next power of two."""
     both = (False, True)
-    for width, (dtype, name) in product(widths, TYPES.items()):
+    for width, dtype in product(widths, DTYPES):
+        name = TYPE_NAMES[dtype]
         precisions: tuple[str, ...] = ("tf32",)
-        if dtype == torch.float32 and width <= WIDEST_HEAD_TF32X3:
+        if dtype == torch.float32 and width <= NARROW:
             precisions = ("tf32x3", "tf32")
         for precision, kernel, dropout, lengths in product(precisions, KERNELS, both, both):
             tile = tile_for(arch, dtype, padded_width(width), kernel)
@@ -580,8 +594,8 @@ def compilations(arch: int, widths: tuple[int, ...] = (64, 80)) -> Iterator[Comp
             yield _compilation(title, FUNCTIONS[kernel], name, options, absent, own)
         options = {"HEAD": width, "D": padded_width(width), "BM": ROWS}
         yield _compilation(f"attention rows {width} {name}", _rows_kernel, name, options, (), False)
-    sides = {tiles[KERNELS.index("diagonals")].rows for tiles in TILES[arch].values()}
-    for side, gradient in product(sorted(sides), TYPES.values()):
+    sides = {tiles[KERNELS.index("diagonals")][0] for tiles in TILES[arch].values()}
+    for side, gradient in product(sorted(sides), [TYPE_NAMES[dtype] for dtype in DTYPES]):
         options = {"BM": side, "ROWS": SUMMED_ROWS}
         yield _compilation(f"attention skew {side} {gradient}", _skew_kernel, gradient, options, (), False)
 

@@ -1,4 +1,4 @@
-"""What the Triton engines share: how kernels are launched and configurations found, and names and constants."""
+"""What the Triton engines share: constants, names, and the choice of a configuration for a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def jit_for_any_size(scalars: str, vectors: str = "") -> Callable[[Any], Any]:
 
 
 def for_architecture(configurations: Mapping[int, T], arch: int) -> T:
-    """The configuration of the nearest architecture at or below ``arch`` (80, 90, …).
+    """The configuration of the nearest architecture at or below `arch` (80, 90, …).
 
     Raises:
         RuntimeError: the GPU is older than all of them.

@@ -2,13 +2,15 @@
 
     y = (x - mean) / sqrt(std² + epsilon)
 
-is the formula of the wav2vec2 family's feature extractors. With mean and std given, as of the whole file that a crop
-was taken from, the Triton engine (`fastclap.kernels.waveform_triton`) does it in one launch that reads the samples,
-int16 if they are, and writes the result in the dtype that the first layer wants. Otherwise two launches before it
-measure them.
+is the formula of the wav2vec2 family's feature extractors. With mean and std given, such as those of the whole file
+that a crop was taken from, the Triton engine (`fastclap.kernels.waveform_triton`) does it in one launch that reads the
+samples, int16 or floating point, and writes the result in the dtype that the first layer wants. Otherwise two launches
+before it measure them.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,22 +24,22 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def normalize_waveform(
-    audio: Tensor,  # (B, T)
-    lengths: Tensor | None = None,  # (B,)
-    mean: Tensor | None = None,  # (B,)
-    std: Tensor | None = None,  # (B,)
+    audio: Tensor,  # [B, T]
+    lengths: Tensor | None = None,  # [B]
+    mean: Tensor | None = None,  # [B]
+    std: Tensor | None = None,  # [B]
     *,
-    offsets: Tensor | None = None,  # (B,)
+    offsets: Tensor | None = None,  # [B]
     samples: int | None = None,
     min_samples: int = 1,
     epsilon: float = 1e-7,
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
-) -> Tensor:  # (B, samples)
+) -> Tensor:  # [B, samples]
     """Crops of a batch of clips, each normalised to zero mean and unit variance and zero past its end.
 
-    A clip is what its row holds from its offset on, ``lengths`` and ``samples`` at most; the padding in ``audio`` is
-    arbitrary. A clip shorter than ``min_samples`` counts as extended to it with zeros: they are normalised, and
+    A clip is what its row holds from its offset on, `lengths` and `samples` at most; the padding in `audio` is
+    arbitrary. A clip shorter than `min_samples` counts as extended to it with zeros: they are normalised, and
     measured, like its samples. Never waits for the device.
 
     Args:
@@ -46,45 +48,57 @@ def normalize_waveform(
         mean, std: [B] in units of full scale, of whatever the clips are to be measured by, such as the whole file.
             None: mean and population standard deviation of each clip itself.
         offsets: integers [B], the first sample of each clip, clamped to 0..T; None: 0.
-        samples: width of the result; by default T, or ``min_samples`` where that is more.
+        samples: width of the result; by default T, or `min_samples` where that is more.
         min_samples: the shortest clip.
-        epsilon: added to the variance. With ``mean`` 0, ``std`` 1 and ``epsilon`` 0 samples are only converted.
+        epsilon: added to the variance. With `mean` 0, `std` 1 and `epsilon` 0 samples are only converted.
         dtype: of the result: float32, bfloat16 or float16, whatever autocast says. Arithmetic is in float32.
         backend: "triton", "torch", "reference", or "auto": Triton on CUDA devices from sm_80 on, else torch. On a CPU
             "triton" needs TRITON_INTERPRET=1.
 
     Returns:
-        [B, samples] in ``dtype``, contiguous. Where gradients of audio, mean or std are wanted, "auto" takes the torch
+        [B, samples] in `dtype`, contiguous. Where gradients of audio, mean or std are wanted, "auto" takes the torch
         engine, which autograd differentiates, measured statistics included.
 
     Raises:
-        TypeError: a tensor or ``dtype`` has another dtype than those above.
+        TypeError: a tensor or `dtype` has another dtype than those above.
         ValueError: shapes or values do not fit, only one of mean and std is given, or the backend is unknown or cannot
             take these tensors.
     """
-    width = _check(audio, lengths, mean, std, offsets, samples, min_samples, epsilon, dtype)
-    device = audio.device
-    lengths, offsets = (None if x is None else x.to(device, torch.int64) for x in (lengths, offsets))
-    mean, std = (None if x is None else x.to(device) for x in (mean, std))
-    engine = dispatch.engine(audio, backend, _why_not(audio, mean, std))
+    crops = Crops(audio, lengths, mean, std, offsets, 0, min_samples, float(epsilon))
+    crops = _checked(crops, samples, dtype)
+    engine = dispatch.engine(audio, backend, _why_not_triton(crops))
     if engine == "reference":
+        audio, lengths, mean, std, offsets, width, *_ = crops
         return normalize_waveform_reference(
             audio, lengths, mean, std, offsets=offsets, samples=width, min_samples=min_samples, epsilon=epsilon
         ).to(dtype)
     if engine == "torch":
-        return _torch_engine(audio, lengths, mean, std, offsets, width, min_samples, epsilon).to(dtype)
+        return _torch_engine(crops).to(dtype)
     if torch.compiler.is_compiling():
-        return torch.ops.fastclap.normalize_waveform(
-            audio, lengths, mean, std, offsets, width, min_samples, float(epsilon), dtype
-        )
-    return _triton_engine(audio, lengths, mean, std, offsets, width, min_samples, float(epsilon), dtype)
+        return torch.ops.fastclap.normalize_waveform(*crops, dtype)
+    return _triton_engine(crops, dtype)
 
 
-def _check(
-    audio: Tensor, lengths: Tensor | None, mean: Tensor | None, std: Tensor | None, offsets: Tensor | None,
-    samples: int | None, min_samples: int, epsilon: float, dtype: torch.dtype,
-) -> int:  # fmt: skip
-    """Validates the arguments of `normalize_waveform`; the width of the result."""
+class Crops(NamedTuple):
+    """What `normalize_waveform` is given; integers are int64 on the device of audio once they are checked."""
+
+    audio: Tensor  # [B, T]
+    lengths: Tensor | None  # [B]
+    mean: Tensor | None  # [B]
+    std: Tensor | None  # [B]
+    offsets: Tensor | None  # [B]
+    samples: int  # of the result
+    min_samples: int
+    epsilon: float
+
+
+def _checked(crops: Crops, samples: int | None, dtype: torch.dtype) -> Crops:
+    """The crops with the width of the result, all tensors on the device of audio.
+
+    Raises:
+        TypeError, ValueError: as `normalize_waveform`.
+    """
+    audio, lengths, mean, std, offsets, _, min_samples, epsilon = crops
     if audio.dim() != 2 or audio.shape[1] < 1:
         raise ValueError(f"audio must be [batch, samples] with at least one sample, is {list(audio.shape)}")
     if audio.dtype != torch.int16 and not audio.is_floating_point():
@@ -114,30 +128,33 @@ def _check(
     width = max(audio.shape[1], min_samples) if samples is None else samples
     if width < min_samples:
         raise ValueError(f"samples must be at least min_samples, {min_samples}, is {samples}")
-    return width
+    device = audio.device
+    lengths, offsets = (None if x is None else x.to(device, torch.int64) for x in (lengths, offsets))
+    mean, std = (None if x is None else x.to(device) for x in (mean, std))
+    return Crops(audio, lengths, mean, std, offsets, width, min_samples, epsilon)
 
 
-def _why_not(audio: Tensor, mean: Tensor | None, std: Tensor | None) -> str | None:
-    if audio.dtype not in AUDIO_DTYPES:
-        return f"audio is {audio.dtype}, not int16, float32, bfloat16 or float16"
-    inputs = (audio, mean, std)
+def _why_not_triton(crops: Crops) -> str | None:
+    if crops.audio.dtype not in AUDIO_DTYPES:
+        return f"audio is {crops.audio.dtype}, not int16, float32, bfloat16 or float16"
+    inputs = (crops.audio, crops.mean, crops.std)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return "audio, mean or std requires a gradient, which the torch engine gives"
     return None
 
 
 def normalize_waveform_reference(
-    audio: Tensor,  # (B, T)
-    lengths: Tensor | None = None,  # (B,)
-    mean: Tensor | None = None,  # (B,)
-    std: Tensor | None = None,  # (B,)
+    audio: Tensor,  # [B, T]
+    lengths: Tensor | None = None,  # [B]
+    mean: Tensor | None = None,  # [B]
+    std: Tensor | None = None,  # [B]
     *,
-    offsets: Tensor | None = None,  # (B,)
+    offsets: Tensor | None = None,  # [B]
     samples: int | None = None,
     min_samples: int = 1,
     epsilon: float = 1e-7,
-) -> Tensor:  # float64 (B, samples)
-    """The definition, clip by clip in float64; the oracle. See `normalize_waveform`."""
+) -> Tensor:  # [B, samples] float64
+    """The definition, clip by clip in float64; the reference for every engine. See `normalize_waveform`."""
     batch, held = audio.shape
     width = max(held, min_samples) if samples is None else samples
     rows = []
@@ -157,11 +174,9 @@ def normalize_waveform_reference(
     return torch.stack(rows) if rows else audio.new_zeros(0, width, dtype=torch.float64)
 
 
-def _torch_engine(
-    audio: Tensor, lengths: Tensor | None, mean: Tensor | None, std: Tensor | None, offsets: Tensor | None, width: int,
-    min_samples: int, epsilon: float,
-) -> Tensor:  # fmt: skip
+def _torch_engine(crops: Crops) -> Tensor:
     """In float32, or in float64 where audio is."""
+    audio, lengths, mean, std, offsets, width, min_samples, epsilon = crops
     held = audio.shape[1]
     position = torch.arange(width, device=audio.device)
     if offsets is None:
@@ -198,27 +213,29 @@ def _torch_engine(
     return normal if past is None else normal.masked_fill(past, 0.0)
 
 
-def _triton_engine(
-    audio: Tensor, lengths: Tensor | None, mean: Tensor | None, std: Tensor | None, offsets: Tensor | None, width: int,
-    min_samples: int, epsilon: float, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def _triton_engine(crops: Crops, dtype: torch.dtype) -> Tensor:
     from fastclap.kernels import waveform_triton
 
-    return waveform_triton.normalize(audio, lengths, mean, std, offsets, width, min_samples, epsilon, dtype)
+    return waveform_triton.normalize(*crops, dtype, 1.0 / FULL_SCALE if crops.audio.dtype == torch.int16 else 1.0)
 
 
 @torch.library.custom_op("fastclap::normalize_waveform", mutates_args=())
 def normalize_waveform_op(
-    audio: Tensor, lengths: Tensor | None, mean: Tensor | None, std: Tensor | None, offsets: Tensor | None,
-    samples: int, min_samples: int, epsilon: float, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    audio: Tensor,
+    lengths: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    offsets: Tensor | None,
+    samples: int,
+    min_samples: int,
+    epsilon: float,
+    dtype: torch.dtype,
+) -> Tensor:
     """The Triton engine, as torch.compile sees it; without a gradient, as `normalize_waveform` calls it."""
-    return _triton_engine(audio, lengths, mean, std, offsets, samples, min_samples, epsilon, dtype)
+    return _triton_engine(Crops(audio, lengths, mean, std, offsets, samples, min_samples, epsilon), dtype)
 
 
 @normalize_waveform_op.register_fake
-def _(
-    audio: Tensor, lengths: Tensor | None, mean: Tensor | None, std: Tensor | None, offsets: Tensor | None,
-    samples: int, min_samples: int, epsilon: float, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def _(audio: Tensor, *others: Any) -> Tensor:
+    *_, samples, _, _, dtype = others
     return audio.new_empty((audio.shape[0], samples), dtype=dtype)

@@ -21,14 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastclap.kernels.offline import Compilation, signature_and_attrs
-from fastclap.kernels.waveform import FULL_SCALE
+from fastclap.kernels.triton_tools import TYPE_NAMES, jit_for_any_size
 
 BLOCK, WARPS = 4096, 4  # samples of a program: 32 a thread
 PARTS = 256  # blocks of a clip that are put together at a time
 
 
 @triton.jit
-def _clip(
+def _bounds(
     audio, lengths, offsets, b, held, row_stride, width, min_samples, OFFSETS: tl.constexpr, LENGTHS: tl.constexpr
 ):
     """(first sample, samples, samples with the zeros that count) of clip b."""
@@ -43,10 +43,7 @@ def _clip(
     return clip, length, tl.maximum(length, min_samples)
 
 
-@triton.jit(
-    do_not_specialize=["held", "row_stride", "width", "min_samples", "blocks", "plane", "scale"],
-    do_not_specialize_on_alignment=["audio", "lengths", "offsets"],
-)
+@jit_for_any_size("held row_stride width min_samples blocks plane scale", "audio lengths offsets")
 def _blocks_kernel(
     audio, lengths, offsets, parts,  # [B, held]; [B] int64, where OFFSETS and LENGTHS; [2, B, blocks] float32
     held, row_stride, width, min_samples, blocks, plane, scale,
@@ -55,7 +52,7 @@ def _blocks_kernel(
     """Mean and sum of squared deviations from it of every block of every clip."""
     b = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    clip, length, valid = _clip(audio, lengths, offsets, b, held, row_stride, width, min_samples, OFFSETS, LENGTHS)
+    clip, length, valid = _bounds(audio, lengths, offsets, b, held, row_stride, width, min_samples, OFFSETS, LENGTHS)
     at = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(clip + at, mask=at < length, other=0.0).to(tl.float32) * scale
     count = tl.minimum(tl.maximum(valid - block * BLOCK, 1), BLOCK)
@@ -65,10 +62,7 @@ def _blocks_kernel(
     tl.store(parts + plane + b * blocks + block, tl.sum(deviation * deviation, 0))
 
 
-@triton.jit(
-    do_not_specialize=["held", "row_stride", "width", "min_samples", "blocks", "plane"],
-    do_not_specialize_on_alignment=["audio", "lengths", "offsets", "std"],
-)
+@jit_for_any_size("held row_stride width min_samples blocks plane", "audio lengths offsets std")
 def _statistics_kernel(
     audio, lengths, offsets, parts, mean, std,  # as above; [B] float32
     held, row_stride, width, min_samples, blocks, plane,
@@ -76,7 +70,7 @@ def _statistics_kernel(
 ):  # fmt: skip
     """Mean and population standard deviation of every clip, from those of its blocks."""
     b = tl.program_id(0).to(tl.int64)
-    _, _, valid = _clip(audio, lengths, offsets, b, held, row_stride, width, min_samples, OFFSETS, LENGTHS)
+    _, _, valid = _bounds(audio, lengths, offsets, b, held, row_stride, width, min_samples, OFFSETS, LENGTHS)
     parts += b * blocks
     used = tl.cdiv(valid, BLOCK)
     total = tl.zeros((PARTS,), tl.float64)
@@ -96,17 +90,14 @@ def _statistics_kernel(
     tl.store(std + b, tl.sqrt(tl.sum(squares, 0) / valid).to(tl.float32))
 
 
-@triton.jit(
-    do_not_specialize=["held", "row_stride", "width", "min_samples", "blocks", "scale", "epsilon"],
-    do_not_specialize_on_alignment=["audio", "lengths", "offsets", "mean", "std"],
-)
+@jit_for_any_size("held row_stride width min_samples blocks scale epsilon", "audio lengths offsets mean std")
 def _normalize_kernel(
     audio, lengths, offsets, mean, std, out,  # [B, held]; [B] int64; [B] floating; [B, width]
     held, row_stride, width, min_samples, blocks, scale, epsilon,
     OFFSETS: tl.constexpr, LENGTHS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    clip, length, valid = _clip(audio, lengths, offsets, b, held, row_stride, width, min_samples, OFFSETS, LENGTHS)
+    clip, length, valid = _bounds(audio, lengths, offsets, b, held, row_stride, width, min_samples, OFFSETS, LENGTHS)
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(clip + at, mask=at < length, other=0.0).to(tl.float32) * scale
     deviation = tl.load(std + b).to(tl.float32)
@@ -116,23 +107,23 @@ def _normalize_kernel(
 
 
 def normalize(
-    audio: Tensor,  # (B, T)
-    lengths: Tensor | None,  # (B,) int64
-    mean: Tensor | None,  # (B,)
-    std: Tensor | None,  # (B,)
-    offsets: Tensor | None,  # (B,) int64
+    audio: Tensor,  # [B, T]
+    lengths: Tensor | None,  # [B] int64
+    mean: Tensor | None,  # [B]
+    std: Tensor | None,  # [B]
+    offsets: Tensor | None,  # [B] int64
     width: int,
     min_samples: int,
     epsilon: float,
     dtype: torch.dtype,
-) -> Tensor:  # (B, width)
-    """`fastclap.kernels.waveform.normalize_waveform` for arguments that it has checked."""
+    scale: float,
+) -> Tensor:  # [B, width]
+    """`fastclap.kernels.waveform.normalize_waveform` for checked arguments; `scale` is the factor of a sample."""
     audio = audio if audio.stride(1) == 1 else audio.contiguous()
     batch, held = audio.shape
     lengths, offsets, mean, std = (None if x is None else x.contiguous() for x in (lengths, offsets, mean, std))
     flags = {"OFFSETS": offsets is not None, "LENGTHS": lengths is not None, "BLOCK": BLOCK, "num_warps": WARPS}
     blocks = triton.cdiv(width, BLOCK)
-    scale = 1.0 / FULL_SCALE if audio.dtype == torch.int16 else 1.0
     clips = (audio, audio if lengths is None else lengths, audio if offsets is None else offsets)
     shape = (held, audio.stride(0), width, min_samples, blocks)
     out = torch.empty(batch, width, dtype=dtype, device=audio.device)
@@ -150,13 +141,12 @@ def normalize(
 # What the launcher may ask Triton to compile
 # ---------------------------------------------------------------------------------------------------------------------
 
-TYPES = {torch.int16: "i16", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
 
 def compilations(arch: int) -> Iterator[Compilation]:
     """Every dtype of audio and result, with and without offsets and lengths; statistics in float32."""
     both = (False, True)
-    for kind, offsets, lengths in product(TYPES.values(), both, both):
+    kinds = [TYPE_NAMES[dtype] for dtype in (torch.int16, torch.float32, torch.bfloat16, torch.float16)]
+    for kind, offsets, lengths in product(kinds, both, both):
         label = f"{kind}{' offsets' * offsets}{' lengths' * lengths}"
         flags = {"OFFSETS": offsets, "LENGTHS": lengths, "BLOCK": BLOCK}
         types = {

@@ -9,7 +9,7 @@ from fastclap.kernels.offline import Compilation, compile_offline, problems
 
 
 def compilations(module: str, arch: int) -> dict[str, Compilation]:
-    """What the launchers of ``fastclap.kernels.<module>`` may ask for, by name; no two have the same."""
+    """What the launchers of `fastclap.kernels.<module>` may ask for, by name; no two have the same."""
     found = list(importlib.import_module(f"fastclap.kernels.{module}").compilations(arch))
     assert max(Counter(c.name for c in found).values()) == 1
     return {c.name: c for c in found}

@@ -46,7 +46,7 @@ LARGE = ((2, 4, 499, 64, 0.125), (1, 2, 1499, 64, 0.125), (24, 2, 150, 64, 0.125
 
 
 def tolerance(dtype: torch.dtype, length: int, width: int, exact: float = TOLERANCE[torch.float32]) -> float:
-    """The Triton engine's largest relative error; ``exact``: of float32 products in float32, as in the interpreter.
+    """The Triton engine's largest relative error; `exact`: of float32 products in float32, as in the interpreter.
 
     A GPU adds the three products of TF32 parts (tf32x3) with fewer bits than float32 has: of emulated sums of 768
     products that costs 2.6e-6 of the factors' norms, which logits of up to 8 multiply; admitted two and a half times.
@@ -250,10 +250,10 @@ def test_operator_passes_opcheck() -> None:
     torch.library.opcheck(op, (*x.leaves, lengths, seed, 0.25, 0.25))
     with torch.no_grad():
         out, log_sum = op(*x.leaves, None, None, 0.0, 0.25)
-    saved = (*(leaf.detach() for leaf in x.leaves), None, None, out, log_sum, 0.0, 0.25)
+    saved = (out, log_sum, *(leaf.detach() for leaf in x.leaves), None, None, 0.0, 0.25)
     backward = torch.ops.fastclap.gated_toeplitz_attention_backward.default
     for need in ([True] * 5, [False, True, False, True, False]):
-        torch.library.opcheck(backward, (x.upstream, *saved, need), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(backward, (need, x.upstream, *saved), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compiles_without_a_graph_break() -> None:
