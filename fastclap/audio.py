@@ -70,11 +70,9 @@ class AudioSource(Protocol):
     """What a clip is read from: an open `AudioFile`, or a clip of a packed folder."""
 
     path: str
-    sampling_rate: int
+    sampling_rate: int  # Hz
+    num_samples: int  # at that rate
     statistics: tuple[float, float] | None  # (mean, variance) of the whole clip, where known without reading it
-
-    @property
-    def num_samples(self) -> int: ...
 
     def read(self, start: int = 0, num_samples: int | None = None) -> np.ndarray: ...
 
@@ -85,6 +83,10 @@ class AudioFile:
     Args:
         path: file to open.
         sampling_rate: rate in Hz of the samples that `read` returns; the file's own rate if None.
+
+    Attributes:
+        num_samples: length of the whole file in samples at `sampling_rate`.
+        info: what the file's header says.
 
     Raises:
         AudioError: the file is missing, empty, truncated, damaged or of an unsupported type, or holds no samples.
@@ -99,18 +101,14 @@ class AudioFile:
         self.info = AudioInfo(
             self._file.frames, self._file.samplerate, self._file.channels, self._file.frames / self._file.samplerate
         )
-        self.sampling_rate = sampling_rate or self.info.sampling_rate
+        source, target = self.info.sampling_rate, sampling_rate or self.info.sampling_rate
+        self.sampling_rate = target
+        self.num_samples = (2 * self.info.num_samples * target + source) // (2 * source)  # rounded to nearest
         try:
             self._check_header()
         except AudioError:
             self._file.close()
             raise
-
-    @property
-    def num_samples(self) -> int:
-        """Length of the whole file in samples at `sampling_rate`."""
-        source, target = self.info.sampling_rate, self.sampling_rate
-        return (2 * self.info.num_samples * target + source) // (2 * source)
 
     def read(self, start: int = 0, num_samples: int | None = None) -> np.ndarray:
         """Decode `num_samples` samples from `start`, both at `sampling_rate`; to the end of the file if None.
@@ -134,7 +132,7 @@ class AudioFile:
     def _resample(self, start: int, stop: int) -> np.ndarray:
         """Samples [start, stop) at the wanted rate, from the stretch of the file that they depend on."""
         source, target = self.info.sampling_rate, self.sampling_rate
-        # A stretch must begin where a source and a target sample coincide, or its samples would fall between its own.
+        # A stretch must begin where a source and a target sample coincide, or all its samples would be shifted in time.
         divisor = math.gcd(source, target)
         margin = math.ceil(_RESAMPLER_MARGIN_SECONDS * target)
         block = max(0, start - margin) // (target // divisor)

@@ -4,7 +4,7 @@ Source-filter synthesis (Fant 1960): a train of Rosenberg glottal pulses that fo
 breath noise and vocal effort, passes through four formant resonators whose frequencies depend on the vowel and the
 speaker's vocal tract; fricative noise separates some of the syllables. Each clip has a speaking style, which does not
 fix its pitch, loudness, tempo and phonation but makes some of them likelier, so that styles can be learned but not read
-off one number. The validation speakers do not occur in training. These voices stand in for real data in no claim.
+off a single number. The validation speakers do not occur in training. These voices stand in for real data in no claim.
 """
 
 from __future__ import annotations

@@ -49,15 +49,14 @@ class BatchSampler:
 
     With `batch_seconds`, batches hold as many clips as fit into a budget of padded audio instead: rows of a sorted
     window are added, shortest first, while clips × longest clip stays within the budget and there are at most
-    `batch_size` of them; then the batch is cut to a multiple of `world_size`. What was cut off begins the next
-    batch, and rows that do not fill the last batch of a window go to the next window; only the last batch of an epoch
-    can be far from full. Fewer than `world_size` rows are left out of an epoch. Epochs differ a little in their
-    number of batches, and other world sizes make other batches.
+    `batch_size` of them; then the batch is cut to a multiple of `world_size`. What was cut off begins the next batch,
+    and rows that do not fill the last batch of a window go to the next window; only the last batch of an epoch can be
+    far from full. Fewer than `world_size` rows are left out of an epoch. Epochs differ a little in their number of
+    batches, and other world sizes make other batches.
 
-    With `balance`, rows are drawn with replacement by the weights of their tags (see
-    `balanced_weights`) instead, as many as fill the batches of an epoch, and a batch in which
-    fewer than `rare_clips` carry a rare tag (one that less than 5 % of all clips have) gets others that do, drawn
-    uniformly, in the place of its first clips that do not.
+    With `balance`, as many rows as fill the batches of an epoch are drawn with replacement instead, by the weights of
+    their tags (see `balanced_weights`). Where fewer than `rare_clips` rows of a batch carry a rare tag (one that less
+    than 5 % of all clips have), its first rows without one are replaced by rows with one, drawn uniformly.
 
     Args:
         manifest: rows to draw from; also says how sources are mixed.
@@ -69,7 +68,7 @@ class BatchSampler:
         batch_seconds: padded audio of a global batch, at most; by the clips' durations, which a replacement of an
             unusable clip may exceed. Needs `bucket_by_length`.
         balance: weights of tags that n clips have: "inverse" 1/n, "sqrt" 1/√n, "log" 1/ln(n + 1); "none" draws every
-            row once. Goes neither with mix "interleave" nor with `batch_seconds`.
+            row once. It cannot be combined with mix "interleave" or with `batch_seconds`.
         tag_column: the column whose tags are balanced.
         rare_clips: clips with a rare tag in a global batch, at least, where the manifest has so many.
         rank, world_size: which part of each global batch to yield.
@@ -81,7 +80,7 @@ class BatchSampler:
 
     Raises:
         DataError: the manifest fills no batch, the batch cannot be divided over the ranks, `batch_seconds` is less
-            than the longest clip on every rank takes, or `balance` goes with neither the mix nor the columns.
+            than the longest clip on every rank takes, or `balance` does not fit the mix or the columns.
     """
 
     def __init__(

@@ -54,6 +54,7 @@ class PackedFile:
     def __init__(self, clip: PackedClip, sampling_rate: int | None = None) -> None:
         self.path = clip.shard
         self.sampling_rate = clip.sampling_rate
+        self.num_samples = clip.samples
         self.statistics: tuple[float, float] | None = (clip.mean, clip.variance)
         self._clip = clip
         if sampling_rate not in (None, clip.sampling_rate):
@@ -61,10 +62,6 @@ class PackedFile:
                 f"{os.path.dirname(clip.shard)}: packed at {clip.sampling_rate} Hz, but {sampling_rate} Hz are wanted; "
                 f"pack the files again with --sampling-rate {sampling_rate}"
             )
-
-    @property
-    def num_samples(self) -> int:
-        return self._clip.samples
 
     def read(self, start: int = 0, num_samples: int | None = None) -> np.ndarray:
         """Samples [start, start + num_samples) or to the end; int16, read-only.

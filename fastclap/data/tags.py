@@ -73,7 +73,7 @@ class TagPrompts:
         return [texts[draw(len(texts), self.seed, step, PROMPT, index)] for index, texts in enumerate(self._sentences)]
 
     def targets(self, rows: Sequence[Row]) -> Tensor:
-        """bool [rows, tags]: which clip has which tag. A tag outside of the vocabulary counts as none."""
+        """bool [rows, tags]: which clip has which tag. Tags outside the vocabulary are ignored."""
         targets = torch.zeros(len(rows), len(self.vocabulary), dtype=torch.bool)
         for position, row in enumerate(rows):
             for tag in row_tags(row, self.column):
