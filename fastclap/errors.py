@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-MAX_LISTED = 10  # mistakes of one file that are listed in one message
+MAX_LISTED = 10  # mistakes in tables that one message lists
 
 
 class FastclapError(Exception):

@@ -94,7 +94,7 @@ def gather(
             for number, text in enumerate(lines, 1):
                 found[name, number] = Input(text, None, f"{name}:{number}", _digest("text", text))
             continue
-        rows = list(_rows(name, suffix, audio_root, columns))
+        rows = list(_clip_rows(name, suffix, audio_root, columns))
         if not rows:
             raise DataError(f"{name}: no audio file in this folder ({', '.join(sorted(AUDIO_SUFFIXES))})")
         for row in rows:
@@ -105,7 +105,7 @@ def gather(
     return list(found.values())
 
 
-def _rows(name: str, suffix: str, audio_root: str | None, columns: Mapping[str, str] | None) -> Iterable[Row]:
+def _clip_rows(name: str, suffix: str, audio_root: str | None, columns: Mapping[str, str] | None) -> Iterable[Row]:
     """The clips that an input other than captions names."""
     if name.startswith("hf:") or suffix in _MANIFEST_SUFFIXES or _is_table_folder(name):
         return load_manifest(name, audio_root=audio_root, columns=columns, require_captions=False)

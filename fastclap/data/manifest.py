@@ -16,12 +16,11 @@ from typing import Any, NamedTuple, TextIO
 
 from fastclap.data.rows import Manifest, Mix, PackedClip, Row, check_mix
 from fastclap.data.shards import CLIP_COLUMN, is_pack, read_pack
-from fastclap.errors import DataError, required
+from fastclap.errors import MAX_LISTED, DataError, required
 
 Record = Mapping[str, Any]
 Records = Iterator[tuple[int, Record]]  # each with its line or number
 
-_MAX_ERRORS = 10
 _FILES_TO_TRY = 8
 _PATH_COLUMNS = ("audio", "relative_audio_path")
 _CAPTION_COLUMNS = ("text_description", "fine_description")
@@ -119,7 +118,7 @@ class _Errors:
 
     def add(self, message: str) -> None:
         self.count += 1
-        if len(self.messages) < _MAX_ERRORS:
+        if len(self.messages) < MAX_LISTED:
             self.messages.append(message)
 
     def raise_if_any(self) -> None:
