@@ -54,7 +54,7 @@ from bench.reference_step import (
     parity_optimizer,
     without_packages,
 )
-from bench.run import SIZES, Entry, Record, Run, Settings, Size, significant
+from bench.run import SIZES, Entry, Record, Row, Run, Settings, Size, significant
 from bench.steady import Steady
 from bench.tables import markdown
 from fastclap import CLAP
@@ -69,7 +69,6 @@ from fastclap.train.step import Objective, Step, build_optimizer
 
 AUDIO_FILES = (".wav", ".flac", ".ogg", ".mp3")
 PRODUCT = 1024  # rows of the product whose rate a CPU's utilisation is a share of
-Row = dict[str, Any]
 
 
 @dataclass

@@ -37,7 +37,7 @@ PEER_TEXT = "transformers' XLM-R"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class EmbedSizes:
     size: str = "large"
     clips: int = 128
     captions: int = 2048
@@ -47,12 +47,12 @@ class Sizes:
     seconds: float = 6.0  # of the blocks of a case, all forms together
 
 
-TINY = Sizes("tiny", 5, 7, 2, 3, ((0.4, 0.4), (0.2, 0.5)), 0.0)
+TINY = EmbedSizes("tiny", 5, 7, 2, 3, ((0.4, 0.4), (0.2, 0.5)), 0.0)
 
 
 def embed(run: Run) -> None:
     """Clips of equal length, clips of different lengths, captions."""
-    sizes = TINY if run.tiny else Sizes()
+    sizes = TINY if run.tiny else EmbedSizes()
     models = Models(SIZES[sizes.size], run.device)
     peak_tflops = ceilings(run)[0]
     steady = Steady(run, 0.02 if run.tiny else 0.7)

@@ -44,7 +44,7 @@ TIMED = ("waiting", "loader_clips_per_second", "mfu", "watts", "joules_per_clip"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class TrainSizes:
     """Sizes of the runs.
 
     Attributes:
@@ -68,12 +68,12 @@ class Sizes:
     save_seconds: float = 40.0
 
 
-TINY = Sizes("tiny", 24, (0.6, 0.9), 0.5, 4, 0, 6, 2, 9)
+TINY = TrainSizes("tiny", 24, (0.6, 0.9), 0.5, 4, 0, 6, 2, 9)
 
 
 def train(run: Run) -> None:
     """A run of many steps, then one that is profiled."""
-    sizes = TINY if run.tiny else Sizes()
+    sizes = TINY if run.tiny else TrainSizes()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made = run.attempt({"run": PLAIN, "phase": "inputs"}, lambda: make_inputs(folder, sizes, run.device), 60.0)
@@ -88,7 +88,7 @@ def train(run: Run) -> None:
 # what a run needs
 
 
-def make_inputs(folder: Path, sizes: Sizes, device: torch.device) -> Row:
+def make_inputs(folder: Path, sizes: TrainSizes, device: torch.device) -> Row:
     """Write `folder/model` and `folder/clips`. Returns the seconds that each took."""
     start = time.perf_counter()
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def make_inputs(folder: Path, sizes: Sizes, device: torch.device) -> Row:
     }
 
 
-def pack_noise(folder: Path, sizes: Sizes) -> dict[str, Any]:
+def pack_noise(folder: Path, sizes: TrainSizes) -> dict[str, Any]:
     """Write a packed folder of noise, with no audio file. Returns what `fastclap.data.pack.pack` returns."""
     generator = np.random.default_rng(0)
     least, most = (round(RATE * seconds) for seconds in sizes.lengths)
@@ -150,7 +150,9 @@ class _Array:
         """Nothing to close."""
 
 
-def configuration(folder: Path, run_dir: Path, sizes: Sizes, device: torch.device, **changes: Any) -> dict[str, Any]:
+def configuration(
+    folder: Path, run_dir: Path, sizes: TrainSizes, device: torch.device, **changes: Any
+) -> dict[str, Any]:
     """What is laid over the recipe."""
     return {
         "run_dir": str(run_dir),
@@ -246,7 +248,7 @@ class Process:
         return False
 
 
-def _plain(run: Run, folder: Path, sizes: Sizes) -> Literal[True]:
+def _plain(run: Run, folder: Path, sizes: TrainSizes) -> Literal[True]:
     config = configuration(folder, folder / "run", sizes, run.device)
     memory = _Memory(run.device)
     with Process(folder, "plain", config) as process:
@@ -308,7 +310,7 @@ class _Memory:
             self.highest = max(self.highest or 0, total - free)
 
 
-def _profiled(run: Run, folder: Path, sizes: Sizes) -> Literal[True]:
+def _profiled(run: Run, folder: Path, sizes: TrainSizes) -> Literal[True]:
     config = configuration(folder, folder / "profiled", sizes, run.device, steps=sizes.profiled_steps, profile=True)
     with Process(folder, "profiled", config) as process:
         table = process.run_dir / "profile" / "longest.txt"  # written after the trace
