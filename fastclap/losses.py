@@ -1,14 +1,14 @@
-"""Contrastive losses for dual encoders: InfoNCE, SigLIP, and their open_clip-compatible modules.
+"""Contrastive losses for dual encoders: InfoNCE, SigLIP and the tag loss.
 
-The arguments are checked here, with messages meant for the caller; the arithmetic is `kernels/contrastive`,
-which never holds the N×M matrix of logits. With a process group the ranks exchange their shapes first, so that a
-wrong argument on one rank is an error on all of them and not a hang.
+The arguments are checked here, with messages meant for the caller; the arithmetic is in `kernels/contrastive`, which
+never holds the N×M matrix of logits. With a process group the ranks exchange their shapes first, so that a wrong
+argument on one rank is an error on all of them and not a hang.
 """
 
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Mapping
 from typing import Any, Literal, overload
 
 import torch
@@ -16,12 +16,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclap.kernels import dispatch
-from fastclap.kernels.contrastive.operator import info_nce_engine, sigmoid_engine
-from fastclap.kernels.contrastive.shared import Teacher, info_nce_reference, sigmoid_loss_reference
-
-DIRECTIONS = ("both", "a_to_b", "b_to_a")
-BACKENDS = ("auto", "triton", "torch", "reference")
+from fastclap.kernels.contrastive import operator
+from fastclap.kernels.contrastive.shared import (
+    Contrast,
+    Ids,
+    Teacher,
+    info_nce_reference,
+    reject,
+    sigmoid_loss_reference,
+)
 
 
 @overload
@@ -43,12 +46,12 @@ def info_nce(
     **options: Any,
 ) -> tuple[Tensor, Tensor]: ...
 def info_nce(  # type: ignore[misc]
-    a: Tensor,  # (N, D)
-    b: Tensor,  # (M, D)
+    a: Tensor,  # [N, D]
+    b: Tensor,  # [M, D]
     logit_scale: float | Tensor,
     *,
-    a_ids: Tensor | None = None,  # (N,)
-    b_ids: Tensor | None = None,  # (M,)
+    a_ids: Tensor | None = None,  # [N]
+    b_ids: Tensor | None = None,  # [M]
     teacher: Teacher | None = None,
     teacher_weight: float = 0.0,
     label_smoothing: float = 0.0,
@@ -101,43 +104,29 @@ def info_nce(  # type: ignore[misc]
         TypeError, ValueError: an argument is unusable, no row has a positive, or ranks disagree. With the Triton engine
             the loss is NaN if no row has a positive: to raise, the host would have to wait for the GPU.
     """
-    error = None
     try:
-        _check_pair(a, b, a_ids, b_ids, process_group, check_finite)
-        _check_scalar("logit_scale", logit_scale)
-        _check_choice("direction", direction, DIRECTIONS)
-        _check_backend(backend, a, b, process_group)
-        _check_share("label_smoothing", label_smoothing, below=1.0)
-        _check_share("teacher_weight", teacher_weight)
-        _check_teacher(teacher, teacher_weight, a, b)
+        contrast = Contrast(teacher_weight, label_smoothing, normalize, direction)
+        scalars = {"logit_scale": logit_scale}
+        ids = _checked_ids(a, b, a_ids, b_ids, scalars, process_group, backend, check_finite)
+        teacher = _checked_teacher(teacher, teacher_weight, a, b)
         if return_top1 and backend == "reference":
             raise ValueError("backend='reference' has no in-batch top-1; use another backend")
-        a, b = _autocast(a), _autocast(b)
-    except (TypeError, ValueError) as wrong:
-        if process_group is None:
-            raise
-        error = wrong
-    if backend == "reference" and error is None:
-        return info_nce_reference(
-            a, b, logit_scale, a_ids=a_ids, b_ids=b_ids, teacher=teacher, teacher_weight=teacher_weight,
-            label_smoothing=label_smoothing, normalize=normalize, direction=direction,
-        )  # fmt: skip
-    loss, top1 = info_nce_engine(
-        a, b, logit_scale, a_ids=a_ids, b_ids=b_ids, teacher=teacher, teacher_weight=teacher_weight,
-        label_smoothing=label_smoothing, normalize=normalize, direction=direction, group=process_group, error=error,
-        engine=backend, top1=return_top1,
-    )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        reject(error, process_group)
+    if backend == "reference":
+        return info_nce_reference(a, b, logit_scale, ids, teacher, contrast)
+    loss, top1 = operator.info_nce(a, b, logit_scale, ids, teacher, contrast, process_group, backend, return_top1)
     return loss if top1 is None else (loss, top1)
 
 
 def sigmoid_loss(
-    a: Tensor,  # (N, D)
-    b: Tensor,  # (M, D)
+    a: Tensor,  # [N, D]
+    b: Tensor,  # [M, D]
     logit_scale: float | Tensor,
     logit_bias: float | Tensor,
     *,
-    a_ids: Tensor | None = None,  # (N,)
-    b_ids: Tensor | None = None,  # (M,)
+    a_ids: Tensor | None = None,  # [N]
+    b_ids: Tensor | None = None,  # [M]
     normalize: bool = True,
     process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
@@ -159,29 +148,20 @@ def sigmoid_loss(
     Raises:
         TypeError, ValueError: an argument is unusable, or ranks disagree.
     """
-    error = None
     try:
-        _check_pair(a, b, a_ids, b_ids, process_group, check_finite)
-        _check_scalar("logit_scale", logit_scale)
-        _check_scalar("logit_bias", logit_bias)
-        _check_backend(backend, a, b, process_group)
-        a, b = _autocast(a), _autocast(b)
-    except (TypeError, ValueError) as wrong:
-        if process_group is None:
-            raise
-        error = wrong
-    if backend == "reference" and error is None:
-        return sigmoid_loss_reference(a, b, logit_scale, logit_bias, a_ids=a_ids, b_ids=b_ids, normalize=normalize)
-    return sigmoid_engine(
-        a, b, logit_scale, logit_bias, a_ids=a_ids, b_ids=b_ids, normalize=normalize, group=process_group, error=error,
-        engine=backend,
-    )  # fmt: skip
+        scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
+        ids = _checked_ids(a, b, a_ids, b_ids, scalars, process_group, backend, check_finite)
+    except (TypeError, ValueError) as error:
+        reject(error, process_group)
+    if backend == "reference":
+        return sigmoid_loss_reference(a, b, logit_scale, logit_bias, ids, normalize)
+    return operator.sigmoid_loss(a, b, logit_scale, logit_bias, ids, normalize, process_group, backend)
 
 
 def tag_loss(
-    audio: Tensor,  # (N, D)
-    prompts: Tensor,  # (T, D)
-    targets: Tensor,  # (N, T)
+    audio: Tensor,  # [N, D]
+    prompts: Tensor,  # [T, D]
+    targets: Tensor,  # [N, T]
     *,
     scale: float = 1.0,
     process_group: dist.ProcessGroup | None = None,
@@ -228,55 +208,79 @@ def tag_loss(
     return both[0] / count + (own - own.detach())
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """On a GPU under autocast, what torch.matmul would take; CPU engines compute in float32 either way."""
-    device = x.device.type
-    if dispatch.on_gpu(x) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
-
-
-def _check_pair(
+def _checked_ids(
     a: Tensor,
     b: Tensor,
     a_ids: Tensor | None,
     b_ids: Tensor | None,
+    scalars: Mapping[str, float | Tensor],
     group: dist.ProcessGroup | None,
+    backend: str,
     check_finite: bool,
-) -> None:
-    _check_embeddings("a", a)
-    _check_embeddings("b", b)
-    _check_same("a", a, "b", b)
+) -> Ids | None:
+    """The ids as a pair, after checks of all that the losses have in common."""
+    _check_embeddings(a=a, b=b)
     if check_finite:
         _check_finite("a", a)
         _check_finite("b", b)
-    if (a_ids is None) != (b_ids is None):
+    for name, value in scalars.items():
+        _check_scalar(name, value)
+    if backend == "reference" and group is not None:
+        raise ValueError("backend='reference' works in a single process; leave out process_group")
+    if a_ids is None and b_ids is None:
+        if group is not None and a.shape[0] != b.shape[0]:
+            raise ValueError(
+                f"with a process group and no ids each rank pairs its own rows, so a and b need the same number of "
+                f"rows (got {a.shape[0]} and {b.shape[0]}); give a_ids and b_ids to pair them otherwise"
+            )
+        return None
+    if a_ids is None or b_ids is None:
         raise ValueError("give both a_ids and b_ids, or neither")
     for name, ids, rows in (("a_ids", a_ids, a.shape[0]), ("b_ids", b_ids, b.shape[0])):
-        if ids is None:
-            continue
         if not isinstance(ids, Tensor):
             raise TypeError(f"{name} must be a tensor of integers, got {type(ids).__name__}")
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"{name} must hold integers, got {ids.dtype}")
         if tuple(ids.shape) != (rows,):
             raise ValueError(f"{name} must have shape [{rows}], one id per row, got {list(ids.shape)}")
-    if group is not None and a_ids is None and a.shape[0] != b.shape[0]:
-        raise ValueError(
-            f"with a process group and no ids each rank pairs its own rows, so a and b need the same number of rows "
-            f"(got {a.shape[0]} and {b.shape[0]}); give a_ids and b_ids to pair them otherwise"
-        )
+    return a_ids, b_ids
 
 
-def _check_embeddings(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    if x.dim() != 2:
-        raise ValueError(f"{name} must be 2-D [rows, features], got shape {list(x.shape)}")
-    if x.shape[0] == 0 or x.shape[1] == 0:
-        raise ValueError(f"{name} is empty: shape {list(x.shape)}")
+def _checked_teacher(teacher: Teacher | None, weight: float, a: Tensor, b: Tensor) -> Teacher | None:
+    """The teacher, if it has a weight."""
+    if teacher is None:
+        if weight > 0:
+            raise ValueError(f"teacher_weight={weight} needs teacher=(a_t, b_t, scale_t)")
+        return None
+    if not isinstance(teacher, (tuple, list)) or len(teacher) != 3:
+        raise TypeError("teacher must be a tuple (a_t, b_t, scale_t)")
+    a_t, b_t, scale = teacher
+    _check_embeddings(**{"teacher a_t": a_t, "teacher b_t": b_t})
+    for name, x, own_name, own in (("teacher a_t", a_t, "a", a), ("teacher b_t", b_t, "b", b)):
+        if x.shape[0] != own.shape[0]:
+            raise ValueError(f"{name} has {x.shape[0]} rows and {own_name} has {own.shape[0]}; they must be equal")
+        if x.device != own.device:
+            raise ValueError(f"{name} is on {x.device} and {own_name} on {own.device}; move them to one device")
+    _check_scalar("teacher scale_t", scale)
+    return (a_t, b_t, scale) if weight > 0 else None
+
+
+def _check_embeddings(**pair: Tensor) -> None:
+    """Two matrices by name: each alone, and that they go together."""
+    for name, x in pair.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.dim() != 2:
+            raise ValueError(f"{name} must be 2-D [rows, features], got shape {list(x.shape)}")
+        if x.shape[0] == 0 or x.shape[1] == 0:
+            raise ValueError(f"{name} is empty: shape {list(x.shape)}")
+    (name, x), (other_name, other) = pair.items()
+    if x.shape[1] != other.shape[1]:
+        raise ValueError(f"{name} has {x.shape[1]} features and {other_name} has {other.shape[1]}; they must be equal")
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device} and {other_name} on {other.device}; move them to one device")
 
 
 def _check_finite(name: str, x: Tensor) -> None:
@@ -284,13 +288,6 @@ def _check_finite(name: str, x: Tensor) -> None:
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
         raise ValueError(f"{name} has NaN or infinite values in {len(bad)} of {x.shape[0]} rows: {shown}")
-
-
-def _check_same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if x.shape[1] != other.shape[1]:
-        raise ValueError(f"{name} has {x.shape[1]} features and {other_name} has {other.shape[1]}; they must be equal")
-    if x.device != other.device:
-        raise ValueError(f"{name} is on {x.device} and {other_name} on {other.device}; move them to one device")
 
 
 def _check_scalar(name: str, value: float | Tensor) -> None:
@@ -303,45 +300,3 @@ def _check_scalar(name: str, value: float | Tensor) -> None:
         raise TypeError(f"{name} must be a number or a one-element tensor, got {type(value).__name__}")
     elif not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_backend(backend: str, a: Tensor, b: Tensor, group: dist.ProcessGroup | None) -> None:
-    _check_choice("backend", backend, BACKENDS)
-    if backend == "triton":
-        if torch.float64 in (a.dtype, b.dtype):
-            raise ValueError("backend='triton' takes float16, bfloat16 and float32; float64 needs backend='torch'")
-        if not dispatch.on_gpu(a) and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                f"backend='triton' needs embeddings on a GPU, got {a.device}; backend='torch' runs anywhere"
-            )
-    if backend == "reference" and group is not None:
-        raise ValueError("backend='reference' works in a single process; leave out process_group")
-
-
-def _check_share(name: str, value: float, below: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (0 <= value <= 1 and value < below):
-        raise ValueError(f"{name} must be in [0, 1{')' if below == 1 else ']'}, got {value}")
-
-
-def _check_teacher(teacher: Teacher | None, weight: float, a: Tensor, b: Tensor) -> None:
-    if teacher is None:
-        if weight > 0:
-            raise ValueError(f"teacher_weight={weight} needs teacher=(a_t, b_t, scale_t)")
-        return
-    if not isinstance(teacher, (tuple, list)) or len(teacher) != 3:
-        raise TypeError("teacher must be a tuple (a_t, b_t, scale_t)")
-    for name, x, of_name, of in (("teacher a_t", teacher[0], "a", a), ("teacher b_t", teacher[1], "b", b)):
-        _check_embeddings(name, x)
-        if x.shape[0] != of.shape[0]:
-            raise ValueError(f"{name} has {x.shape[0]} rows and {of_name} has {of.shape[0]}; they must be equal")
-        if x.device != of.device:
-            raise ValueError(f"{name} is on {x.device} and {of_name} on {of.device}; move them to one device")
-    _check_same("teacher a_t", teacher[0], "teacher b_t", teacher[1])
-    _check_scalar("teacher scale_t", teacher[2])

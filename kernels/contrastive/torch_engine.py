@@ -1,21 +1,33 @@
-"""The plain torch engine of the contrastive losses, over row chunks of the logits."""
+"""The plain torch engine of the contrastive losses, over chunks of rows of the logits (see `operator`).
+
+A loss over one direction or with sigmoids needs no sums over columns; it takes a single pass.
+
+Three things keep float32 accurate to 1e-5 at any scale and alignment. Where |logit| ≤ bound is known on the host and
+small enough, exp(S) itself serves both row and column sums; otherwise each row and column carries its maximum.
+Positives are summed apart, in float64: with p → 1 the gradient p - 1 is then a sum of small terms, not a difference
+of large ones. And logarithms are taken of float64 sums.
+
+Which pairs are positives is worked out on the host from sorted ids, never as an N×M comparison.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from fastclap.kernels.contrastive.shared import (
     NORM_EPS,
+    Contrast,
     Gradients,
+    Ids,
+    LabelSmoothing,
     Need,
     Ranks,
+    Results,
     Teacher,
-    _scalar,
-    occurrences,
+    match_ids,
 )
 
 CPU_CHUNK_BYTES = 32 << 20  # one chunk of logits: about a last-level cache
@@ -27,7 +39,7 @@ SMALLEST_EXPONENT = {torch.float32: -86.0, torch.float64: -700.0}  # below, exp 
 Pairs = tuple[Tensor, Tensor]
 
 
-class Positives:
+class PositivePairs:
     """The positive pairs of this rank's rows with the columns of all ranks, kept as sorted lists on the host.
 
     Attributes:
@@ -37,25 +49,20 @@ class Positives:
         num_rows, num_columns: rows and columns, over all ranks, that have a positive.
     """
 
-    def __init__(self, ranks: Ranks, a_ids: Tensor | None, b_ids: Tensor | None) -> None:
-        total_rows, total_columns = sum(ranks.a_rows), sum(ranks.b_rows)
-        local = slice(ranks.a_offset, ranks.a_offset + ranks.a_rows[ranks.rank])
-        if a_ids is None or b_ids is None:
+    def __init__(self, ids: Ids | None, ranks: Ranks) -> None:
+        if ids is None:
             # Ids that make row i and column i equal: one code path for both.
-            a_all, b_all = torch.arange(total_rows), torch.arange(total_columns)
-            first, row_count, column_count = a_all, (a_all < total_columns).long(), (b_all < total_rows).long()
-            sibling_count, self._order = torch.ones_like(a_all), b_all
+            first, self._order = torch.arange(ranks.num_rows), torch.arange(ranks.num_columns)
+            row_count, self.column_count = (first < ranks.num_columns).long(), (self._order < ranks.num_rows).long()
+            sibling_count = torch.ones_like(first)
         else:
-            a_all = ranks.gather(a_ids.long(), ranks.a_rows).cpu()
-            b_all = ranks.gather(b_ids.long(), ranks.b_rows).cpu()
-            sorted_a, (sorted_b, self._order) = a_all.sort().values, b_all.sort(stable=True)
-            first = torch.searchsorted(sorted_b, a_all)
-            row_count = torch.searchsorted(sorted_b, a_all, right=True) - first
-            column_count = occurrences(sorted_a, b_all)
-            sibling_count = occurrences(sorted_a, a_all)
-        self.num_rows, self.num_columns = int((row_count > 0).sum()), int((column_count > 0).sum())
-        self._first, self.row_count, self.sibling_count = first[local], row_count[local], sibling_count[local]
-        self.column_count = column_count
+            matches = match_ids((ids[0].long().cpu(), ids[1].long().cpu()), ranks)
+            first, self._order = matches.first, matches.order
+            row_count, self.column_count = matches.row_count, matches.column_count
+            sibling_count = matches.sibling_count
+        self.num_rows, self.num_columns = int((row_count > 0).sum()), int((self.column_count > 0).sum())
+        self._first, self.row_count = first[ranks.own_rows], row_count[ranks.own_rows]
+        self.sibling_count = sibling_count[ranks.own_rows]
 
     def pairs(self, at: slice, device: torch.device) -> Pairs:
         """Row (counted from at.start) and column of every positive in a chunk of rows."""
@@ -73,54 +80,57 @@ class Logits:
         self, a: Tensor, b: Tensor, scale: float | Tensor, normalize: bool, ranks: Ranks, dtype: torch.dtype
     ) -> None:
         self.ranks, self.normalize = ranks, normalize
-        scale_on_host = not isinstance(scale, Tensor) or scale.device.type == "cpu"
-        self.a = a.detach().to(dtype).contiguous()  # (N, D)
-        self.b = ranks.gather(b.detach(), ranks.b_rows).to(dtype).contiguous()  # (M, D)
-        self.scale = _scalar(scale, self.a)
+        self.a = a.detach().to(dtype).contiguous()  # [N, D]
+        self.b = ranks.gather(b.detach(), ranks.b_rows).to(dtype).contiguous()  # [M, D]
+        self.scale = _scalar_like(scale, self.a)
         self.a_norm = self.b_norm = self.a.new_ones(())
         if normalize:
-            self.a_norm, self.b_norm = _row_norms(self.a), _row_norms(self.b)
+            self.a_norm, self.b_norm = (
+                torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(NORM_EPS) for x in (self.a, self.b)
+            )
             self.a, self.b = self.a / self.a_norm, self.b / self.b_norm
         self.bound = math.inf
         if a.device.type == "cpu":
-            self.bound = float(self.scale.abs() * _largest_norm(self.a) * _largest_norm(self.b))
-        elif normalize and scale_on_host:
+            longest_a, longest_b = (torch.linalg.vector_norm(x, dim=1).max() for x in (self.a, self.b))
+            self.bound = float(self.scale.abs() * longest_a * longest_b)
+        elif normalize and (not isinstance(scale, Tensor) or scale.device.type == "cpu"):
             self.bound = abs(float(scale)) * 1.001  # rounding of the unit vectors
         if ranks.group is not None:
             finite = self.bound if self.bound < math.inf else math.inf  # all ranks must take one path, NaN or not
-            self.bound = float(ranks.max_(torch.tensor(finite, device=a.device)))
+            self.bound = float(ranks.all_reduce(torch.tensor(finite, device=a.device), maximum=True))
+        chunk_bytes = CPU_CHUNK_BYTES if a.device.type == "cpu" else GPU_CHUNK_BYTES
+        step = max(MIN_CHUNK_ROWS, chunk_bytes // (self.b.shape[0] * self.b.element_size()))
+        self.chunks = [slice(start, min(start + step, len(a))) for start in range(0, len(a), step)]
 
-    def chunks(self) -> Iterator[slice]:
-        rows, row_bytes = self.a.shape[0], self.b.shape[0] * self.b.element_size()
-        chunk_bytes = CPU_CHUNK_BYTES if self.a.device.type == "cpu" else GPU_CHUNK_BYTES
-        step = max(MIN_CHUNK_ROWS, chunk_bytes // row_bytes)
-        for start in range(0, rows, step):
-            yield slice(start, min(start + step, rows))
-
-    def empty(self, at: slice) -> Tensor:
-        return self.a.new_empty(at.stop - at.start, self.b.shape[0])
-
-    def tile(self, at: slice, out: Tensor) -> Tensor:
+    def chunk(self, at: slice, out: Tensor) -> Tensor:
+        """The rows `at` of S, in the first rows of `out`."""
         return torch.mm(self.a[at] * self.scale, self.b.t(), out=out[: at.stop - at.start])
 
 
-class Softmaxes:
+class RunningSoftmax:
     """Sums of exponentials over the rows and, if asked, the columns of a matrix that is seen in chunks of rows.
 
-    With ``bounded`` logits exp(x) is summed as it is; otherwise relative to the maximum of each row and column.
+    With `bounded` logits exp(x) is summed as it is; otherwise relative to the maximum of each row and column.
     """
 
-    def __init__(self, logits: Logits, columns: bool) -> None:
+    def __init__(
+        self,
+        logits: Logits,
+        row_weight: Tensor,  # [N] float64, of each row in the loss
+        column_weight: Tensor,  # [M]
+        columns: bool,
+    ) -> None:
         num_rows, num_columns, device = logits.a.shape[0], logits.b.shape[0], logits.a.device
-        safe = SAFE_EXPONENT[logits.a.dtype] - math.log(max(sum(logits.ranks.a_rows), num_columns))
+        safe = SAFE_EXPONENT[logits.a.dtype] - math.log(max(logits.ranks.num_rows, num_columns))
         self.bounded, self.columns, self.ranks = logits.bound < safe, columns, logits.ranks
+        self.row_weight, self.column_weight = row_weight, column_weight
         self.row_max = logits.a.new_zeros(num_rows)
         self.column_max = logits.a.new_full((num_columns,), 0.0 if self.bounded else -math.inf)
         self.row_sum = torch.zeros(num_rows, dtype=torch.float64, device=device)
         self.column_sum = torch.zeros(num_columns, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, at: slice, pairs: Pairs, x_pos: Tensor, scratch: Tensor) -> None:
-        """Adds a chunk x [c, M]; the float64 logits x_pos of the pairs enter exactly. ``x`` is left as it is."""
+        """Adds a chunk x [c, M]; the float64 logits x_pos of the pairs enter exactly. `x` is left as it is."""
         rows, columns = pairs
         if not self.bounded:
             torch.amax(x, 1, out=self.row_max[at])
@@ -143,31 +153,24 @@ class Softmaxes:
         if not self.columns or self.ranks.group is None:
             return
         if not self.bounded:
-            column_max = self.ranks.max_(self.column_max.clone())
+            column_max = self.ranks.all_reduce(self.column_max.clone(), maximum=True)
             self.column_sum *= (self.column_max - column_max).double().exp_()
             self.column_max = column_max
-        self.ranks.sum_(self.column_sum)
+        self.ranks.all_reduce(self.column_sum)
 
-    def weighted_log_sum(self, row_weight: Tensor, column_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def weighted_log_sum(self) -> tuple[Tensor, Tensor]:
         """Σ weight · log Σ exp over the rows of this rank, and over the columns of all ranks."""
-        over_rows = (row_weight * (self.row_sum.log() + self.row_max)).sum()
+        over_rows = (self.row_weight * (self.row_sum.log() + self.row_max)).sum()
         if not self.columns:
             return over_rows, torch.zeros_like(over_rows)
-        return over_rows, (column_weight * (self.column_sum.log() + self.column_max)).sum()
+        return over_rows, (self.column_weight * (self.column_sum.log() + self.column_max)).sum()
 
     def probabilities(
-        self,
-        x: Tensor,
-        at: slice,
-        pairs: Pairs,
-        x_pos: Tensor,
-        row_weight: Tensor,
-        column_weight: Tensor,
-        scratch: Tensor,
+        self, x: Tensor, at: slice, pairs: Pairs, x_pos: Tensor, scratch: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """row_weight · P + column_weight · Q of a chunk, and the same in float64 at the pairs. Overwrites ``x``."""
+        """row_weight · P + column_weight · Q of a chunk, and the same in float64 at the pairs. Overwrites `x`."""
         rows, columns = pairs
-        per_row, per_column = row_weight[at] / self.row_sum[at], column_weight / self.column_sum
+        per_row, per_column = self.row_weight[at] / self.row_sum[at], self.column_weight / self.column_sum
         p = self._exp(x, self.row_max[at, None], scratch)
         p_pos = (x_pos - self.row_max[at][rows]).exp_()
         if not self.columns:
@@ -186,7 +189,7 @@ class Softmaxes:
         return torch.sub(x, shift, out=out).clamp_(min=SMALLEST_EXPONENT[x.dtype]).exp_()
 
 
-class GradientSums:
+class ChunkGradients:
     """dA = G·B, dB = Gᵀ·A and dscale = Σ G∘cos, gathered chunk by chunk, then taken back through the normalisation."""
 
     def __init__(self, logits: Logits, need: Need) -> None:
@@ -197,7 +200,7 @@ class GradientSums:
         self.scale = torch.zeros((), dtype=torch.float64, device=logits.a.device)
 
     def add(self, at: slice, g: Tensor, correction: Tensor | None = None) -> None:
-        """Adds a chunk of G [c, M]; ``correction`` [c, D] is added to its G·B."""
+        """Adds a chunk of G [c, M]; `correction` [c, D] is added to its G·B."""
         a = self.logits.a[at]
         if self.b is not None:
             self.b.addmm_(g.t(), a)
@@ -211,54 +214,21 @@ class GradientSums:
                 self.a[at] = da.sub_(along * a).div_(self.logits.a_norm[at]) if self.logits.normalize else da
 
     def finish(self, factor: float) -> Gradients:
-        """(da, db, dscale) of the loss that is ``factor`` times the sum, for averaging over ranks."""
+        """(da, db, dscale) of the loss that is `factor` times the sum, for averaging over ranks."""
         logits, ranks = self.logits, self.logits.ranks
         if self.b is not None:
             if not self.by_rows:
                 self.scale += (self.b * logits.b).sum(1).sum(dtype=torch.float64)
             self.b = ranks.scatter_sum(self.b, ranks.b_rows)
             if logits.normalize:
-                local = slice(ranks.b_offset, ranks.b_offset + ranks.b_rows[ranks.rank])
-                b = logits.b[local]
+                b = logits.b[ranks.own_columns]
                 along = (self.b * b).sum(1, keepdim=True)
-                self.b.sub_(along * b).div_(logits.b_norm[local])
+                self.b.sub_(along * b).div_(logits.b_norm[ranks.own_columns])
         for gradient in (self.a, self.b):
             if gradient is not None:
                 gradient.mul_(logits.scale * (factor * ranks.size))
-        dscale = ranks.sum_(self.scale) * factor if self.need.scale else None
+        dscale = ranks.all_reduce(self.scale) * factor if self.need.scale else None
         return self.a, self.b, dscale
-
-
-class LabelSmoothing:
-    """The uniform targets, -amount·(row_weight_i/M + column_weight_j/N) in G: two rank-one terms, no tile."""
-
-    def __init__(
-        self,
-        a: Tensor,  # (N, D), as the logits see it
-        b: Tensor,  # (M, D)
-        scale: Tensor,
-        ranks: Ranks,
-        row_weight: Tensor,  # (N,)
-        column_weight: Tensor,  # (M,)
-        amount: float,
-    ) -> None:
-        self.scale = scale
-        self.row_share = (row_weight * (-amount / sum(ranks.b_rows))).to(a.dtype)
-        self.column_share = (column_weight * (-amount / sum(ranks.a_rows))).to(a.dtype)
-        self.a_sum, self.b_sum = a.sum(0), b.sum(0)
-        self.a_shared, self.b_shared = self.row_share @ a, self.column_share @ b
-
-    def loss(self) -> Tensor:
-        """Its contribution through this rank's rows."""
-        return self.scale * (
-            self.a_shared.double() @ self.b_sum.double() + self.a_sum.double() @ self.b_shared.double()
-        )
-
-    def row_gradient(self, at: slice) -> Tensor:
-        return self.row_share[at, None] * self.b_sum + self.b_shared
-
-    def column_gradient(self) -> Tensor:
-        return self.a_shared + self.column_share[:, None] * self.a_sum
 
 
 class Top1:
@@ -278,94 +248,93 @@ class Top1:
 
     def shares(self, num_rows: int, num_columns: int, two_sided: bool) -> Tensor:
         """[2] float32 over the ranks' whole batch; NaN for the columns if they have no part in the loss."""
-        self.columns = self.ranks.max_(self.columns)
-        rows = self.ranks.sum_((self.rows[1] >= self.rows[0]).sum(dtype=torch.float64))
+        self.columns = self.ranks.all_reduce(self.columns, maximum=True)
+        rows = self.ranks.all_reduce((self.rows[1] >= self.rows[0]).sum(dtype=torch.float64))
         columns = (self.columns[1] >= self.columns[0]).sum() / (num_columns if two_sided else math.nan)
         return torch.stack([rows / num_rows, columns]).float()
 
 
-def _row_norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(NORM_EPS)
+def _scalar_like(value: float | Tensor, like: Tensor) -> Tensor:
+    """0-d, in the dtype and on the device of `like`."""
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(like.device, like.dtype)
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
-def _largest_norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1).max()
-
-
-def _info_nce_chunks(
-    a: Tensor,
-    b: Tensor,
-    scale: float | Tensor,
-    positives: Positives,
+def info_nce(
+    a: Tensor,  # [N, D]
+    b: Tensor,  # [M, D]
+    scale: Tensor,
+    ids: Ids | None,  # [N], [M]
     teacher: Teacher | None,
-    teacher_weight: float,
-    label_smoothing: float,
-    normalize: bool,
-    two_sided: bool,
+    contrast: Contrast,
     ranks: Ranks,
     need: Need,
     top1: bool,
-) -> tuple[Tensor, Gradients, Tensor | None]:
-    """InfoNCE of the rows (and, two_sided, the columns), its gradients and in-batch top-1.
+) -> Results:
+    """InfoNCE of the rows, with both directions also of the columns; its gradients (da, db, dscale); in-batch top-1.
 
     Weights are relative to that of one row.
-    """
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    device = a.device
-    logits = Logits(a, b, scale, normalize, ranks, dtype)
-    softmax = Softmaxes(logits, two_sided)
-    teacher_logits = teacher_softmax = None
-    if teacher is not None:
-        teacher_logits = Logits(*teacher, normalize, ranks, dtype)
-        teacher_softmax = Softmaxes(teacher_logits, two_sided)
-    gradients = GradientSums(logits, need) if need.any else None
-    accuracy = Top1(logits) if top1 else None
 
+    Raises:
+        ValueError: no row has a positive.
+    """
+    two_sided, teacher_weight = contrast.direction == "both", contrast.teacher_weight
+    positives = PositivePairs(ids, ranks)
+    if positives.num_rows == 0:
+        raise ValueError("no row of a has a positive in b: a_ids and b_ids have no value in common")
     unit = (0.5 if two_sided else 1.0) / positives.num_rows  # weight of one row in the loss
     column_unit = positives.num_rows / positives.num_columns if two_sided else 0.0
+    device = a.device
     row_weight = (positives.row_count > 0).double().to(device)
     column_weight = (positives.column_count > 0).double().mul_(column_unit).to(device)
     # Both directions give every positive of a row the same mass: 1/k depends on the id only.
     target = 1.0 / positives.row_count.clamp_min(1).double() + column_unit / positives.sibling_count.double()
     target = target.to(device)
-    hard, smooth = (1 - teacher_weight) * (1 - label_smoothing), (1 - teacher_weight) * label_smoothing
+    hard = (1 - teacher_weight) * (1 - contrast.label_smoothing)
+    smooth = (1 - teacher_weight) * contrast.label_smoothing
 
-    smoothing = None
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    logits = Logits(a, b, scale, contrast.normalize, ranks, dtype)
+    softmax = RunningSoftmax(logits, row_weight, column_weight, two_sided)
+    teacher_logits = teacher_softmax = smoothing = None
+    if teacher is not None:
+        teacher_logits = Logits(*teacher, contrast.normalize, ranks, dtype)
+        teacher_softmax = RunningSoftmax(teacher_logits, row_weight, column_weight, two_sided)
     if smooth:
         smoothing = LabelSmoothing(logits.a, logits.b, logits.scale, ranks, row_weight, column_weight, smooth)
+    gradients = ChunkGradients(logits, need) if any(need) else None
+    accuracy = Top1(logits) if top1 else None
 
     none = torch.empty(0, dtype=torch.long, device=device)
     no_pairs, no_logits = (none, none), none.double()
     total = torch.zeros((), dtype=torch.float64, device=device)  # this rank's share of the loss
-    chunks = list(logits.chunks())
-    buffer, scratch = logits.empty(chunks[0]), logits.empty(chunks[0])
+    buffer = logits.a.new_empty(logits.chunks[0].stop, logits.b.shape[0])
+    scratch = torch.empty_like(buffer)
 
-    def finish(x: Tensor, at: slice, pairs: Pairs) -> None:
+    def second_pass(x: Tensor, at: slice, pairs: Pairs) -> None:
         nonlocal total
         x_pos = x[pairs].double()
         teacher_p = None
         if teacher_logits is not None and teacher_softmax is not None:
-            t = teacher_logits.tile(at, torch.empty_like(x))
+            t = teacher_logits.chunk(at, torch.empty_like(x))
             difference = t - x
-            p, _ = teacher_softmax.probabilities(
-                t, at, no_pairs, no_logits, row_weight, column_weight, torch.empty_like(x)
-            )
-            teacher_p = p
-            total += teacher_weight * difference.mul_(p).sum(1).sum(dtype=torch.float64)
+            teacher_p, _ = teacher_softmax.probabilities(t, at, no_pairs, no_logits, torch.empty_like(x))
+            total += teacher_weight * difference.mul_(teacher_p).sum(1).sum(dtype=torch.float64)
         if gradients is None:
             return
-        g, g_pos = softmax.probabilities(x, at, pairs, x_pos, row_weight, column_weight, scratch)
+        g, g_pos = softmax.probabilities(x, at, pairs, x_pos, scratch)
         g.index_put_(pairs, (g_pos - hard * target[at][pairs[0]]).to(dtype))
         if teacher_p is not None:
             g.sub_(teacher_p, alpha=teacher_weight)
         gradients.add(at, g, None if smoothing is None else smoothing.row_gradient(at))
 
     kept: dict[int, Tensor] = {}
-    budget = KEEP_BYTES if two_sided and need.any else 0
-    for at in chunks:
-        tile_bytes = (at.stop - at.start) * logits.b.shape[0] * buffer.element_size()
-        keep = tile_bytes <= budget
-        x = logits.tile(at, logits.empty(at) if keep else buffer)
+    budget = KEEP_BYTES if two_sided and gradients is not None else 0
+    for at in logits.chunks:
+        out = buffer[: at.stop - at.start]
+        keep = out.nbytes <= budget
+        x = logits.chunk(at, torch.empty_like(out) if keep else out)
         pairs = positives.pairs(at, device)
         x_pos = x[pairs].double()
         total -= hard * (target[at][pairs[0]] * x_pos).sum()
@@ -373,32 +342,30 @@ def _info_nce_chunks(
         if accuracy is not None:
             accuracy.add(x, at, pairs)
         if teacher_logits is not None and teacher_softmax is not None:
-            t = teacher_logits.tile(at, torch.empty_like(x))
+            t = teacher_logits.chunk(at, torch.empty_like(x))
             teacher_softmax.add(t, at, no_pairs, no_logits, scratch)
         if not two_sided:
-            finish(x, at, pairs)
+            second_pass(x, at, pairs)
         elif keep:
             kept[at.start] = x
-            budget -= tile_bytes
+            budget -= x.nbytes
     softmax.reduce()
     if teacher_softmax is not None:
         teacher_softmax.reduce()
-    if two_sided and (gradients is not None or teacher_logits is not None):
-        for at in chunks:
-            x = kept.pop(at.start) if at.start in kept else logits.tile(at, buffer)
-            finish(x, at, positives.pairs(at, device))
+    if two_sided and (gradients is not None or teacher is not None):
+        for at in logits.chunks:
+            x = kept.pop(at.start) if at.start in kept else logits.chunk(at, buffer)
+            second_pass(x, at, positives.pairs(at, device))
 
-    rows_part, columns_part = softmax.weighted_log_sum(row_weight, column_weight)
+    rows_part, columns_part = softmax.weighted_log_sum()
     if teacher_softmax is not None:
-        teacher_rows, teacher_columns = teacher_softmax.weighted_log_sum(row_weight, column_weight)
-        rows_part, columns_part = (
-            rows_part - teacher_weight * teacher_rows,
-            columns_part - teacher_weight * teacher_columns,
-        )
+        teacher_rows, teacher_columns = teacher_softmax.weighted_log_sum()
+        rows_part = rows_part - teacher_weight * teacher_rows
+        columns_part = columns_part - teacher_weight * teacher_columns
     total += rows_part
     if smoothing is not None:
         total += smoothing.loss()
-    loss = unit * (ranks.sum_(total) + columns_part)
+    loss = (unit * (ranks.all_reduce(total) + columns_part)).to(dtype)
     shares = None if accuracy is None else accuracy.shares(positives.num_rows, positives.num_columns, two_sided)
     if gradients is None:
         return loss, (), shares
@@ -407,27 +374,28 @@ def _info_nce_chunks(
     return loss, gradients.finish(unit), shares
 
 
-def _sigmoid_chunks(
-    a: Tensor,
-    b: Tensor,
-    scale: float | Tensor,
-    bias: float | Tensor,
-    positives: Positives,
+def sigmoid_loss(
+    a: Tensor,  # [N, D]
+    b: Tensor,  # [M, D]
+    scale: Tensor,
+    bias: Tensor,
+    ids: Ids | None,  # [N], [M]
     normalize: bool,
     ranks: Ranks,
     need: Need,
-) -> tuple[Tensor, Gradients]:
+) -> Results:
     """SigLIP's loss and its gradients, in one pass: no sums over rows or columns are needed first."""
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    positives = PositivePairs(ids, ranks)
     logits = Logits(a, b, scale, normalize, ranks, dtype)
-    gradients = GradientSums(logits, need) if need.any else None
-    shift = _scalar(bias, logits.a)
+    gradients = ChunkGradients(logits, need) if any(need) else None
+    shift = _scalar_like(bias, logits.a)
     sums = torch.zeros(2, dtype=torch.float64, device=a.device)  # the loss and dbias
-    chunks = list(logits.chunks())
-    buffer, scratch = logits.empty(chunks[0]), logits.empty(chunks[0])
+    buffer = logits.a.new_empty(logits.chunks[0].stop, logits.b.shape[0])
+    scratch = torch.empty_like(buffer)
     zero = buffer.new_zeros(())
-    for at in chunks:
-        x = logits.tile(at, buffer).add_(shift)
+    for at in logits.chunks:
+        x = logits.chunk(at, buffer).add_(shift)
         pairs = positives.pairs(at, a.device)
         x.index_put_(pairs, -x[pairs])  # -log σ(z) = log(1 + exp(-z)), so x is now the exponent of every term
         sums[0] += torch.logaddexp(x, zero, out=scratch[: x.shape[0]]).sum(1).sum(dtype=torch.float64)
@@ -439,8 +407,9 @@ def _sigmoid_chunks(
             sums[1] += g.sum(1).sum(dtype=torch.float64)
         if gradients.by_rows or need.b:
             gradients.add(at, g)
-    factor = 1.0 / sum(ranks.a_rows)
-    sums = ranks.sum_(sums) * factor
+    factor = 1.0 / ranks.num_rows
+    loss, dbias = ranks.all_reduce(sums) * factor
+    loss = loss.to(dtype, copy=True)  # no view, which could not be changed in place
     if gradients is None:
-        return sums[0], ()
-    return sums[0], (*gradients.finish(factor), sums[1] if need.bias else None)
+        return loss, (), None
+    return loss, (*gradients.finish(factor), dbias if need.bias else None), None

@@ -1,26 +1,15 @@
-"""Triton kernels of the contrastive losses; `fastclap.kernels.contrastive.triton_engine` launches them."""
+"""Triton kernels of the contrastive losses; `triton_engine` launches them."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Callable
-from typing import Any
 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2.0))
-INF = tl.constexpr(float("inf"))
+from fastclap.kernels.triton_tools import INF, LN2, LOG2E, jit_for_any_size
 
 
-def _launched(scalars: str, vectors: str = "") -> Callable[[Any], Any]:
-    """triton.jit that compiles once whatever the batch size and the alignment of slices: no compilation in a step."""
-    return triton.jit(do_not_specialize=scalars.split(), do_not_specialize_on_alignment=vectors.split())
-
-
-@_launched("num_rows num_columns depth")
-def _rows_kernel(a, b, a_norm, b_norm, pair, num_rows, num_columns, depth, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+@jit_for_any_size("num_rows num_columns depth")
+def rows_kernel(a, b, a_norm, b_norm, pair, num_rows, num_columns, depth, ROWS: tl.constexpr, DEPTH: tl.constexpr):
     """Norms of the rows of a and b (at least NORM_EPS is the caller's business) and a_i·b_i, i modulo N and M."""
     depth = tl.multiple_of(depth, 16)
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -177,11 +166,11 @@ def _sums_tile(
     )  # fmt: skip
 
 
-@_launched(
+@jit_for_any_size(
     "start end num_columns depth diagonal row_stride row_plane column_stride column_plane",
     "a_factor b_factor a_class b_class",
 )
-def _sums_kernel(
+def sums_kernel(
     a, b, e,  # descriptors [N, D], [M, D], [chunk, M]
     a_factor, b_factor,  # [N] scale · log2(e) / norm, [M] 1 / norm
     a_class, b_class,  # [N], [M] int32
@@ -217,8 +206,8 @@ def _sums_kernel(
             )  # fmt: skip
 
 
-@_launched("length tiles stride plane total_stride first", "parts maximum sums")
-def _combine_kernel(
+@jit_for_any_size("length tiles stride plane total_stride first", "parts maximum sums")
+def combine_kernel(
     parts, shift, maximum, sums,  # [planes, tiles, stride]; [2]; [L] float32 and [3, L] float64, added to
     length, tiles, stride, plane, total_stride, first,
     IDS: tl.constexpr, LOGITS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
@@ -262,11 +251,11 @@ def _combine_kernel(
             tl.store(sums + 2 * total_stride + first + at, logit, mask=inside)
 
 
-@_launched(
+@jit_for_any_size(
     "length diagonal num_others hard",
     "maximum sums logits count siblings ratio other_ratio factors terms",
 )
-def _factors_kernel(
+def factors_kernel(
     maximum, sums, logits,  # [L] float32, [3, L] float64, [L] float32 (the positive's, without ids)
     count, siblings, ratio, other_ratio,  # positives of a row, rows with its id; weights (number over number) [1]
     factors, terms,  # [5, L] float32, [L] float64
@@ -318,7 +307,7 @@ def _probabilities(
     x, shift, row, column, row_factor, column_factor, i, j, end, num_columns,
     COLUMNS: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    """weight · P + weight · Q of a tile, from maxima and factors of `_factors_kernel`."""
+    """weight · P + weight · Q of a tile, from maxima and factors of `factors_kernel`."""
     r = tl.load(row_factor + i, mask=i < end, other=0.0)
     if COLUMNS:
         c = tl.load(column_factor + j, mask=j < num_columns, other=0.0)
@@ -418,11 +407,11 @@ def _gradient_tile(
         )  # fmt: skip
 
 
-@_launched(
+@jit_for_any_size(
     "start end num_columns depth teacher_depth diagonal num_rows column_stride gain",
     "a_factor b_factor a_inverse a_class b_class shift row column ta_factor tb_factor teacher_row teacher_column",
 )
-def _gradient_kernel(
+def gradient_kernel(
     a, b, g,  # descriptors [N, D], [M, D], [chunk, M]
     a_factor, b_factor, a_inverse, a_class, b_class, shift,
     row, column,  # [5, N], [5, M]
@@ -432,7 +421,7 @@ def _gradient_kernel(
     IDS: tl.constexpr, COLUMNS: tl.constexpr, INVERSE: tl.constexpr, TEACHER: tl.constexpr, FIXED: tl.constexpr,
     LOOP: tl.constexpr,
 ):  # fmt: skip
-    """P2: a tile of G = dL/dS, times both inverse norms (INVERSE), times gain; FIXED, LOOP as in `_sums_kernel`.
+    """P2: a tile of G = dL/dS, times both inverse norms (INVERSE), times gain; FIXED, LOOP as in `sums_kernel`.
 
     With a teacher also its share of the loss, and maxima are taken from the factors whichever way they were found.
     """
@@ -454,11 +443,11 @@ def _gradient_kernel(
             )  # fmt: skip
 
 
-@_launched(
+@jit_for_any_size(
     "start end num_columns diagonal num_rows column_stride",
     "a_inverse b_inverse shift row column",
 )
-def _convert_kernel(
+def convert_kernel(
     e,  # descriptor [chunk, M], read and overwritten
     a_inverse, b_inverse, shift, row, column,
     start, end, num_columns, diagonal, num_rows, column_stride,
@@ -516,11 +505,11 @@ def _half_sigmoid(
         g.store([tile_row * BM, left_edge], p.to(g.dtype))
 
 
-@_launched(
+@jit_for_any_size(
     "start end num_columns depth diagonal gain",
     "a_factor b_factor a_inverse a_class b_class bias losses bias_gradients",
 )
-def _sigmoid_kernel(
+def sigmoid_kernel(
     a, b, g,  # descriptors [N, D], [M, D], [chunk, M]
     a_factor, b_factor, a_inverse, a_class, b_class, bias,
     losses, bias_gradients,  # [half tiles]
@@ -544,11 +533,11 @@ def _sigmoid_kernel(
     )  # fmt: skip
 
 
-@_launched(
+@jit_for_any_size(
     "num_rows depth stride",
     "after square alpha out along",
 )
-def _finish_kernel(
+def finish_kernel(
     raw, x, after, square, alpha, out, along,  # [R, D] float32, [R, D]; [R], [R], [1]; [R, D], [R]
     num_rows, depth, stride, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
