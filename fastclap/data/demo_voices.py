@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,6 +72,21 @@ class _Speaker:
     tract: float  # formant frequencies relative to an adult male
     breath: float
     jitter: float
+
+
+class _Manner(NamedTuple):
+    """How a clip is spoken: a style, and entries of the tables above."""
+
+    style: str
+    pitch: str
+    loudness: str
+    tempo: str
+    phonation: str
+    contour: str
+
+    @property
+    def voiced(self) -> bool:
+        return self.style != "whispered"
 
 
 def write_demo(
@@ -144,71 +159,57 @@ def _draw_speaker(random: np.random.Generator, split: int, index: int) -> _Speak
 def _clip(random: np.random.Generator, speaker: _Speaker, style_name: str) -> tuple[np.ndarray, dict[str, Any]]:
     """One clip, int16 [n], and its manifest row but for the path."""
     style = STYLES[style_name]
-    pitch = str(random.choice(list(_PITCH), p=style.pitch))
-    loudness = str(random.choice(list(_LOUDNESS), p=style.loudness))
-    tempo = str(random.choice(list(_TEMPO), p=style.tempo))
-    phonation = str(random.choice(_PHONATION, p=style.phonation))
-    contour = str(random.choice(list(_CONTOUR), p=style.contour))
-    wave = _speak(random, speaker, style_name, pitch, loudness, tempo, phonation, contour)
-    voiced = style_name != "whispered"
+    manner = _Manner(
+        style_name,
+        pitch=str(random.choice(list(_PITCH), p=style.pitch)),
+        loudness=str(random.choice(list(_LOUDNESS), p=style.loudness)),
+        tempo=str(random.choice(list(_TEMPO), p=style.tempo)),
+        phonation=str(random.choice(_PHONATION, p=style.phonation)),
+        contour=str(random.choice(list(_CONTOUR), p=style.contour)),
+    )
+    wave = _speak(random, speaker, manner)
     row: dict[str, Any] = {
         "duration": len(wave) / SAMPLING_RATE,
-        **_captions(random, speaker.sex, style_name, pitch if voiced else None, loudness, tempo, phonation, contour),
-        "intrinsic_tags": [speaker.sex, *([f"{pitch}-pitched"] if voiced else []), phonation],
-        "situational_tags": [style_name, loudness, tempo],
+        **_captions(random, speaker.sex, manner),
+        "intrinsic_tags": [speaker.sex, *([f"{manner.pitch}-pitched"] if manner.voiced else []), manner.phonation],
+        "situational_tags": [style_name, manner.loudness, manner.tempo],
         "classification_tag": style_name,
         "speaker": speaker.name,
         "sex": speaker.sex,
-        **({"pitch": pitch} if voiced else {}),
-        "loudness": loudness,
-        "tempo": tempo,
-        "phonation": phonation,
+        **({"pitch": manner.pitch} if manner.voiced else {}),
+        "loudness": manner.loudness,
+        "tempo": manner.tempo,
+        "phonation": manner.phonation,
     }
     return wave, row
 
 
-def _captions(
-    random: np.random.Generator,
-    sex: str,
-    style: str,
-    pitch: str | None,
-    loudness: str,
-    tempo: str,
-    phonation: str,
-    contour: str,
-) -> dict[str, Any]:
+def _captions(random: np.random.Generator, sex: str, manner: _Manner) -> dict[str, Any]:
+    style, pitch, loudness, tempo, phonation, contour = manner
     noun = str(random.choice({"female": ["woman", "lady", "female"], "male": ["man", "gentleman", "male"]}[sex]))
-    voice = f"{pitch}-pitched, {phonation}" if pitch else phonation
+    voice = f"{pitch}-pitched, {phonation}" if manner.voiced else phonation
     how = {"soft": "softly", "normal": "at normal volume", "loud": "loudly"}[loudness]
     pace = {"slow": "slowly", "normal": "at a normal pace", "fast": "fast"}[tempo]
-    manner = f"{'an' if style[0] in 'aeiou' else 'a'} {style}"
-    movement = f"across the phrase the pitch {contour}" if pitch else "there is no voicing at all"
+    styled = f"{'an' if style[0] in 'aeiou' else 'a'} {style}"
+    movement = f"across the phrase the pitch {contour}" if manner.voiced else "there is no voicing at all"
     return {
         "text_description": [
             f"A {sex} speaker with a {voice} voice talks {STYLES[style].adverb}, {how} and {pace}.",
-            f"A {noun} speaks {pace} and {how} in {manner} style; the voice is {voice}.",
-            f"{how[0].upper()}{how[1:]} and {pace}, a {noun} talks in {manner} manner.",
-            f"A {sex} speaker is speaking in {manner} style.",
+            f"A {noun} speaks {pace} and {how} in {styled} style; the voice is {voice}.",
+            f"{how[0].upper()}{how[1:]} and {pace}, a {noun} talks in {styled} manner.",
+            f"A {sex} speaker is speaking in {styled} style.",
         ],
         "fine_description": (
-            f"The {noun} delivers the words {pace} and {how} in {manner} tone with a {voice} voice; {movement}."
+            f"The {noun} delivers the words {pace} and {how} in {styled} tone with a {voice} voice; {movement}."
         ),
     }
 
 
-def _speak(
-    random: np.random.Generator,
-    speaker: _Speaker,
-    style: str,
-    pitch: str,
-    loudness: str,
-    tempo: str,
-    phonation: str,
-    contour: str,
-) -> np.ndarray:
+def _speak(random: np.random.Generator, speaker: _Speaker, manner: _Manner) -> np.ndarray:
     """A phrase of syllables, int16 [n]."""
     from scipy.signal import butter, lfilter, sosfilt
 
+    style, pitch, loudness, tempo, phonation, contour = manner
     movement, effort = STYLES[style].movement, STYLES[style].effort
     rate = _TEMPO[tempo] * random.uniform(0.88, 1.12)
     syllables = max(3, round(random.uniform(1.7, 2.2) * rate))
@@ -241,7 +242,7 @@ def _speak(
     noise = random.normal(0, 1, n)
     breath = speaker.breath * {"breathy": 8, "clear": 1, "creaky": 1}[phonation]
     source = np.diff(pulse, prepend=0.0) * 4 + breath * 0.25 * noise * (0.4 + pulse)
-    if style == "whispered":
+    if not manner.voiced:
         source = 0.25 * noise
     elif effort:  # tilt the spectrum above about 500 Hz
         mix = 1 - 10 ** (-abs(effort) * 2 / 20)
