@@ -91,21 +91,21 @@ def _checked(batch: Batch) -> Batch:
     Raises:
         ValueError: as `log_mel`.
     """
-    waveform = batch.waveform
+    waveform, lengths, offsets, time_masks, mel_masks = batch
     if waveform.ndim != 2 or 0 in waveform.shape:
         hint = "; add a batch dimension: waveform[None]" if waveform.ndim == 1 else ""
         raise ValueError(f"waveform must be [batch, samples], neither of them 0, got {list(waveform.shape)}{hint}")
     if waveform.dtype != torch.int16 and not waveform.is_floating_point():
         raise ValueError(f"waveform must be int16 or floating point in [-1, 1], got {waveform.dtype}")
     clips = len(waveform)
-    for name, spans in (("frames", batch.time_masks), ("mels", batch.mel_masks)):
+    for name, spans in (("frames", time_masks), ("mels", mel_masks)):
         if spans is None:
             continue
         if spans.ndim != 3 or spans.shape[0] != clips or spans.shape[2] != 2 or spans.dtype != torch.int64:
             got = f"{spans.dtype} {list(spans.shape)}"
             raise ValueError(f"masks of {name} must be int64 [{clips}, spans, 2], got {got}")
-    offsets = _integers("offsets", batch.offsets, waveform)
-    return batch._replace(lengths=_integers("lengths", batch.lengths, waveform, offsets), offsets=offsets)
+    offsets = _integers("offsets", offsets, waveform)
+    return Batch(waveform, _integers("lengths", lengths, waveform, offsets), offsets, time_masks, mel_masks)
 
 
 def _integers(name: str, values: Tensor | None, waveform: Tensor, offsets: Tensor | None = None) -> Tensor | None:
