@@ -115,7 +115,7 @@ class DualEncoder(nn.Module):
         with self._inference():
             for rows in groups:
                 sizes = [lengths[row] for row in rows]
-                batch = audio[rows, : max(sizes)].to(self.device)
+                batch = audio[:, : max(sizes)].index_select(0, torch.tensor(rows, device=audio.device)).to(self.device)
                 encoded.append(self.encode_audio(batch, torch.tensor(sizes, device=self.device), host_lengths=sizes))
             order = torch.tensor([row for rows in groups for row in rows], device=self.device).argsort()
             vectors = F.normalize(torch.cat(encoded)[order].float(), dim=-1)
