@@ -51,8 +51,8 @@ def info_nce(
         inputs = (a, b, _graph_scalar(logit_scale, a))
         t = (None, None, None) if teacher is None else (teacher[0], teacher[1], _graph_scalar(teacher[2], a))
         results = torch.ops.fastclap.info_nce(
-            *inputs, *(ids or (None, None)), *t, contrast.teacher_weight, contrast.label_smoothing, contrast.normalize,
-            contrast.direction, "" if group is None else group.group_name, backend, list(_need(*inputs)[:3]), top1,
+            *inputs, *(ids or (None, None)), *t, contrast.key, "" if group is None else group.group_name, backend,
+            list(_need(*inputs)[:3]), top1,
         )  # fmt: skip
         return results[0], results[4] if top1 else None
     inputs = (a, b, torch.as_tensor(logit_scale))
@@ -218,10 +218,7 @@ def info_nce_op(
     teacher_a: Tensor | None,
     teacher_b: Tensor | None,
     teacher_scale: Tensor | None,
-    teacher_weight: float,
-    label_smoothing: float,
-    normalize: bool,
-    direction: str,
+    contrast: str,
     group: str,
     backend: str,
     need: list[bool],
@@ -229,16 +226,15 @@ def info_nce_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What torch.compile sees of `info_nce`: (loss, da, db, dscale, top-1), empty where not needed.
 
-    `group` is the name of a process group, or "". The numbers of a `Contrast` are arguments of their own: a graph may
-    have them vary from call to call.
+    `contrast` is the key of one, `group` the name of a process group, or "".
     """
     teacher = None
     if teacher_a is not None and teacher_b is not None and teacher_scale is not None:
         teacher = (teacher_a, teacher_b, teacher_scale)
-    contrast = Contrast(teacher_weight, label_smoothing, normalize, direction)
     loss, gradients, shares = _info_nce(
-        a, b, logit_scale, _pair(a_ids, b_ids), teacher, contrast, _resolve(group), backend, Need(*need), top1
-    )
+        a, b, logit_scale, _pair(a_ids, b_ids), teacher, Contrast.from_key(contrast), _resolve(group), backend,
+        Need(*need), top1,
+    )  # fmt: skip
     loss, da, db, dscale = _graph_outputs(loss, gradients, 3, _gradient_dtype(a, b))
     return loss, da, db, dscale, loss.new_empty(0) if shares is None else shares
 

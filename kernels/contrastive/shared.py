@@ -48,6 +48,16 @@ class Contrast:
             if not (0 <= value <= 1 and value < below):
                 raise ValueError(f"{name} must be in [0, 1{')' if below == 1 else ']'}, got {value}")
 
+    @property
+    def key(self) -> str:
+        """What `from_key` makes an equal one of. Its conversions are those that torch.compile follows."""
+        return f"{float(self.teacher_weight)} {float(self.label_smoothing)} {bool(self.normalize)} {self.direction}"
+
+    @classmethod
+    def from_key(cls, key: str) -> Contrast:
+        weight, smoothing, normalize, direction = key.split()
+        return cls(float(weight), float(smoothing), normalize == "True", direction)
+
 
 class Need(NamedTuple):
     """Which inputs want a gradient."""

@@ -4,8 +4,8 @@ A loss over one direction or with sigmoids needs no sums over columns; it takes 
 
 Three things keep float32 accurate to 1e-5 at any scale and alignment. Where |logit| ≤ bound is known on the host and
 small enough, exp(S) itself serves both row and column sums; otherwise each row and column carries its maximum.
-Positives are summed apart, in float64: with p → 1 the gradient p - 1 is then a sum of small terms, not a difference
-of large ones. And logarithms are taken of float64 sums.
+Positives are summed separately, in float64: with p → 1 the gradient p - 1 is then a sum of small terms, not a
+difference of large ones. And logarithms are taken of float64 sums.
 
 Which pairs are positives is worked out on the host from sorted ids, never as an N×M comparison.
 """

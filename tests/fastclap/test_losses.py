@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastclap
 from fastclap.drop_in.open_clip import ClipLoss, SigLipLoss
+from fastclap.kernels.contrastive.shared import Contrast
 from fastclap.losses import info_nce, sigmoid_loss
 from fastclap.testing import assert_close_rel
 
@@ -232,10 +233,11 @@ def test_operators_are_registered_properly(dtype: torch.dtype) -> None:
     a, b = (x.to(dtype) for x in pair(5, 7))
     scale, bias = torch.tensor(5.0), torch.tensor(-1.0)
     ids = torch.arange(5) // 2, torch.arange(7) // 2
+    contrast = Contrast(label_smoothing=0.1).key
     for need in ([True, True, True], [True, False, False], [False, False, True], [False, False, False]):
         tensors = [x.detach().requires_grad_(wanted) for x, wanted in zip((a, b, scale), need, strict=True)]
         for given in ((None, None), ids):
-            arguments = (*tensors, *given, None, None, None, 0.0, 0.1, True, "both", "", "torch", need, True)
+            arguments = (*tensors, *given, None, None, None, contrast, "", "torch", need, True)
             torch.library.opcheck(torch.ops.fastclap.info_nce, arguments)
         torch.library.opcheck(
             torch.ops.fastclap.sigmoid_loss, (*tensors, bias.detach(), *ids, True, "", "torch", [*need, False])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastclap.kernels.contrastive import torch_engine
+from fastclap.kernels.contrastive.shared import Contrast
 from fastclap.losses import info_nce, sigmoid_loss
 from fastclap.testing import assert_close_rel
 from tests.kernels.contrastive.cases import OPTIONS, SCALES, embeddings, evaluate, ids, teacher
@@ -59,7 +60,7 @@ def tolerance(
 
 
 class Choice(NamedTuple):
-    """What one evaluation is made with, beside shape and option."""
+    """What one evaluation is made with, next to shape and option."""
 
     dtype: torch.dtype
     stored: bool
@@ -449,9 +450,10 @@ def test_non_finite_embeddings_and_absent_positives_give_nan() -> None:
 def test_operators_are_registered_properly(dtype: torch.dtype) -> None:
     a, b = (x.to(DEVICE, dtype) for x in embeddings(20, 30, 0.5))
     scale = torch.tensor(5.0, device=DEVICE)
+    contrast = Contrast(label_smoothing=0.1).key
     for need in ([True, True, True], [False, True, False]):
         tensors = [x.detach().requires_grad_(wanted) for x, wanted in zip((a, b, scale), need, strict=True)]
-        arguments = (*tensors, None, None, None, None, None, 0.0, 0.1, True, "both", "", "triton", need, True)
+        arguments = (*tensors, None, None, None, None, None, contrast, "", "triton", need, True)
         torch.library.opcheck(torch.ops.fastclap.info_nce, arguments)
         bias = torch.tensor(-1.0, device=DEVICE)
         torch.library.opcheck(
