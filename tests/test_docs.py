@@ -134,6 +134,15 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert heading in names, f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    for name in re.findall(
+        r"`((?:tests|bench|fastclap|kernels|train|docs|examples)/[\w./*-]+)`", page.read_text("utf-8")
+    ):
+        pattern = re.sub(r"[A-Z]{4,}", "*", name).rstrip("/")  # kernels/NAME.py
+        assert name.startswith("bench/records") or list(ROOT.glob(pattern)), f"{page.name}: {name}"
+
+
 def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     """Every block in order, with fewer voices and steps than the page says; what needs the hub meets a stand-in."""
     import huggingface_hub
