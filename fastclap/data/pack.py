@@ -27,6 +27,7 @@ from fastclap.data.rows import Manifest, Row
 from fastclap.data.shards import (
     BLOCK,
     CLIP_COLUMN,
+    HEADER_FILE,
     INPUT_KEYS,
     ROWS_AT_ONCE,
     SAMPLE,
@@ -102,7 +103,7 @@ def pack(
             with _explained_write_errors(folder):
                 index = _write_index(manifest, clip_of_row, shards, lost, folder)
                 finished = {**header, "shards": [record["size"] for record in shards], "index": index}
-                write_atomic(folder / "pack.json", json.dumps(finished, indent=1).encode())
+                write_atomic(folder / HEADER_FILE, json.dumps(finished, indent=1).encode())
                 fsync(folder)
         for left in (*folder.glob(".shard-*"), *folder.glob(".index.parquet*"), *folder.glob(".pack.json*")):
             left.unlink()
@@ -146,7 +147,7 @@ def _start_or_resume(folder: Path, header: Mapping[str, Any]) -> None:
     if any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise DataError(f"{folder}: is not empty and holds no pack; name a new folder")
     with _explained_write_errors(folder):
-        write_atomic(folder / "pack.json", json.dumps(header, indent=1).encode())
+        write_atomic(folder / HEADER_FILE, json.dumps(header, indent=1).encode())
 
 
 def _distinct_clips(manifest: Manifest) -> tuple[list[int], list[int]]:

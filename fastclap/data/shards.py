@@ -36,7 +36,8 @@ from fastclap.errors import DataError
 
 VERSION = 1
 CLIP_COLUMN = "fastclap_clip"
-INPUT_KEYS = ("version", "sampling_rate", "shard_mb", "input")  # what a pack is made of, in pack.json
+HEADER_FILE = "pack.json"
+INPUT_KEYS = ("version", "sampling_rate", "shard_mb", "input")  # what a pack is made of, in its header
 BLOCK = 1 << 14  # samples under one checksum
 ROWS_AT_ONCE = 4096  # of the index
 SAMPLE = np.dtype("<i2")
@@ -140,7 +141,7 @@ _open_shard = lru_cache(_OPEN_SHARDS)(_Shard)
 
 def is_pack(folder: str) -> bool:
     """Whether a folder is a packed folder, finished or not."""
-    return os.path.isfile(os.path.join(folder, "pack.json"))
+    return os.path.isfile(os.path.join(folder, HEADER_FILE))
 
 
 def read_pack(folder: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -181,7 +182,7 @@ def read_pack(folder: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    path = folder / "pack.json"
+    path = folder / HEADER_FILE
     try:
         header: dict[str, Any] = json.loads(path.read_bytes())
         version = header["version"]

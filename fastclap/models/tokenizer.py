@@ -28,17 +28,16 @@ class Tokenizer:
 
     Args:
         backend: a `tokenizers.Tokenizer` with padding enabled (it names the padding token).
+
+    Attributes:
+        vocab_size: number of ids, added tokens included.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         if backend.padding is None:
             raise ModelError("the tokenizer names no padding token; call enable_padding(pad_id=..., pad_token=...)")
         self.backend = backend
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return self.backend.get_vocab_size()
+        self.vocab_size: int = backend.get_vocab_size()
 
     def __call__(self, texts: Sequence[str], max_tokens: int) -> dict[str, Tensor]:
         """Tokenize, cut to `max_tokens` (special tokens included) and pad on the right to the longest of the batch.
