@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,9 @@ import torch
 from fastclap.audio import AudioError, AudioFile, whole_clip
 from fastclap.commands.main import main
 from fastclap.data import BatchSampler, ClipDataset, Manifest, Quarantine, eval_batches, load_manifest, make_loader
-from fastclap.data.pack import pack
+from fastclap.data.pack import _result, pack
 from fastclap.data.shards import BLOCK, PackedFile, open_clip
+from fastclap.data.workers import fork_server
 from fastclap.errors import ConfigError, DataError
 
 RATE = 16000
@@ -275,7 +280,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_result(mixed: str, tmp_path
 KILLED = """
 import sys, time
 from fastclap.data import load_manifest
-from fastclap.data.pack import pack
+from fastclap.data.pack import _result, pack
 if __name__ == "__main__":
     def advance(done, total):
         print(done, flush=True)
@@ -335,10 +340,25 @@ def test_a_decoding_process_that_dies_is_named(mixed: str, tmp_path: Path) -> No
     assert len(load_manifest(str(tmp_path / "pack"))) == 16
 
 
+def die_while_sending() -> None:
+    """Send a length and the first of so many bytes as the result, and be killed."""
+
+    def send(connection: Any, message: Any) -> None:
+        os.write(connection.fileno(), struct.pack("!i", 100) + b"x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    multiprocessing.connection.Connection._send_bytes = send  # type: ignore[attr-defined]
+
+
+def test_a_decoding_process_that_dies_while_it_sends_is_noticed() -> None:
+    with ProcessPoolExecutor(1, fork_server()) as pool, pytest.raises(BrokenProcessPool):
+        _result(pool.submit(die_while_sending), pool)  # type: ignore[arg-type]
+
+
 FULL = """
 import resource, sys
 from fastclap.data import load_manifest
-from fastclap.data.pack import pack
+from fastclap.data.pack import _result, pack
 resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, resource.RLIM_INFINITY))  # as on a full disk
 try:
     pack(load_manifest(sys.argv[1]), sys.argv[2], shard_mb=0.2)
