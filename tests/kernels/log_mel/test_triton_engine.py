@@ -278,7 +278,7 @@ def test_a_clip_does_not_depend_on_the_batch_nor_on_the_run(monkeypatch: pytest.
     whole = gradient()
     monkeypatch.setattr(triton_engine, "GRADIENT_CHUNK", 1)
     assert torch.equal(whole, gradient())  # one clip at a time
-    monkeypatch.setattr(triton_engine, "_resident", lambda index: 1)
+    monkeypatch.setattr(triton_engine, "_resident_programs", lambda index: 1)
     assert torch.equal(together, run(waveform, lengths, TINY)[0])  # one program takes all tiles
 
 
