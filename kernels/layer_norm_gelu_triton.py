@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastclap.kernels import dispatch
 from fastclap.kernels.offline import Compilation, signature_and_attrs
-from fastclap.kernels.triton_tools import TYPE_NAMES
+from fastclap.kernels.triton_tools import TYPE_NAMES, jit_for_any_size
 
 VALUES = 16  # of a tile, a thread
 NARROWEST = 16
@@ -54,7 +54,7 @@ def _affine(weight, bias, COLUMNS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.
     return w[None, :], b[None, :]
 
 
-@triton.jit(do_not_specialize=["rows", "eps"])
+@jit_for_any_size("rows eps")
 def _forward_kernel(
     x, weight, bias, y, mean, inverse_std,  # [rows, columns] with a stride; [columns]; [rows, columns]; [rows] float32
     rows, stride, eps,
@@ -80,7 +80,7 @@ def _forward_kernel(
         tl.store(inverse_std + row, inverse, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit_for_any_size("rows")
 def _backward_kernel(
     upstream, x, weight, bias, mean, inverse_std,  # [rows, columns] twice, with strides; [columns]; [rows] float32
     dx, sums,  # [rows, columns]; [2, programs, columns] float32: dweight and dbias

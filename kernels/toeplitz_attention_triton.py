@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fastclap.kernels import dispatch
 from fastclap.kernels.offline import Compilation, signature_and_attrs
-from fastclap.kernels.triton_tools import INF, LN2, LOG2E, PRECISIONS, TYPE_NAMES
+from fastclap.kernels.triton_tools import INF, LN2, LOG2E, PRECISIONS, TYPE_NAMES, jit_for_any_size
 
 LARGEST_BLOCK = 128
 SLACK = tl.constexpr(2 * LARGEST_BLOCK)  # values after a row of the padded table that a window may reach into
@@ -159,17 +159,12 @@ def _kept(key0, key1, row, column, i, j, length, threshold):
     return x.to(tl.int32, bitcast=True) >= threshold
 
 
-def _launched(scalars: str) -> Any:
-    """triton.jit that compiles once whatever the sizes of the batch; strides it may specialise on."""
-    return triton.jit(do_not_specialize=scalars.split())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Forward
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@_launched("heads length scale threshold gain")
+@jit_for_any_size("heads length scale threshold gain")
 def _forward_kernel(
     q, k, v, table, gate, lengths, seed, out, log_sum,
     q_clip, q_head, q_row, k_clip, k_head, k_row, v_clip, v_head, v_row, out_clip, out_head, out_row,
@@ -220,7 +215,7 @@ def _forward_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@_launched("heads length keep")
+@jit_for_any_size("heads length keep")
 def _rows_kernel(
     gate, log_sum, out, upstream, rows_gate, rows_log_sum, rows_delta,
     out_clip, out_head, out_row, up_clip, up_head, up_row, heads, length, far, keep,
@@ -241,7 +236,7 @@ def _rows_kernel(
     tl.store(rows_log_sum + to, tl.load(log_sum + at, mask=i < length, other=INF))
 
 
-@_launched("heads length scale threshold gain")
+@jit_for_any_size("heads length scale threshold gain")
 def _keys_kernel(
     q, k, v, table, gate, lengths, seed, upstream, log_sum, delta, dk, dv,
     q_clip, q_head, q_row, k_clip, k_head, k_row, v_clip, v_head, v_row, up_clip, up_head, up_row,
@@ -289,7 +284,7 @@ def _keys_kernel(
     _store_rows(dv + clip * dv_clip + head * dv_head, column, dv_row, length, value_gradient, BN, HEAD, D)
 
 
-@_launched("heads length scale threshold gain")
+@jit_for_any_size("heads length scale threshold gain")
 def _queries_kernel(
     q, k, v, table, gate, lengths, seed, upstream, log_sum, delta, dq, dgate,
     q_clip, q_head, q_row, k_clip, k_head, k_row, v_clip, v_head, v_row, up_clip, up_head, up_row,
@@ -336,7 +331,7 @@ def _queries_kernel(
     tl.store(dgate + at, gate_gradient * (gain * LN2), mask=rows < length - row)
 
 
-@_launched("clips heads length scale threshold groups")
+@jit_for_any_size("clips heads length scale threshold groups")
 def _diagonals_kernel(
     q, k, v, table, gate, lengths, seed, upstream, log_sum, delta, parts,
     q_clip, q_head, q_row, k_clip, k_head, k_row, v_clip, v_head, v_row, up_clip, up_head, up_row,
@@ -381,7 +376,7 @@ def _diagonals_kernel(
     tl.store(parts + rows[:, None] * BM + rows[None, :], total)
 
 
-@_launched("heads length groups gain")
+@jit_for_any_size("heads length groups gain")
 def _skew_kernel(parts, dtable, heads, length, groups, gain, BM: tl.constexpr, ROWS: tl.constexpr):
     """dtable of the distances d = diagonal·BM + 0 … BM - 1: every row of the tiles of that diagonal and the next has
     one element at distance d."""

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastclap.console import Advance
 from fastclap.data import BadClip, Row, load_manifest
-from fastclap.data.shards import HEADER_FILE
+from fastclap.data.shards import is_pack
 from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.evaluation.embedding import embed_clips
 from fastclap.files import fsync, locked, replacing, write_atomic
@@ -141,9 +141,8 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
 
 def _is_table_folder(name: str) -> bool:
     """Whether a folder is a packed one or a saved `datasets` folder."""
-    return any(
-        os.path.isfile(os.path.join(name, marker)) for marker in (HEADER_FILE, "state.json", "dataset_dict.json")
-    )
+    markers = ("state.json", "dataset_dict.json")
+    return is_pack(name) or any(os.path.isfile(os.path.join(name, marker)) for marker in markers)
 
 
 def _audio_files(folder: str) -> Iterator[str]:

@@ -169,10 +169,10 @@ class PositiveKeys:
     def __init__(self, ids: Ids | None, ranks: Ranks, device: torch.device) -> None:
         self.ids = ids is not None
         self.diagonal = ranks.own_rows.start
-        self.ranks, self.total_rows, self.total_columns = ranks, ranks.num_rows, ranks.num_columns
+        self.ranks = ranks
         self.one = torch.ones(1, dtype=torch.float64, device=device)
         self.ratio = self.one
-        self.num_rows: int | Tensor = min(self.total_rows, self.total_columns)
+        self.num_rows: int | Tensor = min(ranks.num_rows, ranks.num_columns)
         # Without ids the kernels never look at these.
         self.a_class = self.b_class = torch.empty(1, dtype=torch.int32, device=device)
         self.row_count = self.column_count = self.siblings = torch.empty(1, dtype=torch.int64, device=device)
@@ -198,8 +198,8 @@ class PositiveKeys:
             return (count > 0) * (self.one if rows else self.ratio)
         if rows:
             own = self.ranks.own_rows
-            return torch.arange(own.start, own.stop, device=self.one.device) < self.total_columns
-        return torch.arange(self.total_columns, device=self.one.device) < self.total_rows
+            return torch.arange(own.start, own.stop, device=self.one.device) < self.ranks.num_columns
+        return torch.arange(self.ranks.num_columns, device=self.one.device) < self.ranks.num_rows
 
 
 class Operands:
@@ -429,13 +429,13 @@ class TiledSoftmax:
         column, column_terms = torch.empty(5, num_columns, device=device), self.row_sums.new_zeros(num_columns)
         factors_kernel[(triton.cdiv(num_rows, 256),)](
             self.row_maximum, self.row_sums, self.row_logit, positives.row_count, positives.siblings, positives.one,
-            positives.ratio, row, row_terms, num_rows, positives.diagonal, positives.total_columns, hard,
+            positives.ratio, row, row_terms, num_rows, positives.diagonal, positives.ranks.num_columns, hard,
             IDS=positives.ids, LOGITS=True, TWO_SIDED=self.two_sided, WIDTH=256,
         )  # fmt: skip
         if self.two_sided:
             factors_kernel[(triton.cdiv(num_columns, 256),)](
                 self.column_maximum, self.column_sums, self.column_logit, positives.column_count, positives.siblings,
-                positives.ratio, positives.one, column, column_terms, num_columns, 0, positives.total_rows, hard,
+                positives.ratio, positives.one, column, column_terms, num_columns, 0, positives.ranks.num_rows, hard,
                 IDS=positives.ids, LOGITS=False, TWO_SIDED=True, WIDTH=256,
             )  # fmt: skip
         return row, column, row_terms, column_terms
