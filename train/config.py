@@ -163,8 +163,8 @@ class TrainConfig:
     """Autocast of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
     matmul_precision: Literal["highest", "high"] = "high"
     """Matrix products that stay in float32 on a GPU: high is TF32, highest full precision."""
-    compile: bool = False
-    """Compile the layers of the towers (torch.compile): faster steps after a slow start."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the layers of the towers (torch.compile): faster steps after a start of a minute. auto does on a GPU."""
     checkpoint_activations: bool = False
     """Recompute the layers of the towers in the backward pass: less memory, about a third more work."""
     shard: bool = False

@@ -170,8 +170,9 @@ def prepare(config: TrainConfig, world: World) -> Run:
     if resume_path is None:
         fit_feature_statistics(model, dataset, world)
     towers: list[Any] = [model.audio_branch, model.text_branch]
+    compiled = config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda")
     for tower in towers:
-        tower.prepare_training(compile=config.compile, checkpoint=config.checkpoint_activations)
+        tower.prepare_training(compile=compiled, checkpoint=config.checkpoint_activations)
     sharded = distributed.shard(towers, world) if config.shard else []
 
     # The step, and the state of the optimizer and of the average that it continues from.
