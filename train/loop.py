@@ -52,7 +52,7 @@ def train(config: TrainConfig) -> Path:
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"out of memory on {world.device} (rank {world.rank}): {error}. Continue with --resume and less at a time: "
-            "a smaller --chunk-size (auto finds one by itself in a single process), --checkpoint-activations, "
+            "a smaller --chunk-size (auto finds one by itself in a single process), --checkpoint-activations on, "
             "--shard over several processes, or a shorter --data.crop-seconds"
         ) from error
     except RuntimeError as error:
