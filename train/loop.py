@@ -93,6 +93,7 @@ def take_steps(run: Run) -> Path:
                 journal.end_interval(number, result, run.model.logit_scale)
             if world.device.type == "cpu" or save_now or validate_now or stop or last:
                 journal.report()
+            run.saver.report()
 
             if validate_now:
                 with run.meter.paused():
@@ -115,6 +116,7 @@ def take_steps(run: Run) -> Path:
         batches.close()
         if profiler is not None:
             profiler.close()
+        run.saver.close()
         journal.close()
 
 

@@ -47,6 +47,7 @@ class Run:
     quarantine: Quarantine
     meter: Meter
     journal: Journal
+    saver: checkpoint.Saver
 
     @property
     def folder(self) -> Path:
@@ -78,14 +79,9 @@ class Run:
         distributed.barrier(self.world)
 
     def save(self, *, required: bool) -> None:
-        """Write a checkpoint (every rank calls this). One that fails is reported; only a required one ends the run."""
-        totals = self.journal.state()
-        try:
-            checkpoint.save_checkpoint(self.step, totals, None if self.tags is None else self.tags.vocabulary)
-        except TrainingError as error:
-            if required:
-                raise
-            self.journal.say(f"warning: {error}; training goes on")
+        """Write a checkpoint (every rank calls this): a required one before this returns, or the run ends."""
+        tags = None if self.tags is None else self.tags.vocabulary
+        self.saver.save(self.step, self.journal.state(), tags, required=required)
 
     def finish(self) -> None:
         """Validate, save and export at the end of the run, and write its report."""
@@ -190,7 +186,8 @@ def prepare(config: TrainConfig, world: World) -> Run:
     quarantine = Quarantine(Path(config.run_dir) / "quarantine.jsonl", len(manifest), data.max_bad_share)
     on_gpu = world.device.type == "cuda"
     loader = make_loader(dataset, sampler, num_workers=data.workers, prefetch=data.prefetch, pin_memory=on_gpu)
-    return Run(config, world, model, step, tags, valid, loader, quarantine, meter, journal)
+    saver = checkpoint.Saver(journal.say)
+    return Run(config, world, model, step, tags, valid, loader, quarantine, meter, journal, saver)
 
 
 def make_demo_data(config: TrainConfig, world: World) -> None:
