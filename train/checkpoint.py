@@ -321,7 +321,7 @@ def _bytes(size: int) -> str:
 def _step_aside() -> None:
     """Give other threads and processes, the loader's above all, precedence over this thread."""
     if sys.platform == "linux":  # elsewhere this is the whole process's
-        os.setpriority(os.PRIO_PROCESS, 0, 10)
+        os.nice(10)
 
 
 class HostMemory:
