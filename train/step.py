@@ -72,9 +72,7 @@ class Step:
         self.average = WeightAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
         if config.loss.teacher == "ema" and self.average is not None:
             teacher = averaged_teacher(model, self.average)
-        self.gradients = Gradients(
-            [p for group in self.optimizer.param_groups for p in group["params"]], world, sharded
-        )
+        self.gradients = Gradients(in_order_of_arrival(model), world, sharded)
         automatic = chunk_sizes or config.batch_size // world.size
         self.objective = Objective(
             model,
@@ -392,6 +390,20 @@ def build_optimizer(model: CLAP, config: OptimizerConfig) -> torch.optim.AdamW:
     ]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
+
+
+def in_order_of_arrival(model: CLAP) -> list[nn.Parameter]:
+    """The parameters that train, in about the order in which a backward pass of the loss gives them their gradients.
+
+    A backward pass begins with what ran last: the loss, then the text tower from its head to its embeddings, then the
+    audio tower. Inside a tower the order of registration is that of the forward pass, but for details: a final norm
+    that is registered before the layers, or a parameter that all layers share.
+    """
+    order = ["text_projection", "text_branch", "audio_projection", "audio_branch"]  # logit scale and bias before them
+    named = [(name.partition(".")[0], p) for name, p in model.named_parameters() if p.requires_grad]
+    named.reverse()
+    ranked = sorted(named, key=lambda pair: order.index(pair[0]) if pair[0] in order else -1)
+    return [parameter for _, parameter in ranked]
 
 
 def scheduled_learning_rate(config: OptimizerConfig, step: int, total: int) -> float:

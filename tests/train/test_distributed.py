@@ -28,10 +28,10 @@ from fastclap.data.tags import TagPrompts
 from fastclap.errors import ConfigError
 from fastclap.testing import assert_close_rel
 from fastclap.train import distributed
-from fastclap.train.config import LossConfig, TrainConfig
+from fastclap.train.config import LossConfig, OptimizerConfig, TrainConfig
 from fastclap.train.loop import train
 from fastclap.train.run import build_model
-from fastclap.train.step import Objective, frozen
+from fastclap.train.step import Objective, build_optimizer, frozen, in_order_of_arrival
 from tests.train.test_speed import WAVLM, XLM_R
 
 FORK = multiprocessing.get_context("fork")
@@ -88,7 +88,7 @@ def gradients(
     captions: Any = "pair" if loss is PAIRS else "global"
     dataset = ClipDataset(manifest, 16000, crop_seconds=0.5, seed=0, caption=captions, tags=tags)
     model.zero_grad()
-    averaged = distributed.Gradients([parameter for parameter in model.parameters() if parameter.requires_grad], world)
+    averaged = distributed.Gradients(in_order_of_arrival(model), world)
     teacher = frozen(copy.deepcopy(model)) if loss.teacher else None  # of another temperature
     Objective(model, loss, chunk, None, world, averaged.held, teacher=teacher)(dataset[(0, *sampler.batch(0))])
     averaged.finish(torch.zeros(1))
@@ -187,29 +187,26 @@ def last_record(config: TrainConfig, kind: str) -> dict[str, Any]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind][-1]
 
 
-def test_sharded_towers_of_transformers_have_the_gradients_of_replicated_ones(tiny: Callable[..., TrainConfig]) -> None:
-    assert on_ranks(2, _compare_sharded_with_replicated, tiny()) == [0, 0]
-
-
-def _compare_sharded_with_replicated(config: TrainConfig) -> None:
-    world = distributed.join("cpu")
+def of_transformers(**options: Any) -> fastclap.CLAP:
+    """ParaSpeechCLAP's towers, tiny, with these options for both."""
     torch.manual_seed(0)
-    replicated = fastclap.CLAP(
+    return fastclap.CLAP(
         CLAPConfig(
-            audio=AudioTowerConfig(kind="wav2vec2", hf_config={**WAVLM, **NO_DROPOUT}),
-            text=TextTowerConfig(kind="hf", hf_config={**XLM_R, **NO_DROPOUT}, pooling="cls"),
+            audio=AudioTowerConfig(kind="wav2vec2", hf_config={**WAVLM, **options}),
+            text=TextTowerConfig(kind="hf", hf_config={**XLM_R, **options}, pooling="cls"),
             head=HeadConfig(kind="linear", dim=16),
         )
     )
-    sharded = copy.deepcopy(replicated)
-    parts = distributed.shard([sharded.audio_branch, sharded.text_branch], world)
-    whole, held = (sum(distributed.local(p).numel() for p in m.parameters()) for m in (replicated, sharded))
-    assert 0.5 * whole <= held < 0.6 * whole
-    torch.manual_seed(world.rank)
-    batch = Batch(
+
+
+def random_batch(rank: int) -> Batch:
+    """Four clips and captions of token ids, other ones on each rank."""
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.randint(3, 300, (4, 5), generator=generator)
+    return Batch(
         step=0,
         epoch=0,
-        audio=torch.randint(-3000, 3000, (4, 8000), dtype=torch.int16),
+        audio=torch.randint(-3000, 3000, (4, 8000), dtype=torch.int16, generator=generator),
         lengths=torch.tensor([8000, 5000, 6000, 7000]),
         mean=None,
         std=None,
@@ -217,13 +214,75 @@ def _compare_sharded_with_replicated(config: TrainConfig) -> None:
         caption_ids=torch.tensor([0, 1, 2, 3]),
         rows=[],
         bad=[],
-        text={"input_ids": torch.randint(3, 300, (4, 5)), "attention_mask": torch.ones(4, 5, dtype=torch.int64)},
+        text={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
         text_rows=torch.arange(4),
         tokens=[5] * 4,
     )
+
+
+BUCKET, LAST_BUCKET = 8 << 10, 1 << 10  # bytes; the towers of 16 features have 6 KiB a layer
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_gradients_leave_while_the_backward_pass_runs(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(distributed, "_BUCKET_BYTES", BUCKET)
+    monkeypatch.setattr(distributed, "_LAST_BUCKET_BYTES", LAST_BUCKET)
+    assert on_ranks(size, _watch_the_sending, of_transformers(num_hidden_layers=4, mask_time_prob=0.5)) == [0] * size
+
+
+def _watch_the_sending(model: fastclap.CLAP) -> None:
+    """Counted at the last gradient: what had not been sent; and how much of what was complete ever waited."""
+    world = distributed.join("cpu")
+    groups = build_optimizer(model, OptimizerConfig()).param_groups
+    by_weight_decay = [p for group in groups for p in group["params"]][::-1]
+    for order, chunk in ((in_order_of_arrival(model), 0), (in_order_of_arrival(model), 2), (by_weight_decay, 0)):
+        averaged = distributed.Gradients(order, world)
+        sent: list[int] = []
+        hooks = [p.register_post_accumulate_grad_hook(lambda _: sent.append(averaged._next)) for p in order]  # noqa: B023
+        Objective(model, LossConfig(), chunk, None, world, averaged.held)(random_batch(world.rank))
+        buckets = averaged._buckets
+        assert len(buckets) > 6
+        if order is by_weight_decay:  # which is how gradients do not arrive
+            assert averaged.backlog_bytes > 4 * BUCKET
+        else:
+            assert sent[-1] == len(buckets), "all are on their way before `finish`"
+            assert averaged.late_bytes == buckets[-1].bytes <= LAST_BUCKET
+            assert averaged.backlog_bytes <= 2 * BUCKET
+        averaged.finish(torch.zeros(1))
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad()
+    distributed.leave(world)
+
+
+def test_buckets_keep_the_order_of_arrival() -> None:
+    """A bucket of another dtype or a remainder does not go before what arrives earlier, and the last one is small."""
+    sizes = [100, 300, 6000, 4000, 100, 200, 20000, 10, 500, 200, 50]  # of float32
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in sizes]
+    parameters[9] = torch.nn.Parameter(torch.zeros(200, dtype=torch.float64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "_BUCKET_BYTES", 25000)
+        patch.setattr(distributed, "_LAST_BUCKET_BYTES", 1000)
+        buckets = distributed._in_buckets(parameters)
+    place = {parameter: index for index, parameter in enumerate(parameters)}
+    assert [[place[p] for p in bucket] for bucket in buckets] == [[0, 1], [2], [3, 4, 5], [6], [7, 8], [9], [10]]
+
+
+def test_sharded_towers_of_transformers_have_the_gradients_of_replicated_ones(tiny: Callable[..., TrainConfig]) -> None:
+    assert on_ranks(2, _compare_sharded_with_replicated, tiny()) == [0, 0]
+
+
+def _compare_sharded_with_replicated(config: TrainConfig) -> None:
+    world = distributed.join("cpu")
+    replicated = of_transformers(**NO_DROPOUT)
+    sharded = copy.deepcopy(replicated)
+    parts = distributed.shard([sharded.audio_branch, sharded.text_branch], world)
+    whole, held = (sum(distributed.local(p).numel() for p in m.parameters()) for m in (replicated, sharded))
+    assert 0.5 * whole <= held < 0.6 * whole
+    batch = random_batch(world.rank)
     norms = []
     for model, modules in ((replicated, []), (sharded, parts)):
-        averaged = distributed.Gradients([p for p in model.parameters() if p.requires_grad], world, modules)
+        averaged = distributed.Gradients(in_order_of_arrival(model), world, modules)
         Objective(model, LossConfig(), 2, None, world, averaged.held, every_caption=True)(batch)
         norms.append(averaged.finish(torch.zeros(1))[1])
     assert_close_rel("norm of all gradients", norms[0], norms[1], 1e-5)
