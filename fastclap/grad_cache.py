@@ -7,9 +7,10 @@ the first, so per chunk the random states of torch (CPU and CUDA), NumPy and Pyt
 of their inputs (some write into them), the autocast cache of cast weights is cleared, and BatchNorm updates its
 running statistics in the first pass only.
 
-The first chunk of the first pass does build a graph, which is dropped at once. It shows whether the tower trains at
-all (a frozen one is not repeated and its side of the loss is not differentiated), and it meets most out-of-memory
-errors before the loss has communicated with other ranks.
+One chunk of each tower, the last of full size, builds its graph in the first pass and keeps it through the loss; the
+second pass begins with it and has one chunk less to embed. This graph shows whether the tower trains at all (a frozen
+one is not repeated and its side of the loss is not differentiated), and it meets most out-of-memory errors before the
+loss has communicated with other ranks. Where several towers' graphs do not fit together, they are dropped.
 """
 
 from __future__ import annotations
@@ -25,8 +26,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+# What error texts say besides "out of memory": the allocators of cuBLAS and cuDNN, that of the CPU, and what is left of
+# an out-of-memory error after torch has tried all engines of cuDNN for a convolution.
+_SIGNS = (
+    "out of memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "DefaultCPUAllocator",
+    "unable to find an engine to execute this computation",
+)  # fmt: skip
+
 Input = Tensor | Mapping[str, Any]
 Tower = Callable[..., Tensor]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, which a smaller chunk may cure.
+
+    Only torch's own allocator raises `torch.OutOfMemoryError`. CUDA (`torch.AcceleratorError`), cuBLAS, cuDNN, Triton's
+    launcher and the allocator of the CPU raise other errors that are known by their text. Triton's `OutOfResources` is
+    none of them: that kernel does not fit into a multiprocessor, however small the batch.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 class GradCache:
@@ -43,6 +63,8 @@ class GradCache:
 
     Attributes:
         chunk_sizes: rows per chunk of each tower, as reduced after out-of-memory errors.
+        keeps_graphs: whether the graphs of the first pass last through the loss; no longer where memory ran out beside
+            them and chunks of the same size fit without.
     """
 
     def __init__(
@@ -60,6 +82,7 @@ class GradCache:
         if len(sizes) != len(self.towers) or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
             raise ValueError(f"chunk_size must be a positive integer, or one for each tower, got {chunk_size!r}")
         self.chunk_sizes = sizes
+        self.keeps_graphs = True
         self.loss = loss
         found = [_module_behind(tower) for tower in self.towers] if modules is None else list(modules)
         self._knows_modules = all(module is not None for module in found)
@@ -87,23 +110,34 @@ class GradCache:
         sizes = [_checked_rows(index, batch) for index, batch in enumerate(inputs)]
         found: list[Any] = [getattr(module, "no_sync", None) for module in self._modules]
         contexts = [context for context in ([no_sync] if no_sync is not None else found) if context is not None]
-        distributed = bool(contexts) or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        alone = not contexts and not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
         while True:
-            step = _Step(self, inputs, sizes, contexts)
+            step = _Step(self, inputs, sizes, contexts, alone)
             try:
-                return step.run(undoable=not distributed and self._knows_modules)
-            except torch.OutOfMemoryError:
-                chunks = [min(self.chunk_sizes[index], sizes[index]) for index in step.working]
-                if not any(chunk > 1 for chunk in chunks):
+                return step.run()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
                     raise
-                for index, chunk in zip(step.working, chunks, strict=True):
-                    self.chunk_sizes[index] = (chunk + 1) // 2
-                if not step.undo():
+                if not self._reduce(step, sizes) or not step.repeatable:
                     raise
+                step.undo()
             # Past the except clause the traceback, and with it the graph that did not fit, is gone.
             del step
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
+
+    def _reduce(self, step: _Step, sizes: Sequence[int]) -> bool:
+        """Make the next attempt need less memory than `step`, which ran out of it; False if nothing can be reduced."""
+        chunks = [min(self.chunk_sizes[index], sizes[index]) for index in step.working]
+        if step.kept:
+            self.keeps_graphs = False
+        elif any(chunk > 1 for chunk in chunks):
+            self.keeps_graphs = True  # of smaller chunks, they may fit
+            for index, chunk in zip(step.working, chunks, strict=True):
+                self.chunk_sizes[index] = (chunk + 1) // 2
+        else:
+            return False
+        return True
 
 
 class _Step:
@@ -115,10 +149,11 @@ class _Step:
         inputs: Sequence[Input],
         sizes: Sequence[int],
         contexts: Sequence[Callable[[], AbstractContextManager[Any]]],
+        alone: bool,
     ) -> None:
-        self.cache, self.inputs, self.contexts = cache, inputs, contexts
+        self.cache, self.inputs, self.contexts, self.alone = cache, inputs, contexts, alone
         self.working: list[int] = []  # towers at work, for out-of-memory errors
-        self.second_pass = False
+        self.repeatable = True  # whether `undo` leads back to the beginning, without other ranks
         self.random = _RandomState()
         self.statistics = [
             (buffer, buffer.clone())
@@ -130,22 +165,22 @@ class _Step:
             for rows, chunk in zip(sizes, cache.chunk_sizes, strict=True)
         ]
         self.states: list[list[_RandomState]] = [[] for _ in self.chunks]
-        self.earlier: dict[Tensor, Tensor | None] | None = None
+        self.kept: dict[int, Tensor] = {}  # tower → embeddings of its chunk `_with_graph`, with their graph
+        self.earlier: dict[Tensor, Tensor | None] = {}
 
-    def run(self, undoable: bool) -> Tensor:
+    def run(self) -> Tensor:
         if all(len(chunks) == 1 for chunks in self.chunks):
-            return self._run_unchunked(undoable)
+            return self._run_unchunked()
         torch.clear_autocast_cache()  # casts made without a graph cut the weights off from a pass that needs one
         embeddings = [self._embed(index) for index in range(len(self.chunks))]
         torch.clear_autocast_cache()
-        self.working = []
+        self.working, self.repeatable = [], self.alone
         loss, gradients, own = self._differentiate(embeddings)
         after_loss = _RandomState()
-        self.second_pass = True
-        if undoable:
-            self._set_gradients_aside()
+        self._set_gradients_aside()
+        served = self._use_kept_graphs(gradients)
         with _frozen_batch_norm(self.cache._modules):
-            self._run_second_pass(gradients, own)
+            self._run_second_pass(gradients, own, served)
         self._add_earlier_gradients()
         if not self.contexts:
             for tensor, gradient in own:
@@ -153,31 +188,28 @@ class _Step:
         after_loss.restore()
         return loss
 
-    def _run_unchunked(self, undoable: bool) -> Tensor:
+    def _run_unchunked(self) -> Tensor:
         """Every tower has one chunk, so nothing is embedded twice."""
         self.working = list(range(len(self.chunks)))
         with torch.enable_grad():
             embeddings = [self._forward(index, at) for index, (at,) in enumerate(self.chunks)]
-            self.working = []
+            self.repeatable = self.alone
+            if not self.alone:
+                self.working = []
             loss = self._loss(embeddings)
         self.working = list(range(len(self.chunks)))
-        self.second_pass = True
-        if undoable:
-            self._set_gradients_aside()
+        self._set_gradients_aside()
         loss.backward()
         self._add_earlier_gradients()
         return loss.detach()
 
-    def undo(self) -> bool:
-        """Put gradients, running statistics and random states back to where they were; False if that is impossible."""
-        if self.second_pass and self.earlier is None:
-            return False
-        for tensor, gradient in (self.earlier or {}).items():
+    def undo(self) -> None:
+        """Put gradients, running statistics and random states back to where they were."""
+        for tensor, gradient in self.earlier.items():
             tensor.grad = gradient
         for buffer, value in self.statistics:
             buffer.copy_(value)
         self.random.restore()
-        return True
 
     def _embed(self, index: int) -> Tensor:
         """The tower's embeddings of all rows, as a leaf that requires gradients if the tower trains."""
@@ -185,14 +217,26 @@ class _Step:
         parts: list[Tensor] = []
         trains = False
         with self._no_sync():
-            for at in self.chunks[index]:
+            for number, at in enumerate(self.chunks[index]):
                 self.states[index].append(_RandomState())
-                with torch.set_grad_enabled(not parts):
+                with_graph = number == self._with_graph(index)
+                if with_graph:
+                    torch.clear_autocast_cache()
+                with torch.set_grad_enabled(with_graph):
                     out = self._forward(index, at)
-                trains |= out.requires_grad
+                if with_graph:
+                    trains = out.requires_grad
+                    # Where gradients are synchronised, a forward pass outside `no_sync` has to precede that.
+                    if trains and self.cache.keeps_graphs and not (self.contexts and len(self.chunks[index]) == 1):
+                        self.kept[index] = out
                 parts.append(out.detach())
                 del out
         return torch.cat(parts).requires_grad_(trains)
+
+    def _with_graph(self, index: int) -> int:
+        """Number of the tower's chunk that has a graph in the first pass: the last one that is not a remainder."""
+        chunks = self.chunks[index]
+        return max(0, chunks[-1].stop // chunks[0].stop - 1)
 
     def _loss(self, embeddings: Sequence[Tensor]) -> Tensor:
         with torch.enable_grad():
@@ -221,37 +265,66 @@ class _Step:
         ]
         return loss.detach(), gradients, own
 
-    def _run_second_pass(self, gradients: Sequence[Tensor | None], own: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _use_kept_graphs(self, gradients: Sequence[Tensor | None]) -> set[int]:
+        """The part of the second pass that needs no forward pass, which frees the graphs before others are built.
+
+        Returns:
+            The towers that have kept one.
+        """
+        served = set(self.kept)
+        statistics = [(buffer, buffer.clone()) for buffer, _ in self.statistics]
+        for index, gradient in enumerate(gradients):
+            out = self.kept.pop(index, None)
+            if out is not None and gradient is not None:
+                self.working = [index]
+                with torch.enable_grad(), self._no_sync():
+                    (out * gradient[self.chunks[index][self._with_graph(index)]]).sum().backward()
+        for buffer, value in statistics:  # activation checkpoints have run BatchNorm again
+            buffer.copy_(value)
+        return served
+
+    def _run_second_pass(
+        self, gradients: Sequence[Tensor | None], own: Sequence[tuple[Tensor, Tensor]], served: set[int]
+    ) -> None:
         """The second pass. Where gradients are synchronised, the last chunks of all towers share one backward pass.
 
         DistributedDataParallel waits in that pass until every parameter has its gradient, so each tower, and whatever
         the loss itself uses of the module, must take part in it.
         """
-        last: list[tuple[int, slice, _RandomState, Tensor]] = []
+        shared: list[tuple[int, int, Tensor]] = []
         for index, gradient in enumerate(gradients):
             if gradient is None:
                 continue
-            work = list(zip(self.chunks[index], self.states[index], strict=True))
+            # First the chunk of the kept graph, so that sums do not depend on whether there was one.
+            numbers = list(range(len(self.chunks[index])))
+            first = numbers.pop(self._with_graph(index))
+            if index not in served:
+                numbers.insert(0, first)
             if self.contexts:
-                at, state = work.pop()
-                last.append((index, at, state, gradient[at]))
-            for at, state in work:
+                shared.append((index, numbers.pop(), gradient))
+            for number in numbers:
                 with self._no_sync():
-                    self._surrogate(index, at, state, gradient[at]).backward()
+                    self._surrogate(index, number, gradient).backward()
         if self.contexts:
-            roots = [self._surrogate(index, at, state, part) for index, at, state, part in last]
+            roots = [self._surrogate(*chunk) for chunk in shared]
             with torch.enable_grad():
                 roots.extend((tensor * part).sum() for tensor, part in own)
             torch.autograd.backward(roots)
         torch.clear_autocast_cache()
 
-    def _surrogate(self, index: int, at: slice, state: _RandomState, gradient: Tensor) -> Tensor:
+    def _surrogate(
+        self,
+        index: int,
+        number: int,  # of the chunk
+        gradient: Tensor,  # [rows of the tower, ...]
+    ) -> Tensor:
         """Σ embedding · gradient of a chunk, embedded as in the first pass: its backward pass is that of the loss."""
         self.working = [index]
         torch.clear_autocast_cache()
-        state.restore()
+        self.states[index][number].restore()
+        at = self.chunks[index][number]
         with torch.enable_grad():
-            return (self._forward(index, at) * gradient).sum()
+            return (self._forward(index, at) * gradient[at]).sum()
 
     def _forward(self, index: int, at: slice) -> Tensor:
         tower, batch = self.cache.towers[index], self.inputs[index]
@@ -267,6 +340,10 @@ class _Step:
         return out
 
     def _set_gradients_aside(self) -> None:
+        """Let the backward passes begin at no gradient, so that what they add can be undone; not with other ranks."""
+        self.repeatable = self.alone and self.cache._knows_modules
+        if not self.repeatable:
+            return
         tensors: list[Tensor] = [p for module in self.cache._modules for p in module.parameters()]
         for batch in self.inputs:
             values = [batch] if isinstance(batch, Tensor) else batch.values()
@@ -276,7 +353,7 @@ class _Step:
             tensor.grad = None
 
     def _add_earlier_gradients(self) -> None:
-        for tensor, gradient in (self.earlier or {}).items():
+        for tensor, gradient in self.earlier.items():
             if gradient is not None:
                 tensor.grad = gradient if tensor.grad is None else gradient.add_(tensor.grad)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastclap
-from fastclap.grad_cache import GradCache
+from fastclap.grad_cache import GradCache, is_out_of_memory
 from fastclap.losses import info_nce
 from fastclap.testing import assert_close_rel
 
@@ -153,9 +156,9 @@ def test_cached_equals_uncached_through_wavlms_own_spec_augment(monkeypatch: pyt
         results.append((loss.detach(), {**state(tower), **{f"head {k}": v for k, v in state(head).items()}}))
     assert_close_rel("loss", results[0][0], results[1][0], 1e-6)
     compare(results[0][1], results[1][1], tol=2e-5)
-    plain, replayed = masks[: len(masks) // 3], masks[len(masks) // 3 :]
-    assert len(plain) == 3 and any(mask.any() for mask in plain)  # one for each chunk
-    for first, again in zip(plain + plain, replayed, strict=True):
+    plain, replayed = masks[:3], masks[3:]
+    assert any(mask.any() for mask in plain)
+    for first, again in zip([*plain, plain[0], plain[2]], replayed, strict=True):  # the second kept its graph
         assert (first == again).all()
 
 
@@ -224,7 +227,7 @@ def test_frozen_tower_is_run_once_and_costs_no_gradient(model: Pair) -> None:
     assert torch.equal(state(model)["next draws"], expected), "the second pass must not advance the generators"
     assert needed == [False]
     assert model.text.calls == [5, 5, 4]
-    assert model.audio.calls == [5, 5, 2] * 2
+    assert model.audio.calls == [5, 5, 2, 5, 2]
     assert all(p.grad is None for p in model.text.parameters())
     assert model.log_scale.grad is not None
 
@@ -256,6 +259,130 @@ def test_tower_that_the_loss_ignores() -> None:
     used, unused = nn.Linear(3, 4), nn.Linear(3, 4)
     GradCache([used, unused], 2, lambda a, b: a.square().mean())(torch.randn(4, 3), torch.randn(4, 3))
     assert used.weight.grad is not None and unused.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "audio", "text"),
+    [
+        ((4, 7), [4, 4, 4, 4, 4], [7, 7, 7]),
+        ((5, 12), [5, 5, 2, 5, 2], [12, 2, 2]),
+        ((6, 14), [6, 6, 6], [14]),
+        ((12, 4), [12], [4, 4, 4, 2, 4, 4, 2]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_one_full_chunk_of_each_tower_is_embedded_once(
+    model: Pair, sizes: tuple[int, int], audio: list[int], text: list[int], synchronised: bool
+) -> None:
+    """Its graph lasts from the first pass, unless it is the only one and gradients are synchronised."""
+    seed_all()
+    cache = GradCache([model.encode_audio, model.encode_text], sizes, model.loss)
+    cache(*batches(), no_sync=nullcontext if synchronised else None)
+    for calls, expected in ((model.audio.calls, audio), (model.text.calls, text)):
+        assert calls == (expected * 2 if synchronised and len(expected) == 1 else expected)
+    kept = state(model)
+    torch.manual_seed(0)
+    again = Pair()
+    cache = GradCache([again.encode_audio, again.encode_text], sizes, again.loss)
+    cache.keeps_graphs = False
+    seed_all()
+    cache(*batches(), no_sync=nullcontext if synchronised else None)
+    assert len(again.audio.calls) + len(again.text.calls) > len(model.audio.calls) + len(model.text.calls)
+    for name, value in state(again).items():
+        assert torch.equal(value, kept[name]), name
+
+
+def test_kept_graph_with_checkpointed_batch_norm(model: Pair) -> None:
+    """Its backward pass runs the layers again, and running statistics take the batch once all the same."""
+
+    def encode(tower: Noisy, x: Tensor) -> Tensor:
+        return tower.last(tower.dropout(tower.norm(tower.first(x)).tanh()))
+
+    other = copy.deepcopy(model)
+    model.encode_audio, model.encode_text = partial(encode, model.audio), partial(encode, model.text)  # type: ignore[method-assign]
+    seed_all()
+    uncached(model, (4, 5))
+    expected = state(model)
+    towers = [partial(checkpoint, partial(encode, t), use_reentrant=False) for t in (other.audio, other.text)]
+    seed_all()
+    GradCache(towers, (4, 5), other.loss, modules=[other])(*batches())
+    compare(expected, state(other))
+
+
+def test_graphs_that_do_not_fit_together_are_not_kept(model: Pair) -> None:
+    """The chunk sizes stay; whether memory ran out beside them in the other tower or in the loss."""
+    seed_all()
+    uncached(model, (6, 7))
+    expected = state(model)
+    for place in ("text", "loss"):
+        torch.manual_seed(0)
+        other = Pair()
+        cache = GradCache([other.encode_audio, other.encode_text], (6, 7), other.loss)
+
+        def refuse(*arguments: Any, cache: GradCache = cache) -> None:
+            if cache.keeps_graphs:
+                raise RuntimeError("CUDA error: out of memory")
+
+        if place == "text":
+            other.text.register_forward_pre_hook(refuse)
+        else:
+            loss = cache.loss
+            cache.loss = lambda a, b, loss=loss, refuse=refuse: (refuse(), loss(a, b))[1]  # type: ignore[misc]
+        seed_all()
+        cache(*batches())
+        assert cache.chunk_sizes == [6, 7] and not cache.keeps_graphs
+        compare(expected, state(other))
+
+
+def test_whole_batch_is_cut_into_chunks_when_the_loss_finds_no_memory(model: Pair) -> None:
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        if len(model.audio.calls) == 1:
+            raise torch.OutOfMemoryError("in the loss")
+        return model.loss(a, b)
+
+    cache = GradCache([model.encode_audio, model.encode_text], 100, loss)
+    seed_all()
+    cache(*batches())
+    assert cache.chunk_sizes == [6, 7]
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+]
+OTHERS = [
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`"),
+    RuntimeError(
+        "out of resource: shared memory, Required: 262144, Hardware limit: 101376."
+    ),  # Triton's OutOfResources
+    ValueError("out of memory"),
+    MemoryError("out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", [*OUT_OF_MEMORY, *OTHERS], ids=str)
+def test_errors_of_memory_are_told_from_others(model: Pair, error: Exception) -> None:
+    """By the function, and by what the cache does about one."""
+    short = any(error is each for each in OUT_OF_MEMORY)
+    assert is_out_of_memory(error) == short
+
+    def refuse(module: nn.Module, arguments: Any) -> None:
+        if arguments[0].shape[0] > 4:
+            raise error
+
+    model.text.register_forward_pre_hook(refuse)
+    cache = GradCache([model.encode_audio, model.encode_text], (12, 7), model.loss)
+    with nullcontext() if short else pytest.raises(type(error)):
+        cache(*batches())
+    assert cache.chunk_sizes == ([12, 4] if short else [12, 7])
 
 
 @contextmanager
@@ -290,7 +417,8 @@ def test_out_of_memory_halves_the_chunk_and_changes_nothing_else(model: Pair, af
         cache(*batches())
     assert cache.chunk_sizes == [6, 4]
     compare(expected, state(other))
-    assert len(other.audio.calls) == (6 if after == 0 else 8)
+    assert cache.keeps_graphs
+    assert len(other.audio.calls) == (7 if after == 0 else 6)
 
 
 def test_out_of_memory_that_cannot_be_helped(model: Pair) -> None:
@@ -314,7 +442,7 @@ def test_out_of_memory_that_cannot_be_helped(model: Pair) -> None:
 
 
 def test_synchronisation_is_left_to_one_backward_pass(model: Pair) -> None:
-    """All replays but the last chunk of each tower run inside no_sync; those last chunks share one backward pass."""
+    """All backward passes but that of each tower's last chunk run inside no_sync; those chunks share one."""
     seed_all()
     uncached(model, (4, 5))
     expected = state(model)
