@@ -26,6 +26,7 @@ from torch import Tensor
 from fastclap.data import Batch
 from fastclap.errors import TrainingError
 from fastclap.files import write_atomic
+from fastclap.grad_cache import is_out_of_memory
 from fastclap.train import distributed
 from fastclap.train.config import TrainConfig
 from fastclap.train.distributed import World
@@ -49,13 +50,13 @@ def train(config: TrainConfig) -> Path:
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision(config.matmul_precision)
         return take_steps(prepare(config, world))
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"out of memory on {world.device} (rank {world.rank}): {error}. Continue with --resume and less at a time: "
-            "a smaller --chunk-size (auto finds one by itself in a single process), --checkpoint-activations on, "
-            "--shard over several processes, or a shorter --data.crop-seconds"
-        ) from error
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise TrainingError(
+                f"out of memory on {world.device} (rank {world.rank}): {error}. Continue with --resume and less at a "
+                "time: a smaller --chunk-size (auto finds one by itself), --checkpoint-activations on, --shard over "
+                "several processes, or a shorter --data.crop-seconds"
+            ) from error
         if not distributed.is_lost_connection(error, world):
             raise
         raise TrainingError(
