@@ -49,6 +49,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
+class SecondPassMemoryError(torch.OutOfMemoryError):
+    """Memory ran out in the second pass of a step that cannot be repeated, and the next call needs less of it.
+
+    Other ranks have gone on from the loss, or nobody knows which parameters have received gradients. Those of this step
+    are incomplete.
+    """
+
+
 class GradCache:
     """Forward and backward of one big batch in chunks.
 
@@ -101,9 +109,10 @@ class GradCache:
 
         Raises:
             ValueError, TypeError: unusable inputs, embeddings or loss.
-            torch.OutOfMemoryError: chunks of one row do not fit, or memory ran out where the step cannot be
-                repeated: in the loss, or during the second pass of a distributed run. In the latter case the smaller
-                chunk is in place for the next call.
+            SecondPassMemoryError: memory ran out in the second pass of a distributed run, or of towers that are neither
+                modules nor methods of one.
+            RuntimeError (see `is_out_of_memory`): chunks of one row do not fit, or memory ran out where one rank cannot
+                repeat its part: in the loss of a distributed run, or in sharded towers (FSDP2).
         """
         if len(inputs) != len(self.towers):
             raise ValueError(f"{len(self.towers)} towers need as many inputs, got {len(inputs)}")
@@ -118,7 +127,11 @@ class GradCache:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if not self._reduce(step, sizes) or not step.repeatable:
+                if not self._reduce(step, sizes):
+                    raise
+                if step.second_pass and not step.repeatable:
+                    raise SecondPassMemoryError(str(error)) from error
+                if not step.repeatable:
                     raise
                 step.undo()
             # Past the except clause the traceback, and with it the graph that did not fit, is gone.
@@ -153,7 +166,9 @@ class _Step:
     ) -> None:
         self.cache, self.inputs, self.contexts, self.alone = cache, inputs, contexts, alone
         self.working: list[int] = []  # towers at work, for out-of-memory errors
-        self.repeatable = True  # whether `undo` leads back to the beginning, without other ranks
+        # Whether `undo` leads back to the beginning, without other ranks. Sharded towers communicate in every chunk.
+        self.repeatable = not any(hasattr(p, "device_mesh") for module in cache._modules for p in module.parameters())
+        self.second_pass = False
         self.random = _RandomState()
         self.statistics = [
             (buffer, buffer.clone())
@@ -341,6 +356,7 @@ class _Step:
 
     def _set_gradients_aside(self) -> None:
         """Let the backward passes begin at no gradient, so that what they add can be undone; not with other ranks."""
+        self.second_pass = True
         self.repeatable = self.alone and self.cache._knows_modules
         if not self.repeatable:
             return

@@ -11,7 +11,11 @@ and optimizer state. Everything else is replicated as before.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +32,9 @@ from fastclap.errors import ConfigError
 
 T = TypeVar("T")
 
+_POLL_SECONDS = 2.0  # between two looks at whether another rank has stopped
+_GRACE_SECONDS = 20.0  # for a rank to stop by itself when another has
+
 # As in DistributedDataParallel: large enough for full bandwidth, small enough to overlap; and what leaves last, when
 # nothing is left to overlap with, is small.
 _BUCKET_BYTES, _LAST_BUCKET_BYTES = 25 << 20, 1 << 20
@@ -42,10 +49,64 @@ class World:
     size: int
     device: torch.device
     group: dist.ProcessGroup | None  # None in a single process
+    alarm: Alarm | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+class Alarm:
+    """Lets every rank know why one of them stops, and stops those that cannot do so themselves.
+
+    A collective of gloo fails as soon as a process is gone, and the rank then finds the reason here. One of NCCL goes
+    on waiting on the device, and the main thread with it: a thread of its own prints the reason and ends the process.
+
+    Args:
+        store: that all ranks share.
+        rank, size: of this process, and how many there are.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self._store, self._rank, self._size = store, rank, size
+        self._raised = False
+        self._reason: str | None = None
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="alarm", daemon=True).start()
+
+    def sound(self, reason: str) -> None:
+        """Tell all ranks that this one stops; the first reason stands."""
+        self._raised = True
+        with contextlib.suppress(RuntimeError):  # nobody is left to be told
+            self._store.compare_set("reason", "", reason)
+            self.reason()
+
+    def reason(self) -> str | None:
+        """Why a rank has stopped; None: none has, or the store is gone with its process."""
+        with contextlib.suppress(RuntimeError):
+            if self._reason is None and self._store.check(["reason"]):
+                self._reason = self._store.get("reason").decode()
+                self._store.add("heard", 1)
+        return self._reason
+
+    def close(self) -> None:
+        """The process is about to end. Where the store is in it, others get a while to read the reason."""
+        self._closed.set()
+        if not self._raised or self._rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        end = time.monotonic() + _GRACE_SECONDS
+        with contextlib.suppress(RuntimeError):
+            while self._store.add("heard", 0) < self._size and time.monotonic() < end:
+                time.sleep(0.05)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_POLL_SECONDS):
+            reason = self.reason()
+            if reason is not None:
+                if not self._closed.wait(_GRACE_SECONDS):
+                    print(f"rank {self._rank} stops with another: {reason}", file=sys.stderr, flush=True)
+                    os._exit(2)
+                return
 
 
 def join(device: str = "auto") -> World:
@@ -80,18 +141,23 @@ def join(device: str = "auto") -> World:
         timeout=timedelta(minutes=30),
         device_id=chosen if on_gpu else None,
     )
-    return World(rank, size, chosen, dist.group.WORLD)
+    alarm = Alarm(dist.PrefixStore(f"alarm-{attempt}", store), rank, size)
+    return World(rank, size, chosen, dist.group.WORLD, alarm)
 
 
 def leave(world: World) -> None:
     if world.group is not None and dist.is_initialized():
         dist.destroy_process_group()
+    if world.alarm is not None:
+        world.alarm.close()
 
 
-def is_lost_connection(error: RuntimeError, world: World) -> bool:
+def is_lost_connection(error: Exception, world: World) -> bool:
     """Whether a collective failed because another process is gone."""
+    if world.group is None or not isinstance(error, RuntimeError):
+        return False
     signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
-    return world.group is not None and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
 def broadcast_weights(model: nn.Module, world: World) -> None:

@@ -50,21 +50,38 @@ def train(config: TrainConfig) -> Path:
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision(config.matmul_precision)
         return take_steps(prepare(config, world))
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise TrainingError(
-                f"out of memory on {world.device} (rank {world.rank}): {error}. Continue with --resume and less at a "
-                "time: a smaller --chunk-size (auto finds one by itself), --checkpoint-activations on, --shard over "
-                "several processes, or a shorter --data.crop-seconds"
-            ) from error
-        if not distributed.is_lost_connection(error, world):
+    except Exception as error:
+        stated = in_words(error, world)
+        if stated is error:
             raise
-        raise TrainingError(
-            f"rank {world.rank} lost the connection to another process ({str(error).splitlines()[0]}). That one's own "
-            "last message says why; --resume continues, and torchrun --max-restarts N does so by itself"
-        ) from error
+        raise stated from error
     finally:
         distributed.leave(world)
+
+
+def in_words(error: Exception, world: World) -> Exception:
+    """What this rank says of an error that ends the run; the other ranks are told, so that none waits for this one."""
+    alarm = world.alarm
+    if is_out_of_memory(error):
+        error = TrainingError(
+            f"out of memory on {world.device} (rank {world.rank}): {error}. Continue with --resume and less at a time: "
+            "a smaller --chunk-size (auto finds one by itself, except with --shard), --checkpoint-activations on, "
+            "--shard over several processes, or a shorter --data.crop-seconds"
+        )
+    elif distributed.is_lost_connection(error, world):
+        reason = None if alarm is None else alarm.reason()
+        return TrainingError(
+            f"rank {world.rank} lost the connection to another process "
+            + (
+                f"({str(error).splitlines()[0]}). That one's own last message says why"
+                if reason is None
+                else f"({reason})"
+            )
+            + "; --resume continues, and torchrun --max-restarts N does so by itself"
+        )
+    if alarm is not None:
+        alarm.sound(f"rank {world.rank}: {error}")
+    return error
 
 
 def take_steps(run: Run) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from fastclap.data import Batch
 from fastclap.data.dataset import distinct_texts
 from fastclap.errors import ConfigError
-from fastclap.grad_cache import GradCache
+from fastclap.grad_cache import GradCache, SecondPassMemoryError
 from fastclap.losses import info_nce, sigmoid_loss, tag_loss
 from fastclap.models.clap import CLAP
 from fastclap.train.config import LossConfig, OptimizerConfig, TrainConfig
@@ -95,8 +96,30 @@ class Step:
         loss = torch.zeros((), device=self.world.device)
         for remaining, batch in zip(reversed(range(self.config.accumulate)), batches, strict=False):
             with self.gradients.held() if remaining else nullcontext():
-                loss = loss + self.objective(batch, weight=1 / self.config.accumulate) / self.config.accumulate
+                loss = loss + self._loss_of(batch) / self.config.accumulate
         return self.update(loss, stop(), batch.epoch)
+
+    def _loss_of(self, batch: Batch) -> Tensor:
+        """The batch's loss, with its gradients; NaN if memory ran out too late for this rank to repeat its part.
+
+        The others have gone on then. So this rank goes on too, in all that ranks do together, and the NaN makes all of
+        them skip the step.
+        """
+        try:
+            return self.objective(batch, weight=1 / self.config.accumulate)
+        except SecondPassMemoryError as error:
+            # Towers that communicate by themselves wait for this rank in the middle of a layer.
+            if self.config.shard:
+                raise
+            print(
+                f"rank {self.world.rank} ran out of memory after the loss of step {self.number + 1}, which all ranks "
+                f"skip; it goes on with chunks of {self.objective.chunk_sizes} clips and captions ({error})",
+                file=sys.stderr,
+                flush=True,
+            )
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return torch.full((), math.nan, device=self.world.device)
 
     def update(self, loss: Tensor, stop: bool, epoch: int) -> StepResult:
         """The optimizer's part of a step, on the gradients as they are."""

@@ -27,7 +27,7 @@ from fastclap.data import Batch, BatchSampler, ClipDataset, Manifest, load_manif
 from fastclap.data.tags import TagPrompts
 from fastclap.errors import ConfigError
 from fastclap.testing import assert_close_rel
-from fastclap.train import distributed
+from fastclap.train import distributed, loop
 from fastclap.train.config import LossConfig, OptimizerConfig, TrainConfig
 from fastclap.train.loop import train
 from fastclap.train.run import build_model
@@ -329,3 +329,100 @@ def test_batch_that_ranks_cannot_share(tiny: Callable[..., TrainConfig], capfd: 
     config = tiny(batch_size=9)
     assert 0 not in on_ranks(2, train, config)
     assert "--batch-size 9 cannot be shared equally by 2 processes" in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# out of memory on one rank
+
+
+def _train_short_of_memory(config: TrainConfig, rank: int, place: str, grace: float = 20.0) -> None:
+    """Training in which memory runs out on `rank`, in the first or second pass of the third step or in its loss.
+
+    In the passes chunks of more than two rows do not fit.
+    """
+    distributed._POLL_SECONDS, distributed._GRACE_SECONDS = 0.1, grace
+    calls = {"text": 0, "loss": 0, "seeds": 0}
+    encode, loss, seed = fastclap.CLAP.encode_text, Objective.loss, loop.seed_step
+
+    def counting_steps(*arguments: Any) -> None:
+        calls.update(seeds=calls["seeds"] + 1, text=0)
+        seed(*arguments)
+
+    def short(where: str, rows: int) -> None:
+        if os.environ["RANK"] == str(rank) and calls["seeds"] == 3 and place == where and rows > 2:
+            raise RuntimeError("CUDA error: out of memory")
+
+    class Late(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            short("second pass", len(gradient))
+            return gradient
+
+    def encode_text(self: fastclap.CLAP, input_ids: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        if self.training:
+            short("first pass", len(input_ids))
+        return Late.apply(encode(self, input_ids, *rest, **named))
+
+    def loss_of(self: Objective, *embeddings: torch.Tensor) -> torch.Tensor:
+        short("loss", 99)
+        if place == "loss" and grace < 20 and calls["seeds"] == 3:
+            time.sleep(600)  # like a rank whose device waits for the one that is gone
+        return loss(self, *embeddings)
+
+    fastclap.CLAP.encode_text, Objective.loss, loop.seed_step = encode_text, loss_of, counting_steps  # type: ignore[method-assign]
+    train(config)
+
+
+def short_run(tiny: Callable[..., TrainConfig], name: str, **changes: Any) -> TrainConfig:
+    config = without_dropout(tiny(name, batch_size=16, steps=5, log_every=1, valid_every=0, **changes))
+    config.data.valid = []
+    return config
+
+
+def test_out_of_memory_in_the_first_pass_is_a_matter_of_one_rank(tiny: Callable[..., TrainConfig]) -> None:
+    """The others wait in the loss while that one repeats its part with smaller chunks."""
+    whole, struck = (short_run(tiny, name, chunk_size=4) for name in ("whole", "struck"))
+    assert on_ranks(2, train, whole) == [0, 0]
+    assert on_ranks(2, _train_short_of_memory, struck, 1, "first pass") == [0, 0]
+    for name, tensor in exported(whole).items():
+        assert_close_rel(name, tensor, exported(struck)[name], 1e-4)
+    assert last_record(struck, "train")["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize(("size", "chunk"), [(2, 4), (4, 4)], ids=["chunked", "unchunked"])
+def test_out_of_memory_after_the_loss_makes_all_ranks_skip_the_step(
+    tiny: Callable[..., TrainConfig], capfd: pytest.CaptureFixture[str], size: int, chunk: int
+) -> None:
+    config = short_run(tiny, "struck", chunk_size=chunk)
+    assert on_ranks(size, _train_short_of_memory, config, 1, "second pass") == [0] * size
+    message = capfd.readouterr().err
+    assert "rank 1 ran out of memory after the loss of step 3, which all ranks skip; it goes on with chunks" in message
+    assert last_record(config, "train")["skipped_steps"] == 1 and last_record(config, "train")["step"] == 5
+    assert all(tensor.isfinite().all() for tensor in exported(config).values())
+
+
+@pytest.mark.parametrize(("size", "rank"), [(2, 0), (4, 1)])
+@pytest.mark.parametrize("place", ["loss", "first pass", "second pass"])
+def test_out_of_memory_that_one_rank_cannot_help_ends_all(
+    tiny: Callable[..., TrainConfig], capfd: pytest.CaptureFixture[str], size: int, place: str, rank: int
+) -> None:
+    """In the loss; and anywhere in sharded towers, which communicate layer by layer."""
+    config = short_run(tiny, "struck", chunk_size=4, shard=place != "loss")
+    assert on_ranks(size, _train_short_of_memory, config, rank, place) == [1] * size
+    message = capfd.readouterr().err
+    assert f"TrainingError: out of memory on cpu (rank {rank}): CUDA error: out of memory. Continue with" in message
+    for other in set(range(size)) - {rank}:
+        assert f"rank {other} lost the connection to another process (rank {rank}: out of memory on cpu" in message
+    assert message.count("a smaller --chunk-size") >= size
+
+
+def test_a_rank_that_waits_for_its_device_is_stopped(
+    tiny: Callable[..., TrainConfig], capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = short_run(tiny, "struck", chunk_size=4)
+    assert on_ranks(2, _train_short_of_memory, config, 0, "loss", 2.0) == [1, 2]
+    assert "rank 1 stops with another: rank 0: out of memory on cpu (rank 0)" in capfd.readouterr().err
