@@ -25,6 +25,10 @@ from bench.tables import markdown
 ARCH = 90
 # The compilation of each front-end of `bench.kernel_peers`.
 FORMS = {"whisper-80": "whisper", "kaldi-80": "kaldi", "clsp-128": "kaldi unsnipped 128", "clap-64": "clap"}
+NORMS = (  # forms of layer_norm_gelu in which a row is one warp's
+    *("forward 512 bf16 bf16 weight bias", "backward 512 bf16 bf16 weight bias sums"),
+    *("forward 1024 bf16 fp32 weight bias", "backward 1024 bf16 fp32 weight bias sums"),
+)
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _PREDICATE = re.compile(r"^@\S+\s+")
 _BRANCH = re.compile(r"\bBRA\b(\s+\S+,)?.*?0x([0-9a-f]+)")
@@ -175,9 +179,9 @@ def main() -> None:
     for name in ("sums bf16 columns fixed", "sums bf16 columns store fixed", "gradient bf16 columns inverse fixed"):
         tile, step = product_tile(machine_code(contrastive, name))
         rows += [(name, "a tile", tile), (name, "a step of 64 in depth", step)]
-    for name in ("forward 512 bf16 bf16 weight bias", "backward 512 bf16 bf16 weight bias sums"):
-        tile = row_tile(machine_code(layer_norm_gelu_triton, f"layer norm gelu {name}"))
-        rows.append((f"layer norm gelu {name}", "a tile of 4 rows", tile))
+    for name in NORMS:
+        row = row_tile(machine_code(layer_norm_gelu_triton, f"layer norm gelu {name}"))
+        rows.append((f"layer norm gelu {name}", "a row", row))
     for label, form in FORMS.items():
         groups = -(-FRONT_ENDS[label].n_mels // log_mel.feature_flags(FRONT_ENDS[label])["MELS"])
         tile = log_mel_tile(machine_code(log_mel, f"log-mel {form} fp32 to fp32"), groups)

@@ -206,9 +206,9 @@ HEADS, FRAMES, WIDTH = 16, 499, 64
 ATTENTION_SHARES = {"forward": (0.55, 0.35), "forward and backward": (0.45, 0.3)}
 EXPONENTIALS = 16 * MULTIPROCESSORS * HERTZ  # a second
 READ = 0.75  # of the samples of clips that are half to all of the batch's width
-NORM_ROWS, NORM_COLUMNS, NORM_TILE_ROWS, NORM_WARPS = 512_000, 512, 4, 4
-NORM_ISSUED = {"forward": 763, "backward": 1034}  # of a warp for a tile of 4 rows: counted in the machine code
-NORM_SHARES = (0.8, 0.6)  # of the cycles, in which a scheduler issues: assumed, for 16 to 24 warps a multiprocessor
+NORM_ROWS, NORM_COLUMNS = 512_000, 512
+NORM_ISSUED = {"forward": 332, "backward": 473}  # of a row's one warp: counted in the machine code
+NORM_SHARES = (0.8, 0.6)  # of the cycles, in which a scheduler issues: assumed, for 16 to 32 warps a multiprocessor
 NORM_PASSES = {"forward": 2, "backward": 3}  # over [rows, columns] in bf16
 
 
@@ -228,8 +228,7 @@ def norm_ms(passes: tuple[str, ...], share: float, machine: Machine) -> float:
     """LayerNorm + GELU: the longer of instructions and bytes, in each pass."""
     total = 0.0
     for name in passes:
-        cycles = NORM_ISSUED[name] * NORM_WARPS / SCHEDULERS / NORM_TILE_ROWS  # a row, of one multiprocessor
-        issue = 1e3 * NORM_ROWS * cycles / (MULTIPROCESSORS * HERTZ * share)
+        issue = 1e3 * NORM_ROWS * NORM_ISSUED[name] / SCHEDULERS / (MULTIPROCESSORS * HERTZ * share)
         total += max(issue, norm_gbytes((name,)) / (COPY_SHARE * machine.tbytes))
     return total
 
@@ -353,7 +352,7 @@ def pair(figures: Iterable[str]) -> str:
 
 
 def span(ms: Iterable[float]) -> str:
-    return " to ".join(f"{x:.2g}" for x in ms)
+    return " to ".join(dict.fromkeys(f"{x:.2g}" for x in ms))
 
 
 def copies(gbytes: float) -> str:
@@ -442,9 +441,10 @@ backward pass (assumed), or the exponentials. At B = 32 the host takes longer: t
 
 {markdown(("kernel", "size", "GB", "floor ms", "predicted ms"), tower_rows())}
 
-LayerNorm + GELU is bound by its instructions: {NORM_ISSUED["forward"]} forward and {NORM_ISSUED["backward"]:,} backward of a warp for a row of {NORM_COLUMNS} (counted, with
-libdevice's `erf`), issued in {percent(NORM_SHARES)} of the cycles (assumed). Waveforms are bound by bytes: {READ:.0%} of the width is
-samples, read once, twice where statistics are measured; all positions are written.
+LayerNorm + GELU is bound by its bytes on an H100. A row of {NORM_COLUMNS} takes its warp {NORM_ISSUED["forward"]} instructions forward and {NORM_ISSUED["backward"]} backward
+(counted), issued in {percent(NORM_SHARES)} of the cycles (assumed); at the lower share these take longer than the bytes on an H200.
+Waveforms are bound by bytes: {READ:.0%} of the width is samples, read once, twice where statistics are measured; all
+positions are written.
 
 ## Training step
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from fastclap.kernels import dispatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the Triton engine
-WIDEST = 8192  # values of a row of the Triton engine, which a program keeps in registers
 SECOND_ORDER = (
     "the gradient of layer_norm_gelu cannot be differentiated again: call backward without create_graph=True, "
     'or use backend="torch"'
@@ -98,7 +97,8 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
 def _why_not_triton(x: Tensor) -> str | None:
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}, not float32, bfloat16 or float16"
-    return f"rows have {x.shape[-1]} values, more than {WIDEST}" if x.shape[-1] > WIDEST else None
+    columns, widest = x.shape[-1], dispatch.WIDEST_NORM
+    return f"rows have {columns} values, more than {widest}" if columns > widest else None
 
 
 def _torch_engine(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

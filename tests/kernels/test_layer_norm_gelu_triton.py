@@ -7,11 +7,13 @@ Every dtype meets every shape. On a GPU the float64 reference is computed there 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu, layer_norm_gelu_reference
@@ -92,6 +94,33 @@ def test_large_means_and_extreme_values_keep_their_digits() -> None:
     compare([x, 1e4 * weight, bias], upstream, 2e-6, "saturated")
     constant = torch.full((3, 24), 5.0)
     compare([constant, weight[:24], bias[:24]], upstream[:3, :24], 1e-6, "constant rows")
+
+
+def test_tails_and_small_values_keep_their_digits() -> None:
+    """Where 1 + erf(z / √2) has none left: torch is off by 100% at z = -10. Errors of the polynomials at such z."""
+    (x, weight, bias), upstream = tensors(40, 100)
+    for level, tol in ((-3.0, 2e-6), (-6.0, 5e-6), (-10.0, 7e-4)):
+        compare([x, 0.3 * weight, 0.1 * bias + level], upstream, tol, level)
+    compare([x, 1e-4 * weight, 0 * bias], upstream, 1e-6, "small values")
+    half = torch.float16
+    compare([x.to(half), (0.3 * weight).to(half), (0.1 * bias - 3).to(half)], upstream.to(half), 6e-4, "float16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_comes_out_as_with_torch(dtype: torch.dtype) -> None:
+    (x, weight, bias), upstream = tensors(12, 24)
+    weight[:3] = torch.tensor([math.inf, -math.inf, math.nan])
+    bias[3:6] = torch.tensor([math.inf, -math.inf, math.nan])
+    x[2, 9], x[5, 9] = math.inf, math.nan
+    leaves = [t.to(DEVICE, dtype).float().requires_grad_() for t in (x, weight, bias)]
+    y = F.gelu(F.layer_norm(leaves[0], (24,), leaves[1], leaves[2]))
+    wanted = [y, *torch.autograd.grad(y, leaves, upstream.to(DEVICE, dtype).float())]
+    for name, one, other in zip(
+        ("y", *NAMES), wanted, run([t.to(dtype) for t in (x, weight, bias)], upstream), strict=True
+    ):
+        assert torch.equal(one.isnan(), other.isnan()), name
+        assert torch.equal(one.isposinf(), other.isposinf()) and torch.equal(one.isneginf(), other.isneginf()), name
+    assert y.isposinf().any() and y.isnan().any() and y.isfinite().any()
 
 
 def test_strided_inputs_and_gradients_are_read_where_they_are() -> None:

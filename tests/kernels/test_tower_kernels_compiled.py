@@ -17,6 +17,8 @@ MODULES = ("layer_norm_gelu_triton", "waveform_triton")
 MOST_USED = (
     "layer norm gelu forward 512 bf16 fp32 weight bias",
     "layer norm gelu backward 512 bf16 fp32 weight bias sums",
+    "layer norm gelu forward 1024 bf16 fp32 weight bias",
+    "layer norm gelu backward 1024 bf16 fp32 weight bias sums",
     "layer norm gelu backward 512 fp32 fp32 weight bias sums",
     "layer norm gelu backward 8192 fp32 fp32 weight bias sums",
     "waveform i16 lengths to bf16",
@@ -57,9 +59,20 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(arch: int) -> None:
 def test_as_many_programs_stay_on_a_multiprocessor_as_the_launcher_counts_on(arch: int) -> None:
     from fastclap.kernels import layer_norm_gelu_triton as module
 
-    for name, warps in zip(MOST_USED[:4], (module.FORWARD_WARPS, *3 * (module.BACKWARD_WARPS,)), strict=True):
+    for name in MOST_USED[:6]:
         compilation, result = compiled(name, arch)
-        assert result.programs >= warps // compilation.num_warps, name
+        warps, registers = compilation.num_warps, compilation.maxnreg
+        assert result.programs >= module.programs_of_multiprocessor(warps, registers) > 0, name
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_row_of_one_warp_waits_for_no_other_and_shares_nothing(arch: int) -> None:
+    for name in MOST_USED[:5]:
+        compilation, result = compiled(name, arch)
+        assert (compilation.num_warps, compilation.constexprs["ROWS"]) == (1, 1)
+        assert result.shared == 0 and "bar.sync" not in result.ptx and "barrier" not in result.ptx
+    _, wide = compiled(MOST_USED[5], arch)
+    assert wide.shared > 0 and "bar" in wide.ptx, "several warps meet"
 
 
 @pytest.mark.slow
