@@ -1,8 +1,8 @@
 """WavLM at training speed, and the convolution stack of the whole wav2vec2 family: other arithmetic, same parameters.
 
 The model stays transformers' own: its configuration, initialisation, loading and parameter names. `accelerate`
-exchanges, inside a built model, the two parts that hold a GPU up, and both adopt the parameters that are there, so a
-state dict moves freely between an accelerated and a plain model.
+exchanges, inside a built model, the parts that hold a GPU up, and they adopt the parameters that are there, so a state
+dict moves freely between an accelerated and a plain model.
 
 * Convolutions. transformers keeps [batch, channels, time] and transposes around each LayerNorm. Here rows stay
   channels-last throughout and a convolution of kernel k and stride s ≤ k ≤ 2s is one GEMM over a view of s rows, plus
@@ -13,6 +13,7 @@ state dict moves freely between an accelerated and a plain model.
   bias over the batch, [batch · heads, T, T] in each layer. The bias depends on the distance j − i alone, up to a gate
   for each query, so it is passed on as a table of 2T − 1 values a head and the gates. The table is looked up once a
   forward pass.
+* Positions. Their grouped convolution becomes batched products (`fastclap.models.positional`).
 
 Lengths are tensors on the device and stay there; what is random follows torch's generators.
 """
@@ -32,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu
 from fastclap.kernels.toeplitz_attention import gated_toeplitz_attention
+from fastclap.models import positional
 from fastclap.models.pretrained import compile_layers, graphs_in
 
 
@@ -322,6 +324,8 @@ class Encoder(nn.Module):
     def __init__(self, encoder: Any, config: Any) -> None:
         super().__init__()
         self.pos_conv_embed = encoder.pos_conv_embed
+        if positional.is_understood(self.pos_conv_embed):
+            self.pos_conv_embed = positional.PositionalConvolution(self.pos_conv_embed)
         self.layer_norm = encoder.layer_norm
         self.dropout = encoder.dropout
         self.stable = bool(config.do_stable_layer_norm)

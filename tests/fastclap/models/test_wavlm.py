@@ -20,7 +20,7 @@ from fastclap.config import AudioTowerConfig, TextTowerConfig
 from fastclap.errors import ConfigError
 from fastclap.grad_cache import GradCache
 from fastclap.kernels import toeplitz_attention
-from fastclap.models import wavlm
+from fastclap.models import positional, wavlm
 from fastclap.models.audio_towers import Wav2Vec2Tower, build_audio_tower
 from fastclap.models.layers import length_mask
 from fastclap.models.text_towers import build_text_tower
@@ -54,6 +54,7 @@ CLIPS = {"one frame": [400], "padded": [19999, 19400, 400, 9555], "equal": [5003
 def gemms(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic under test, also where a CPU would take its library's convolutions."""
     monkeypatch.setattr(wavlm, "_use_gemms", lambda waveform, layers: True)
+    monkeypatch.setattr(positional, "_use_products", lambda x: True)
 
 
 def test_library_convolutions_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
