@@ -6,6 +6,7 @@ import copy
 import itertools
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastclap.config import AudioTowerConfig, TextTowerConfig
 from fastclap.errors import ConfigError
@@ -470,6 +472,68 @@ def test_host_syncs_sees_what_waits() -> None:
         y[y > 1] = 0.0
         (x * 2).sum().backward()
     assert found == []
+
+
+# -- autocast ---------------------------------------------------------------------------------------------------------
+
+
+def layer_under_autocast(shape: str, dtype: torch.dtype, **options: Any) -> tuple[dict[str, Tensor], list[int], int]:
+    """Result and gradients of a layer, sizes of what is cast to `dtype`, and the bytes that it keeps of activations."""
+    casts: list[int] = []
+    kept: dict[int, int] = {}
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and out.dtype == dtype:
+                casts.append(out.numel())
+            return out
+
+    def keep(x: Tensor) -> Tensor:
+        if not x.is_leaf:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    _, fast = pair(**{**SHAPES[shape], **PLAIN})
+    layer = fast.encoder.layers[0].train()
+    if options.get("compiled"):
+        layer.compile(backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 11, 32, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    table = fast.encoder.position_table(11).detach().requires_grad_()
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+    with nullcontext() if options else Casts(), hooks, torch.autocast("cpu", dtype):
+        y = layer(1 * x, table, torch.tensor([11, 4, 1]))  # of a leaf autocast would keep the cast itself
+    y.square().sum().backward()
+    assert x.grad is not None and table.grad is not None
+    found = {"y": y.detach(), "x": x.grad, "table": table.grad}
+    return found | gradients(layer), casts, sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", ["large", "layer norms after"])
+def test_one_cast_for_four_uses_changes_no_bit(shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    found, casts, kept = layer_under_autocast(shape, dtype)
+    compiled, _, _ = layer_under_autocast(shape, dtype, compiled=True)
+    monkeypatch.setattr(wavlm, "_cast_once", lambda x, uses: (x,) * (1 + uses))
+    expected, all_casts, all_kept = layer_under_autocast(shape, dtype)
+    size = 3 * 11 * 32
+    assert all_casts.count(size) - casts.count(size) == 3
+    assert all_kept - kept == 3 * 2 * size
+    assert found.keys() == expected.keys() and len(found) > 15
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+        if not name.endswith("k_proj.bias"):  # zero but for rounding
+            assert_close_rel(name, tensor, compiled[name], 4 * torch.finfo(dtype).eps)
+    torch._dynamo.reset()
+
+
+def test_nothing_is_cast_without_autocast_or_in_float64() -> None:
+    x = torch.randn(2, 3)
+    assert all(part is x for part in wavlm._cast_once(x, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        for same in (x.double(), x.bfloat16()):
+            assert all(part is same for part in wavlm._cast_once(same, 4))
 
 
 # -- execution options ------------------------------------------------------------------------------------------------
