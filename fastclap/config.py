@@ -34,6 +34,11 @@ class AudioTowerConfig:
     whole description of a randomly initialised model. An exported model holds the complete configuration here."""
     freeze: bool = False
     """Keep the tower fixed: no gradient, evaluation mode (LiT)."""
+    freeze_convolutions: bool = False
+    """wav2vec2, log-mel, whisper: keep the convolutions at the input fixed; dropout and SpecAugment go on."""
+    freeze_layers: int = 0
+    """Every kind but clap-htsat: keep the first layers of the transformer fixed, this many, and all that comes before
+    them."""
     normalize_waveform: bool = True
     """wav2vec2: subtract the mean and divide by the standard deviation of the whole file."""
     layer_weights: bool = False
@@ -93,6 +98,10 @@ class TextTowerConfig:
     """hf: as for the audio tower."""
     freeze: bool = False
     """Keep the tower fixed: no gradient, evaluation mode."""
+    freeze_embeddings: bool = False
+    """Keep the embeddings of the tokens, with those of positions and their norm, fixed; dropout goes on."""
+    freeze_layers: int = 0
+    """Keep the first layers of the transformer fixed, this many, and the embeddings."""
     pooling: Literal["cls", "mean", "pooler"] = "mean"
     """First token, mean over the tokens, or (hf) the encoder's own pooler output."""
     max_tokens: int = 64

@@ -25,6 +25,7 @@ from fastclap.errors import ConfigError, ModelError
 from fastclap.features import LogMel
 from fastclap.kernels.waveform import normalize_waveform
 from fastclap.models import wavlm
+from fastclap.models.freezing import Stages, transformer_layers
 from fastclap.models.layers import Transformer, as_float, length_mask, masked_mean, prepare_waveform
 from fastclap.models.packing import Packing, longest_of
 from fastclap.models.pretrained import checkpoint_layers, complete_config, transformers_config, transformers_model
@@ -71,6 +72,10 @@ class AudioTower(nn.Module):
         Raises:
             ConfigError: `checkpoint` with an architecture that transformers cannot checkpoint.
         """
+
+    def stages(self) -> Stages:
+        """The parts that can be frozen."""
+        return Stages()
 
 
 class LogMelTower(AudioTower):
@@ -200,6 +205,9 @@ class LogMelTower(AudioTower):
         x = self.transformer(self.dropout(self.input(packing.pack(x))), None, packing)
         return self._pool(packing.unpack(x), valid)
 
+    def stages(self) -> Stages:
+        return Stages(list(self.convolutions), self.input.parameters(), list(self.transformer.blocks))
+
     def _pool(self, x: Tensor, valid: Tensor) -> Tensor:
         if self.config.pooling == "attention":
             score = self.attention(x).float().squeeze(-1).masked_fill(~valid, -torch.inf)
@@ -317,6 +325,15 @@ class Wav2Vec2Tower(AudioTower):
         elif checkpoint:
             checkpoint_layers(self.base)
 
+    def stages(self) -> Stages:
+        front, encoder, config = [self.base.feature_extractor], self.base.encoder, self.base.config
+        if config.model_type not in self._PADDING_SAFE | {"data2vec-audio"}:
+            return Stages(front)  # others compute in another order
+        after = set(encoder.layers.parameters())
+        if getattr(config, "do_stable_layer_norm", False):
+            after |= set(encoder.layer_norm.parameters())
+        return Stages(front, [p for p in self.base.parameters() if p not in after], list(encoder.layers))
+
     def forward(
         self,
         audio: Tensor,
@@ -409,6 +426,10 @@ class WhisperTower(AudioTower):
         self.log_mel = LogMel("whisper", n_mels=model_config.num_mel_bins)
         self.window = 2 * model_config.max_source_positions * self.log_mel.hop_length
 
+    def stages(self) -> Stages:
+        base = self.base
+        return Stages([base.conv1, base.conv2], base.embed_positions.parameters(), list(base.layers))
+
     def forward(
         self,
         audio: Tensor,
@@ -441,6 +462,9 @@ class ASTTower(AudioTower):
         self.base = transformers_model(ASTModel, ASTModel, model_config, pretrained)
         self.width = model_config.hidden_size
         self.log_mel = LogMel("ast", n_mels=model_config.num_mel_bins, num_frames=model_config.max_length)
+
+    def stages(self) -> Stages:
+        return Stages((), self.base.embeddings.parameters(), transformer_layers(self.base))
 
     def forward(
         self,

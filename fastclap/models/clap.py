@@ -38,6 +38,7 @@ from fastclap.models.folder import (
     write_model,
 )
 from fastclap.models.foreign import read_foreign
+from fastclap.models.freezing import freeze_parts
 from fastclap.models.heads import build_head
 from fastclap.models.text_towers import build_text_tower
 from fastclap.models.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -91,8 +92,14 @@ class CLAP(DualEncoder):
             )
         self.tokenizer = tokenizer
         self.card: str | None = None  # README.md that the model came with
-        for branch, frozen in ((self.audio_branch, config.audio.freeze), (self.text_branch, config.text.freeze)):
-            if frozen:
+        audio, text = config.audio, config.text
+        for side, branch, tower, part, front in (
+            ("audio", self.audio_branch, audio, "freeze_convolutions", audio.freeze_convolutions),
+            ("text", self.text_branch, text, "freeze_embeddings", text.freeze_embeddings),
+        ):
+            flags = f"{side}.{part}", f"{side}.freeze_layers"
+            freeze_parts(branch.stages(), front, tower.freeze_layers, *flags, tower.kind)
+            if tower.freeze:
                 branch.requires_grad_(False)
         self.train()
 

@@ -94,6 +94,8 @@ def checkpoint_layers(module: Any) -> None:
         module.gradient_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
         raise ConfigError(f"activation checkpointing: {error}") from error
+    if hasattr(module, "_require_grads_hook"):  # a gradient of token embeddings for reentrant checkpoints' sake
+        module.disable_input_require_grads()
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastclap.config import TextTowerConfig
 from fastclap.errors import ConfigError
+from fastclap.models.freezing import Stages, transformer_layers
 from fastclap.models.layers import Transformer, masked_mean
 from fastclap.models.packing import (
     Packing,
@@ -54,6 +55,10 @@ class TextTower(nn.Module):
     def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
         """Execution options without effect on results, as for `AudioTower.prepare_training`."""
 
+    def stages(self) -> Stages:
+        """The parts that can be frozen."""
+        raise NotImplementedError
+
 
 class SmallTextTower(TextTower):
     """Token embeddings and a pre-norm transformer, trained from scratch; without blocks, a bag of words."""
@@ -69,6 +74,9 @@ class SmallTextTower(TextTower):
         nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.transformer = Transformer(config.width, config.layers, config.heads, config.feedforward, config.dropout)
+
+    def stages(self) -> Stages:
+        return Stages([self.embedding], (), list(self.transformer.blocks))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int] | None = None) -> Tensor:
         packing = None
@@ -116,6 +124,10 @@ class TransformersTextTower(TextTower):
         if compile and self.packs:  # of these the layers are known to become whole graphs
             compile_layers(self.base.encoder.layer)
             self.compiled = True
+
+    def stages(self) -> Stages:
+        embeddings = getattr(self.base, "embeddings", None) or self.base.get_input_embeddings()
+        return Stages([embeddings], (), transformer_layers(self.base))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int] | None = None) -> Tensor:
         with graphs_in(self.training) if self.compiled else nullcontext():

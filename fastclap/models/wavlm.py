@@ -136,7 +136,8 @@ class ConvolutionStack(nn.Module):
         frames = self._frames(samples)[-1]
         if frames < 1:
             raise ValueError(f"{samples} samples are too few for one frame of these convolutions; pad the waveform")
-        if waveform.device.type != "cpu" or torch.is_grad_enabled() or _normalizes_over_time(self.conv_layers):
+        differentiable = _builds_graph(self, waveform)
+        if waveform.device.type != "cpu" or differentiable or _normalizes_over_time(self.conv_layers):
             return self._features_by_gemms(waveform).transpose(1, 2)
         # Without gradients a CPU takes some frames at a time, whose layers stay in its cache and in memory that is
         # already its own.
@@ -179,6 +180,11 @@ class ConvolutionStack(nn.Module):
                 x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
             x = _norm_gelu(layer, _RowConvolution.apply(x, weight, bias, step), batch, count)
         return x.unflatten(0, (batch, -1))[:, : frames[-1]]
+
+
+def _builds_graph(module: nn.Module, x: Tensor) -> bool:
+    """Whether autograd keeps what the module computes from `x`; not if it is frozen and nothing before it trains."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
 
 
 FRAMES_AT_ONCE = 128  # of all clips of a batch together: 8,192 rows of the first layer, 16 MB
@@ -428,7 +434,7 @@ class Encoder(nn.Module):
                     visit(x)
                 if index > 0 and draw < self.layerdrop:
                     continue
-                if self.checkpoint and self.training and torch.is_grad_enabled():
+                if self.checkpoint and self.training and _builds_graph(layer, x):
                     x = checkpoint(layer, x, table, frames, use_reentrant=False)
                 else:
                     x = layer(x, table, frames)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import fastclap
 from fastclap.config import AudioTowerConfig
@@ -264,3 +265,26 @@ def test_frozen_tower_keeps_its_weights(tiny: Build) -> None:
     after = fastclap.CLAP.from_pretrained(train(config)).audio_branch.state_dict()
     for name, tensor in before.items():
         assert name.startswith("feature_") or torch.equal(tensor, after[name]), name
+
+
+def test_frozen_parts_through_a_resumed_run(tiny: Build) -> None:
+    config = tiny(steps=2, save_every=2, checkpoint_activations=True)
+    config.model.audio.layers, config.model.audio.freeze_layers = 2, 1
+    config.model.text.freeze_embeddings = True
+    torch.manual_seed(config.seed)
+    before = build_model(config, load_manifest(config.data.train), None).state_dict()
+    train(config)
+    checkpoint = Path(config.run_dir) / "checkpoints" / "step-2"
+    assert fastclap.CLAP.from_pretrained(checkpoint).config.audio.freeze_layers == 1
+    config.steps, config.resume = 4, True
+    model = fastclap.CLAP.from_pretrained(train(config))
+    assert model.config.text.freeze_embeddings
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert "text_branch.embedding.weight" in frozen and any(".transformer.blocks.0." in name for name in frozen)
+    assert not any("blocks.1." in name or "projection" in name for name in frozen)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name in frozen), name
+    for step in (2, 4):
+        state = load_file(Path(config.run_dir) / "checkpoints" / f"step-{step}" / "trainer.safetensors")
+        held = {name.partition("/")[2] for name in state if name.startswith("exp_avg")}
+        assert held == {name for name, _ in model.named_parameters()} - frozen
