@@ -1,0 +1,268 @@
+"""A GPU that is not there, for programs on tensors without data (torch's FakeTensorMode); it needs no compiler.
+
+Fake CUDA tensors take the same way through the code as those of a GPU: the operations, shapes, dtypes and strides are
+those of a training step on one. What torch and we would ask the device about is answered here:
+
+* Our Triton operators run as the operators of `torch.library` that they are under torch.compile, by their fake
+  registrations.
+* Attention of torch is its memory-efficient operator; which one a GPU takes depends on its cuDNN too.
+* torch's engine for backward passes asks the driver for its streams, so a backward pass is walked in Python
+  (`run_backward`), in the order in which the engine walks it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+
+from fastclap.kernels import dispatch, layer_norm_gelu, toeplitz_attention, waveform
+from fastclap.kernels.contrastive import operator
+from fastclap.kernels.contrastive.shared import Results
+from fastclap.models import packing
+
+ARCHITECTURE, MULTIPROCESSORS = 90, 132  # of an H100 or H200
+MASK_ALIGNMENT = 16  # elements, to which torch pads the rows of a mask for its memory-efficient attention
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# backward passes
+
+
+class _Saved:
+    """A tensor that a node of autograd keeps for its backward pass."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor: Tensor | None = tensor
+
+
+class Engine:
+    """Backward passes in Python, to be run within `installed` together with the forward passes before them.
+
+    A node runs when all its gradients are there; of those, the one that was made last, and gradients of leaves before
+    all others, which is the order of torch's engine. What a node has read of its saved tensors is let go after it has
+    run. Left out is what our training step does not use: hooks of tensors and modules, `create_graph`, and
+    `backward(inputs=...)`.
+    """
+
+    def __init__(self) -> None:
+        self._read: list[_Saved] = []  # by the node that is running
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Inside it torch.autograd.backward and .grad run here."""
+        with (
+            mock.patch.object(torch.autograd, "_engine_run_backward", self.run_backward),
+            # activation checkpointing computes a layer again once for each of these
+            mock.patch.object(torch._C, "_current_graph_task_id", lambda: 0),
+            saved_tensors_hooks(_Saved, self._unpacked),
+        ):
+            yield
+
+    def _unpacked(self, saved: _Saved) -> Tensor:
+        if saved.tensor is None:
+            raise RuntimeError("a second backward pass through a graph needs retain_graph=True in the first")
+        self._read.append(saved)
+        return saved.tensor
+
+    @torch.no_grad()
+    def run_backward(
+        self,
+        outputs: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        retain_graph: bool,
+        create_graph: bool,
+        inputs: Sequence[Tensor],
+        allow_unreachable: bool = False,
+        accumulate_grad: bool = False,
+    ) -> tuple[Tensor | None, ...]:
+        """What torch.autograd hands to its engine; with `inputs` their gradients, and nothing is accumulated."""
+        if create_graph or (inputs and accumulate_grad):
+            raise NotImplementedError("the backward pass in Python knows neither create_graph nor backward(inputs=...)")
+        roots = [get_gradient_edge(output) for output in outputs]
+        wanted = [get_gradient_edge(x) for x in inputs]
+        waiting = _dependencies(root.node for root in roots)
+        needed = _leading_to({edge.node for edge in wanted}, waiting) if inputs else set(waiting)
+        found: dict[tuple[Any, int], Tensor | None] = {(edge.node, edge.output_nr): None for edge in wanted}
+        buffers: dict[Any, list[Tensor | None]] = defaultdict(list)
+        order = itertools.count()
+        ready: list[tuple[int, int, Any]] = []
+
+        def receive(node: Any, position: int, gradient: Tensor | None) -> None:
+            buffer = buffers[node] = buffers[node] or [None] * len(node._input_metadata)
+            if gradient is not None:
+                held = buffer[position]
+                buffer[position] = gradient if held is None else held + gradient
+            waiting[node] -= 1
+            if waiting[node] <= 0 and node in needed:
+                heapq.heappush(ready, (-node._sequence_nr(), next(order), node))
+
+        for root in roots:
+            waiting[root.node] += 1
+        for root, gradient in zip(roots, gradients, strict=True):
+            receive(root.node, root.output_nr, gradient)
+        del gradients
+        while ready:
+            node = heapq.heappop(ready)[2]
+            received = buffers.pop(node)
+            for place in [place for place in found if place[0] is node]:
+                found[place] = received[place[1]]
+            if inputs and not any(edge in needed for edge, _ in node.next_functions):
+                continue
+            made = node.apply(*received) if isinstance(node, BackwardCFunction) else node(*received)
+            del received
+            passed_on = made if isinstance(made, tuple) else (made,)
+            del made
+            for saved in () if retain_graph else self._read:
+                saved.tensor = None
+            self._read.clear()
+            for (successor, position), gradient in zip(node.next_functions, passed_on, strict=False):
+                if successor is not None:
+                    receive(successor, position, _fitted(gradient, successor._input_metadata[position]))
+            passed_on, gradient = (), None
+        return tuple(found.values())
+
+
+def _dependencies(roots: Iterable[Any]) -> dict[Any, int]:
+    """All nodes from these on, and how many edges lead to each."""
+    counts: dict[Any, int] = dict.fromkeys(roots, 0)
+    stack = list(counts)
+    while stack:
+        for successor, _ in stack.pop().next_functions:
+            if successor is not None:
+                if successor not in counts:
+                    counts[successor] = 0
+                    stack.append(successor)
+                counts[successor] += 1
+    return counts
+
+
+def _leading_to(targets: set[Any], nodes: Iterable[Any]) -> set[Any]:
+    """Of these nodes the targets, and those from which a target is reached."""
+    before: dict[Any, list[Any]] = defaultdict(list)
+    for node in nodes:
+        for successor, _ in node.next_functions:
+            before[successor].append(node)
+    found, stack = set(targets), list(targets)
+    while stack:
+        for node in before[stack.pop()]:
+            if node not in found:
+                found.add(node)
+                stack.append(node)
+    return found
+
+
+def _fitted(gradient: Tensor | None, of: Any) -> Tensor | None:
+    """A gradient in the shape and dtype of what it is the gradient of, as torch's engine sees to."""
+    if gradient is None:
+        return None
+    if gradient.shape != of.shape:
+        gradient = gradient.sum_to_size(of.shape)
+    return gradient if gradient.dtype == of.dtype else gradient.to(of.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the GPU
+
+
+def _info_nce(
+    a: Tensor, b: Tensor, scale: Tensor, ids: Any, teacher: Any, contrast: Any, group: Any, backend: str, need: Any,
+    top1: bool,
+) -> Results:  # fmt: skip
+    """In place of the loss of an eager call: its operator."""
+    inputs = (a, b, scale, *(ids or (None, None)), *(teacher or (None, None, None)))
+    with torch.no_grad():
+        loss, *gradients, shares = torch.ops.fastclap.info_nce(
+            *inputs, contrast.key, "", backend, list(need)[:3], top1
+        )
+    return loss, tuple(gradients), shares if top1 else None
+
+
+def _attention(
+    q: Tensor,  # [B, H, T, d]
+    k: Tensor,  # [B, H, S, d]
+    v: Tensor,  # [B, H, S, d]
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """F.scaled_dot_product_attention by torch's memory-efficient operator, with the mask as that wants it."""
+    bias = attn_mask
+    if bias is not None:
+        if bias.dtype == torch.bool:
+            bias = torch.where(bias, 0.0, float("-inf"))
+        bias, length = bias.to(q.dtype), k.shape[2]
+        if bias.stride(-2) % MASK_ALIGNMENT:
+            bias = F.pad(bias, (0, -length % MASK_ALIGNMENT))[..., :length]
+        bias = bias.expand(*q.shape[:3], length)
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    options: dict[str, Any] = {"scale": scale}
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, save, dropout_p, is_causal, **options)[
+        0
+    ]
+
+
+def _operators() -> Iterator[tuple[Any, str, Any]]:
+    """Where an eager call goes to a Triton launcher, and what takes its place."""
+    ops = torch.ops.fastclap
+    yield toeplitz_attention, "_forward", ops.gated_toeplitz_attention
+    yield toeplitz_attention, "_backward", ops.gated_toeplitz_attention_backward
+    yield layer_norm_gelu, "_forward", ops.layer_norm_gelu
+    yield layer_norm_gelu, "_backward", ops.layer_norm_gelu_backward
+    yield waveform, "_triton_engine", lambda crops, dtype: ops.normalize_waveform(*crops, dtype)
+    yield operator, "_info_nce", _info_nce
+
+
+def _answers() -> Iterator[tuple[Any, str, Any]]:
+    """Where the device would be asked, and what it would say."""
+    yield dispatch, "architecture", lambda _: ARCHITECTURE
+    yield dispatch, "multiprocessors", lambda _: MULTIPROCESSORS
+    yield packing, "_has_flash", lambda _: packing._varlen_attention() is not None
+    yield torch.cuda.amp.common, "amp_definitely_not_available", lambda: False
+    yield torch.cuda, "is_bf16_supported", lambda *_, **__: True
+    yield torch.Tensor, "pin_memory", lambda tensor, *_: tensor
+    yield torch._C, "_select_conv_backend", lambda *_, **__: torch._C._ConvBackend.Cudnn
+    yield torch._C, "_conv_determine_backend_memory_format", lambda *_: torch.contiguous_format
+    yield F, "scaled_dot_product_attention", _attention
+
+
+@contextlib.contextmanager
+def fake_gpu() -> Iterator[FakeTensorMode]:
+    """Inside it tensors have no data, and those on "cuda" are taken for an H100's."""
+    with contextlib.ExitStack() as stack:
+        for owner, name, instead in (*_operators(), *_answers()):
+            stack.enter_context(mock.patch.object(owner, name, instead))
+        stack.enter_context(Engine().installed())
+        yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+
+
+@contextlib.contextmanager
+def fake_cpu() -> Iterator[FakeTensorMode]:
+    """Inside it tensors have no data; those on "cpu" go the way that a CPU's go."""
+    with Engine().installed(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+def moved(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, built under a fake device, with what was made elsewhere on it too: `Module.to` keeps the old device."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.device.type != device.type:
+                    made = torch.empty_like(tensor, device=device)
+                    tensors[name] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    return model
