@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -121,7 +120,7 @@ class Engine:
                 found[place] = received[place[1]]
             if inputs and not any(edge in needed for edge, _ in node.next_functions):
                 continue
-            made = node.apply(*received) if isinstance(node, BackwardCFunction) else node(*received)
+            made = _run(node, received)
             del received
             passed_on = made if isinstance(made, tuple) else (made,)
             del made
@@ -164,6 +163,20 @@ def _leading_to(targets: set[Any], nodes: Iterable[Any]) -> set[Any]:
     return found
 
 
+def _run(node: Any, received: list[Tensor | None]) -> Any:
+    """What a node makes of its gradients."""
+    if isinstance(node, BackwardCFunction):
+        return node.apply(*received)
+    if isinstance(node, torch._C._functions.AccumulateGrad) and node.variable.grad is None and received[0] is not None:
+        leaf, gradient = node.variable, received[0]
+        if gradient.stride() == leaf.stride():  # torch's engine takes it as it is; called from here, the node copies
+            leaf.grad = gradient
+            for hook in list((leaf._post_accumulate_grad_hooks or {}).values()):
+                hook(leaf)
+            return ()
+    return node(*received)
+
+
 def _fitted(gradient: Tensor | None, of: Any) -> Tensor | None:
     """A gradient in the shape and dtype of what it is the gradient of, as torch's engine sees to."""
     if gradient is None:
@@ -184,9 +197,7 @@ def _info_nce(
     """In place of the loss of an eager call: its operator."""
     inputs = (a, b, scale, *(ids or (None, None)), *(teacher or (None, None, None)))
     with torch.no_grad():
-        loss, *gradients, shares = torch.ops.fastclap.info_nce(
-            *inputs, contrast.key, "", backend, list(need)[:3], top1
-        )
+        loss, *gradients, shares = torch.ops.fastclap.info_nce(*inputs, contrast.key, "", backend, list(need)[:3], top1)
     return loss, tuple(gradients), shares if top1 else None
 
 
@@ -258,11 +269,16 @@ def fake_cpu() -> Iterator[FakeTensorMode]:
 
 
 def moved(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model, built under a fake device, with what was made elsewhere on it too: `Module.to` keeps the old device."""
+    """A model without data with all of it on the device, also what a factory function has made elsewhere.
+
+    `Module.to` would keep the parameters, and they their old device.
+    """
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.device.type != device.type:
                     made = torch.empty_like(tensor, device=device)
-                    tensors[name] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+                    tensors[name] = (
+                        nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+                    )
     return model
