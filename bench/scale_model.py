@@ -9,7 +9,7 @@ slowest link's rate; every constant is a flag.
 
 With N clips, W GPUs, D dimensions, P parameters, e bytes a number of an embedding:
 
-    encoders       N/W · (time of a clip, forward and backward)        · 4/3 with the gradient cache (a second forward)
+    encoders       N/W · (time of a clip, forward and backward)        · 4/3 − 1/3n in n chunks of the gradient cache
     loss           4 · 2·N²·D / W over the rate of large products      (3 once the exponentials fit into memory)
     b, ids, norms  all-gather; column sums and maxima: all-reduce; db: reduce-scatter, float32
     gradients      all-reduce of 4·P bytes, hidden behind the last chunk's backward pass as far as that takes
@@ -138,7 +138,7 @@ class Machine:
     """Rates of one GPU and its links; `source` says where they come from."""
 
     clip_ms: float  # forward and backward of one pair, no cache
-    second_forward: float = 4 / 3  # cost with the gradient cache over cost without
+    second_forward: float = 4 / 3  # cost with many chunks in the gradient cache over cost without
     loss_tflops: float = 0.71 * 790  # of large products inside the loss, for 16-bit embeddings
     copy_tbytes: float = 4.3
     memory_gb: float = 141.0
@@ -178,7 +178,7 @@ class Prediction:
 def predict(model: Model, machine: Machine, rows: int, world: int) -> Prediction:
     """A step with a global batch of `rows` on `world` GPUs."""
     local = rows / world
-    cached = local > model.chunk
+    chunks = math.ceil(local / model.chunk)
     rate = machine.loss_tflops * 1e12 / (2 if model.itemsize == 4 else 1)  # TF32 has half the rate of 16-bit products
     one_pass = 2 * rows**2 * model.dim / world
     stored = local * rows * model.itemsize <= 0.25e9 * machine.memory_gb
@@ -194,7 +194,7 @@ def predict(model: Model, machine: Machine, rows: int, world: int) -> Prediction
     clip = 1e-3 * machine.clip_ms
     overlap = 2 / 3 * clip * min(local, model.chunk)
     seconds = {
-        "encoders": local * clip * (machine.second_forward if cached else 1.0),
+        "encoders": local * clip * (1 + (machine.second_forward - 1) * (1 - 1 / chunks)),  # one has its graph already
         "loss": (3 if stored else 4) * one_pass / rate,
         "loss, links": loss_seconds,
         "gradients, links": max(0.0, gradient_seconds - overlap),
@@ -231,7 +231,7 @@ def machine_from(records: Path | None, flops: float, constants: dict[str, Any]) 
     machine = Machine(clip_ms=1e3 * flops / (0.5 * 790e12), **constants)
     source = {
         "a clip": f"PREDICTION: {flops / 1e12:.3g} TFLOP at half of 790 TFLOP/s",
-        "the gradient cache": "PREDICTION: a second forward pass, a third more work",
+        "the gradient cache": "PREDICTION: a second forward pass of all chunks but one, up to a third more work",
         "the loss": "PREDICTION: products at 71 % of 790 TFLOP/s for 16-bit embeddings, half of that for float32",
     }
     if records is None:
