@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
@@ -44,7 +44,7 @@ class _Saved:
     """A tensor that a node of autograd keeps for its backward pass."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor: Tensor | None = tensor
+        self.tensor: Tensor | None = tensor.detach()  # an output with its node would keep that, and itself, for ever
 
 
 class Engine:
@@ -167,7 +167,7 @@ def _run(node: Any, received: list[Tensor | None]) -> Any:
     """What a node makes of its gradients."""
     if isinstance(node, BackwardCFunction):
         return node.apply(*received)
-    if isinstance(node, torch._C._functions.AccumulateGrad) and node.variable.grad is None and received[0] is not None:
+    if type(node).__name__ == "AccumulateGrad" and node.variable.grad is None and received[0] is not None:
         leaf, gradient = node.variable, received[0]
         if gradient.stride() == leaf.stride():  # torch's engine takes it as it is; called from here, the node copies
             leaf.grad = gradient
@@ -227,6 +227,12 @@ def _attention(
     ]
 
 
+def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """`copy.deepcopy` of a tensor without data; torch's own copies the storage, byte by byte from nowhere."""
+    made = memo[id(tensor)] = torch.empty_like(tensor, requires_grad=tensor.requires_grad)
+    return made
+
+
 def _operators() -> Iterator[tuple[Any, str, Any]]:
     """Where an eager call goes to a Triton launcher, and what takes its place."""
     ops = torch.ops.fastclap
@@ -245,40 +251,41 @@ def _answers() -> Iterator[tuple[Any, str, Any]]:
     yield packing, "_has_flash", lambda _: packing._varlen_attention() is not None
     yield torch.cuda.amp.common, "amp_definitely_not_available", lambda: False
     yield torch.cuda, "is_bf16_supported", lambda *_, **__: True
-    yield torch.Tensor, "pin_memory", lambda tensor, *_: tensor
-    yield torch._C, "_select_conv_backend", lambda *_, **__: torch._C._ConvBackend.Cudnn
+    yield torch._C, "_select_conv_backend", lambda *_, **__: torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
     yield torch._C, "_conv_determine_backend_memory_format", lambda *_: torch.contiguous_format
     yield F, "scaled_dot_product_attention", _attention
 
 
+def _to(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """`Module.to`, which fails on parameters without data: new ones on the device."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device != torch.device(device):
+                data = torch.empty_like(parameter, device=device)
+                module._parameters[name] = nn.Parameter(data, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    return model
+
+
 @contextlib.contextmanager
-def fake_gpu() -> Iterator[FakeTensorMode]:
-    """Inside it tensors have no data, and those on "cuda" are taken for an H100's."""
+def without_data() -> Iterator[None]:
+    """Inside it tensors have no data; the way that they take through the code is that of their device's."""
+    with (
+        mock.patch.object(nn.Module, "to", _to),
+        mock.patch.object(FakeTensor, "__deepcopy__", _deep_copy, create=True),
+        mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, *_: tensor),
+        Engine().installed(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def fake_gpu() -> Iterator[None]:
+    """`without_data`, and tensors on "cuda" are taken for an H100's."""
     with contextlib.ExitStack() as stack:
         for owner, name, instead in (*_operators(), *_answers()):
             stack.enter_context(mock.patch.object(owner, name, instead))
-        stack.enter_context(Engine().installed())
-        yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-
-
-@contextlib.contextmanager
-def fake_cpu() -> Iterator[FakeTensorMode]:
-    """Inside it tensors have no data; those on "cpu" go the way that a CPU's go."""
-    with Engine().installed(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        yield mode
-
-
-def moved(model: nn.Module, device: torch.device) -> nn.Module:
-    """A model without data with all of it on the device, also what a factory function has made elsewhere.
-
-    `Module.to` would keep the parameters, and they their old device.
-    """
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.device.type != device.type:
-                    made = torch.empty_like(tensor, device=device)
-                    tensors[name] = (
-                        nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-                    )
-    return model
+        stack.enter_context(without_data())
+        yield

@@ -18,10 +18,10 @@ Clips are of equal length, half of the captions are distinct; how many tags ther
     predicted   every operation takes the longer of its products at 650 TFLOP/s and its bytes at 2.7 TB/s, and none
                 waits. That is a PREDICTION from assumed rates; no GPU has been near it.
 
-With `--chunk` the forward pass counts both passes of the gradient cache; with `--checkpoint-activations` what is
-computed again counts in the backward pass. Gradients leave a rank in the buckets of `Gradients`: from the order in
-which they arrive in this step, and an assumed rate of the link, it follows how many bytes are left to send when the
-last one is there.
+With `--chunk` the forward pass counts both passes of the gradient cache, and of gradients nothing is said. With
+`--checkpoint-activations` what is computed again counts in the backward pass. Gradients leave a rank in the buckets of
+`Gradients`: from the order in which they arrive in this step, and an assumed rate of the link, it follows how many
+bytes are left to send when the last one is there.
 
 `--ablation` traces the forms of `bench.train_step` instead, each with one optimisation more than the one before, with
 its batch and loss (no tags).
@@ -50,9 +50,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bench import model_flops, timing, train_step
-from bench.fake_gpu import fake_gpu, moved
+from bench.fake_gpu import fake_gpu
 from bench.parity import CAPTIONS, synthetic_batch
-from bench.reference_step import clap_config
+from bench.reference_step import build_ours
 from bench.run import SIZES, Record, Row, Size, dtype_name, significant
 from bench.tables import markdown
 from fastclap import CLAP
@@ -61,15 +61,17 @@ from fastclap.data.dataset import distinct_texts
 from fastclap.files import write_atomic
 from fastclap.models.tokenizer import Tokenizer, train_tokenizer
 from fastclap.prompts import DEFAULT_TEMPLATE, fill_template
+from fastclap.train import step
 from fastclap.train.config import TrainConfig
 from fastclap.train.distributed import Gradients, World
 from fastclap.train.recipes import RECIPES
-from fastclap.train.step import Objective, Step, StepResult
+from fastclap.train.step import Step, StepResult
 
 RECIPE = "paraspeechclap-intrinsic"
 TFLOPS, TBYTES = 650.0, 2.7  # a second: assumed
 LINK_GBYTES = 200.0  # of gradients that ranks average in a second: assumed, for GPUs of one machine
 END = 0.05
+LOSSES = ("info_nce", "sigmoid_loss", "tag_loss")  # by which names the step calls them
 DISTINCT = 0.5  # share of a batch's captions
 MAX_TOKENS = 64
 PHASES = ("forward", "loss", "backward", "optimizer")
@@ -299,7 +301,7 @@ class Traced:
 
 
 def traced(call: Callable[[], Any], model: nn.Module, optimizer: torch.optim.Optimizer, rows: int) -> Traced:
-    """Traces a call that takes one step of the model, within `fake_gpu` or `fake_cpu`.
+    """Traces a call that takes one step of the model, within `fake_gpu` or `without_data`.
 
     The optimizer's state is made before, as in every step but the first.
     """
@@ -314,7 +316,7 @@ def traced(call: Callable[[], Any], model: nn.Module, optimizer: torch.optim.Opt
     result = Traced({}, rows, standing=sum(map(_num_bytes, standing)))
     trace = Trace(parameters[0].device.type, standing)
 
-    backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+    backward = torch.autograd._engine_run_backward
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
         if not result.held:
@@ -330,7 +332,7 @@ def traced(call: Callable[[], Any], model: nn.Module, optimizer: torch.optim.Opt
 
     with contextlib.ExitStack() as stack:
         for owner, name, instead in (
-            (Objective, "loss", trace.within("loss", Objective.loss)),
+            *((step, name, trace.within("loss", getattr(step, name))) for name in LOSSES),
             (Step, "update", trace.within("optimizer", Step.update)),
             (torch.autograd, "_engine_run_backward", run_backward),
         ):
@@ -383,9 +385,7 @@ class Subject:
 
     @classmethod
     def on(cls, device: torch.device, size: Size, config: TrainConfig, tokenizer: Tokenizer) -> Subject:
-        with torch.device(device):
-            model = CLAP(clap_config(size), tokenizer)
-        moved(model, device)
+        model = build_ours(size, tokenizer, device=device)
         for tower in (model.audio_branch, model.text_branch):
             tower.prepare_training(checkpoint=config.checkpoint_activations)
         return cls(model, config, Step(model, config, World(0, 1, device, None)))
@@ -500,14 +500,20 @@ def trace_recipe(arguments: argparse.Namespace, device: torch.device, tokenizer:
     with fake_gpu():
         subject = Subject.on(device, size, config, tokenizer)
         result = traced(subject.take(batch), subject.model, subject.step.optimizer, arguments.batch)
-        sent = sending(
-            lambda world: Step(subject.model, config, world).gradients, result.arrivals, device, arguments.ranks
-        )
+        sent = None
+        if not arguments.chunk:
+            sent = sending(
+                lambda world: Step(subject.model, config, world).gradients, result.arrivals, device, arguments.ranks
+            )
     for phase in PHASES:
         record.add({"phase": phase}, **figures(result.phase(phase)))
     record.add({"phase": "all"}, **figures(result.total), model_flops=own_flops)
     record.add({"memory": "step"}, **memory(result))
-    record.add({"gradients": "sent", "ranks": arguments.ranks}, **asdict(sent))
+    case = {"gradients": "sent", "ranks": arguments.ranks}
+    if sent is None:
+        record.add(case, reason="with --chunk gradients of one rank arrive in another order than those of several")
+    else:
+        record.add(case, **asdict(sent))
     for (phase, name), cost in sorted(result.costs.items(), key=lambda item: -item[1].bytes):
         record.add({"phase": phase, "operation": name}, **figures(cost))
 
@@ -551,15 +557,16 @@ def tables(record: dict[str, Any], top: int) -> str:
     """The record as Markdown, with so many operations."""
     settings, rows = record["runs"][-1]["settings"], record["rows"]
     versions = ", ".join(f"{name} {version}" for name, version in record["runs"][-1]["software"].items() if version)
-    how = [f"chunks of {settings['chunk']}"] * bool(settings["chunk"])
+    forms = [row for row in rows if "form" in row["case"]]
+    subject = "each form of `bench.train_step`" if forms else RECIPE
+    how = [f"towers of size {settings['size']}", f"{settings['batch']} clips of {settings['seconds']:g} s"]
+    how += [f"chunks of {settings['chunk']}"] * bool(settings["chunk"])
     how += ["activations checkpointed"] * settings["checkpoint_activations"]
     parts = [
-        f"A step of {RECIPE}, towers of size {settings['size']}, {settings['batch']} clips of {settings['seconds']:g} s"
-        f"{''.join(f', {x}' for x in how)}, traced by shapes on tensors without data ({versions}).",
+        f"A step of {subject}, {', '.join(how)}, traced by shapes on tensors without data ({versions}).",
         f"**Predicted ms are no measurement**: each operation at {TFLOPS:g} TFLOP/s or {TBYTES:g} TB/s, whichever "
         "takes longer, with nothing in between.",
     ]
-    forms = [row for row in rows if "form" in row["case"]]
     return "\n\n".join([*parts, *(_form_tables(forms) if forms else _recipe_tables(rows, top))]) + "\n"
 
 
@@ -585,16 +592,22 @@ def _recipe_tables(rows: Sequence[Row], top: int) -> Iterator[str]:
         f"The trace took the host {held['host_seconds']:.3g} s."
     )
     sent = next(row for row in rows if "gradients" in row["case"])
-    yield (
-        f"Gradients of a rank of {sent['case']['ranks']}: {giga(sent['total'])} GB in {sent['buckets']} buckets. By the "
-        f"predicted times the first leaves after {sent['first_after']:.1%} of the backward pass; {giga(sent['waited'])} "
-        f"GB wait, complete, behind another bucket; {giga(sent['at_the_end'])} GB leave in the last {END:.0%}; "
-        f"{giga(sent['left'])} GB are left to send when the last gradient is there, at an assumed {LINK_GBYTES:g} GB/s "
-        f"of gradients. Parameters without a gradient: {giga(sent['missing'])} GB."
-    )
+    yield _sending_sentence(sent)
     operations = [row for row in rows if "operation" in row["case"]][:top]
     cells = ([row["case"]["phase"], row["case"]["operation"], *_cost_cells(row)] for row in operations)
     yield f"Operations that move the most bytes:\n\n{markdown(('', 'operation', *HEADER), cells)}"
+
+
+def _sending_sentence(sent: Row) -> str:
+    if "reason" in sent:
+        return f"Gradients: {sent['reason']}."
+    return (
+        f"Gradients of a rank of {sent['case']['ranks']}: {giga(sent['total'])} GB in {sent['buckets']} buckets. By "
+        f"the predicted times the first leaves after {sent['first_after']:.1%} of the backward pass; "
+        f"{giga(sent['waited'])} GB wait, complete, behind another bucket; {giga(sent['at_the_end'])} GB leave in the "
+        f"last {END:.0%}; {giga(sent['left'])} GB are left to send when the last gradient is there, at an assumed "
+        f"{LINK_GBYTES:g} GB/s of gradients. Parameters without a gradient: {giga(sent['missing'])} GB."
+    )
 
 
 def _form_tables(rows: Sequence[Row]) -> Iterator[str]:

@@ -1,0 +1,347 @@
+"""The traced step: backward passes in Python, counts by hand, memory of a real step, our operators, gradients sent."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench import step_trace, train_step
+from bench.fake_gpu import Engine, fake_gpu, without_data
+from bench.parity import CAPTIONS
+from bench.run import SIZES
+from bench.step_trace import GRANULE, Subject, Trace, Traced, host_batch, recipe, sending, traced
+from fastclap.models.tokenizer import train_tokenizer
+from fastclap.train import distributed, step
+from fastclap.train.config import TrainConfig
+from fastclap.train.distributed import Gradients
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+TINY = SIZES["tiny"]
+ROWS = 6
+LAYERS, CONVOLUTIONS = TINY.wavlm["num_hidden_layers"], 7
+
+
+@pytest.fixture(scope="module")
+def batch() -> Any:
+    return host_batch(ROWS, 0.5, 3, train_tokenizer(CAPTIONS, 1000), 64)
+
+
+def subject(device: torch.device, config: TrainConfig) -> Subject:
+    torch.manual_seed(0)
+    return Subject.on(device, TINY, config, train_tokenizer(CAPTIONS, 1000))
+
+
+def on_fake_gpu(batch: Any, **options: Any) -> Traced:
+    with fake_gpu():
+        made = subject(GPU, recipe(**options))
+        return traced(made.take(batch), made.model, made.step.optimizer, ROWS)
+
+
+def counted(call: Any, *standing: Tensor) -> Trace:
+    trace = Trace("cpu", standing)
+    with trace:
+        trace.result = call()  # type: ignore[attr-defined]  # kept, so that it stays alive
+    return trace
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# backward passes in Python
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": 4}, {"checkpoint_activations": True}], ids=str)
+def test_the_engine_does_as_torchs(batch: Any, options: dict[str, Any]) -> None:
+    """Bit for bit the same gradients, which arrive in the same order."""
+
+    def gradients(engine: AbstractContextManager[None]) -> tuple[dict[str, Tensor], list[str]]:
+        config = recipe(**options)
+        config.precision = "fp32"
+        made, order = subject(CPU, config), []
+        names = {p: name for name, p in made.model.named_parameters()}
+        for parameter in names:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: order.append(names[p]))
+        found: dict[str, Tensor] = {}
+        made.step.optimizer.register_step_pre_hook(
+            lambda *_: found.update({name: p.grad.clone() for p, name in names.items() if p.grad is not None})
+        )
+        with engine:
+            made.take(batch)()
+        return found, order
+
+    theirs, their_order = gradients(nullcontext())
+    ours, our_order = gradients(Engine().installed())
+    assert len(theirs) > 100 and theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    assert our_order == their_order
+
+
+def test_the_engine_keeps_a_graph_only_where_asked() -> None:
+    x = torch.randn(3, requires_grad=True)
+    with Engine().installed():
+        y = x.exp().sum()
+        first = torch.autograd.grad(y, x, retain_graph=True)[0]
+        assert torch.equal(first, torch.autograd.grad(y, x)[0]) and torch.equal(first, x.detach().exp())
+        with pytest.raises(RuntimeError, match="retain_graph=True"):
+            y.backward()
+        with pytest.raises(NotImplementedError, match="create_graph"):
+            torch.autograd.grad(x.exp().sum(), x, create_graph=True)
+
+
+def test_gradients_are_fitted_to_what_was_broadcast_or_cast() -> None:
+    bias, x = torch.randn(4, requires_grad=True), torch.randn(3, 4)
+    with Engine().installed():
+        (x.double() * bias).sum().backward()
+        assert bias.grad is not None and bias.grad.dtype == torch.float32
+        assert torch.allclose(bias.grad, x.sum(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# counts
+
+
+def test_totals_of_a_small_module_are_those_of_a_hand_count() -> None:
+    weight, x = torch.randn(16, 8, requires_grad=True), torch.randn(4, 8)
+    trace = Trace("cpu", [weight])
+    with trace:
+        hidden = F.linear(x, weight)  # t() is a view
+        y = F.gelu(hidden).sum()
+        with trace.during("backward"):
+            y.backward()
+    forward = {name: cost for (phase, name), cost in trace.costs.items() if phase == "forward"}
+    assert {name: cost.operations for name, cost in forward.items()} == {"mm": 1, "gelu": 1, "sum": 1}
+    assert forward["mm"].flops == 2 * 4 * 8 * 16
+    assert forward["mm"].bytes == forward["mm"].product_bytes == 4 * (4 * 8 + 8 * 16 + 4 * 16)
+    assert forward["gelu"].bytes == 4 * 2 * 64 and forward["gelu"].product_bytes == forward["gelu"].flops == 0
+    assert forward["sum"].bytes == 4 * (64 + 1)
+    backward = {name: cost for (phase, name), cost in trace.costs.items() if phase == "backward"}
+    # the gradient of the sum is one number, repeated with stride 0; the other operand of gelu_backward is not
+    assert backward["gelu_backward"].bytes == 4 * (1 + 64 + 64)
+    assert backward["mm"].flops == 2 * 16 * 4 * 8 and backward["mm"].operations == 1
+    ms = 1e3 * max(2 * 4 * 8 * 16 / 650e12, forward["mm"].bytes / 2.7e12)
+    assert forward["mm"].predicted_ms == pytest.approx(ms)
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "num_bytes"),
+    [
+        (lambda x, rows: x.zero_(), "zero_", 400),
+        (lambda x, rows: x.copy_(x.new_empty(10)), "copy_", 400 + 40),
+        (lambda x, rows: x.add_(1.0), "add_", 2 * 400),
+        (lambda x, rows: F.embedding(rows, x), "embedding", 3 * 8 + 2 * 3 * 40),
+        (lambda x, rows: x[rows], "index", 3 * 8 + 2 * 3 * 40),
+        (lambda x, rows: x.bfloat16(), "float32 to bfloat16", 400 + 200),
+        (lambda x, rows: torch._foreach_mul_([x, rows.float()], 2.0), "_foreach_mul_", 2 * (400 + 12)),
+    ],
+)
+def test_bytes_of_an_operation(call: Any, name: str, num_bytes: int) -> None:
+    costs = counted(lambda: call(torch.empty(10, 10), torch.tensor([1, 2, 3]))).costs
+    assert costs["forward", name].bytes == num_bytes
+
+
+def test_nothing_moves_for_views_and_empty_tensors() -> None:
+    x = torch.randn(4, 6)
+    costs = counted(lambda: (x.t().unflatten(0, (2, 3))[1].expand(2, 3, 4), torch.empty(5), x.detach())).costs
+    assert not costs
+
+
+@pytest.mark.parametrize("mask", [[True, True, False], [False, True, False], [True, False, False]])
+def test_products_of_a_grouped_convolution(mask: list[bool]) -> None:
+    x, weight, up = torch.randn(2, 8, 20), torch.randn(8, 2, 5), torch.randn(2, 8, 16)
+    options: Any = ([1], [0], [1], False, [0], 4, mask)
+    trace = counted(lambda: torch.ops.aten.convolution_backward(up, x, weight, None, *options))
+    forward = counted(lambda: F.conv1d(x, weight, groups=4))
+    once = 2 * up.numel() * 2 * 5
+    assert forward.costs["forward", "convolution"].flops == once
+    assert trace.costs["forward", "convolution_backward"].flops == sum(mask) * once
+
+
+def test_alive_bytes_follow_the_tensors() -> None:
+    weight = torch.randn(1000)
+    trace = Trace("cpu", [weight])
+    with trace:
+        low = weight.bfloat16()
+        x = torch.empty(300)  # 1,200 bytes
+        view = x[3:]
+        assert (trace.alive, trace.casts) == (2048 + 3 * GRANULE, 2048)
+        del x
+        assert trace.alive == 2048 + 3 * GRANULE  # the view holds them
+        del view, low
+        assert (trace.alive, trace.casts) == (0, 0) and trace.peak == 2048 + 3 * GRANULE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the step
+
+
+def test_our_operators_are_seen_as_operators(batch: Any) -> None:
+    result = on_fake_gpu(batch)
+    found = {key: cost.operations for key, cost in result.costs.items()}
+    for name, operations in (("gated_toeplitz_attention", LAYERS), ("layer_norm_gelu", CONVOLUTIONS)):
+        assert found["forward", name] == operations
+        assert found["backward", f"{name}_backward"] == operations
+    assert found["forward", "normalize_waveform"] == found["loss", "info_nce"] == 1
+    assert found["optimizer", "_fused_adamw_"] == 2
+    assert found["loss", "binary_cross_entropy_with_logits"] == 1  # the tag loss
+    frames = 24  # of 8,000 samples
+    attention = result.costs["forward", "gated_toeplitz_attention"]
+    assert attention.flops == LAYERS * 4 * ROWS * frames**2 * TINY.wavlm["hidden_size"]
+    assert result.costs["backward", "gated_toeplitz_attention_backward"].flops == 2.5 * attention.flops
+    parameters = sum(p.numel() for p in result.arrivals)
+    fused = result.costs["optimizer", "_fused_adamw_"].bytes
+    assert fused == pytest.approx(28 * parameters, rel=0.01)  # reads four numbers a parameter, writes three
+    assert result.total.bytes == sum(result.phase(phase).bytes for phase in step_trace.PHASES)
+
+
+def test_two_traces_are_the_same_but_for_the_time(batch: Any) -> None:
+    first, second = on_fake_gpu(batch), on_fake_gpu(batch)
+    assert first.costs == second.costs
+    for name in ("held", "casts", "peak", "standing"):
+        assert getattr(first, name) == getattr(second, name) > 0
+    assert [p.shape for p in first.arrivals] == [p.shape for p in second.arrivals]
+
+
+def test_what_is_held_and_how_often_it_is_computed(batch: Any) -> None:
+    plain, cached, checkpointed = (
+        on_fake_gpu(batch, **options) for options in ({}, {"chunk": 2}, {"checkpoint_activations": True})
+    )
+    assert cached.held < plain.held / 10 and cached.peak < plain.peak  # nothing but embeddings, until the loss
+    assert checkpointed.held < plain.held
+    attention = "gated_toeplitz_attention"
+    assert cached.costs["forward", attention].operations == 2 * 3 * LAYERS
+    assert checkpointed.costs["backward", attention].operations == LAYERS  # once more
+    assert cached.phase("loss").operations == plain.phase("loss").operations
+
+
+def test_saved_activations_are_those_of_a_real_step(batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU: bytes that autograd saves in a real step, the trace of a real step, and of one without data."""
+
+    def loss(a: Tensor, b: Tensor, scale: Tensor, **_: Any) -> Tensor:
+        """In place of the CPU's engine, which reads how many rows have a positive."""
+        return F.cross_entropy(scale * F.normalize(a) @ F.normalize(b).t(), torch.arange(len(a)))
+
+    monkeypatch.setattr(step, "info_nce", loss)
+    config = recipe()
+    config.precision = "fp32"
+    with without_data():
+        made = subject(CPU, config)
+        shapes = traced(made.take(batch), made.model, made.step.optimizer, ROWS)
+    made = subject(CPU, config)
+    real = traced(made.take(batch), made.model, made.step.optimizer, ROWS)
+    with Engine().installed():
+        walked = traced(made.take(batch), made.model, made.step.optimizer, ROWS)
+    own = {x.untyped_storage().data_ptr() for x in (*made.model.parameters(), *made.model.buffers())}
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        made.take(batch)()
+    num_bytes = sum(-(-x.untyped_storage().nbytes() // GRANULE) * GRANULE for x in saved.values())
+    assert shapes.held == pytest.approx(num_bytes, rel=2e-3)
+    samples = batch.audio.numel() * 2  # the batch, which is there without being saved
+    assert num_bytes <= real.held <= num_bytes + samples + 8 * GRANULE
+    assert walked.held == pytest.approx(real.held, rel=1e-3) and walked.peak == pytest.approx(real.peak, rel=5e-3)
+    assert shapes.total.flops == real.total.flops == walked.total.flops
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gradients
+
+
+def sent(times: list[float | None], monkeypatch: pytest.MonkeyPatch) -> step_trace.Sending:
+    """Of four parameters, a bucket each, which leave from the last to the first; `times` are those of the gradients."""
+    monkeypatch.setattr(distributed, "_BUCKET_BYTES", 400)
+    parameters = [nn.Parameter(torch.zeros(100)) for _ in range(4)]
+    known = [(time, p) for time, p in zip(times, parameters, strict=True) if time is not None]
+    arrivals = {p: time for time, p in sorted(known, key=lambda pair: pair[0])}
+    return sending(lambda world: Gradients(parameters, world), arrivals, CPU, 4)
+
+
+def test_gradients_in_order_leave_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = sent([8.0, 6.0, 4.0, 2.0], monkeypatch)
+    assert (found.buckets, found.total, found.first_after) == (4, 1600, 0.25)
+    assert (found.waited, found.missing, found.at_the_end, found.left) == (0, 0, 400, 400)
+
+
+def test_gradients_wait_behind_a_bucket_that_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = sent([1.0, 10.0, 3.0, 9.7], monkeypatch)
+    assert found.first_after == 0.97
+    assert (found.waited, found.missing, found.at_the_end) == (800, 0, 1600)  # the first and the third
+    assert found.left == 800  # the last, and the one behind it; the others were through by then
+
+
+def test_a_parameter_without_a_gradient_holds_up_what_is_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = sent([1.0, None, 3.0, 2.0], monkeypatch)
+    assert (found.missing, found.waited, found.left) == (400, 400, 3 * 400)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def test_the_record_and_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step_trace.main(
+        ["--size", "tiny", "--batch", "4", "--seconds", "0.3", "--tags", "2", "--top", "5", "--out", str(tmp_path)]
+    )
+    record = json.loads((tmp_path / "record.json").read_text())
+    rows = record["rows"]
+    total = next(row for row in rows if row["case"] == {"phase": "all"})
+    operations = [row for row in rows if "operation" in row["case"]]
+    for name in ("operations", "bytes", "flops", "product_bytes", "other_bytes"):
+        assert sum(row[name] for row in operations) == total[name] > 0
+    assert total["flops"] == pytest.approx(total["model_flops"], rel=0.3)  # equal captions once, prompts, attention
+    gradients = next(row for row in rows if "gradients" in row["case"])
+    assert gradients["case"]["ranks"] == 8 and gradients["missing"] == 0 < gradients["total"]
+    assert record["runs"][-1]["status"] == "done" and record["runs"][-1]["settings"]["assumed_tflops"] == 650
+    text = (tmp_path / "record.md").read_text()
+    assert text in capsys.readouterr().out and "Predicted ms are no measurement" in text
+    assert text.count("\n| forward |") + text.count("\n| backward |") >= 4
+    assert str(tmp_path) not in text + json.dumps(record)
+
+
+def test_forms_of_the_ablation(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = train_step.Forms.ablation
+
+    def some(forms: train_step.Forms) -> list[train_step.Form]:
+        return [f for f in every(forms) if f.name in ("transformers' WavLM, float32", "+ bf16", "+ fused loss")]
+
+    monkeypatch.setattr(train_step.Forms, "all", some)
+    parts = step_trace.measure(
+        step_trace.parser().parse_args(["--ablation", "--size", "tiny", "--batch", "4", "--seconds", "0.3"])
+    )
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in parts.splitlines() if line.startswith("|")}
+    assert "reads numbers off the device" in rows["transformers' WavLM, float32"][1]
+    assert float(rows["+ bf16"][7].strip("| ")) > float(rows["+ fused loss"][7].strip("| ")) > 0
+    assert float(rows["+ bf16"][6]) > float(rows["+ fused loss"][6])  # GB at the peak
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch", "1"], "--batch must be at least 2, is 1"),
+        (["--ranks", "1"], "--ranks must be at least 2"),
+        (["--seconds", "0"], "--seconds must be between"),
+        (["--ablation", "--checkpoint-activations"], "leave one of them out"),
+    ],
+)
+def test_what_cannot_be_traced_is_named(flags: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        step_trace.main(flags)
+
+
+def test_nothing_of_the_fake_gpu_stays() -> None:
+    plain = F.scaled_dot_product_attention, nn.Module.to, torch.autograd._engine_run_backward
+    with fake_gpu():
+        assert torch.empty(2, device="cuda").is_cuda
+    assert plain == (F.scaled_dot_product_attention, nn.Module.to, torch.autograd._engine_run_backward)
+    assert torch.ones(2).sum().item() == 2
