@@ -7,12 +7,9 @@ are gathered from there straight into the layout of the matrix instruction's res
 * `_forward_kernel`: a block of queries against all keys with a running maximum; keeps log2 of each row's sum.
 * `_rows_kernel`: δ_i = Σ_c out_ic · dout_ic, for the gradient of the softmax, and what else a row needs.
 * `_keys_kernel`: a block of keys against all queries, transposed tiles: dK and dV.
-* `_queries_kernel`: a block of queries against all keys: dQ and dgate_i = Σ_j ds_ij · table[j - i].
-* `_diagonals_kernel`: dtable[r] = Σ_b Σ_i ds_{i,i+r} · gate_i. The sum runs along diagonals, across the rows that the
-  other kernels keep apart, so a program takes one diagonal of tiles, of one head, for several clips. All of these tiles
-  look at the same values of the table; they are added element by element in registers, the bias being gathered only
-  once, and `_skew_kernel` sums the diagonals of the few results. That costs two of the backward pass's products again
-  and needs neither atomics nor memory that grows with the batch.
+* `_queries_kernel`: a block of queries against all keys: dQ, dgate_i = Σ_j ds_ij · table[j - i], and sums of gate · ds
+  along the diagonals of 32 rows at a time.
+* `_table_kernel`: dtable[r] = Σ_b Σ_i ds_{i,i+r} · gate_i, out of these sums.
 
 Logits are in units of ln 2: table and scale are multiplied by log2(e). Every value is computed by one program in a
 fixed order: results are bit-identical from run to run. In the backward pass numbers of rows are padded to a multiple
@@ -38,7 +35,8 @@ from fastclap.kernels.triton_tools import INF, LN2, LOG2E, PRECISIONS, TYPE_NAME
 
 LARGEST_BLOCK = 128
 SLACK = tl.constexpr(2 * LARGEST_BLOCK)  # values after a row of the padded table that a window may reach into
-DIAGONAL_PROGRAMS = 2048  # at least so many programs share the work of dtable; each leaves one tile
+STRIP = tl.constexpr(32)  # rows, whose diagonals are summed together
+TABLE_PROGRAMS = 2048  # at least so many share the work of dq where it gives dtable too; clips that share one are added
 NARROW = 64  # heads up to this width have tiles of their own, and tf32x3
 
 
@@ -56,33 +54,33 @@ class AttentionTile:
     registers: int | None = None
 
 
-KERNELS = ("forward", "keys", "queries", "diagonals")
+KERNELS = ("forward", "keys", "queries")
 # By offline compilation: no spill in a main loop with dropout and lengths, then the most warps on an SM. By
 # architecture, bytes of an element and (padded) width of a head, up to 64 or 128; in the order of KERNELS,
-# the fields of an `AttentionTile`.
+# the fields of an `AttentionTile`. Tiles of queries have at least 32 rows and columns: see `_diagonal_sums`.
 TILES: dict[int, dict[tuple[int, int], tuple[tuple[int, ...], ...]]] = {
     80: {
-        (2, 64): ((128, 64, 8, 3, 128), (32, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
-        (2, 128): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2)),
-        (4, 64): ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
-        (4, 128): ((64, 32, 4, 2), (32, 32, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1)),
+        (2, 64): ((128, 64, 8, 3, 128), (32, 64, 4, 2), (128, 64, 8, 2)),
+        (2, 128): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+        (4, 64): ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
+        (4, 128): ((64, 32, 4, 2), (32, 32, 8, 1), (64, 32, 8, 1)),
     },
     90: {
-        (2, 64): ((128, 64, 8, 3, 128), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-        (2, 128): ((128, 64, 8, 2), (32, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
-        (4, 64): ((64, 32, 4, 2), (32, 64, 8, 1), (64, 32, 4, 2), (32, 32, 8, 2)),
-        (4, 128): ((64, 32, 4, 2), (32, 64, 8, 1), (64, 16, 4, 1), (64, 64, 8, 1)),
+        (2, 64): ((128, 64, 8, 3, 128), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (2, 128): ((128, 64, 8, 2), (32, 128, 8, 2), (64, 32, 4, 2)),
+        (4, 64): ((64, 32, 4, 2), (32, 64, 8, 1), (64, 32, 4, 2)),
+        (4, 128): ((64, 32, 4, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
     },
     100: {
-        (2, 64): ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2, 168), (64, 64, 4, 2)),
-        (2, 128): ((128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
-        (4, 64): ((64, 32, 4, 2), (32, 64, 8, 1), (64, 64, 8, 2), (64, 64, 8, 2)),
-        (4, 128): ((64, 32, 4, 2), (32, 64, 8, 1), (64, 32, 8, 1), (64, 64, 8, 1)),
+        (2, 64): ((128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
+        (2, 128): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+        (4, 64): ((64, 32, 4, 2), (32, 64, 8, 1), (64, 64, 8, 2)),
+        (4, 128): ((64, 32, 4, 2), (32, 64, 8, 1), (64, 32, 8, 1)),
     },
 }
 INTERPRETER_TILE = AttentionTile(64, 32, 4, 1)
 ROWS = 32  # of a program that prepares the numbers of rows
-SUMMED_ROWS = 16  # of a step of the program that sums diagonals
+SUMMED_STRIPS, SUMMED_DISTANCES = 32, 64  # of a step of the program that sums strips; its distances
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,6 +209,67 @@ def _forward_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Sums along diagonals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _last(x):
+    """The last of x [A, B, C, N] along N: [A, B, C, 1]."""
+    if x.shape[3] == 1:
+        return x
+    else:
+        _, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], x.shape[3] // 2, 2)))
+        return _last(odd)
+
+
+@triton.jit
+def _one_later(x, first):
+    """x [A, B, C, N] moved by one along N, its last left out and `first` [A, B, C, 1] put in front: in registers."""
+    if x.shape[3] == 1:
+        return first
+    else:
+        even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], x.shape[3] // 2, 2)))
+        return tl.reshape(tl.join(_one_later(odd, first), even), x.shape)
+
+
+@triton.jit
+def _diagonal_sums(x, lower_last, held, BM: tl.constexpr, BN: tl.constexpr):
+    """Sums of the tiles [BM, BN] of a block of rows, which come from left to right, along their diagonals.
+
+    Each strip of 32 rows of a tile gives BN sums, [BM / 32 · BN]: sum r is over i of x[i, j] with
+    j - i = r - 32 relative to the strip's first row and the tile's first column, as far as j < BN in this tile and
+    j ≥ 0 in the one before: what a tile has at greater distances waits in registers for the next.
+
+    A thread of a matrix instruction has rows g and g + 8 of 16, and of every 8 columns the same ones. Therefore
+    1. rows g + 8 are added to rows g, 8 columns further left (`lower_last`: the last 8 columns, [BM / 16, 8, 8, 1]);
+    2. elements with r ≥ BN make room for those of the tile before (`held`, [BM / 16, 8, 8, BN / 8]);
+    3. the rest goes through shared memory, from where a thread adds up the 16 elements of one r. Every lane starts at
+       another row, so that a warp writes to 32 banks and reads from 32.
+
+    Returns the sums, and `lower_last` and `held` for the next tile.
+    """
+    N: tl.constexpr = BN // 8
+    SIXTEENS: tl.constexpr = BM // 16
+    STRIPS: tl.constexpr = BM // STRIP
+    lower, upper = tl.split(tl.permute(tl.reshape(x, (SIXTEENS, 2, 8, N, 8)), (0, 2, 4, 3, 1)))
+    waiting = upper + _one_later(lower, lower_last)
+    sixteen, g = tl.arange(0, SIXTEENS)[:, None, None, None] % 2, tl.arange(0, 8)[None, :, None, None]
+    column = tl.arange(0, N)[None, None, None, :] * 8 + tl.arange(0, 8)[None, None, :, None]
+    inside = column - 16 * sixteen - g + 24 < BN
+    x = tl.reshape(tl.where(inside, waiting, held), (SIXTEENS, 8, 4, 2, N))
+    x = tl.reshape(tl.permute(x, (4, 3, 0, 1, 2)), (BM // 2 * BN,))
+    step, of = tl.arange(0, 16)[:, None], tl.arange(0, STRIPS * BN)[None, :]
+    strip, r = of // BN, of % BN
+    sixteen, g = step // 8, (step % 8) ^ ((r & 1) | (r >> 2 & 6))
+    column = (r + 16 * sixteen + g - 24 + BN) % BN
+    at = (column // 8 * 2 + column % 2) * SIXTEENS + 2 * strip + sixteen
+    at = (at * 8 + g) * 4 + column // 2 % 4
+    x = tl.gather(x, tl.reshape(at, (BM // 2 * BN,)), 0)
+    return tl.sum(tl.reshape(x, (16, STRIPS * BN)), 0), _last(lower), waiting
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Backward
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -264,8 +323,8 @@ def _keys_kernel(
         queries = _load_rows(q, row, q_row, length, BM, HEAD, D)
         x = tl.dot(keys, queries.T, input_precision=PRECISION)
         factor = tl.load(gate + row + rows)
-        x = x * scale + factor[None, :] * _table(table, row, column, far, BM, BN, True)
-        p = tl.exp2(x - tl.load(log_sum + row + rows)[None, :])
+        distance = _table(table, row, column, far, BM, BN, True)
+        p = tl.exp2(x * scale + (factor[None, :] * distance - tl.load(log_sum + row + rows)[None, :]))
         out_gradient = _load_rows(upstream, row, up_row, length, BM, HEAD, D)
         ds = tl.dot(values, out_gradient.T, input_precision=PRECISION)
         weight = p
@@ -284,115 +343,99 @@ def _keys_kernel(
     _store_rows(dv + clip * dv_clip + head * dv_head, column, dv_row, length, value_gradient, BN, HEAD, D)
 
 
-@jit_for_any_size("heads length scale threshold gain")
+@jit_for_any_size("clips heads length scale threshold gain groups")
 def _queries_kernel(
-    q, k, v, table, gate, lengths, seed, upstream, log_sum, delta, dq, dgate,
+    q, k, v, table, gate, lengths, seed, upstream, log_sum, delta, dq, dgate, sums,
     q_clip, q_head, q_row, k_clip, k_head, k_row, v_clip, v_head, v_row, up_clip, up_head, up_row,
     dq_clip, dq_head, dq_row,
-    heads, length, far, scale, threshold, gain,
+    heads, length, far, scale, threshold, gain, clips, groups,
     HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """dQ and dgate of a block of rows of the clips group, group + groups, …; without `sums` there is one in a group."""
     blocks = tl.cdiv(length, BM)
-    row, index = (tl.program_id(0) % blocks) * BM, tl.program_id(0) // blocks
-    clip, head = (index // heads).to(tl.int64), index % heads
-    valid = _valid(lengths, clip, length)
-    key0, key1 = _dropout_keys(seed, index)
-    k += clip * k_clip + head * k_head
-    v += clip * v_clip + head * v_head
+    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    head, group = rest % heads, rest // heads
+    row = block * BM
     table += head * (2 * far + SLACK)
     rows, columns = tl.arange(0, BM), tl.arange(0, BN)
-    at = index.to(tl.int64) * far + row + rows
-    queries = _load_rows(q + clip * q_clip + head * q_head, row, q_row, length, BM, HEAD, D)
-    out_gradient = _load_rows(upstream + clip * up_clip + head * up_head, row, up_row, length, BM, HEAD, D)
-    factor, shift, change = tl.load(gate + at), tl.load(log_sum + at), tl.load(delta + at)
-    query_gradient = tl.zeros((BM, D), tl.float32)
-    gate_gradient = tl.zeros((BM,), tl.float32)
-    whole = valid // BN * BN
-    for TAIL in tl.static_range(2):
-        for column in tl.range(whole if TAIL else 0, valid if TAIL else whole, BN):
-            keys = _load_rows(k, column, k_row, valid, BN, HEAD, D)
-            x = tl.dot(queries, keys.T, input_precision=PRECISION)
-            distance = _table(table, row, column, far, BM, BN, False)
-            x = x * scale + factor[:, None] * distance
-            if TAIL:
-                x = tl.where(columns[None, :] < valid - column, x, -INF)
-            p = tl.exp2(x - shift[:, None])
-            values = _load_rows(v, column, v_row, valid, BN, HEAD, D)
-            ds = tl.dot(out_gradient, values.T, input_precision=PRECISION)
-            if seed is not None:
-                kept = _kept(key0, key1, row, column, rows[:, None], columns[None, :], length, threshold)
-                ds = tl.where(kept, ds, 0.0)
-            ds = p * (ds - change[:, None])
-            gate_gradient += tl.sum(ds * distance, 1)
-            query_gradient = tl.dot(ds.to(keys.dtype), keys, query_gradient, input_precision=PRECISION)
-    query_gradient *= gain * scale * LN2
-    _store_rows(dq + clip * dq_clip + head * dq_head, row, dq_row, length, query_gradient, BM, HEAD, D)
-    at = index.to(tl.int64) * length + row + rows
-    tl.store(dgate + at, gate_gradient * (gain * LN2), mask=rows < length - row)
-
-
-@jit_for_any_size("clips heads length scale threshold groups")
-def _diagonals_kernel(
-    q, k, v, table, gate, lengths, seed, upstream, log_sum, delta, parts,
-    q_clip, q_head, q_row, k_clip, k_head, k_row, v_clip, v_head, v_row, up_clip, up_head, up_row,
-    clips, heads, length, far, scale, threshold, groups,
-    HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Σ gate · ds over the tiles (row + n·BM, column + n·BM) of clips group, group + groups, …: [BM, BM] to parts.
-
-    The long diagonals come first: 0, -1, 1, -2, 2, …
-    """
-    tiles = tl.cdiv(length, BM)
-    rank, rest = tl.program_id(0) // (heads * groups), tl.program_id(0) % (heads * groups)
-    head, group = rest % heads, rest // heads
-    diagonal = (rank + 1) // 2 * (1 - 2 * (rank % 2))
-    first_row, first_column = tl.maximum(-diagonal, 0) * BM, tl.maximum(diagonal, 0) * BM
-    count = tiles - (rank + 1) // 2
-    rows = tl.arange(0, BM)
-    distance = _table(table + head * (2 * far + SLACK), first_row, first_column, far, BM, BM, False)
-    total = tl.zeros((BM, BM), tl.float32)
-    for step in tl.range(0, tl.cdiv(clips - group, groups) * count):
-        clip = (group + step // count * groups).to(tl.int64)
-        row, column = first_row + step % count * BM, first_column + step % count * BM
+    if sums is not None:
+        width = _sums_of_strip(length, BN)
+        of = tl.arange(0, BM // STRIP * BN)
+        sums += ((head * groups + group) * blocks + block).to(tl.int64) * (BM // STRIP * width)
+        slots = sums + (of // BN * width + of % BN)
+        for column in tl.range(0, width, BN):
+            tl.store(slots + column, tl.zeros((BM // STRIP * BN,), tl.float32))
+    for clip in tl.range(group.to(tl.int64), clips, groups):
         index = clip * heads + head
         valid = _valid(lengths, clip, length)
+        key0, key1 = _dropout_keys(seed, index)
+        clip_keys, clip_values = k + clip * k_clip + head * k_head, v + clip * v_clip + head * v_head
         at = index * far + row + rows
         queries = _load_rows(q + clip * q_clip + head * q_head, row, q_row, length, BM, HEAD, D)
-        keys = _load_rows(k + clip * k_clip + head * k_head, column, k_row, valid, BM, HEAD, D)
-        x = tl.dot(queries, keys.T, input_precision=PRECISION)
-        factor = tl.load(gate + at)
-        x = x * scale + factor[:, None] * distance
-        p = tl.exp2(x - tl.load(log_sum + at)[:, None])
         out_gradient = _load_rows(upstream + clip * up_clip + head * up_head, row, up_row, length, BM, HEAD, D)
-        values = _load_rows(v + clip * v_clip + head * v_head, column, v_row, valid, BM, HEAD, D)
-        ds = tl.dot(out_gradient, values.T, input_precision=PRECISION)
-        if seed is not None:
-            key0, key1 = _dropout_keys(seed, index)
-            kept = _kept(key0, key1, row, column, rows[:, None], rows[None, :], length, threshold)
-            ds = tl.where(kept, ds, 0.0)
-        ds = p * (ds - tl.load(delta + at)[:, None])
-        total += tl.where(rows[None, :] < valid - column, ds * factor[:, None], 0.0)
-    parts += ((group * heads + head).to(tl.int64) * (2 * tiles - 1) + diagonal + tiles - 1) * BM * BM
-    tl.store(parts + rows[:, None] * BM + rows[None, :], total)
+        factor, shift, change = tl.load(gate + at), tl.load(log_sum + at), tl.load(delta + at)
+        query_gradient = tl.zeros((BM, D), tl.float32)
+        gate_gradient = tl.zeros((BM,), tl.float32)
+        whole = valid // BN * BN
+        if sums is not None:
+            tl.debug_barrier()  # other threads may have stored what is loaded here
+            lower_last = tl.zeros((BM // 16, 8, 8, 1), tl.float32)
+            held = tl.zeros((BM // 16, 8, 8, BN // 8), tl.float32)
+        for TAIL in tl.static_range(2):
+            for column in tl.range(whole if TAIL else 0, valid if TAIL else whole, BN):
+                keys = _load_rows(clip_keys, column, k_row, valid, BN, HEAD, D)
+                x = tl.dot(queries, keys.T, input_precision=PRECISION)
+                distance = _table(table, row, column, far, BM, BN, False)
+                x = x * scale + (factor[:, None] * distance - shift[:, None])
+                if TAIL:
+                    x = tl.where(columns[None, :] < valid - column, x, -INF)
+                p = tl.exp2(x)
+                values = _load_rows(clip_values, column, v_row, valid, BN, HEAD, D)
+                ds = tl.dot(out_gradient, values.T, input_precision=PRECISION)
+                if seed is not None:
+                    kept = _kept(key0, key1, row, column, rows[:, None], columns[None, :], length, threshold)
+                    ds = tl.where(kept, ds, 0.0)
+                ds = p * (ds - change[:, None])
+                gate_gradient += tl.sum(ds * distance, 1)
+                query_gradient = tl.dot(ds.to(keys.dtype), keys, query_gradient, input_precision=PRECISION)
+                if sums is not None:
+                    found, lower_last, held = _diagonal_sums(ds * factor[:, None], lower_last, held, BM, BN)
+                    tl.store(slots + column, tl.load(slots + column) + found)
+        if sums is not None:
+            found, lower_last, held = _diagonal_sums(tl.zeros((BM, BN), tl.float32), lower_last, held, BM, BN)
+            end = tl.cdiv(valid, BN) * BN
+            tl.store(slots + end, tl.load(slots + end) + found)
+        query_gradient *= gain * scale * LN2
+        _store_rows(dq + clip * dq_clip + head * dq_head, row, dq_row, length, query_gradient, BM, HEAD, D)
+        at = index * length + row + rows
+        tl.store(dgate + at, gate_gradient * (gain * LN2), mask=rows < length - row)
+
+
+@triton.jit
+def _sums_of_strip(length, BN: tl.constexpr):
+    """How many sums tiles of BN columns give for a strip of rows: those of one tile more than there are."""
+    return (tl.cdiv(length, BN) + 1) * BN
 
 
 @jit_for_any_size("heads length groups gain")
-def _skew_kernel(parts, dtable, heads, length, groups, gain, BM: tl.constexpr, ROWS: tl.constexpr):
-    """dtable of the distances d = diagonal·BM + 0 … BM - 1: every row of the tiles of that diagonal and the next has
-    one element at distance d."""
-    tiles = tl.cdiv(length, BM)
-    diagonal, head = tl.program_id(0) % (2 * tiles) - tiles, tl.program_id(0) // (2 * tiles)
-    ahead = tl.arange(0, BM)
-    total = tl.zeros((ROWS, BM), tl.float32)
-    for step in tl.range(0, groups * (BM // ROWS)):
-        group, row = step // (BM // ROWS), step % (BM // ROWS) * ROWS + tl.arange(0, ROWS)
-        column = row[:, None] + ahead[None, :]
-        tile = diagonal + column // BM
-        at = ((group * heads + head).to(tl.int64) * (2 * tiles - 1) + tile + tiles - 1) * BM + row[:, None]
-        total += tl.load(parts + at * BM + column % BM, mask=(tile > -tiles) & (tile < tiles), other=0.0)
-    at = diagonal * BM + ahead + length - 1
+def _table_kernel(
+    sums, dtable, heads, length, groups, gain,
+    BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, DISTANCES: tl.constexpr,
+):  # fmt: skip
+    """dtable of DISTANCES distances: the sum of a strip at r is of distance r - 32 from its first row."""
+    blocks = tl.cdiv(2 * length - 1, DISTANCES)
+    at, head = tl.program_id(0) % blocks * DISTANCES + tl.arange(0, DISTANCES), tl.program_id(0) // blocks
+    width = _sums_of_strip(length, BN)
+    strips = tl.cdiv(length, BM) * (BM // STRIP)
+    sums += head.to(tl.int64) * (groups * strips) * width
+    total = tl.zeros((ROWS, DISTANCES), tl.float32)
+    for first in tl.range(0, groups * strips, ROWS):
+        row = first + tl.arange(0, ROWS)
+        r = (at - (length - 1))[None, :] + (row % strips + 1)[:, None] * STRIP
+        mask = (row < groups * strips)[:, None] & (r >= 0) & (r < width)
+        total += tl.load(sums + row.to(tl.int64)[:, None] * width + r, mask=mask, other=0.0)
     value = (tl.sum(total, 0) * gain).to(dtable.dtype.element_ty)
-    tl.store(dtable + head * (2 * length - 1) + at, value, mask=(at >= 0) & (at < 2 * length - 1))
+    tl.store(dtable + head * (2 * length - 1) + at, value, mask=at < 2 * length - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -480,13 +523,13 @@ def padded_width(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def constants(tile: AttentionTile, width: int, precision: str, square: bool = False) -> dict[str, Any]:
-    """Constants and options of a kernel; `square`: of the one whose tiles are."""
-    sides = {"BM": tile.rows} if square else {"BM": tile.rows, "BN": tile.columns}
+def constants(tile: AttentionTile, width: int, precision: str) -> dict[str, Any]:
+    """Constants and options of a kernel."""
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if tile.registers is not None:
         options["maxnreg"] = tile.registers
-    return {"HEAD": width, "D": padded_width(width), **sides, "PRECISION": precision, **options}
+    sizes = {"HEAD": width, "D": padded_width(width), "BM": tile.rows, "BN": tile.columns}
+    return {**sizes, "PRECISION": precision, **options}
 
 
 def forward(launch: Launch) -> tuple[Tensor, Tensor]:
@@ -530,34 +573,34 @@ def backward(
                 *inputs, dk, dv, *strides, *dk.stride()[:3], *dv.stride()[:3], *launch.sizes,
                 launch.gain, **constants(tile, launch.width, launch.precision),
             )  # fmt: skip
-        if need[0] or need[4]:
+        if need[0] or need[3] or need[4]:
             dq, gate_gradient = empty_projection(q), torch.empty_like(launch.gate)
             tile = launch.tile("queries")
-            _queries_kernel[launch.programs(tile.rows)](
-                *inputs, dq, gate_gradient, *strides, *dq.stride()[:3], *launch.sizes,
-                launch.gain, **constants(tile, launch.width, launch.precision),
+            blocks, groups, sums = triton.cdiv(launch.length, tile.rows), launch.clips, None
+            if need[3]:
+                groups = min(launch.clips, triton.cdiv(TABLE_PROGRAMS, launch.heads * blocks))
+                sums = q.new_empty(sums_size(tile, launch.heads, launch.length, groups), dtype=torch.float32)
+            _queries_kernel[(groups * launch.heads * blocks,)](
+                *inputs, dq, gate_gradient, sums, *strides, *dq.stride()[:3], *launch.sizes,
+                launch.gain, launch.clips, groups, **constants(tile, launch.width, launch.precision),
             )  # fmt: skip
             dgate = gate_gradient.to(launch.gate_dtype)
-        if need[3]:
-            dtable = q.new_empty(launch.heads, 2 * launch.length - 1, dtype=launch.table_dtype)
-            _table_gradient(launch, inputs, strides, dtable)
+            if sums is not None:
+                dtable = q.new_empty(launch.heads, 2 * launch.length - 1, dtype=launch.table_dtype)
+                _table_kernel[(launch.heads * triton.cdiv(dtable.shape[1], SUMMED_DISTANCES),)](
+                    sums, dtable, launch.heads, launch.length, groups, launch.gain,
+                    BM=tile.rows, BN=tile.columns, ROWS=SUMMED_STRIPS, DISTANCES=SUMMED_DISTANCES,
+                )  # fmt: skip
     gradients = (dq, dk, dv, dtable, dgate)
     return tuple(x if wanted else x.new_empty(0) for x, wanted in zip(gradients, need, strict=True))  # type: ignore[return-value]
 
 
-def _table_gradient(launch: Launch, inputs: tuple[Any, ...], strides: tuple[int, ...], dtable: Tensor) -> None:
-    tile = launch.tile("diagonals")
-    tiles = triton.cdiv(launch.length, tile.rows)
-    diagonals = 2 * tiles - 1
-    groups = min(launch.clips, triton.cdiv(DIAGONAL_PROGRAMS, launch.heads * diagonals))
-    parts = dtable.new_empty(groups, launch.heads, diagonals, tile.rows, tile.rows, dtype=torch.float32)
-    _diagonals_kernel[(diagonals * launch.heads * groups,)](
-        *inputs, parts, *strides, launch.clips, *launch.sizes, groups,
-        **constants(tile, launch.width, launch.precision, square=True),
-    )  # fmt: skip
-    _skew_kernel[(2 * tiles * launch.heads,)](
-        parts, dtable, launch.heads, launch.length, groups, launch.gain, BM=tile.rows, ROWS=SUMMED_ROWS
-    )
+def sums_size(tile: AttentionTile, heads: int, length: int, groups: int) -> int:
+    """How many sums of diagonals, 4 bytes each, the queries kernel leaves: of a strip of 32 rows as many as distances
+    that its rows have, and somewhat more. With `TABLE_PROGRAMS` that is 9.4 MB for 16 heads and 499 positions whatever
+    the batch, and 128 bytes times the heads and the square of the positions where these alone are more programs."""
+    strips = triton.cdiv(length, tile.rows) * tile.rows // STRIP.value
+    return groups * heads * strips * (triton.cdiv(length, tile.columns) + 1) * tile.columns
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -565,7 +608,7 @@ def _table_gradient(launch: Launch, inputs: tuple[Any, ...], strides: tuple[int,
 # ---------------------------------------------------------------------------------------------------------------------
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FUNCTIONS = dict(zip(KERNELS, (_forward_kernel, _keys_kernel, _queries_kernel, _diagonals_kernel), strict=True))
+FUNCTIONS = dict(zip(KERNELS, (_forward_kernel, _keys_kernel, _queries_kernel), strict=True))
 
 
 def compilations(arch: int, widths: tuple[int, ...] = (64, 80)) -> Iterator[Compilation]:
@@ -579,20 +622,24 @@ def compilations(arch: int, widths: tuple[int, ...] = (64, 80)) -> Iterator[Comp
             precisions = ("tf32x3", "tf32")
         for precision, kernel, dropout, lengths in product(precisions, KERNELS, both, both):
             tile = tile_for(arch, dtype, padded_width(width), kernel)
-            options = constants(tile, width, precision, square=kernel == "diagonals")
+            options = constants(tile, width, precision)
             label = f"{name} {precision}" if dtype == torch.float32 else name
             on = f"{' dropout' if dropout else ''}{' lengths' if lengths else ''}"
             absent = (() if dropout else ("seed",)) + (() if lengths else ("lengths",))
             # Below 64 rows of the result a GPU's own instruction gives way to that of sm_80.
             own = arch == 80 or (tile.columns if kernel == "keys" else tile.rows) >= 64
             title = f"attention {kernel} {width} {label}{on}"
+            if kernel == "queries":
+                yield _compilation(f"{title} table", FUNCTIONS[kernel], name, options, absent, own)
+                absent = (*absent, "sums")
             yield _compilation(title, FUNCTIONS[kernel], name, options, absent, own)
         options = {"HEAD": width, "D": padded_width(width), "BM": ROWS}
         yield _compilation(f"attention rows {width} {name}", _rows_kernel, name, options, (), False)
-    sides = {tiles[KERNELS.index("diagonals")][0] for tiles in TILES[arch].values()}
-    for side, gradient in product(sorted(sides), [TYPE_NAMES[dtype] for dtype in DTYPES]):
-        options = {"BM": side, "ROWS": SUMMED_ROWS}
-        yield _compilation(f"attention skew {side} {gradient}", _skew_kernel, gradient, options, (), False)
+    sides = {tiles[KERNELS.index("queries")][:2] for tiles in TILES[arch].values()}
+    for (rows, columns), gradient in product(sorted(sides), [TYPE_NAMES[dtype] for dtype in DTYPES]):
+        options = {"BM": rows, "BN": columns, "ROWS": SUMMED_STRIPS, "DISTANCES": SUMMED_DISTANCES}
+        title = f"attention table {rows} {columns} {gradient}"
+        yield _compilation(title, _table_kernel, gradient, options, (), False)
 
 
 def _compilation(
@@ -603,9 +650,12 @@ def _compilation(
     maxnreg = constexprs.pop("maxnreg", None)
     constexprs |= dict.fromkeys(absent)
     types = dict.fromkeys(("q", "k", "v", "out", "upstream", "dq", "dk", "dv", "dtable"), f"*{dtype}")
-    types |= dict.fromkeys(("table", "gate", "log_sum", "delta", "dgate", "parts"), "*fp32")
+    types |= dict.fromkeys(("table", "gate", "log_sum", "delta", "dgate", "sums"), "*fp32")
     types |= dict.fromkeys(("rows_gate", "rows_log_sum", "rows_delta"), "*fp32")
     types |= dict.fromkeys(("lengths", "seed"), "*i64") | dict.fromkeys(("scale", "gain", "keep"), "fp32")
     types = {p.name: types.get(p.name, "i32") for p in function.params}  # strides and sizes
     signature, attrs = signature_and_attrs(function, types, constexprs)
-    return Compilation(name, function, signature, constexprs, attrs, warps, stages, matrix_instruction, maxnreg)
+    over_clips = function is _queries_kernel
+    return Compilation(
+        name, function, signature, constexprs, attrs, warps, stages, matrix_instruction, maxnreg, tile_loop=over_clips
+    )
