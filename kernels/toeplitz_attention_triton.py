@@ -576,11 +576,11 @@ def backward(
         if need[0] or need[3] or need[4]:
             dq, gate_gradient = empty_projection(q), torch.empty_like(launch.gate)
             tile = launch.tile("queries")
-            blocks, groups, sums = triton.cdiv(launch.length, tile.rows), launch.clips, None
+            groups, sums = launch.clips, None
             if need[3]:
-                groups = min(launch.clips, triton.cdiv(TABLE_PROGRAMS, launch.heads * blocks))
+                groups = table_groups(tile, launch.clips, launch.heads, launch.length)
                 sums = q.new_empty(sums_size(tile, launch.heads, launch.length, groups), dtype=torch.float32)
-            _queries_kernel[(groups * launch.heads * blocks,)](
+            _queries_kernel[(groups * launch.heads * triton.cdiv(launch.length, tile.rows),)](
                 *inputs, dq, gate_gradient, sums, *strides, *dq.stride()[:3], *launch.sizes,
                 launch.gain, launch.clips, groups, **constants(tile, launch.width, launch.precision),
             )  # fmt: skip
@@ -595,10 +595,17 @@ def backward(
     return tuple(x if wanted else x.new_empty(0) for x, wanted in zip(gradients, need, strict=True))  # type: ignore[return-value]
 
 
+def table_groups(tile: AttentionTile, clips: int, heads: int, length: int) -> int:
+    """Into how many groups the clips go where dq's programs give dtable too: the clips of one are added up."""
+    return min(clips, triton.cdiv(TABLE_PROGRAMS, heads * triton.cdiv(length, tile.rows)))
+
+
 def sums_size(tile: AttentionTile, heads: int, length: int, groups: int) -> int:
-    """How many sums of diagonals, 4 bytes each, the queries kernel leaves: of a strip of 32 rows as many as distances
-    that its rows have, and somewhat more. With `TABLE_PROGRAMS` that is 9.4 MB for 16 heads and 499 positions whatever
-    the batch, and 128 bytes times the heads and the square of the positions where these alone are more programs."""
+    """How many sums of diagonals, 4 bytes each, the queries kernel leaves: a strip of 32 rows has about `length`.
+
+    Whatever the batch, they belong to fewer than `TABLE_PROGRAMS` + heads · blocks of rows: at most 9.4 MB for 16 heads
+    and 499 positions in 16 bits, and length² / 8 bytes a head where one clip has so many blocks.
+    """
     strips = triton.cdiv(length, tile.rows) * tile.rows // STRIP.value
     return groups * heads * strips * (triton.cdiv(length, tile.columns) + 1) * tile.columns
 

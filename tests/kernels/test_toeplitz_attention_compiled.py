@@ -18,7 +18,7 @@ MOST_USED = (
     "attention forward 64 bf16 dropout lengths",
     "attention keys 64 bf16 dropout lengths",
     "attention queries 64 bf16 dropout lengths",
-    "attention diagonals 64 bf16 dropout lengths",
+    "attention queries 64 bf16 dropout lengths table",
     "attention rows 64 bf16",
 )
 
@@ -29,8 +29,30 @@ def test_every_compilation_has_a_name_of_its_own_and_covers_the_launchers_choice
 
     names = compilations(MODULE, arch)
     assert set(MOST_USED) <= set(names)
-    for kernel in KERNELS:  # dropout or not, lengths or not; fp32 in both precisions
-        assert sum(name.startswith(f"attention {kernel} 64 ") for name in names) == 4 * 4
+    for kernel in KERNELS:  # dropout or not, lengths or not; fp32 in both precisions; of queries, the table or not
+        forms = sum(name.startswith(f"attention {kernel} 64 ") for name in names)
+        assert forms == 4 * 4 * (2 if kernel == "queries" else 1)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_tiles_of_queries_are_wide_enough_for_sums_of_strips(arch: int) -> None:
+    """What is at a distance of more than a tile's width would have to wait for two tiles."""
+    from fastclap.kernels.toeplitz_attention_triton import KERNELS, STRIP, TILES
+
+    for tiles in TILES[arch].values():
+        rows, columns, *_ = tiles[KERNELS.index("queries")]
+        assert rows % STRIP.value == 0 and columns >= STRIP.value
+
+
+def test_memory_of_the_sums_does_not_grow_with_the_batch() -> None:
+    """At most what the programs of `TABLE_PROGRAMS` and one clip more leave; as the docstring says."""
+    from fastclap.kernels.toeplitz_attention_triton import AttentionTile, sums_size, table_groups
+
+    tile = AttentionTile(64, 64, 4, 2)
+    sizes = [4 * sums_size(tile, 16, 499, table_groups(tile, clips, 16, 499)) for clips in (8, 16, 32, 1024)]
+    assert sizes == [4718592, 9437184, 9437184, 9437184]
+    alone = 4 * sums_size(tile, 16, 1 << 16, table_groups(tile, 64, 16, 1 << 16))
+    assert alone == pytest.approx(16 * (1 << 16) ** 2 / 8, rel=2e-3)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

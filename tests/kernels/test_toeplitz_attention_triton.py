@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torc
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 # torch's attention takes the bias in the dtype of q, and may multiply float32 in TF32.
 TORCH_TOLERANCE = {torch.float32: 3e-3, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-# (batch, heads, length, head width, dropout): tiles are 64×32 in the interpreter, the table's are 64×64.
+# (batch, heads, length, head width, dropout): tiles are 64×32 in the interpreter.
 SHAPES = (
     (3, 2, 1, 16, 0.0),
     (3, 2, 2, 16, 0.25),
@@ -203,16 +203,31 @@ def test_weights_dropped_are_those_of_the_mask() -> None:
     assert not weights[..., length:].any()
 
 
-def test_groups_of_clips_share_the_work_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clips_of_a_group_are_added_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorter clips before longer ones, and one without keys."""
     from fastclap.kernels import toeplitz_attention_triton
 
-    x = case(5, 1, 70, 16, device=DEVICE)
-    expected = reference(x, None)[1][3]
-    for programs in (1, 6):  # one group of five clips; groups of three and two
-        monkeypatch.setattr(toeplitz_attention_triton, "DIAGONAL_PROGRAMS", programs)
-        out = gated_toeplitz_attention(*x.leaves, backend="triton")
-        (gradient,) = torch.autograd.grad(out, x.table, x.upstream)
-        assert_close_rel(f"table, {programs} programs", expected, gradient, tolerance(torch.float32, 70, 16))
+    x, lengths = case(5, 1, 70, 16, device=DEVICE), torch.tensor([5, 70, 0, 33, 64], device=DEVICE)
+    expected = reference(x, lengths)[1]
+    for programs in (1, 6):  # one group of five clips; groups of two, two and one
+        monkeypatch.setattr(toeplitz_attention_triton, "TABLE_PROGRAMS", programs)
+        out = gated_toeplitz_attention(*x.leaves, lengths, backend="triton")
+        for name, exact, value in zip(NAMES, expected, torch.autograd.grad(out, x.leaves, x.upstream), strict=True):
+            assert_close_rel(f"{name}, {programs} programs", exact, value, tolerance(torch.float32, 70, 16))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has tiles of its own, and `LARGE`")
+@pytest.mark.parametrize("sides", ((32, 32), (64, 64), (128, 64)), ids=str)
+def test_tiles_of_all_gpus_sum_the_same_diagonals(sides: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastclap.kernels import toeplitz_attention_triton as engine
+
+    used = {tiles[engine.KERNELS.index("queries")][:2] for some in engine.TILES.values() for tiles in some.values()}
+    assert used == {(32, 32), (64, 32), (64, 64), (128, 64)}, "those of this test, and the interpreter's"
+    monkeypatch.setattr(engine, "INTERPRETER_TILE", engine.AttentionTile(*sides, 4, 1))
+    for length, lengths in ((131, None), (64, torch.tensor([64, 41]))):
+        x = case(2, 1, length, 16)
+        out = gated_toeplitz_attention(*x.leaves, lengths, backend="triton")
+        check(f"{sides}, {length}", x, out, reference(x, lengths), tolerance(torch.float32, length, 16))
 
 
 def test_only_the_gradients_asked_for() -> None:
