@@ -66,7 +66,9 @@ def test_one_gpu_sends_nothing_and_more_share_the_work() -> None:
     assert alone.sent == {"loss": 0.0, "gradients": 0.0}
     assert alone.seconds["loss, links"] == alone.seconds["gradients, links"] == 0.0
     many = predict(MODEL, MACHINE, 65536, 64)
-    assert many.seconds["encoders"] == pytest.approx(alone.seconds["encoders"] / 64)
+    repeated = {chunks: 1 + (1 - 1 / chunks) / 3 for chunks in (16, 1024)}  # all forward passes but one chunk's
+    share = alone.seconds["encoders"] / 64 * repeated[16] / repeated[1024]
+    assert many.seconds["encoders"] == pytest.approx(share)
     assert many.seconds["loss"] <= alone.seconds["loss"] / 64 * 1.001
     # 2·N²·D a pass at the given rate: 3 passes while 2·N² bytes fit, 4 beyond
     assert alone.seconds["loss"] == pytest.approx(3 * 2 * 65536**2 * 768 / (0.71 * 790e12))
