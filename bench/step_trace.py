@@ -1,7 +1,7 @@
 """What one full-size training step costs, by shapes alone: the step is run on tensors without data, without a GPU.
 
     python -m bench.step_trace [--size large|base|tiny] [--batch 32] [--seconds 10] [--tags 28] [--chunk 0]
-        [--checkpoint-activations] [--ranks 8] [--top 12] [--ablation] [--out FOLDER]
+        [--checkpoint-activations] [--ranks 8] [--top 25] [--ablation] [--out FOLDER]
 
 It is `fastclap.train.step.Step` of `fastclap-train paraspeechclap-intrinsic` (WavLM-Large, XLM-R base, contrastive and
 tag loss, bf16 autocast, AdamW) on fake CUDA tensors (`bench.fake_gpu`), whose operations are counted as they come.
@@ -18,7 +18,8 @@ Clips are of equal length, half of the captions are distinct; how many tags ther
     predicted   every operation takes the longer of its products at 650 TFLOP/s and its bytes at 2.7 TB/s, and none
                 waits. That is a PREDICTION from assumed rates; no GPU has been near it.
 
-With `--chunk` the forward pass counts both passes of the gradient cache, and of gradients nothing is said. With
+With `--chunk` the forward pass counts both passes of the gradient cache, the first backward pass is that of the loss,
+when no activations are alive but embeddings, and nothing is said of how gradients leave. With
 `--checkpoint-activations` what is computed again counts in the backward pass. Gradients leave a rank in the buckets of
 `Gradients`: from the order in which they arrive in this step, and an assumed rate of the link, it follows how many
 bytes are left to send when the last one is there.
@@ -594,6 +595,8 @@ def _recipe_tables(rows: Sequence[Row], top: int) -> Iterator[str]:
     sent = next(row for row in rows if "gradients" in row["case"])
     yield _sending_sentence(sent)
     operations = [row for row in rows if "operation" in row["case"]][:top]
+    if not operations:
+        return
     cells = ([row["case"]["phase"], row["case"]["operation"], *_cost_cells(row)] for row in operations)
     yield f"Operations that move the most bytes:\n\n{markdown(('', 'operation', *HEADER), cells)}"
 
