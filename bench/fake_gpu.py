@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
-from fastclap.kernels import dispatch, layer_norm_gelu, toeplitz_attention, waveform
+from fastclap.kernels import dispatch, layer_norm_gelu, toeplitz_attention, waveform, waveform_convolution
 from fastclap.kernels.contrastive import operator
 from fastclap.kernels.contrastive.shared import Results
 from fastclap.models import packing
@@ -240,6 +240,8 @@ def _operators() -> Iterator[tuple[Any, str, Any]]:
     yield toeplitz_attention, "_backward", ops.gated_toeplitz_attention_backward
     yield layer_norm_gelu, "_forward", ops.layer_norm_gelu
     yield layer_norm_gelu, "_backward", ops.layer_norm_gelu_backward
+    yield waveform_convolution, "_forward", ops.waveform_convolution
+    yield waveform_convolution, "_backward", ops.waveform_convolution_backward
     yield waveform, "_triton_engine", lambda crops, dtype: ops.normalize_waveform(*crops, dtype)
     yield operator, "_info_nce", _info_nce
 

@@ -21,6 +21,7 @@ from fastclap.kernels.log_mel.operator import log_mel
 from fastclap.kernels.log_mel.spec import LogMelSpec
 from fastclap.kernels.toeplitz_attention import gated_toeplitz_attention
 from fastclap.kernels.waveform import normalize_waveform
+from fastclap.kernels.waveform_convolution import waveform_convolution
 
 FRONT_ENDS = {
     "whisper-80": PRESETS["whisper"],
@@ -288,6 +289,23 @@ def layer_norm_gelu_forms(device: torch.device) -> list[Peer]:
         load("torch eager", "torch", 0, "layer_norm, then gelu", lambda: forms.eager),
         load("torch.compile", "torch", 0, "both, compiled", lambda: _compiled(forms.eager, device)),
         load("liger-kernel, then gelu", "liger-kernel", 0, "its LayerNorm, then torch's gelu", liger),
+    ]
+
+
+def waveform_convolution_forms(device: torch.device) -> list[Peer]:
+    """Forms of run(waveform, weight, norm_weight, norm_bias) -> gelu(layer_norm(conv1d(waveform))), channels last."""
+    forms: Any = importlib.import_module("bench.test_towers_kernels")
+    engine = "triton" if device.type == "cuda" else "auto"
+
+    def ours(waveform: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+        return waveform_convolution(waveform, weight, None, norm_weight, norm_bias, forms.STRIDE, backend=engine)
+
+    gemm = "a GEMM on the windows written out, then fastclap's layer_norm_gelu"
+    return [
+        load("fastclap", "fastclap", 0, f"engine {engine}", lambda: ours),
+        load("GEMM, then layer_norm_gelu", "fastclap", 0, gemm, lambda: forms.gemm_of_windows),
+        load("torch eager", "torch", 0, "conv1d, layer_norm and gelu, as transformers has them", lambda: forms.conv1d),
+        load("torch.compile", "torch", 0, "the same, compiled", lambda: _compiled(forms.conv1d, device)),
     ]
 
 

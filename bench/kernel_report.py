@@ -31,6 +31,7 @@ MODULES = (  # each offers compilations(arch)
     "fastclap.kernels.toeplitz_attention_triton",
     "fastclap.kernels.layer_norm_gelu_triton",
     "fastclap.kernels.waveform_triton",
+    "fastclap.kernels.waveform_convolution_triton",
 )
 COLUMNS = (
     *("kernel", "arch", "matrix instructions", "registers", "stack B", "spill B"),

@@ -2,10 +2,11 @@
 
     pytest --benchmark-only --benchmark-group-by=group -rs bench/test_towers_kernels.py
 
-GELU of a LayerNorm, forward and backward, on the rows that the convolutions of WavLM make of a batch, and the
-normalised waveform of int16 clips. On a GPU bf16 and 16 clips of 10 s: 0.5 GB a tensor in the first layer, which no
-cache holds, and 8 MB in the last, which one may. On a CPU tiny float32 sizes, and "fastclap" is torch's own functions:
-where the two differ there, it is the machine. FASTCLAP_BENCH_DEVICE, _CLIPS, _SECONDS and _ROUNDS change all that.
+GELU of a LayerNorm, forward and backward, on the rows that the convolutions of WavLM make of a batch, the same together
+with the first of these convolutions, and the normalised waveform of int16 clips. On a GPU bf16 and 16 clips of 10 s:
+0.5 GB a tensor in the first layer, which no cache holds, and 8 MB in the last, which one may. On a CPU tiny float32
+sizes, and "fastclap" is torch's own functions: where the two differ there, it is the machine. FASTCLAP_BENCH_DEVICE,
+_CLIPS, _SECONDS and _ROUNDS change all that.
 
 Before every timed round of a form another form of the group runs, in turn; a call on a GPU ends with a synchronisation.
 `least_bytes` in the `extra_info` is what the fused form has to move at least, `bytes_per_second` that over the
@@ -14,6 +15,7 @@ median. A peer that is not there is skipped with the reason (`-rs`).
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import os
@@ -28,6 +30,11 @@ from torch import Tensor
 from bench import timing
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu, layer_norm_gelu_reference
 from fastclap.kernels.waveform import normalize_waveform, normalize_waveform_reference
+from fastclap.kernels.waveform_convolution import (
+    waveform_convolution,
+    waveform_convolution_reference,
+    window_products,
+)
 from fastclap.models.layers import length_mask, masked_mean, prepare_waveform
 from fastclap.testing import assert_close_rel
 
@@ -118,6 +125,60 @@ def test_layer_norm_gelu_forward_and_backward(benchmark: Any, form: str, rows: i
     found = measure(benchmark, forms, form, 5 * x.numel() * DTYPE.itemsize)
     head = [x.detach()[:8].double(), *(p.double() for p in parameters)]
     expected = layer_norm_gelu_reference(head[0], head[1], head[2])
+    assert_close_rel(form, expected.flatten(), found[:4096], TOLERANCE[DTYPE])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The waveform's convolution, LayerNorm and GELU
+# ---------------------------------------------------------------------------------------------------------------------
+
+KERNEL, STRIDE = 10, 5
+
+
+def conv1d(waveform: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+    return eager(F.conv1d(waveform[:, None], weight, stride=STRIDE).transpose(1, 2), norm_weight, norm_bias)
+
+
+def gemm_of_windows(waveform: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+    rows = (waveform.shape[1] - KERNEL) // STRIDE + 1
+    x = window_products(waveform, weight, None, STRIDE, rows)
+    return layer_norm_gelu(x, norm_weight, norm_bias).unflatten(0, (len(waveform), rows))
+
+
+def convolution(waveform: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+    return waveform_convolution(waveform, weight, None, norm_weight, norm_bias, STRIDE)
+
+
+CONVOLUTIONS: dict[str, tuple[str | None, Callable[[], Form]]] = {
+    "fastclap": (None, lambda: convolution),
+    "GEMM, then layer_norm_gelu": (None, lambda: gemm_of_windows),
+    "torch eager": (None, lambda: conv1d),
+    "torch.compile": (NO_GPU, lambda: torch.compile(conv1d, dynamic=False)),
+}
+
+
+@pytest.mark.parametrize("form", CONVOLUTIONS)
+def test_waveform_convolution_forward_and_backward(benchmark: Any, form: str) -> None:
+    if CONVOLUTIONS[form][0]:
+        pytest.skip(f"{form}: {CONVOLUTIONS[form][0]}")
+    benchmark.group = f"gelu(layer_norm(conv1d)), {CLIPS} × {SAMPLES} to {CHANNELS} channels, {DTYPE}"
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE, generator=generator).to(DTYPE)
+
+    waveform, upstream = normal(CLIPS, SAMPLES), normal(CLIPS, (SAMPLES - KERNEL) // STRIDE + 1, CHANNELS)
+    leaves = [x.requires_grad_() for x in (normal(CHANNELS, 1, KERNEL), normal(CHANNELS), normal(CHANNELS))]
+    forms = {
+        name: both_ways(functools.partial(make(), waveform), leaves, upstream)
+        for name, (reason, make) in CONVOLUTIONS.items()
+        if not reason
+    }
+    # forward writes y, backward reads its gradient; both read the samples
+    least = 2 * (upstream.numel() + waveform.numel()) * DTYPE.itemsize
+    found = measure(benchmark, forms, form, least)
+    exact = [x.detach().double() for x in (waveform[:1, : 8 * STRIDE + KERNEL], *leaves)]
+    expected = waveform_convolution_reference(exact[0], exact[1], None, exact[2], exact[3], STRIDE, 8)
     assert_close_rel(form, expected.flatten(), found[:4096], TOLERANCE[DTYPE])
 
 

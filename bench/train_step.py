@@ -312,7 +312,7 @@ def _without_triton() -> Iterator[None]:
     """The torch engines of the towers' operators."""
     with contextlib.ExitStack() as stack:
         for module in (wavlm, audio_towers):
-            for name in ("gated_toeplitz_attention", "layer_norm_gelu", "normalize_waveform"):
+            for name in ("gated_toeplitz_attention", "layer_norm_gelu", "normalize_waveform", "waveform_convolution"):
                 if hasattr(module, name):
                     plain = functools.partial(getattr(module, name), backend="torch")
                     stack.enter_context(mock.patch.object(module, name, plain))

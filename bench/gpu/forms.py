@@ -3,7 +3,7 @@
 Lots name their forms by how the names begin (`bench.gpu.lots`); their kernels are compiled before anything is timed
 (`bench.gpu.compiling`), and the lot `smoke` runs every form once against float64 (`bench.gpu.smoke`). A form makes the
 launcher pick the same kernels as the lot's own call: dtypes, strides and options are those of the call, only the sizes
-are small. On sm_90 all of them together launch 140 kernels.
+are small. On sm_90 all of them together launch 152 kernels.
 
 Inputs are drawn on the host, so that a form computes with the same numbers everywhere.
 """
@@ -36,6 +36,7 @@ from fastclap.kernels.toeplitz_attention import (
     gated_toeplitz_attention_reference,
 )
 from fastclap.kernels.waveform import normalize_waveform, normalize_waveform_reference
+from fastclap.kernels.waveform_convolution import waveform_convolution, waveform_convolution_reference
 from fastclap.losses import info_nce, sigmoid_loss
 
 Tensors = dict[str, Tensor]
@@ -386,6 +387,70 @@ def _waveforms() -> Iterator[KernelForm]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the waveform's convolution
+
+
+CONVOLUTION = {"stride": 5, "rows": 160}  # of two clips, some rows past their ends
+
+
+def _draw_convolution(dtype: torch.dtype, parameters: torch.dtype, channels: int, bias: bool) -> Tensors:
+    normal = _normal(channels)
+    found = {"waveform": normal(2, 777).to(dtype), "weight": normal(channels, 1, 10).to(parameters)}
+    found |= {"bias": normal(channels).to(parameters)} if bias else {}
+    found |= {"norm_weight": normal(channels).to(parameters), "norm_bias": normal(channels).to(parameters)}
+    return {**found, "upstream": normal(2, CONVOLUTION["rows"], channels)}
+
+
+def _convolution(function: Callable[..., Tensor], inputs: Tensors) -> Tensors:
+    leaves = _without(inputs, "waveform", "upstream")
+
+    def call(*tensors: Tensor) -> Tensor:
+        given: dict[str, Any] = {"bias": None, **dict(zip(leaves, tensors, strict=True)), **CONVOLUTION}
+        return function(inputs["waveform"], **given)
+
+    return _output_and_gradients(call, leaves, inputs["upstream"])
+
+
+def _convolution_form(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    channels: int = 512,
+    bias: bool = False,
+    autocast: bool = False,
+    tf32: bool = False,
+) -> KernelForm:
+    """Under autocast to `dtype` samples and parameters are float32, as in training."""
+
+    def call(inputs: Tensors, engine: str) -> Tensors:
+        with torch.autocast(inputs["waveform"].device.type, dtype=dtype, enabled=autocast):
+            return _convolution(functools.partial(waveform_convolution, backend=engine), inputs)
+
+    held = torch.float32 if autocast else dtype
+    on = f"{', bias' * bias}{', autocast' * autocast}{', TF32' * tf32}"
+    return KernelForm(
+        f"{name} {dtype_name(dtype)}, {channels} channels{on}",
+        dtype,
+        functools.partial(_draw_convolution, held, held, channels, bias),
+        call,
+        lambda inputs: _convolution(waveform_convolution_reference, _doubled(inputs)),
+        TF32_ROUNDING if tf32 else 2 * ROUNDING[dtype],
+        "high" if tf32 else "highest",
+    )
+
+
+def _convolutions() -> Iterator[KernelForm]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for dtype, bias in product((bf16, fp32), (False, True)):
+        yield _convolution_form("waveform convolution", dtype, bias=bias)
+        yield _convolution_form("waveform convolution", dtype, channels=500, bias=bias)
+    # Training and embedding in bfloat16 are autocast's; embedding without it may allow TF32.
+    yield _convolution_form("waveform convolution step", bf16, autocast=True)
+    for tf32 in (False, True):
+        yield _convolution_form("waveform convolution step", fp32, tf32=tf32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # log-mel
 
 
@@ -456,4 +521,11 @@ def _log_mels() -> Iterator[KernelForm]:
     yield _log_mel_form("log-mel clap tower int16 to float32, lengths", PRESETS["clap"], int16, fp32, True)
 
 
-FORMS: tuple[KernelForm, ...] = (*_losses(), *_attentions(), *_layer_norm_gelus(), *_waveforms(), *_log_mels())
+FORMS: tuple[KernelForm, ...] = (
+    *_losses(),
+    *_attentions(),
+    *_layer_norm_gelus(),
+    *_waveforms(),
+    *_convolutions(),
+    *_log_mels(),
+)

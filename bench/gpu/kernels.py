@@ -26,6 +26,7 @@ from bench.kernel_peers import (
     layer_norm_gelu_forms,
     log_mel_forms,
     ragged,
+    waveform_convolution_forms,
     waveform_forms,
 )
 from bench.peers import Peer
@@ -36,10 +37,12 @@ from fastclap.kernels.log_mel.spec import LogMelSpec
 from fastclap.kernels.log_mel.torch_engine import log_mel_reference
 from fastclap.kernels.toeplitz_attention import gated_toeplitz_attention, gated_toeplitz_attention_reference
 from fastclap.kernels.waveform import normalize_waveform, normalize_waveform_reference
+from fastclap.kernels.waveform_convolution import waveform_convolution, waveform_convolution_reference
 from fastclap.testing import relative_error
 
 ERROR_CLIPS = 2  # of a timed batch that go through the float64 reference
 HEAD_WIDTH = 64
+KERNEL, STRIDE = 10, 5  # of WavLM's first convolution
 NAMES = ("q", "k", "v", "table", "gate")
 
 
@@ -197,6 +200,8 @@ def towers(run: Run) -> None:
             _attention_case(run, batch, passes)
     for passes in ("forward", "forward and backward"):
         _layer_norm_gelu_case(run, passes)
+    for passes in ("forward", "forward and backward"):
+        _convolution_case(run, passes)
     for statistics in ("given", "measured"):
         _waveform_case(run, statistics)
 
@@ -287,6 +292,53 @@ def _layer_norm_gelu_case(run: Run, passes: str) -> None:
     _compare(run, case, peers, call, rates_and_floor(moved, gbytes))
 
 
+def convolution_inputs(run: Run, clips: int, seconds: float) -> list[Tensor]:
+    """Samples, weight, and weight and bias of the norm; all but the samples require gradients."""
+    channels = sizes_of(run).channels
+    generator = torch.Generator(run.device).manual_seed(clips)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=run.device, generator=generator).to(run.dtype)
+
+    parameters = (normal(channels, 1, KERNEL), normal(channels), normal(channels))
+    return [normal(clips, int(16000 * seconds)), *(x.requires_grad_() for x in parameters)]
+
+
+def _convolution_case(run: Run, passes: str) -> None:
+    """The first layer of WavLM."""
+    sizes, (_, gbytes) = sizes_of(run), ceilings(run)
+    clips = max(1, sizes.rows // int(16000 * sizes.seconds / STRIDE))
+    waveform, *leaves = convolution_inputs(run, clips, sizes.seconds)
+    short = convolution_inputs(run, 2, 0.01)
+    rows = (waveform.shape[1] - KERNEL) // STRIDE + 1
+    upstream = torch.randn(clips, rows, sizes.channels, device=run.device).to(run.dtype)
+
+    def reference(weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+        exact = short[0].double()
+        return waveform_convolution_reference(exact, weight, None, norm_weight, norm_bias, STRIDE)
+
+    def errors(function: Callable[..., Tensor]) -> dict[str, float]:
+        exact = [leaf.detach().double().requires_grad_() for leaf in short[1:]]
+        given = upstream[:1, : (short[0].shape[1] - KERNEL) // STRIDE + 1].expand(2, -1, -1)
+        expected = timing.output_and_gradients(reference, exact, given)
+        found = timing.output_and_gradients(functools.partial(function, short[0]), short[1:], given)
+        return errors_of(("output", "weight", "norm_weight", "norm_bias"), expected, found)
+
+    timed = _timed_call(passes, [leaves], upstream)
+    # samples in, y out; for the backward pass samples and dy in
+    moved = (waveform.numel() + upstream.numel()) * run.dtype.itemsize * (1 if passes == "forward" else 2) / 1e9
+    case = {
+        **{"kernel": "waveform_convolution", "passes": passes, "clips": clips, "seconds": sizes.seconds},
+        **{"channels": sizes.channels, "dtype": dtype_name(run.dtype)},
+    }
+    peers = [(peer, errors) for peer in waveform_convolution_forms(run.device)]
+
+    def call(function: Callable[..., Tensor]) -> object:
+        return timed(functools.partial(function, waveform))
+
+    _compare(run, case, peers, call, rates_and_floor(moved, gbytes))
+
+
 def waveform_inputs(run: Run, clips: int, seconds: float, given: bool) -> list[Any]:
     wave = noise(run, 16000, clips, seconds, torch.int16)
     statistic = torch.full((clips,), 0.1, device=run.device) if given else None
@@ -329,6 +381,14 @@ def tower_graphs(run: Run) -> None:
     ours = functools.partial(layer_norm_gelu, backend=run.engine)
     call = functools.partial(timing.output_and_gradients, ours, x, upstream)
     _graph(run, {"kernel": "layer_norm_gelu"}, call, [*x, upstream])
+    wave, *x = convolution_inputs(run, 3, sizes_of(run).graph_seconds)
+
+    def convolved(weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+        return waveform_convolution(wave, weight, None, norm_weight, norm_bias, STRIDE, backend=run.engine)
+
+    call = functools.partial(timing.output_and_gradients, convolved, x)
+    call = functools.partial(call, torch.ones_like(convolved(*x)).detach())
+    _graph(run, {"kernel": "waveform_convolution"}, call, [wave, *x])
     given = waveform_inputs(run, 3, sizes_of(run).graph_seconds, False)
     waveform = functools.partial(normalize_waveform, *given, dtype=run.dtype, backend=run.engine)
     _graph(run, {"kernel": "normalize_waveform"}, lambda: [waveform()], given[:2])

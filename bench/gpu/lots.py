@@ -47,6 +47,9 @@ class Lot:
         return digest.hexdigest()[:16]
 
 
+_TOWER_FORMS = ("attention step", "layer norm gelu step", "waveform step", "waveform convolution step")
+_STEP_FORMS = ("loss ids", *_TOWER_FORMS)
+
 _LOTS = (
     Lot(
         "smoke",
@@ -68,7 +71,7 @@ _LOTS = (
         "step",
         "a training step of WavLM-Large and XLM-R: the reference as released and tuned, ours, ours compiled",
         ("bench.gpu.step:small", "bench.gpu.step:larger", "bench.gpu.step:profile"),
-        ("loss ids", "attention step", "layer norm gelu step", "waveform step"),
+        _STEP_FORMS,
         235,
         STEP,
     ),
@@ -82,7 +85,7 @@ _LOTS = (
     ),
     Lot(
         "towers",
-        "attention, LayerNorm + GELU and waveform kernels, their peers and floors",
+        "attention, LayerNorm + GELU, waveform and its convolution: kernels, their peers and floors",
         ("bench.gpu.kernels:towers", "bench.gpu.kernels:tower_graphs"),
         ("attention", "layer norm gelu", "waveform"),
         150,
@@ -100,7 +103,7 @@ _LOTS = (
         "train",
         "fastclap-train at full size from a configuration, on packed synthetic shards",
         ("bench.gpu.train:train",),
-        ("loss ids", "attention step", "layer norm gelu step", "waveform step"),
+        _STEP_FORMS,
         200,
         (*STEP, "train/*.py", "fastclap/data/*.py"),
     ),
@@ -116,7 +119,7 @@ _LOTS = (
         "embed",
         "embedding clips and captions with a full-size model",
         ("bench.gpu.embed:embed",),
-        ("attention step", "layer norm gelu step", "waveform step"),
+        _TOWER_FORMS,
         100,
         MODEL,
     ),
@@ -124,7 +127,7 @@ _LOTS = (
         "step_more",
         "the training step with one optimisation at a time, and open_clip's CLAP next to our log-mel tower",
         ("bench.gpu.step:ablation", "bench.gpu.step:open_clip"),
-        ("loss ids", "attention step", "layer norm gelu step", "waveform step", "log-mel clap"),
+        (*_STEP_FORMS, "log-mel clap"),
         235,
         (*STEP, *LOG_MEL),
     ),

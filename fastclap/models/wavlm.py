@@ -6,9 +6,10 @@ dict moves freely between an accelerated and a plain model.
 
 * Convolutions. transformers keeps [batch, channels, time] and transposes around each LayerNorm. Here rows stay
   channels-last throughout and a convolution of kernel k and stride s ≤ k ≤ 2s is one GEMM over a view of s rows, plus
-  one GEMM over the next k − s rows that accumulates onto it. Nothing is unfolded but the waveform. Clips are padded to
-  a multiple of the total stride, so that the views run through the batch; the row that then reads across the border
-  between two clips is never valid, and is cut off at the end.
+  one GEMM over the next k − s rows that accumulates onto it. The first layer, of the waveform, is one kernel with its
+  LayerNorm and GELU; where it is not, the waveform is unfolded, and nothing else ever. Clips are padded to a multiple
+  of the total stride, so that the views run through the batch; the row that then reads across the border between two
+  clips is never valid, and is cut off at the end.
 * Attention. transformers asks for the attention weights and so leaves every fused kernel out, and repeats the position
   bias over the batch, [batch · heads, T, T] in each layer. The bias depends on the distance j − i alone, up to a gate
   for each query, so it is passed on as a table of 2T − 1 values a head and the gates. The table is looked up once a
@@ -33,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu
 from fastclap.kernels.toeplitz_attention import gated_toeplitz_attention
+from fastclap.kernels.waveform_convolution import waveform_convolution, window_products
 from fastclap.models import positional
 from fastclap.models.pretrained import compile_layers, graphs_in
 
@@ -163,15 +165,16 @@ class ConvolutionStack(nn.Module):
     def _features_by_gemms(self, waveform: Tensor) -> Tensor:  # [B, frames, channels]
         batch, samples = waveform.shape
         frames = self._frames(samples)
-        (kernel, stride), *following = self.shapes
+        (_, stride), *following = self.shapes
         total = math.prod(step for _, step in following)
         rows = -(-frames[0] // total) * total
-        waveform = F.pad(waveform, (0, (rows - 1) * stride + kernel - samples))
-        # GEMMs on tensor cores want rows of a multiple of 16 bytes
-        windows = F.pad(waveform.unfold(1, kernel, stride), (0, -kernel % 8)).flatten(0, 1)
-        first = self.conv_layers[0].conv
-        weight = F.pad(first.weight.squeeze(1), (0, -kernel % 8))
-        x = _norm_gelu(self.conv_layers[0], F.linear(windows, weight, first.bias), batch, frames[0])
+        first, norm = self.conv_layers[0].conv, getattr(self.conv_layers[0], "layer_norm", None)
+        if isinstance(norm, nn.LayerNorm):
+            parameters = (first.weight, first.bias, norm.weight, norm.bias)
+            x = waveform_convolution(waveform, *parameters, stride, rows, norm.eps).flatten(0, 1)
+        else:
+            x = window_products(waveform, first.weight, first.bias, stride, rows)
+            x = _norm_gelu(self.conv_layers[0], x, batch, frames[0])
         for layer, (_, step), count in zip(self.conv_layers[1:], following, frames[1:], strict=True):
             conv = layer.conv
             weight, bias = conv.weight.transpose(1, 2).flatten(1), conv.bias

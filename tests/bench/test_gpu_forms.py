@@ -48,6 +48,7 @@ from fastclap.train.config import TrainConfig
 from fastclap.train.step import Step
 
 CPU = torch.device("cpu")
+TOWER_KERNELS = {"toeplitz_attention", "layer_norm_gelu", "waveform", "waveform_convolution"}
 ONE = "waveform step int16 to float32, given"  # one small kernel
 # The towers at full width, where it decides which kernels run, and of few layers.
 WIDE = Size(
@@ -168,7 +169,7 @@ def test_a_training_step_launches_what_its_lots_compile(
     step = Step(wide_model, TrainConfig(optimizer=parity_optimizer(), chunk_size=chunk, precision="bf16"))
     batch = tokenized(synthetic_batch(4, 0.1, 0, distinct=0.5), tokenizer, 64)
     found = launched(lambda: step([batch]), 90)
-    assert kinds(found) == {"contrastive", "toeplitz_attention", "layer_norm_gelu", "waveform"}
+    assert kinds(found) == {"contrastive", *TOWER_KERNELS}
     for lot in ("step", "train", "step_more"):
         assert names(found, keys_of(LOTS[lot].forms)) == []
 
@@ -183,7 +184,7 @@ def test_embedding_launches_what_its_lot_compiles(wide_model: CLAP, bf16: bool) 
             wide_model.embed_audio([clip.float().numpy() / 32768 for clip in clips])
 
     found = launched(embed, 90)
-    assert kinds(found) == {"toeplitz_attention", "layer_norm_gelu", "waveform"}
+    assert kinds(found) == TOWER_KERNELS
     assert names(found, keys_of(LOTS["embed"].forms)) == []
 
 
@@ -204,7 +205,7 @@ def test_stages_of_the_kernels_launch_what_their_lots_compile(
     def ours(make: Callable[..., list[peers.Peer]]) -> Callable[..., list[peers.Peer]]:
         return lambda *arguments: [form for form in make(*arguments) if form.package == "fastclap"]
 
-    for name in ("attention_forms", "layer_norm_gelu_forms", "waveform_forms"):
+    for name in ("attention_forms", "layer_norm_gelu_forms", "waveform_convolution_forms", "waveform_forms"):
         monkeypatch.setattr(kernels, name, ours(getattr(kernels, name)))
     monkeypatch.setattr(kernels, "log_mel_forms", lambda *arguments, **_: log_mel_forms(*arguments, ours_only=True))
     monkeypatch.setattr(kernels, "CPU", dataclasses.replace(kernels.CPU, channels=512))  # a kernel is of one width
@@ -361,7 +362,15 @@ def test_is_cached_asks_for_the_kernel_itself(compilations: list[bool]) -> None:
 
 
 def of_each_kernel() -> tuple[KernelForm, ...]:
-    wanted = ("loss plain bf", "sigmoid", "attention bf", "layer norm gelu bf", "waveform int16", "log-mel int16")
+    wanted = (
+        "loss plain bf",
+        "sigmoid",
+        "attention bf",
+        "layer norm gelu bf",
+        "waveform int16",
+        "waveform convolution bf",
+    )
+    wanted += ("log-mel int16",)
     return tuple(chosen((prefix,))[0] for prefix in wanted)
 
 

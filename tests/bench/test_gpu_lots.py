@@ -118,6 +118,7 @@ def test_kernels_are_timed_with_their_peers_and_floors(rows: Callable[..., list[
         ("log_mel", "log-mel", "torchaudio"),
         ("towers", "attention", "multi_head_attention_forward"),
         ("towers", "layer_norm_gelu", "torch eager"),
+        ("towers", "waveform_convolution", "torch eager"),
         ("towers", "normalize_waveform", "torch eager"),
     ):
         copy, peak = rows(lot, ceiling="copy")[0]["gbytes_s"], rows(lot, ceiling="matmul")[0]["tflops"]
@@ -213,7 +214,7 @@ def test_stages_in_the_dtype_of_a_gpu(tmp_path: Path, stage: Callable[[Run], Non
     run.dtype = torch.bfloat16
     stage(run)
     timed = [row for row in run.record.rows() if row["case"].get("form") == "fastclap"]
-    assert len(timed) == 6 and all(row["case"]["dtype"] == "bfloat16" and row["share_of_floor"] > 0 for row in timed)
+    assert len(timed) == 8 and all(row["case"]["dtype"] == "bfloat16" and row["share_of_floor"] > 0 for row in timed)
     assert all(max(row["errors"].values()) < 2e-2 for row in timed)
 
 

@@ -135,4 +135,5 @@ def test_kernel_forms_that_need_a_gpu_say_so() -> None:
     for name in ("FlexAttention", "torch.compile"):
         assert forms[name].run is None and "GPU" in forms[name].notes
     ours = [forms["fastclap"], *kernel_peers.waveform_forms(CPU, torch.float32)[:2]]
+    ours += kernel_peers.waveform_convolution_forms(CPU)[:3]
     assert all(form.run is not None for form in ours)

@@ -1,10 +1,11 @@
-"""The Triton kernels of layer_norm_gelu and normalize_waveform, compiled for GPUs that need not be here."""
+"""The Triton kernels of layer_norm_gelu and of waveforms, compiled for GPUs that need not be here."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from fastclap.kernels.offline import ARCHITECTURES, Compilation, Compiled, compile_offline, problems
@@ -13,7 +14,7 @@ from tests.kernels.compiling import all_problems, compilations
 # The interpreter's kernels cannot be compiled, and one process has either those or the others.
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1")
 
-MODULES = ("layer_norm_gelu_triton", "waveform_triton")
+MODULES = ("layer_norm_gelu_triton", "waveform_triton", "waveform_convolution_triton")
 MOST_USED = (
     "layer norm gelu forward 512 bf16 fp32 weight bias",
     "layer norm gelu backward 512 bf16 fp32 weight bias sums",
@@ -25,13 +26,20 @@ MOST_USED = (
     "waveform i16 offsets lengths to fp32",
     "waveform blocks i16 lengths",
     "waveform statistics i16 lengths",
+    "waveform convolution forward 512 fp32 bf16 fp32",
+    "waveform convolution backward 512 fp32 bf16 fp32",
+    "waveform convolution forward 512 fp32 fp32 fp32 tf32",
+    "waveform convolution backward 512 fp32 fp32 fp32 tf32x3",
 )
 
 
 def towers(arch: int) -> dict[str, Compilation]:
-    first, second = (compilations(module, arch) for module in MODULES)
-    assert not first.keys() & second.keys()
-    return {**first, **second}
+    found: dict[str, Compilation] = {}
+    for module in MODULES:
+        new = compilations(module, arch)
+        assert not found.keys() & new.keys()
+        found |= new
+    return found
 
 
 def compiled(name: str, arch: int) -> tuple[Compilation, Compiled]:
@@ -73,6 +81,17 @@ def test_a_row_of_one_warp_waits_for_no_other_and_shares_nothing(arch: int) -> N
         assert result.shared == 0 and "bar.sync" not in result.ptx and "barrier" not in result.ptx
     _, wide = compiled(MOST_USED[5], arch)
     assert wide.shared > 0 and "bar" in wide.ptx, "several warps meet"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_convolution_of_waveforms_moves_rows_16_bytes_at_a_time_and_fits_as_its_launcher_counts(arch: int) -> None:
+    from fastclap.kernels.waveform_convolution_triton import Tile
+
+    for backward, kind in enumerate(("forward", "backward")):
+        _, result = compiled(f"waveform convolution {kind} 512 fp32 bf16 fp32", arch)
+        assert ("ld.global.v4.b32" if backward else "st.global.v4.b32") in result.ptx
+        assert result.programs >= Tile(512, 11, torch.bfloat16, arch, bool(backward)).resident
+        assert "mma.sync" in result.ptx and result.stack == 0
 
 
 @pytest.mark.slow
