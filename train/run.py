@@ -59,23 +59,20 @@ class Run:
         return self.folder / "model"
 
     def validate(self) -> None:
-        """Retrieval and zero-shot classification with the weights to use; on the main rank, the others wait.
-
-        Each rank holds a part of sharded towers, so all of them take part then.
-        """
+        """Retrieval and zero-shot classification with the weights to use; the ranks share the embedding of it."""
         if self.valid is None:
             return
-        if self.world.is_main or self.config.shard:
-            config, manifest = self.config.valid, self.valid
-            columns = [c for c in config.classify if c in manifest.columns or c == "classification_tag"]
-            if not any(row.classification_tag for row in manifest):
-                columns = [column for column in columns if column != "classification_tag"]
-            prompts = {c: load_prompts(config.prompts, c) for c in columns} if config.prompts else {}
-            tasks = [ClassificationTask(c, config.template, prompts.get(c) or None) for c in columns]
-            with applied(self.step.average):
-                figures = evaluate(self.model, manifest, tasks=tasks, batch_size=config.batch_size)
-            self.journal.write_validation(self.step.number, figures)
-        distributed.barrier(self.world)
+        config, manifest = self.config.valid, self.valid
+        columns = [c for c in config.classify if c in manifest.columns or c == "classification_tag"]
+        if not any(row.classification_tag for row in manifest):
+            columns = [column for column in columns if column != "classification_tag"]
+        prompts = {c: load_prompts(config.prompts, c) for c in columns} if config.prompts else {}
+        tasks = [ClassificationTask(c, config.template, prompts.get(c) or None) for c in columns]
+        with applied(self.step.average):
+            figures = evaluate(
+                self.model, manifest, tasks=tasks, batch_size=config.batch_size, process_group=self.world.group
+            )
+        self.journal.write_validation(self.step.number, figures)
 
     def save(self, *, required: bool) -> None:
         """Write a checkpoint (every rank calls this). One that fails is reported; only a required one ends the run."""
