@@ -132,7 +132,13 @@ class ValidConfig:
     prompts: str | None = None
     """JSON file of prompts instead: {"class": ["prompt", ...]}, or one such mapping for each column."""
     batch_size: int = 32
-    """Clips embedded at a time."""
+    """Clips embedded at a time, by each of the processes, which share the validation."""
+    best: str | None = None
+    """Figure by which validations are compared, such as retrieval/global/audio_to_text/R@1 or
+    classification/classification_tag/uar; the model of the best one is kept as `best` in the run folder. Ranks are
+    better when they are small, everything else when it is large."""
+    patience: int = 0
+    """Validations without a better `best` after which the run ends (0: it takes all steps)."""
 
 
 @dataclass
@@ -204,7 +210,7 @@ class TrainConfig:
             processes: that the batch is shared by.
         """
         data, loss, optimizer = self.data, self.loss, self.optimizer
-        teacher, fine = loss.teacher, data.fine_characters
+        teacher, fine, valid = loss.teacher, data.fine_characters, self.valid
         rules = [
             (bool(data.train) or data.demo_clips > 0, "--data.train is empty: name at least one training manifest"),
             (self.steps >= 1, f"--steps is {self.steps}; it must be at least 1"),
@@ -269,6 +275,15 @@ class TrainConfig:
             (
                 loss.teacher_temperature is None or loss.teacher_temperature > 0,
                 f"--loss.teacher-temperature is {loss.teacher_temperature}; it must be positive",
+            ),
+            (
+                valid.best is None or bool(data.valid) or data.demo_clips > 0,
+                "--valid.best compares validations: name a manifest for them with --data.valid",
+            ),
+            (valid.patience >= 0, f"--valid.patience is {valid.patience}; it must not be negative"),
+            (
+                valid.patience == 0 or (valid.best is not None and self.valid_every > 0),
+                "--valid.patience needs --valid.best, the figure that has to get better, and --valid-every",
             ),
             (
                 self.batch_size % processes == 0,

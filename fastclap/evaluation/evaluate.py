@@ -109,8 +109,7 @@ def evaluate(
     if len(manifest) == 0:
         raise DataError("the manifest is empty: there is nothing to evaluate")
     if captions is None:
-        sets: tuple[Captions, ...] = ("global", "fine")
-        captions = [name for name in sets if any(_captions(row, name) for row in manifest)]
+        captions = caption_sets(manifest)
     if tasks is None:
         tasks = [ClassificationTask()] if any(row.classification_tag for row in manifest) else []
     for name in captions:
@@ -149,6 +148,12 @@ def evaluate(
             return {**result, "time": {"seconds": round(seconds, 3), "audio_seconds": round(audio_seconds, 3)}}
 
         return ranks.from_first(figures)
+
+
+def caption_sets(manifest: Manifest) -> list[Captions]:
+    """The sets of captions that the manifest has."""
+    sets: tuple[Captions, ...] = ("global", "fine")
+    return [name for name in sets if any(_captions(row, name) for row in manifest)]
 
 
 def evaluate_retrieval(
