@@ -111,8 +111,10 @@ class OptimizerConfig:
     """Denominator offset."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "cooldown"] = "cosine"
+    """Shape of the decay after the warm-up; cooldown is constant, then 1 - √ over the last `cooldown_share`."""
+    cooldown_share: float = 0.2
+    """Share of all steps over which the learning rate decays, with `cooldown`."""
     final_share: float = 0.0
     """Learning rate at the last step, as a share of the peak."""
     clip_norm: float = 1.0
@@ -245,6 +247,10 @@ class TrainConfig:
             (
                 optimizer.tower_lr_scale >= 0,
                 f"--optimizer.tower-lr-scale is {optimizer.tower_lr_scale}; it must not be negative",
+            ),
+            (
+                0 < optimizer.cooldown_share <= 1,
+                f"--optimizer.cooldown-share is {optimizer.cooldown_share}; it is a share of the steps, up to 1",
             ),
             (
                 0 <= optimizer.ema_decay < 1,
