@@ -71,7 +71,19 @@ def test_every_command_is_understood(page: Path, monkeypatch: pytest.MonkeyPatch
         if words[0] == "torchrun":
             words = ["fastclap-train", *words[words.index("fastclap.train.cli") + 1 :]]
         if words[0] not in ("fastclap", "fastclap-train"):
-            known = (".ci/run", "git", "hf", "huggingface-cli", "make", "pip", "python", "mkdir", "cd")
+            known = (
+                ".ci/run",
+                "git",
+                "hf",
+                "huggingface-cli",
+                "make",
+                "pip",
+                "python",
+                "mkdir",
+                "cd",
+                "export",
+                "srun",
+            )
             assert words[0] in known, words
             continue
         ours += 1
