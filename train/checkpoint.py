@@ -4,36 +4,53 @@ A checkpoint is one folder, `checkpoints/step-N`. It is written under a temporar
 disk, `state.json` (with the size of every other file) comes last, and one rename makes it visible; so a folder with
 the final name is complete or was damaged later, which the sizes show. Nothing in it is a pickle: tensors are
 safetensors, the rest is JSON. The folder is also a model folder: `CLAP.from_pretrained` reads it.
+
+Training waits only until its tensors are copied to the host; a thread brings the copy to the disk (`Saver`).
+torch.distributed.checkpoint would not make this shorter: it writes shards with a pickled index, which is no model
+folder, and leaves the rename, the sizes and the removal of old checkpoints to do.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import os
 import re
 import shutil
 import sys
+import time
+from collections.abc import Callable, Hashable, Mapping
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastclap.config import CLAPConfig
 from fastclap.errors import ConfigError, ModelError, TrainingError
 from fastclap.files import fsync
+from fastclap.models.card import model_card
 from fastclap.models.clap import CLAP
-from fastclap.models.folder import WEIGHTS_FILE, check_weights, load_state_dict_file
+from fastclap.models.folder import WEIGHTS_FILE, check_weights, load_state_dict_file, write_model
+from fastclap.models.tokenizer import Tokenizer
 from fastclap.train.config import TrainConfig
 from fastclap.train.distributed import placed_like, whole
-from fastclap.train.step import Step, applied
+from fastclap.train.step import Step
+
+Key = TypeVar("Key", bound=Hashable)
 
 FORMAT = 1
 _STATE = "state.json"
 _TRAINER = "trainer.safetensors"
 _TEMPORARY = ".writing-"
 _OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # AdamW's
+_BLOCK_BYTES = 1 << 30
 
 # A resumed run may change these; anything else would make it another training.
 _MAY_CHANGE = [
@@ -119,61 +136,251 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def save_checkpoint(step: Step, totals: dict[str, float], tags: list[str] | None) -> None:
-    """Write `checkpoints/step-<number>` of the run folder and then remove all but the `keep` newest.
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint is written from; nothing of it changes while training goes on."""
 
-    `model.safetensors` holds the weights to use (the moving average where there is one), `trainer.safetensors` the
-    optimizer's state and, with an average, the weights under training. The main rank writes; every rank calls this,
-    because sharded tensors are put together here.
+    run_dir: Path
+    keep: int
+    state: dict[str, Any]  # of `state.json`, but for the sizes of the files
+    config: CLAPConfig
+    tokenizer: Tokenizer | None
+    card: str
+    tensors: dict[tuple[str, str], Tensor]  # by file and name
+
+
+class Written(NamedTuple):
+    """A checkpoint that has been written."""
+
+    size: int  # bytes
+    seconds: float
+
+
+class Saver:
+    """Writes the checkpoints of a run, in a thread of its own while training goes on.
+
+    A save copies the weights, the optimizer's state and the average to the host, into memory that is kept from save to
+    save; then the thread writes, flushes, renames, and removes what is older than the `keep` newest. At most one write
+    is in flight: the next save waits for it. Where the host lacks the memory for a copy, training waits for the write.
 
     Args:
-        step: model, optimizer, average and configuration.
-        totals: sums of the log interval, by name.
-        tags: the tags of the tag loss, in the order of its columns; None: there are none.
+        say: shows a line to the person who watches; never called by the thread.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._memory = HostMemory()
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_step_aside)
+        self._writing: Future[Written] | None = None
+        self._step, self._paused, self._lacking = 0, 0.0, ""
+        self._tokenizer: Tokenizer | None = None
+
+    def save(self, step: Step, totals: dict[str, float], tags: list[str] | None, *, required: bool) -> None:
+        """Write `checkpoints/step-<number>` of the run folder.
+
+        The main rank writes; every rank calls this, because sharded tensors are put together here.
+
+        Args:
+            step: model, optimizer, average and configuration.
+            totals: sums of the log interval, by name.
+            tags: the tags of the tag loss, in the order of its columns; None: there are none.
+            required: wait until the checkpoint is on the disk.
+
+        Raises:
+            TrainingError: the disk refused a required one. What was there before is untouched and the partial folder
+                removed. Of the others a warning says so, once the write has failed.
+        """
+        begin = time.perf_counter()
+        self.report(wait=True)
+        tensors, lacking = self._copied(step)
+        if not step.world.is_main:
+            return
+        model, config = step.model, step.config
+        if self._tokenizer is None:  # the thread's own, because writing it changes it for a moment
+            self._tokenizer = copy.deepcopy(model.tokenizer)
+        state = {
+            "format": FORMAT,
+            "step": step.number,
+            "config": config.to_dict(),
+            "world_size": step.world.size,
+            "totals": totals,
+            "chunk_sizes": copy.copy(step.objective.chunk_sizes),
+            "tags": tags,
+        }
+        card = model_card(model.facts) if model.card is None else model.card
+        snapshot = Snapshot(Path(config.run_dir), config.keep, state, model.config, self._tokenizer, card, tensors)
+        self._step, self._lacking = step.number, lacking
+        self._writing = self._thread.submit(write_checkpoint, snapshot)
+        if lacking:
+            futures.wait([self._writing])
+        self._paused = time.perf_counter() - begin
+        if required:
+            self.report(wait=True, required=True)
+
+    def report(self, *, wait: bool = False, required: bool = False) -> None:
+        """Say how the last save went, if it is over and this has not been said; with `wait`, once it is over.
+
+        Raises:
+            TrainingError: a `required` one has failed; of others a warning says so.
+        """
+        if self._writing is None or not (wait or self._writing.done()):
+            return
+        futures.wait([self._writing])
+        writing, self._writing = self._writing, None
+        try:
+            written = writing.result()
+        except TrainingError as error:
+            if required:
+                raise
+            self._say(f"warning: {error}; training goes on")
+            return
+        line = f"checkpoint at step {self._step}: paused {self._paused:.1f} s, written in {written.seconds:.1f} s"
+        reason = f"; training waited, because {self._lacking}" if self._lacking else ""
+        self._say(f"{line} ({_bytes(written.size)}){reason}")
+
+    def close(self) -> None:
+        """Wait for the write in flight and say how it went."""
+        self.report(wait=True)
+        self._thread.shutdown()
+
+    def _copied(self, step: Step) -> tuple[dict[tuple[str, str], Tensor], str]:
+        """On the main rank the tensors by file and name, copied to the host; and why they are not copied, if so."""
+        device, is_main, lacking = step.world.device, step.world.is_main, ""
+        tensors = {(file, name): x for file, held in _contents(step).items() for name, x in held.items()}
+        places: dict[tuple[str, str], Tensor] = {}
+        if is_main:
+            try:
+                places = self._memory.like(tensors, pinned=device.type == "cuda")
+            except MemoryError as error:
+                lacking = str(error)
+        copies = {}
+        for key, tensor in tensors.items():  # one at a time, so that no rank holds all of a sharded model
+            tensor = whole({"": tensor})[""]
+            if is_main:
+                copies[key] = places[key].copy_(tensor, non_blocking=True) if places else tensor
+        if device.type == "cuda":
+            # One wait for all copies. A stream of their own would be waited for just the same: the next optimizer step
+            # changes these tensors.
+            torch.cuda.current_stream(device).synchronize()
+        return copies, lacking
+
+
+def write_checkpoint(snapshot: Snapshot) -> Written:
+    """Write a checkpoint, then remove all but the `keep` newest. safetensors writes without Python's lock.
 
     Raises:
         TrainingError: the disk refused the write. What was there before is untouched and the partial folder removed.
     """
-    run_dir = Path(step.config.run_dir)
-    with applied(step.average):
-        weights = whole(step.model.state_dict())
-        tensors = whole(_optimizer_tensors(step))
-        if step.average is not None:  # at the moment it holds the weights under training
-            tensors |= {f"weights/{name}": tensor for name, tensor in whole(step.average.tensors).items()}
-        if not step.world.is_main:
-            return
-        root, name = run_dir / "checkpoints", f"step-{step.number}"
-        final, partial = root / name, root / f"{_TEMPORARY}{name}"
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            step.model.save_pretrained(partial, state_dict=weights)
-            save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, partial / _TRAINER)
-            sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-            state = {
-                "format": FORMAT,
-                "step": step.number,
-                "files": sizes,
-                "config": step.config.to_dict(),
-                "world_size": step.world.size,
-                "totals": totals,
-                "chunk_sizes": step.objective.chunk_sizes,
-                "tags": tags,
-            }
-            (partial / _STATE).write_text(json.dumps(state, indent=1))
-            for file in partial.iterdir():
-                fsync(file)
-            if final.exists():  # an older attempt at this step that was found damaged
-                shutil.rmtree(final)
-            os.rename(partial, final)
-            fsync(root)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise TrainingError(
-                f"{final}: the checkpoint could not be written ({error}); older ones are untouched"
-            ) from error
-    for old in checkpoints(run_dir)[: -step.config.keep]:
+    begin = time.perf_counter()
+    root, name = snapshot.run_dir / "checkpoints", f"step-{snapshot.state['step']}"
+    final, partial = root / name, root / f"{_TEMPORARY}{name}"
+    weights, trainer = (
+        {name: tensor for (file, name), tensor in snapshot.tensors.items() if file == wanted}
+        for wanted in (WEIGHTS_FILE, _TRAINER)
+    )
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        write_model(partial, snapshot.config, weights, snapshot.tokenizer, snapshot.card)
+        save_file({key: tensor.contiguous().cpu() for key, tensor in trainer.items()}, partial / _TRAINER)
+        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        (partial / _STATE).write_text(json.dumps({**snapshot.state, "files": sizes}, indent=1))
+        for file in partial.iterdir():
+            fsync(file)
+        if final.exists():  # an older attempt at this step that was found damaged
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        fsync(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(
+            f"{final}: the checkpoint could not be written ({error}); older ones are untouched"
+        ) from error
+    for old in checkpoints(snapshot.run_dir)[: -snapshot.keep]:
         shutil.rmtree(old, ignore_errors=True)
+    return Written(sum(sizes.values()), time.perf_counter() - begin)
+
+
+def _contents(step: Step) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each file by name; AdamW's state is named `step|exp_avg|exp_avg_sq/<parameter name>`."""
+    weights = step.model.state_dict()
+    trainer = {
+        f"{key}/{name}": value
+        for name, parameter in step.model.named_parameters()
+        for key, value in step.optimizer.state.get(parameter, {}).items()
+    }
+    if step.average is None:
+        return {WEIGHTS_FILE: weights, _TRAINER: trainer}
+    return {WEIGHTS_FILE: step.average.tensors, _TRAINER: trainer | {f"weights/{n}": x for n, x in weights.items()}}
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _step_aside() -> None:
+    """Give other threads and processes, the loader's above all, precedence over this thread."""
+    if sys.platform == "linux":  # elsewhere this is the whole process's
+        os.nice(10)
+
+
+class HostMemory:
+    """Memory on the host for copies of tensors, kept from one save to the next.
+
+    torch rounds page-locked memory up to a power of two, up to twice what a tensor takes; so they share blocks of 1 GiB
+    (a larger tensor has one of its own).
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+
+    def like(self, tensors: Mapping[Key, Tensor], *, pinned: bool) -> dict[Key, Tensor]:
+        """A tensor on the host for each of these, with its shape (as a whole, if it is sharded) and dtype.
+
+        Args:
+            tensors: by key.
+            pinned: whether the memory is page-locked, for fast copies from a GPU.
+
+        Raises:
+            MemoryError: the host has less memory left than that; says so in words.
+        """
+        places: dict[Key, tuple[int, int]] = {}  # block and first byte in it: the first that fits, largest tensor first
+        ends: list[int] = []
+        for key, tensor in sorted(tensors.items(), key=lambda item: item[1].nbytes, reverse=True):
+            size = -(-tensor.nbytes // 64) * 64  # any dtype may begin there
+            block = next((i for i, end in enumerate(ends) if end + size <= _BLOCK_BYTES), len(ends))
+            ends += [0] * (block == len(ends))
+            places[key] = block, ends[block]
+            ends[block] += size
+        if ends != [len(block) for block in self._blocks]:  # the first save, or a state has come into being since
+            self._blocks = []
+            self._blocks = _allocate(ends, pinned)
+        return {
+            key: self._blocks[block][begin : begin + tensors[key].nbytes]
+            .view(tensors[key].dtype)
+            .view(tensors[key].shape)
+            for key, (block, begin) in places.items()
+        }
+
+
+def _allocate(sizes: list[int], pinned: bool) -> list[Tensor]:
+    available = _available_memory()
+    if available is not None and sum(sizes) > available:  # Linux would promise it, and end the process later
+        raise MemoryError(f"a copy takes {_bytes(sum(sizes))} of host memory, of which {_bytes(available)} are left")
+    try:
+        return [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
+    except RuntimeError as error:  # torch's own for an allocation that failed
+        reason = str(error).splitlines()[0]
+        raise MemoryError(f"a copy takes {_bytes(sum(sizes))} of host memory, which it refused ({reason})") from error
+
+
+def _available_memory() -> int | None:
+    """Bytes that the host can give without swapping, where it says so (Linux)."""
+    with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -280,12 +487,3 @@ def restore_step(path: Path, step: Step) -> None:
         entries = {key: trainer[f"{key}/{name}"] for key in _OPTIMIZER_STATE if f"{key}/{name}" in trainer}
         if entries:
             step.optimizer.state[parameter] = {key: placed_like(parameter, value) for key, value in entries.items()}
-
-
-def _optimizer_tensors(step: Step) -> dict[str, Tensor]:
-    """AdamW's state as tensors named `step|exp_avg|exp_avg_sq/<parameter name>`."""
-    return {
-        f"{key}/{name}": value
-        for name, parameter in step.model.named_parameters()
-        for key, value in step.optimizer.state.get(parameter, {}).items()
-    }

@@ -160,9 +160,9 @@ class TrainConfig:
     """Passes over the training manifest instead of `steps`, which are then counted from it (0: as `steps` says)."""
     batch_size: int = 32
     """Global batch: pairs contrasted with each other, over all processes. With `data.batch_seconds`, at most these."""
-    chunk_size: int | Literal["auto"] = 0
+    chunk_size: int | Literal["auto"] = "auto"
     """Gradient caching: clips that go through the towers at once, so that the batch need not fit (0: no caching). auto
-    begins with the whole batch and halves the chunk, never the batch, whenever memory runs out."""
+    takes what the device's memory allows, and halves the chunk, never the batch, whenever it runs out."""
     accumulate: int = 1
     """Batches whose gradients are averaged into one step; unlike caching, each is contrasted within itself only."""
     seed: int = 0
@@ -171,10 +171,11 @@ class TrainConfig:
     """Autocast of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
     matmul_precision: Literal["highest", "high"] = "high"
     """Matrix products that stay in float32 on a GPU: high is TF32, highest full precision."""
-    compile: bool = False
-    """Compile the layers of the towers (torch.compile): faster steps after a slow start."""
-    checkpoint_activations: bool = False
-    """Recompute the layers of the towers in the backward pass: less memory, about a third more work."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the layers of the towers (torch.compile): faster steps after a start of a minute. auto does on a GPU."""
+    checkpoint_activations: Literal["auto", "on", "off"] = "auto"
+    """Compute the layers of the towers again in the backward pass: less memory, about a quarter more work. auto does
+    on a GPU, where that costs less than the gradient caching that would be needed instead."""
     shard: bool = False
     """Split the towers' weights, gradients and optimizer state over the processes (FSDP2)."""
     device: str = "auto"
@@ -204,6 +205,10 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def uses_bf16(self, device_type: str) -> bool:
+        """Whether the towers run under bf16 autocast on devices of this type."""
+        return self.precision == "bf16" or (self.precision == "auto" and device_type == "cuda")
 
     def check(self, processes: int = 1) -> None:
         """Raise ConfigError on the first impossible combination, naming the flag.

@@ -251,13 +251,17 @@ def shard(towers: Iterable[nn.Module], world: World) -> list[Any]:
     sharded: list[Any] = []
     for tower in towers:
         replicated = {p for module in tower.modules() for p in getattr(module, "used_from_outside", ())}
-        for name, module in list(tower.named_modules()):
-            if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in _LAYERS:
-                for layer in module:
-                    fully_shard(layer, mesh=mesh, ignored_params=replicated)
+        for layer in layers_of(tower):
+            fully_shard(layer, mesh=mesh, ignored_params=replicated)
         # Without resharding, an evaluation with averaged weights would leave copies of them behind.
         sharded.append(fully_shard(tower, mesh=mesh, reshard_after_forward=True, ignored_params=replicated))
     return sharded
+
+
+def layers_of(tower: nn.Module) -> list[nn.Module]:
+    """The transformer layers of a tower."""
+    lists = [module for name, module in tower.named_modules() if name.rpartition(".")[2] in _LAYERS]
+    return [layer for module in lists if isinstance(module, nn.ModuleList) for layer in module]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -291,6 +295,15 @@ def agree(choose: Callable[[], T], world: World) -> T:
         box, src=0, group=world.group, device=world.device if world.device.type == "cuda" else None
     )
     return box[0]
+
+
+def least(number: int, world: World) -> int:
+    """The smallest of the ranks' numbers."""
+    if world.group is None:
+        return number
+    box = torch.tensor(number, device=world.device)
+    dist.all_reduce(box, dist.ReduceOp.MIN, group=world.group)
+    return int(box)
 
 
 def barrier(world: World) -> None:

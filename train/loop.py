@@ -52,7 +52,7 @@ def train(config: TrainConfig) -> Path:
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"out of memory on {world.device} (rank {world.rank}): {error}. Continue with --resume and less at a time: "
-            "a smaller --chunk-size (auto finds one by itself in a single process), --checkpoint-activations, "
+            "a smaller --chunk-size (auto finds one by itself in a single process), --checkpoint-activations on, "
             "--shard over several processes, or a shorter --data.crop-seconds"
         ) from error
     except RuntimeError as error:
@@ -95,6 +95,7 @@ def take_steps(run: Run) -> Path:
                 journal.end_interval(number, result, run.model.logit_scale)
             if world.device.type == "cpu" or save_now or validate_now or stop or last:
                 journal.report()
+            run.saver.report()
 
             if validate_now:
                 with run.meter.paused():
@@ -127,6 +128,7 @@ def take_steps(run: Run) -> Path:
         batches.close()
         if profiler is not None:
             profiler.close()
+        run.saver.close()
         journal.close()
 
 

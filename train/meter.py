@@ -1,13 +1,18 @@
 """How fast a run is: clips per second, model FLOPs utilisation, power and energy a clip, time spent waiting for data.
 
-Nothing here waits for the device: clocks run on the host, FLOPs are counted once before the first step, and the energy
-counter is read from the driver, at log lines only.
+Nothing here waits for the device: clocks run on the host, another process counts FLOPs while training begins, and the
+energy counter is read from the driver, at log lines only.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +21,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastclap.config import CLAPConfig
 from fastclap.data import Batch
-from fastclap.models.clap import CLAP
+from fastclap.models.clap import CLAP, uninitialized_parameters
 from fastclap.train.config import TrainConfig
 from fastclap.train.distributed import World
 
@@ -40,10 +46,11 @@ class Meter:
 
     Args:
         world: this process; figures are those of all processes together, on the assumption that they are alike.
-        flops: of the model, None to leave the utilisation out.
+        flops: gives the FLOPs of the model, or None while they are being counted. Without it, or without a known peak
+            of the device, the utilisation is left out.
     """
 
-    def __init__(self, world: World, flops: FlopCount | None = None) -> None:
+    def __init__(self, world: World, flops: Callable[[], FlopCount | None] | None = None) -> None:
         self._world = world
         self._flops = flops
         self._energy = EnergyCounter(world.device) if world.device.type == "cuda" else None
@@ -51,10 +58,10 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._start, self._clips, self._waited, self._work = time.perf_counter(), 0, 0.0, 0.0
+        self._start, self._clips, self._waited, self._work = time.perf_counter(), 0, 0.0, np.zeros((2, 3))
         self._loaded, self._loading = 0, 0.0
         self._joules = self._energy.joules() if self._energy is not None else None
-        self._marked: tuple[int, float] | None = None
+        self._marked: tuple[int, np.ndarray] | None = None
 
     def loaded(self, clips: int, seconds: float, workers: int) -> None:
         """Count clips that this process received, and the seconds that one of its loader processes took for them."""
@@ -68,8 +75,8 @@ class Meter:
     def add(self, clips: int, samples: Sequence[int] = (), tokens: Sequence[int] = ()) -> None:
         """Count clips of the global batch, and what this process computed: samples a clip, tokens a caption."""
         self._clips += clips
-        if self._flops is not None and self._peak is not None:
-            self._work += 3 * (self._flops.audio(samples) + self._flops.text(tokens))  # backward is twice forward
+        if self._flops is not None:
+            self._work = self._work + np.stack([_power_sums(samples), _power_sums(tokens)])
 
     def received(self, batches: Iterable[Batch], workers: int) -> Generator[Batch, None, None]:
         """The batches as they are asked for, each counted together with the wait for it."""
@@ -117,8 +124,9 @@ class Meter:
         }
         if self._loading:
             figures["loader_clips_per_second"] = round(self._loaded / self._loading * self._world.size, 2)
-        if work and self._peak is not None:
-            figures["mfu"] = round(work / seconds / self._peak, 4)
+        flops = self._flops() if self._flops is not None else None
+        if flops is not None and self._peak is not None:
+            figures["mfu"] = round(3 * flops.forward(work) / seconds / self._peak, 4)  # backward is twice forward
         now = self._energy.joules() if self._energy is not None else None
         if now is not None and self._joules is not None:
             joules = now - self._joules
@@ -130,12 +138,11 @@ class Meter:
 
 
 def build_meter(config: TrainConfig, model: CLAP, world: World) -> Meter:
-    """A meter that knows the model's FLOPs, where they can be compared with the device's. The model is on the CPU."""
-    if peak_flops(world.device) is None:
+    """A meter that learns the model's FLOPs, on the rank that writes them and where the device's peak is known."""
+    if not world.is_main or peak_flops(world.device) is None:
         return Meter(world)
     longest = round(config.data.crop_seconds * model.sampling_rate)
-    model.eval()
-    return Meter(world, FlopCount(model, longest, config.model.text.max_tokens))
+    return Meter(world, FlopCounting(model.config, longest, config.model.text.max_tokens))
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -175,17 +182,28 @@ class EnergyCounter:
 
 
 class FlopCount:
-    """Forward FLOPs of the towers by length, counted by torch in a few forward passes of one clip and one caption.
+    """Forward FLOPs of the towers by length.
 
-    A transformer costs a + b·n + c·n² in its length n, so three lengths determine every other. Operators that torch
-    has no formula for, such as an FFT, do not count.
+    A transformer costs a·n² + b·n + c in its length n, so three lengths determine every other, and the sums of n², n
+    and 1 determine the work of any number of clips.
 
     Args:
-        model: in evaluation mode, not compiled, and on a CPU: torch sees nothing of Triton kernels.
-        longest_samples, longest_tokens: of a clip and of a caption.
+        polynomials: float64 [2, 3], the coefficients of n², n and 1, of clips in samples and of captions in tokens.
     """
 
-    def __init__(self, model: CLAP, longest_samples: int, longest_tokens: int) -> None:
+    def __init__(self, polynomials: np.ndarray) -> None:
+        self.polynomials = polynomials
+
+    @classmethod
+    def of(cls, model: CLAP, longest_samples: int, longest_tokens: int) -> FlopCount:
+        """Counted by torch in a few forward passes of one clip and one caption.
+
+        Operators that torch has no formula for, such as an FFT, do not count.
+
+        Args:
+            model: in evaluation mode, not compiled, and on a CPU: torch sees nothing of Triton kernels.
+            longest_samples, longest_tokens: of a clip and of a caption.
+        """
 
         def audio(samples: int) -> float:
             waveform, length = torch.zeros(1, samples), torch.full((1,), samples)
@@ -196,16 +214,59 @@ class FlopCount:
             return _count(lambda: model.encode_text(ids, torch.ones_like(ids)))
 
         least = max(model.audio_branch.min_samples, longest_samples // 8)
-        self._audio = _quadratic(audio, least, max(longest_samples, least + 2))
-        self._text = _quadratic(text, 2, max(longest_tokens, 4))
+        clips = _quadratic(audio, least, max(longest_samples, least + 2))
+        return cls(np.stack([clips, _quadratic(text, 2, max(longest_tokens, 4))]))
 
     def audio(self, samples: Sequence[int]) -> float:
         """FLOPs of clips of these lengths."""
-        return _evaluate(self._audio, samples)
+        return float(self.polynomials[0] @ _power_sums(samples))
 
     def text(self, tokens: Sequence[int]) -> float:
         """FLOPs of captions of these lengths."""
-        return _evaluate(self._text, tokens)
+        return float(self.polynomials[1] @ _power_sums(tokens))
+
+    def forward(
+        self,
+        sums: np.ndarray,  # float64 [2, 3]
+    ) -> float:
+        """FLOPs of clips and captions, of which these are the sums of n², n and 1."""
+        return float((self.polynomials * sums).sum())
+
+
+class FlopCounting:
+    """Callable: the FLOPs of a model, or None until a process of its own has counted them.
+
+    The forward passes of a large model take a CPU many seconds. A thread would not do: the choice of an attention
+    kernel and the random generator belong to the whole process, and a training step uses both. If counting fails, its
+    message is on stderr and there are no figures.
+
+    Args:
+        config: complete, as a model has it.
+        longest_samples, longest_tokens: of a clip and of a caption.
+    """
+
+    def __init__(self, config: CLAPConfig, longest_samples: int, longest_tokens: int) -> None:
+        request = json.dumps([config.to_dict(), longest_samples, longest_tokens])
+        command = [sys.executable, "-m", "fastclap.train.meter", request]
+        # a session of its own: what stops the run (Ctrl-C) makes no noise here
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+        weakref.finalize(self, self._process.kill)  # with the run at the latest
+        self._found: FlopCount | None = None
+
+    def __call__(self) -> FlopCount | None:
+        if self._found is None and self._process.poll() == 0 and self._process.stdout is not None:
+            with self._process.stdout as answer:
+                self._found = FlopCount(np.array(json.loads(answer.read())))
+        return self._found
+
+
+def _answer(request: str) -> str:
+    """What the process of `FlopCounting` does."""
+    config, longest_samples, longest_tokens = json.loads(request)
+    os.nice(10)  # the loader goes first
+    with uninitialized_parameters():
+        model = CLAP(CLAPConfig.from_dict(config), load_pretrained=False).eval()
+    return json.dumps(FlopCount.of(model, longest_samples, longest_tokens).polynomials.tolist())
 
 
 def _count(call: Any) -> float:
@@ -222,5 +283,10 @@ def _quadratic(count: Any, least: int, most: int) -> np.ndarray:
     return np.polyfit(points / most, [count(int(n)) for n in points], 2) / most ** np.array([2.0, 1.0, 0.0])
 
 
-def _evaluate(polynomial: np.ndarray, lengths: Sequence[int]) -> float:
-    return float(np.polyval(polynomial, np.asarray(lengths, dtype=np.float64)).sum())
+def _power_sums(lengths: Sequence[int]) -> np.ndarray:  # [3]: Σn², Σn, Σ1
+    n = np.asarray(lengths, dtype=np.float64)
+    return np.array([n @ n, n.sum(), len(n)])
+
+
+if __name__ == "__main__":
+    print(_answer(sys.argv[1]))

@@ -23,7 +23,7 @@ from fastclap.models.audio_towers import LogMelTower
 from fastclap.models.clap import CLAP
 from fastclap.models.tokenizer import train_tokenizer
 from fastclap.prompts import load_prompts
-from fastclap.train import checkpoint, distributed
+from fastclap.train import checkpoint, distributed, memory
 from fastclap.train.best import Best, comparable_figures
 from fastclap.train.config import TrainConfig, ValidConfig
 from fastclap.train.distributed import World
@@ -48,6 +48,7 @@ class Run:
     quarantine: Quarantine
     meter: Meter
     journal: Journal
+    saver: checkpoint.Saver
 
     @property
     def folder(self) -> Path:
@@ -89,14 +90,9 @@ class Run:
                 self.journal.say(f"the best so far: {self.journal.best}   model: {self.best_folder}")
 
     def save(self, *, required: bool) -> None:
-        """Write a checkpoint (every rank calls this). One that fails is reported; only a required one ends the run."""
-        totals = self.journal.state()
-        try:
-            checkpoint.save_checkpoint(self.step, totals, None if self.tags is None else self.tags.vocabulary)
-        except TrainingError as error:
-            if required:
-                raise
-            self.journal.say(f"warning: {error}; training goes on")
+        """Write a checkpoint (every rank calls this): a required one before this returns, or the run ends."""
+        tags = None if self.tags is None else self.tags.vocabulary
+        self.saver.save(self.step, self.journal.state(), tags, required=required)
 
     def finish(self) -> None:
         """Validate, save and export at the end of the run, and write its report."""
@@ -183,22 +179,28 @@ def prepare(config: TrainConfig, world: World) -> Run:
     if resume_path is None:
         fit_feature_statistics(model, dataset, world)
     towers: list[Any] = [model.audio_branch, model.text_branch]
+    compiled = config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda")
+    captions = [text for row in manifest[:256] for text in (*row.captions[:1], *row.fine_captions[:1])]
+    plan = memory.plan(model, captions, config, world)
     for tower in towers:
-        tower.prepare_training(compile=config.compile, checkpoint=config.checkpoint_activations)
+        tower.prepare_training(compile=compiled, checkpoint=plan.checkpoint)
     sharded = distributed.shard(towers, world) if config.shard else []
 
     # The step, and the state of the optimizer and of the average that it continues from.
-    chunk_sizes = state["chunk_sizes"] if state else None
+    chunk_sizes = (state or {}).get("chunk_sizes") or [plan.chunk_size] * 2
     step = Step(model, config, world, sharded=sharded, teacher=teacher, number=start_step, chunk_sizes=chunk_sizes)
     if resume_path is not None:
         checkpoint.restore_step(resume_path, step)
 
     journal = Journal(config, world, meter, state, best)
     journal.say(opening_line(config, model, manifest, valid, start_step))
+    if plan.text:
+        journal.say(plan.text)
     quarantine = Quarantine(Path(config.run_dir) / "quarantine.jsonl", len(manifest), data.max_bad_share)
     on_gpu = world.device.type == "cuda"
     loader = make_loader(dataset, sampler, num_workers=data.workers, prefetch=data.prefetch, pin_memory=on_gpu)
-    return Run(config, world, model, step, tags, valid, loader, quarantine, meter, journal)
+    saver = checkpoint.Saver(journal.say)
+    return Run(config, world, model, step, tags, valid, loader, quarantine, meter, journal, saver)
 
 
 def make_demo_data(config: TrainConfig, world: World) -> None:
@@ -320,9 +322,10 @@ def fit_feature_statistics(model: CLAP, dataset: ClipDataset, world: World) -> N
 def opening_line(config: TrainConfig, model: CLAP, manifest: Manifest, valid: Manifest | None, start_step: int) -> str:
     """The first line of the log: the size of model, data and batch, and the step that the run begins after."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    chunks = f" in chunks of {config.chunk_size}" if config.chunk_size not in (0, "auto") else ""
     start = f"resumed at step {start_step}" if start_step else "from step 0"
     held_out = f", {len(valid)} to validate" if valid is not None else ""
     return (
         f"{parameters / 1e6:.2f} M parameters, {len(manifest)} clips to train on{held_out}, "
-        f"batch {config.batch_size}{f' in chunks of {config.chunk_size}' if config.chunk_size else ''}, {start}"
+        f"batch {config.batch_size}{chunks}, {start}"
     )

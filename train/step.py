@@ -75,13 +75,12 @@ class Step:
         self.gradients = Gradients(
             [p for group in self.optimizer.param_groups for p in group["params"]], world, sharded
         )
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
         automatic = chunk_sizes or config.batch_size // world.size
         self.objective = Objective(
             model,
             config.loss,
             automatic if config.chunk_size == "auto" else config.chunk_size,
-            torch.bfloat16 if bf16 else None,
+            torch.bfloat16 if config.uses_bf16(world.device.type) else None,
             world,
             self.gradients.held,
             every_caption=config.shard,

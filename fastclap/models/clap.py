@@ -255,7 +255,7 @@ class CLAP(DualEncoder):
     @classmethod
     def _from_saved(cls, saved: SavedModel) -> CLAP:
         try:
-            with _uninitialized_parameters():
+            with uninitialized_parameters():
                 model = cls(saved.config, saved.tokenizer, load_pretrained=False)
         except ConfigError as error:
             raise ModelError(f"{saved.config_file}: {error}") from error
@@ -369,7 +369,7 @@ def _no_grad_if(frozen: bool) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _uninitialized_parameters() -> Iterator[None]:
+def uninitialized_parameters() -> Iterator[None]:
     """Parameters made within keep what the memory holds, until weights are read into all of them.
 
     Drawing 600 million random numbers to overwrite them takes ten times as long as reading the weights. What is left of

@@ -14,7 +14,7 @@ cannot is run on groups of captions of similar length (`length_groups`).
 from __future__ import annotations
 
 import functools
-import math
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -41,6 +41,7 @@ class Packing:
 
     Attributes:
         lengths: as given.
+        count: sequences.
         longest: rows of the padded form.
         total: rows of the packed form.
         positions: int64 [total], of each row within its sequence.
@@ -49,19 +50,17 @@ class Packing:
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.lengths = list(lengths)
+        self.count = len(self.lengths)
         self.longest = max(self.lengths)
         self.total = sum(self.lengths)
         starts = np.cumsum([0, *self.lengths])
-        sequence = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        sequence = np.repeat(np.arange(self.count), self.lengths)
         positions = np.arange(self.total) - starts[sequence]
         rows = np.stack([sequence * self.longest + positions, positions])
         self._rows, self.positions = to_device(torch.from_numpy(rows), device)
         self.starts = to_device(torch.from_numpy(starts.astype(np.int32)), device)
-
-    @functools.cached_property
-    def _keys(self) -> Tensor:  # bool [B, 1, 1, longest]
-        positions = torch.arange(self.longest, device=self.starts.device)
-        return (positions < self.starts.diff()[:, None])[:, None, None]
+        columns = torch.arange(self.longest, device=device)
+        self._keys = (columns < self.starts.diff()[:, None])[:, None, None]  # bool [B, 1, 1, longest]
 
     def pack(
         self,
@@ -75,8 +74,8 @@ class Packing:
         x: Tensor,  # [total, ...]
     ) -> Tensor:  # [B, longest, ...]
         """The padded form of packed rows, zero past each end."""
-        padded = x.new_zeros(len(self.lengths) * self.longest, *x.shape[1:])
-        return padded.index_copy(0, self._rows, x).unflatten(0, (len(self.lengths), self.longest))
+        padded = x.new_zeros(self.count * self.longest, *x.shape[1:])
+        return padded.index_copy(0, self._rows, x).unflatten(0, (self.count, self.longest))
 
     def attention(
         self,
@@ -84,16 +83,26 @@ class Packing:
         key: Tensor,  # [total, H, d]
         value: Tensor,  # [total, H, d]
         dropout: float = 0.0,
+        scale: float | None = None,
     ) -> Tensor:  # [total, H, d]
-        """softmax(q kᵀ / √d) v of each sequence by itself; `dropout` is the rate on the attention weights."""
+        """softmax(scale · q kᵀ) v of each sequence by itself.
+
+        Args:
+            query, key, value: packed rows.
+            dropout: rate on the attention weights.
+            scale: 1/√d when None.
+        """
         if dropout == 0 and _flash_takes(query):
-            return _varlen_attention()(query, key, value, self.starts, self.starts, self.longest, self.longest)
-        if query.device.type == "cpu" and query.numel() >= _MIN_CALL * len(self.lengths):
+            return _varlen_attention()(
+                query, key, value, self.starts, self.starts, self.longest, self.longest, scale=scale
+            )
+        if query.device.type == "cpu" and query.numel() >= _MIN_CALL * self.count:
             parts = zip(*(x.transpose(0, 1)[None].split(self.lengths, 2) for x in (query, key, value)), strict=True)
-            attended = [F.scaled_dot_product_attention(q, k, v, dropout_p=dropout) for q, k, v in parts]
+            attended = [F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale) for q, k, v in parts]
             return torch.cat(attended, 2)[0].transpose(0, 1)
         q, k, v = (self.unpack(x).transpose(1, 2) for x in (query, key, value))
-        return self.pack(F.scaled_dot_product_attention(q, k, v, self._keys, dropout).transpose(1, 2))
+        out = F.scaled_dot_product_attention(q, k, v, self._keys, dropout, scale=scale)
+        return self.pack(out.transpose(1, 2))
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -154,12 +163,13 @@ def has_sharded_parts(module: nn.Module) -> bool:
 
 @functools.cache
 def _varlen_attention() -> Any:
-    """torch's operator, None where this build or release (before 2.10) has none."""
+    """torch's operator, None where this build or release (before 2.11) has none that takes a scale."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if torch.backends.cuda.is_flash_attention_available() else None
+    takes_scale = "scale" in inspect.signature(varlen_attn).parameters
+    return varlen_attn if takes_scale and torch.backends.cuda.is_flash_attention_available() else None
 
 
 @functools.cache
@@ -224,8 +234,5 @@ def _attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
-    factor = 1.0 if scaling is None else scaling * math.sqrt(query.shape[-1])
-    if not math.isclose(factor, 1.0):
-        query = query * factor
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    return packing.attention(query, key, value, dropout)[None], None
+    return packing.attention(query, key, value, dropout, scaling)[None], None

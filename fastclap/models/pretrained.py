@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -92,3 +94,19 @@ def checkpoint_layers(module: Any) -> None:
         module.gradient_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
         raise ConfigError(f"activation checkpointing: {error}") from error
+
+
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """Compile layers of one class for training. They share their graphs, which serve batches of every size.
+
+    Sizes are unknowns from the first graph on. A graph for each size would soon be one more than torch keeps of a piece
+    of code (eight), after which it silently runs as it is; of unknown sizes there are four: with a gradient or without
+    (the first pass of a gradient cache), of several rows or of one.
+    """
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
+def graphs_in(training: bool) -> AbstractContextManager[Any]:
+    """Compiled layers run as they were written unless in training: evaluation has batches of many more kinds."""
+    return nullcontext() if training else torch.compiler.set_stance("force_eager")

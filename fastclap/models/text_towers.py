@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,14 @@ from fastclap.models.packing import (
     to_device,
     use_packed_attention,
 )
-from fastclap.models.pretrained import checkpoint_layers, complete_config, transformers_config, transformers_model
+from fastclap.models.pretrained import (
+    checkpoint_layers,
+    compile_layers,
+    complete_config,
+    graphs_in,
+    transformers_config,
+    transformers_model,
+)
 
 
 class TextTower(nn.Module):
@@ -95,6 +103,7 @@ class TransformersTextTower(TextTower):
         self.vocab_size = model_config.vocab_size
         self.pooling = config.pooling
         self.packs = use_packed_attention(self.base)
+        self.compiled = False
         pooler = getattr(self.base, "pooler", None)
         if config.pooling == "pooler" and pooler is None:
             raise ConfigError(f"{model_config.model_type} has no pooler; use cls or mean pooling")
@@ -104,8 +113,15 @@ class TransformersTextTower(TextTower):
     def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
         if checkpoint:
             checkpoint_layers(self.base)
+        if compile and self.packs:  # of these the layers are known to become whole graphs
+            compile_layers(self.base.encoder.layer)
+            self.compiled = True
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int] | None = None) -> Tensor:
+        with graphs_in(self.training) if self.compiled else nullcontext():
+            return self._encode(input_ids, attention_mask, token_counts)
+
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int] | None) -> Tensor:
         if token_counts is None:
             return self._encode_padded(input_ids, attention_mask)
         longest = longest_of("token_counts", token_counts, input_ids)

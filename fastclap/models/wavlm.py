@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu
 from fastclap.kernels.toeplitz_attention import gated_toeplitz_attention
+from fastclap.models.pretrained import compile_layers, graphs_in
 
 
 def accelerate(model: Any, *, encoder: bool = True) -> None:
@@ -313,8 +314,7 @@ class Encoder(nn.Module):
 
     Attributes:
         checkpoint: in training, keep each layer's input only and compute the layer again in the backward pass.
-        compiled: the layers are compiled, which is for training alone: evaluation has batches of all shapes, and each
-            new one would take its place among the few versions that torch keeps of a piece of code.
+        compiled: the layers are compiled, for training alone.
     """
 
     buckets: Tensor
@@ -344,8 +344,7 @@ class Encoder(nn.Module):
         """Execution options without effect on results; see the attributes."""
         self.checkpoint, self.compiled = checkpoint, compile
         if compile:
-            for layer in self.layers:
-                layer.compile()  # one graph serves all layers
+            compile_layers(self.layers)
 
     def position_table(self, frames: int) -> Tensor:  # float32 or float64 [heads, 2 · frames − 1]
         """Position bias of every head at the distances −(frames − 1) .. frames − 1, before the gate."""
@@ -378,8 +377,9 @@ class Encoder(nn.Module):
         # LayerDrop: drawn on the host, whose generator a gradient cache replays, and read without asking a device
         drops = self.training and self.layerdrop > 0
         draws = torch.rand(len(self.layers), device="cpu").tolist() if drops else [1.0] * len(self.layers)
-        eager = self.compiled and not self.training
-        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+        if self.compiled:  # as many clips as heads are a coincidence, of which a graph should make no rule
+            torch._dynamo.mark_static(table, 0)
+        with graphs_in(self.training) if self.compiled else nullcontext():
             for index, (layer, draw) in enumerate(zip(self.layers, draws, strict=True)):
                 if visit is not None:
                     visit(x)

@@ -139,9 +139,11 @@ def test_attention_dropout_zeroes_weights_and_keeps_their_mean(min_call: int, mo
 def test_flash_attention_gets_cumulative_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operator runs on a GPU only: here its arguments, against its signature where this torch has it."""
     calls: list[tuple[Any, ...]] = []
+    scales: list[float | None] = []
 
-    def operator(*arguments: Any) -> Tensor:
+    def operator(*arguments: Any, scale: float | None) -> Tensor:
         calls.append(arguments)
+        scales.append(scale)
         return arguments[2]
 
     real = packing_module._varlen_attention()
@@ -152,9 +154,10 @@ def test_flash_attention_gets_cumulative_lengths(monkeypatch: pytest.MonkeyPatch
     assert calls[0][:3] == (q, k, v) and calls[0][5:] == (9, 9)
     assert all(starts.tolist() == [0, 5, 6, 15, 24, 27, 29] for starts in calls[0][3:5])
     if real is not None:
-        inspect.signature(real).bind(*calls[0])
+        inspect.signature(real).bind(*calls[0], scale=None)
+    Packing(COUNTS, CPU).attention(q, k, v, scale=0.7)
     Packing(COUNTS, CPU).attention(q, k, v, dropout=0.5)  # which the operator lacks
-    assert len(calls) == 1
+    assert scales == [None, 0.7]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -310,6 +313,40 @@ def test_dropout_and_activation_checkpoints_of_packed_captions(name: str) -> Non
     checkpointed, of_checkpointed = run()
     assert torch.equal(out, checkpointed)
     assert all(torch.equal(gradient, of_checkpointed[key]) for key, gradient in gradients.items())
+
+
+def test_compiled_layers_are_whole_graphs_of_any_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layers share one graph for packed captions and one for padded ones, however many and long these are."""
+    torch._dynamo.reset()
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda x, **options: compile_module(x, backend=backend, fullgraph=True, **options)
+    )
+    monkeypatch.setattr(packing_module, "_MIN_CALL", 1 << 40)  # as on a GPU: no call for each caption
+    config = dataclasses.replace(
+        TEXT["roberta"], hf_config={**(TEXT["roberta"].hf_config or {}), "num_hidden_layers": 3}
+    )
+    torch.manual_seed(0)
+    tower: Any = build_text_tower(config)
+    batches = [COUNTS, COUNTS[1:], [4, 9, 2], [6, 6, 6, 6], [3, 3]]
+    expected = [tower.eval()(*captions(counts, pad=1), token_counts=counts) for counts in batches]
+    tower.prepare_training(compile=True)
+    for module in tower.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    tower.train()
+    for counts, plain in zip(batches, expected, strict=True):
+        assert_close_rel("compiled", plain, tower(*captions(counts, pad=1), token_counts=counts), 1e-5)
+    assert len(graphs) == 2
+    tower.eval()(*captions([2, 5], pad=1), token_counts=[2, 5])
+    assert len(graphs) == 2  # evaluation runs the layers as they are
+    torch._dynamo.reset()
 
 
 def test_a_scale_of_attention_other_than_the_usual() -> None:
