@@ -111,8 +111,10 @@ class OptimizerConfig:
     """Denominator offset."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "cooldown"] = "cosine"
+    """Shape of the decay after the warm-up; cooldown is constant, then 1 - √ over the last `cooldown_share`."""
+    cooldown_share: float = 0.2
+    """Share of all steps over which the learning rate decays, with `cooldown`."""
     final_share: float = 0.0
     """Learning rate at the last step, as a share of the peak."""
     clip_norm: float = 1.0
@@ -132,7 +134,13 @@ class ValidConfig:
     prompts: str | None = None
     """JSON file of prompts instead: {"class": ["prompt", ...]}, or one such mapping for each column."""
     batch_size: int = 32
-    """Clips embedded at a time."""
+    """Clips embedded at a time, by each of the processes, which share the validation."""
+    best: str | None = None
+    """Figure by which validations are compared, such as retrieval/global/audio_to_text/R@1 or
+    classification/classification_tag/uar; the model of the best one is kept as `best` in the run folder. Ranks are
+    better when they are small, everything else when it is large."""
+    patience: int = 0
+    """Validations without a better `best` after which the run ends (0: it takes all steps)."""
 
 
 @dataclass
@@ -209,7 +217,7 @@ class TrainConfig:
             processes: that the batch is shared by.
         """
         data, loss, optimizer = self.data, self.loss, self.optimizer
-        teacher, fine = loss.teacher, data.fine_characters
+        teacher, fine, valid = loss.teacher, data.fine_characters, self.valid
         rules = [
             (bool(data.train) or data.demo_clips > 0, "--data.train is empty: name at least one training manifest"),
             (self.steps >= 1, f"--steps is {self.steps}; it must be at least 1"),
@@ -246,6 +254,10 @@ class TrainConfig:
                 f"--optimizer.tower-lr-scale is {optimizer.tower_lr_scale}; it must not be negative",
             ),
             (
+                0 < optimizer.cooldown_share <= 1,
+                f"--optimizer.cooldown-share is {optimizer.cooldown_share}; it is a share of the steps, up to 1",
+            ),
+            (
                 0 <= optimizer.ema_decay < 1,
                 f"--optimizer.ema-decay is {optimizer.ema_decay}; it must lie in [0, 1)",
             ),
@@ -274,6 +286,15 @@ class TrainConfig:
             (
                 loss.teacher_temperature is None or loss.teacher_temperature > 0,
                 f"--loss.teacher-temperature is {loss.teacher_temperature}; it must be positive",
+            ),
+            (
+                valid.best is None or bool(data.valid) or data.demo_clips > 0,
+                "--valid.best compares validations: name a manifest for them with --data.valid",
+            ),
+            (valid.patience >= 0, f"--valid.patience is {valid.patience}; it must not be negative"),
+            (
+                valid.patience == 0 or (valid.best is not None and self.valid_every > 0),
+                "--valid.patience needs --valid.best, the figure that has to get better, and --valid-every",
             ),
             (
                 self.batch_size % processes == 0,

@@ -21,6 +21,7 @@ from torch import Tensor
 import fastclap
 from fastclap.errors import ConfigError, TrainingError
 from fastclap.files import write_atomic
+from fastclap.train.best import Best
 from fastclap.train.config import TrainConfig
 from fastclap.train.distributed import World
 from fastclap.train.meter import Meter
@@ -38,10 +39,18 @@ class Journal:
         world: this process.
         meter: whose figures the lines of the log end with.
         state: of the checkpoint that the run continues from.
+        best: compares the validations.
+
+    Attributes:
+        validated: step of the last validation; None before the first.
     """
 
-    def __init__(self, config: TrainConfig, world: World, meter: Meter, state: dict[str, Any] | None) -> None:
+    def __init__(
+        self, config: TrainConfig, world: World, meter: Meter, state: dict[str, Any] | None, best: Best
+    ) -> None:
         self.totals = Totals(world.device, state["totals"] if state else None)
+        self.best = best
+        self.validated: int | None = state["totals"].get("validated") if state else None
         self._config, self._meter = config, meter
         self._pending: LogStep | None = None
         self._file = self._progress = self._tensorboard = self._wandb = None
@@ -90,9 +99,11 @@ class Journal:
             record = {"kind": "train", **head, **figures}
             self._write({**record, "time": lap}, train_line(record, lap, self._config))
 
-    def write_validation(self, step: int, figures: dict[str, Any]) -> None:
-        """Write the figures of a validation."""
+    def write_validation(self, step: int, figures: dict[str, Any]) -> bool:
+        """Write the figures of a validation, and say whether it is the best so far; every rank calls this."""
         self._write({"kind": "valid", "step": step, **figures}, valid_line(step, figures))
+        self.validated = step
+        return self.best.is_beaten(step, figures)
 
     def say(self, message: str) -> None:
         """One line for the person who watches."""
@@ -115,11 +126,11 @@ class Journal:
         if self._wandb is not None:
             self._wandb.log(values, step=record["step"])
 
-    def state(self) -> dict[str, float]:
-        """The sums, for a checkpoint; the record that it continues is forced onto the disk first."""
+    def state(self) -> dict[str, Any]:
+        """The sums and the best validation, for a checkpoint; the record is forced onto the disk first."""
         if self._file is not None:
             self._sync(self._file)
-        return self.totals.state()
+        return {**self.totals.state(), "validated": self.validated, "best": self.best.state()}
 
     def close(self) -> None:
         """Close every file, and leave the terminal as it was."""

@@ -87,13 +87,15 @@ def in_words(error: Exception, world: World) -> Exception:
 def take_steps(run: Run) -> Path:
     """The steps of a run, from where it stands to its end."""
     config, world, step, journal = run.config, run.world, run.step, run.journal
-    first = step.number + 1
+    first, last_step = step.number + 1, config.steps
+    if journal.best.out_of_patience:  # an earlier start ended for that reason
+        last_step = step.number
     batches = run.meter.received(batches_on_device(run), config.data.workers)
     interrupt = Interrupt()
     profiler = Profiler(run.folder, world) if config.profile and world.is_main else None
     run.model.train()
     try:
-        for number in range(first, config.steps + 1):
+        for number in range(first, last_step + 1):
             seed_step(config, number, world)
             result = step(batches, lambda: interrupt.wanted)
             journal.count(number, result)
@@ -116,6 +118,11 @@ def take_steps(run: Run) -> Path:
             if validate_now:
                 with run.meter.paused():
                     run.validate()
+                if journal.best.out_of_patience:
+                    if number % config.log_every:
+                        journal.end_interval(number, result, run.model.logit_scale)
+                        journal.report()
+                    break
             if save_now:
                 with run.meter.paused():
                     run.save(required=False)
@@ -124,7 +131,12 @@ def take_steps(run: Run) -> Path:
                 journal.say(f"stopped by {interrupt.name or 'another process'} at step {number}; --resume continues")
                 return run.model_folder
 
-        if first <= config.steps or not run.model_folder.exists():
+        if journal.best.out_of_patience and step.number < config.steps:
+            journal.say(
+                f"ended at step {step.number} of {config.steps}: the patience of {config.valid.patience} is used up, "
+                f"the best is {journal.best}; --resume with a larger --valid.patience goes on"
+            )
+        if step.number >= first or not run.model_folder.exists():
             run.finish()
         journal.say(f"model: {run.model_folder}   report: {run.folder / 'report' / 'report.html'}")
         distributed.barrier(world)

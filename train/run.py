@@ -18,13 +18,14 @@ from fastclap.data.demo_voices import write_demo
 from fastclap.data.rows import with_fine_captions
 from fastclap.data.tags import TagPrompts
 from fastclap.errors import ConfigError, TrainingError
-from fastclap.evaluation import ClassificationTask, evaluate, write_report
+from fastclap.evaluation import ClassificationTask, caption_sets, evaluate, write_report
 from fastclap.models.audio_towers import LogMelTower
 from fastclap.models.clap import CLAP
 from fastclap.models.tokenizer import train_tokenizer
 from fastclap.prompts import load_prompts
 from fastclap.train import checkpoint, distributed, memory
-from fastclap.train.config import TrainConfig
+from fastclap.train.best import Best, comparable_figures
+from fastclap.train.config import TrainConfig, ValidConfig
 from fastclap.train.distributed import World
 from fastclap.train.journal import Journal
 from fastclap.train.meter import Meter, build_meter
@@ -56,27 +57,37 @@ class Run:
 
     @property
     def model_folder(self) -> Path:
-        """Where `export` writes the model."""
+        """Where the model of the last step goes."""
         return self.folder / "model"
 
-    def validate(self) -> None:
-        """Retrieval and zero-shot classification with the weights to use; on the main rank, the others wait.
+    @property
+    def best_folder(self) -> Path:
+        """Where the model of the best validation goes."""
+        return self.folder / "best"
 
-        Each rank holds a part of sharded towers, so all of them take part then.
+    def validate(self) -> None:
+        """Retrieval and zero-shot classification with the weights to use, which are kept if they are the best so far.
+
+        The ranks share the work; every one of them calls this.
         """
         if self.valid is None:
             return
-        if self.world.is_main or self.config.shard:
-            config, manifest = self.config.valid, self.valid
-            columns = [c for c in config.classify if c in manifest.columns or c == "classification_tag"]
-            if not any(row.classification_tag for row in manifest):
-                columns = [column for column in columns if column != "classification_tag"]
-            prompts = {c: load_prompts(config.prompts, c) for c in columns} if config.prompts else {}
-            tasks = [ClassificationTask(c, config.template, prompts.get(c) or None) for c in columns]
-            with applied(self.step.average):
-                figures = evaluate(self.model, manifest, tasks=tasks, batch_size=config.batch_size)
-            self.journal.write_validation(self.step.number, figures)
-        distributed.barrier(self.world)
+        config = self.config.valid
+        with applied(self.step.average):
+            figures = evaluate(
+                self.model,
+                self.valid,
+                tasks=classification_tasks(config, self.valid),
+                batch_size=config.batch_size,
+                process_group=self.world.group,
+            )
+        if self.journal.write_validation(self.step.number, figures):
+            try:
+                self.export(self.best_folder)
+            except TrainingError as error:
+                self.journal.say(f"warning: {error}; training goes on")
+            else:
+                self.journal.say(f"the best so far: {self.journal.best}   model: {self.best_folder}")
 
     def save(self, *, required: bool) -> None:
         """Write a checkpoint (every rank calls this): a required one before this returns, or the run ends."""
@@ -85,23 +96,24 @@ class Run:
 
     def finish(self) -> None:
         """Validate, save and export at the end of the run, and write its report."""
-        self.validate()
+        if self.journal.validated != self.step.number:
+            self.validate()
         self.save(required=True)
-        self.export()
+        self.export(self.model_folder)
         if self.world.is_main:
             write_report(self.folder / "report", run=self.folder)
 
-    def export(self) -> None:
-        """Write the model to use; an older export stays until the new one is complete."""
+    def export(self, folder: Path) -> None:
+        """Write the model to use; an older one in the folder stays until the new one is complete."""
         with applied(self.step.average):
             weights = distributed.whole(self.model.state_dict())
             if not self.world.is_main:
                 return
             try:
-                self.model.save_pretrained(self.model_folder, state_dict=weights, run=self.folder)
+                self.model.save_pretrained(folder, state_dict=weights, run=self.folder)
             except (OSError, SafetensorError) as error:
                 raise TrainingError(
-                    f"{self.model_folder}: the model could not be written ({error}); the checkpoints hold it"
+                    f"{folder}: the model could not be written ({error}); the checkpoints hold it"
                 ) from error
 
 
@@ -141,6 +153,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
         config.steps = max(1, config.epochs * sampler.batches_per_epoch // config.accumulate)
     sampler.stop_step = config.steps * config.accumulate
     tags = find_tags(config, manifest, state)
+    best = best_validation(config, valid, state)
 
     # The model, and the weights that it continues from.
     model = build_model(config, manifest, resume_path)
@@ -179,7 +192,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     if resume_path is not None:
         checkpoint.restore_step(resume_path, step)
 
-    journal = Journal(config, world, meter, state)
+    journal = Journal(config, world, meter, state, best)
     journal.say(opening_line(config, model, manifest, valid, start_step))
     if plan.text:
         journal.say(plan.text)
@@ -214,6 +227,26 @@ def read_manifests(config: TrainConfig) -> tuple[Manifest, Manifest | None]:
     if not data.valid:
         return manifest, None
     return manifest, load_manifest(data.valid, audio_root=data.audio_root, columns=data.columns)
+
+
+def classification_tasks(config: ValidConfig, manifest: Manifest) -> list[ClassificationTask]:
+    """The columns to classify in a validation: those asked for that the manifest has."""
+    columns = [c for c in config.classify if c in manifest.columns or c == "classification_tag"]
+    if not any(row.classification_tag for row in manifest):
+        columns = [column for column in columns if column != "classification_tag"]
+    prompts = {c: load_prompts(config.prompts, c) for c in columns} if config.prompts else {}
+    return [ClassificationTask(c, config.template, prompts.get(c) or None) for c in columns]
+
+
+def best_validation(config: TrainConfig, valid: Manifest | None, state: dict[str, Any] | None) -> Best:
+    """What compares the validations of a run, as far as an earlier start has come.
+
+    Raises:
+        ConfigError: `valid.best` is no figure of this manifest's validation.
+    """
+    columns = [] if valid is None else [task.column for task in classification_tasks(config.valid, valid)]
+    figures = comparable_figures([] if valid is None else caption_sets(valid), columns)
+    return Best(config.valid, figures, state["totals"].get("best") if state else None)
 
 
 def find_tags(config: TrainConfig, manifest: Manifest, state: dict[str, Any] | None) -> TagPrompts | None:

@@ -430,11 +430,20 @@ def in_order_of_arrival(model: CLAP) -> list[nn.Parameter]:
 
 
 def scheduled_learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
-    """Learning rate of step 1..total: linear warm-up to the peak, then the chosen decay to `final_share` of it."""
+    """Learning rate of step 1..total: linear warm-up to the peak, then the chosen decay to `final_share` of it.
+
+    cooldown is the schedule of Hägele et al. 2024 (arXiv:2405.18392): constant, then 1 - √(share of the cooldown that
+    is over), which ended lower than a linear decay in their runs. Up to the cooldown it does not depend on `total`.
+    """
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
-    remaining = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[
-        config.schedule
-    ]
+    # whole steps, so that rounding errors do not reach into the constant part
+    cooldown = max(1, min(round(config.cooldown_share * total), total - config.warmup_steps))
+    remaining = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+        "cooldown": 1 - math.sqrt(max(0, step - (total - cooldown)) / cooldown),
+    }[config.schedule]
     return config.learning_rate * (config.final_share + (1 - config.final_share) * remaining)

@@ -504,6 +504,7 @@ def eval_batches(
     max_seconds: float | None = None,
     bad: list[BadClip] | None = None,
     threads: int = 4,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[EvalBatch]:
     """Every clip once, whole, longest first in batches of similar length, for evaluation and embedding.
 
@@ -516,6 +517,8 @@ def eval_batches(
         max_seconds: use no more than the beginning of longer clips.
         bad: unusable clips are appended to this list and left out; without a list they are an error.
         threads: decoding threads.
+        share: rank and number of processes that share the batches: this one makes each `share[1]`-th, and they are as
+            long as those of the others to within one batch.
 
     Raises:
         DataError: a clip is unusable and `bad` is None.
@@ -530,11 +533,12 @@ def eval_batches(
             return row, BadClip(row, error.path, error.reason, clip_row.origin)
 
     order = np.argsort(-clip_durations(manifest), kind="stable").tolist()
+    groups = [order[first : first + batch_size] for first in range(0, len(order), batch_size)][share[0] :: share[1]]
     limit = None if max_seconds is None else round(max_seconds * sampling_rate)
     with ThreadPoolExecutor(threads) as pool:
-        ahead = [pool.submit(load, row) for row in order[:batch_size]]
-        for end in range(batch_size, len(order) + batch_size, batch_size):
-            current, ahead = ahead, [pool.submit(load, row) for row in order[end : end + batch_size]]
+        ahead = [pool.submit(load, row) for row in groups[0]] if groups else []
+        for following in [*groups[1:], []] if groups else []:
+            current, ahead = ahead, [pool.submit(load, row) for row in following]
             rows, clips = [], []
             for row, clip in (future.result() for future in current):
                 if isinstance(clip, Clip):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastclap.evaluation.evaluate import (
     ClassificationTask,
+    caption_sets,
     evaluate,
     evaluate_classification,
     evaluate_retrieval,
@@ -13,6 +14,7 @@ from fastclap.evaluation.report import write_report
 
 __all__ = [
     "ClassificationTask",
+    "caption_sets",
     "classification",
     "evaluate",
     "evaluate_classification",

@@ -5,16 +5,24 @@ Clips are decoded, sorted and padded once, in threads one batch ahead of the mod
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from fastclap.data import BadClip, Row, eval_batches
+from fastclap.evaluation.ranks import Ranks
 from fastclap.models.encoder import DualEncoder
 
 
 def embed_clips(
-    model: DualEncoder, manifest: Sequence[Row], *, batch_size: int = 32, threads: int = 4, bad: list[BadClip]
+    model: DualEncoder,
+    manifest: Sequence[Row],
+    *,
+    batch_size: int = 32,
+    threads: int = 4,
+    bad: list[BadClip],
+    ranks: Ranks | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Some rows of the manifest and their unit vectors [k, D], batch by batch, until all readable clips are done.
 
@@ -24,6 +32,36 @@ def embed_clips(
         batch_size: clips encoded at a time.
         threads: decoding threads.
         bad: receives the clips that cannot be used.
+        ranks: processes that share the batches; this one yields its own.
     """
-    for batch in eval_batches(manifest, model.sampling_rate, batch_size, bad=bad, threads=threads):
-        yield batch.rows, model.embed_batch(batch.audio, batch.lengths.tolist())
+    ranks = ranks or Ranks(model, None)
+    share = (ranks.rank, ranks.size)
+    batches = eval_batches(manifest, model.sampling_rate, batch_size, bad=bad, threads=threads, share=share)
+    for batch in itertools.chain(batches, itertools.repeat(None) if ranks.in_step else ()):
+        lengths = [] if batch is None else batch.lengths.tolist()
+        if ranks.in_step:
+            own = model.audio_runs(lengths) if lengths else 0
+            runs = ranks.most(own)
+            if not runs:
+                return
+            model.run_on_silence(runs - own)
+        if batch is not None:
+            yield batch.rows, model.embed_batch(batch.audio, lengths)
+
+
+def embed_texts(model: DualEncoder, texts: Sequence[str], ranks: Ranks) -> Tensor:
+    """Unit vectors of texts, in the order given: float32 [n, D] on the model's device, on every rank."""
+    if ranks.size == 1:
+        return model.embed_text(texts)
+    batches = model.text_batches(texts)
+    own = batches[ranks.rank :: ranks.size]
+
+    def embed() -> tuple[list[int], list[Tensor], list[BadClip]]:
+        parts = [model.embed_text([texts[index] for index in batch]) for batch in own]
+        if ranks.in_step and len(own) * ranks.size < len(batches):  # other ranks have one more
+            model.embed_text(texts[:1])
+        return [index for batch in own for index in batch], parts, []
+
+    order, vectors, _ = ranks.gathered(embed)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return vectors[back]

@@ -11,20 +11,22 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastclap import console
 from fastclap.data import BadClip, Manifest, Row
 from fastclap.errors import DataError, ModelError
-from fastclap.evaluation.embedding import embed_clips
+from fastclap.evaluation.embedding import embed_clips, embed_texts
 from fastclap.evaluation.metrics import classification, prompt_ensemble, retrieval, unique_texts
 from fastclap.evaluation.projection import coordinates, even_selection, principal_components
+from fastclap.evaluation.ranks import Embedded, Ranks
 from fastclap.models.encoder import DualEncoder, evaluation_mode
 from fastclap.prompts import DEFAULT_TEMPLATE, fill_template
 
@@ -66,6 +68,7 @@ def evaluate(
     embedding_map: bool = False,
     batch_size: int = 32,
     progress: bool = False,
+    process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
     """Retrieval and zero-shot classification on one manifest, whose audio is embedded once, on the model's device.
 
@@ -80,6 +83,9 @@ def evaluate(
         embedding_map: also return `embeddings`, two principal components of the clips, to draw them.
         batch_size: clips embedded at a time.
         progress: show a bar on a terminal, lines otherwise, on stderr.
+        process_group: processes that share the embedding, batch by batch; every one of them calls this with the same
+            arguments and the same model, replicated or sharded, and receives the figures, which rank 0 computes. They
+            are those of one process.
 
     Returns:
         A JSON-able dict: `clips` (on which the figures are based), `skipped` (row, path and reason of the others),
@@ -98,12 +104,12 @@ def evaluate(
     Raises:
         DataError: the manifest is empty, lacks a column, captions or classes asked for, or has no readable clip.
         ModelError: an embedding is not finite.
+        TrainingError: another process of the group failed.
     """
     if len(manifest) == 0:
         raise DataError("the manifest is empty: there is nothing to evaluate")
     if captions is None:
-        sets: tuple[Captions, ...] = ("global", "fine")
-        captions = [name for name in sets if any(_captions(row, name) for row in manifest)]
+        captions = caption_sets(manifest)
     if tasks is None:
         tasks = [ClassificationTask()] if any(row.classification_tag for row in manifest) else []
     for name in captions:
@@ -113,29 +119,41 @@ def evaluate(
     candidates = [_candidates(manifest, task) for task in tasks]
 
     start = time.perf_counter()
+    ranks = Ranks(model, process_group)
     with _training_untouched(model):
-        audio, rows, skipped = _embed_manifest(model, manifest, batch_size, progress)
+        audio, rows, skipped = _embed_manifest(model, manifest, batch_size, progress and ranks.rank == 0, ranks)
         audio_seconds = time.perf_counter() - start
-        result: dict[str, Any] = {
-            "clips": len(rows),
-            "skipped": [{"row": bad.row, "path": bad.path, "reason": bad.reason} for bad in skipped],
-            "retrieval": {
-                name: _retrieval(
-                    model, audio, [_captions(manifest[row], name) for row in rows], name, captions_per_clip
-                )
-                for name in captions
-            },
-            "classification": {},
+        retrievals = {
+            name: _retrieval(
+                model, audio, [_captions(manifest[row], name) for row in rows], name, captions_per_clip, ranks
+            )
+            for name in captions
         }
+        classifications: dict[str, Callable[[], dict[str, Any]]] = {}
         labels: dict[str, _Labels] = {}
         for task, names in zip(tasks, candidates, strict=True):
             tags = [manifest[row].tags_of(task.column) for row in rows]
-            figures, labels[task.column] = _classification(model, audio, tags, task, names)
-            result["classification"][task.column] = figures
-        if embedding_map:
-            result["embeddings"] = _map(audio, rows, labels)
-    seconds = time.perf_counter() - start
-    return {**result, "time": {"seconds": round(seconds, 3), "audio_seconds": round(audio_seconds, 3)}}
+            classifications[task.column], labels[task.column] = _classification(model, audio, tags, task, names, ranks)
+
+        def figures() -> dict[str, Any]:
+            result: dict[str, Any] = {
+                "clips": len(rows),
+                "skipped": [{"row": bad.row, "path": bad.path, "reason": bad.reason} for bad in skipped],
+                "retrieval": {name: compute() for name, compute in retrievals.items()},
+                "classification": {column: compute() for column, compute in classifications.items()},
+            }
+            if embedding_map:
+                result["embeddings"] = _map(audio, rows, labels)
+            seconds = time.perf_counter() - start
+            return {**result, "time": {"seconds": round(seconds, 3), "audio_seconds": round(audio_seconds, 3)}}
+
+        return ranks.from_first(figures)
+
+
+def caption_sets(manifest: Manifest) -> list[Captions]:
+    """The sets of captions that the manifest has."""
+    sets: tuple[Captions, ...] = ("global", "fine")
+    return [name for name in sets if any(_captions(row, name) for row in manifest)]
 
 
 def evaluate_retrieval(
@@ -176,23 +194,29 @@ def evaluate_classification(
 
 
 def _embed_manifest(
-    model: DualEncoder, manifest: Manifest, batch_size: int, progress: bool
+    model: DualEncoder, manifest: Manifest, batch_size: int, progress: bool, ranks: Ranks
 ) -> tuple[Tensor, list[int], list[BadClip]]:
     """Unit vectors [clips, D] of the readable clips in the manifest's order, their rows, and the other clips."""
-    found: list[Tensor] = []
-    rows: list[int] = []
-    skipped: list[BadClip] = []
-    with console.progress("embedding", "embedded", "clips", progress) as advance:
-        for batch, vectors in embed_clips(model, manifest, batch_size=batch_size, bad=skipped):
-            rows += batch
-            found.append(vectors)
-            advance(len(rows) + len(skipped), len(manifest))
+
+    def embed() -> Embedded:
+        rows: list[int] = []
+        found: list[Tensor] = []
+        bad: list[BadClip] = []
+        with console.progress("embedding", "embedded", "clips", progress) as advance:
+            for batch, vectors in embed_clips(model, manifest, batch_size=batch_size, bad=bad, ranks=ranks):
+                rows += batch
+                found.append(vectors)
+                advance(len(rows) + len(bad), len(manifest))
+        return rows, found, bad
+
+    rows, found, skipped = ranks.gathered(embed)
+    skipped.sort(key=lambda clip: clip.row)
     if not rows:
         raise DataError(
             f"none of the {len(manifest)} clips can be used; the first: {skipped[0].path}: {skipped[0].reason}"
         )
     order = sorted(range(len(rows)), key=rows.__getitem__)
-    audio, rows = torch.cat(found)[order], [rows[i] for i in order]
+    audio, rows = found[order], [rows[i] for i in order]
     finite = audio.isfinite().all(dim=1)
     if not finite.all():
         bad = (~finite).nonzero().flatten().tolist()
@@ -200,29 +224,45 @@ def _embed_manifest(
             f"the model gives NaN or infinity for {len(bad)} of {len(rows)} clips, first for "
             f"{manifest[rows[bad[0]]].audio}: its weights are damaged or overflow in this precision"
         )
-    return audio, rows, sorted(skipped, key=lambda clip: clip.row)
+    return audio, rows, skipped
 
 
 def _retrieval(
-    model: DualEncoder, audio: Tensor, captions: Sequence[Sequence[str]], name: str, captions_per_clip: CaptionsPerClip
-) -> dict[str, Any]:
+    model: DualEncoder,
+    audio: Tensor,
+    captions: Sequence[Sequence[str]],
+    name: str,
+    captions_per_clip: CaptionsPerClip,
+    ranks: Ranks,
+) -> Callable[[], dict[str, Any]]:
+    """What computes the figures of a retrieval, with its texts embedded."""
     kept = [i for i, texts in enumerate(captions) if texts]
     if not kept:
         raise DataError(f"no clip with a {name} caption can be read")
     texts, ids = unique_texts([captions[i][:1] if captions_per_clip == "first" else captions[i] for i in kept])
-    figures = retrieval(audio[kept], model.embed_text(texts), ids, range(len(texts)))
-    return {
-        "captions_per_clip": captions_per_clip,
-        "clips": len(kept),
-        "texts": len(texts),
-        "clips_without_caption": len(captions) - len(kept),
-        **figures,
-    }
+    vectors = embed_texts(model, texts, ranks)
+
+    def figures() -> dict[str, Any]:
+        return {
+            "captions_per_clip": captions_per_clip,
+            "clips": len(kept),
+            "texts": len(texts),
+            "clips_without_caption": len(captions) - len(kept),
+            **retrieval(audio[kept], vectors, ids, range(len(texts))),
+        }
+
+    return figures
 
 
 def _classification(
-    model: DualEncoder, audio: Tensor, tags: Sequence[Sequence[str]], task: ClassificationTask, classes: Sequence[str]
-) -> tuple[dict[str, Any], _Labels]:
+    model: DualEncoder,
+    audio: Tensor,
+    tags: Sequence[Sequence[str]],
+    task: ClassificationTask,
+    classes: Sequence[str],
+    ranks: Ranks,
+) -> tuple[Callable[[], dict[str, Any]], _Labels]:
+    """What computes the figures of a classification, with its prompts embedded, and what a map shows of it."""
     candidates = [[tag for tag in dict.fromkeys(values) if tag in set(classes)] for values in tags]
     kept = [i for i, found in enumerate(candidates) if len(found) == 1]
     if not kept:
@@ -230,13 +270,17 @@ def _classification(
     filled = [[fill_template(template, name) for template in task.templates] for name in classes]
     prompts = [task.prompts[name] for name in classes] if task.prompts else filled
     owner = [i for i, texts in enumerate(prompts) for _ in texts]
-    class_emb = prompt_ensemble(model.embed_text([text for texts in prompts for text in texts]), owner, len(classes))
-    figures = {
-        "templates": None if task.prompts else list(task.templates),
-        "clips_without_class": sum(not found for found in candidates),
-        "clips_with_several": sum(len(found) > 1 for found in candidates),
-        **classification(audio[kept], class_emb, [candidates[i][0] for i in kept], classes),
-    }
+    vectors = embed_texts(model, [text for texts in prompts for text in texts], ranks)
+    class_emb = prompt_ensemble(vectors, owner, len(classes))
+
+    def figures() -> dict[str, Any]:
+        return {
+            "templates": None if task.prompts else list(task.templates),
+            "clips_without_class": sum(not found for found in candidates),
+            "clips_with_several": sum(len(found) > 1 for found in candidates),
+            **classification(audio[kept], class_emb, [candidates[i][0] for i in kept], classes),
+        }
+
     class_of_clip = [found[0] if len(found) == 1 else None for found in candidates]
     return figures, _Labels(list(classes), class_of_clip, class_emb)
 

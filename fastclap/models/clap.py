@@ -225,6 +225,11 @@ class CLAP(DualEncoder):
             embeddings = F.normalize(torch.cat(rows)[order.argsort().to(self.device)].float(), dim=-1)
         return embeddings.clone()
 
+    def text_batches(self, texts: Sequence[str], *, batch_size: int = 256) -> list[list[int]]:
+        """Which texts `embed_text` encodes together: those with like numbers of tokens."""
+        order = self.tokenize(texts)["attention_mask"].sum(1).argsort(stable=True)
+        return [chunk.tolist() for chunk in order.split(batch_size)]
+
     # -- files ---------------------------------------------------------------------------------------------------------
 
     @classmethod

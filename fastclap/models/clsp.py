@@ -52,15 +52,17 @@ class CLSP(DualEncoder):
         for index, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise DataError(f"text {index} is {'blank' if isinstance(text, str) else f'{text!r}, not a string'}")
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # short with short: less padding
+        batches = self.text_batches(texts, batch_size=batch_size)
         with self._inference():
-            parts = [
-                self.base(text=[texts[index] for index in order[first : first + batch_size]])[1]
-                for first in range(0, len(order), batch_size)
-            ]
-            back = torch.tensor(order, device=parts[0].device).argsort()
+            parts = [self.base(text=[texts[index] for index in batch])[1] for batch in batches]
+            back = torch.tensor([index for batch in batches for index in batch], device=parts[0].device).argsort()
             embeddings = F.normalize(torch.cat(parts)[back].float(), dim=-1)
         return embeddings.clone()
+
+    def text_batches(self, texts: Sequence[str], *, batch_size: int = 256) -> list[list[int]]:
+        """Which texts `embed_text` encodes together: those with like numbers of characters, for less padding."""
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 
 def load_clsp(

@@ -121,6 +121,18 @@ class DualEncoder(nn.Module):
             vectors = F.normalize(torch.cat(encoded)[order].float(), dim=-1)
         return vectors.clone()  # outside of inference mode, so that the result can enter a graph
 
+    def audio_runs(self, lengths: Sequence[int]) -> int:
+        """How often `embed_batch` runs the audio encoder for a batch of these lengths."""
+        return len(self._encoding_groups(lengths))
+
+    def run_on_silence(self, times: int) -> None:
+        """Run the audio encoder for nothing, as often as other ranks of sharded towers run it for their clips."""
+        second = self.sampling_rate
+        silence = torch.zeros(1, second, dtype=torch.int16, device=self.device)
+        with self._inference():
+            for _ in range(times):
+                self.encode_audio(silence, torch.tensor([second], device=self.device), host_lengths=[second])
+
     def _encoding_groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Rows of a batch that are encoded together."""
         if self.single_on_cpu and self.device.type == "cpu":
@@ -131,6 +143,10 @@ class DualEncoder(nn.Module):
 
     def embed_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """Unit vectors of captions, in the order given: float32 [n, D] on the model's device."""
+        raise NotImplementedError
+
+    def text_batches(self, texts: Sequence[str], *, batch_size: int = 256) -> list[list[int]]:
+        """Which texts `embed_text` encodes together, in its order; each batch alone has the same vectors."""
         raise NotImplementedError
 
     def similarity(

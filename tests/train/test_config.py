@@ -165,6 +165,8 @@ def test_unknown_flag_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -
         (["--data.train", "a", "--data.max-bad-share", "3"], "--data.max-bad-share is 3"),
         (["--data.train", "a", "--loss.kind", "sigmoid", "--loss.label-smoothing", "0.1"], "--loss.label-smoothing"),
         (["--data.train", "a", "--device", "tpu"], "--device is 'tpu'"),
+        (["--data.train", "a", "--optimizer.cooldown-share", "0"], "--optimizer.cooldown-share is 0"),
+        (["--data.train", "a", "--valid.best", "R@1"], "--valid.best compares validations: name a manifest"),
     ],
 )
 def test_impossible_settings_exit_with_one_line(

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,26 @@ def test_schedule_follows_its_definition() -> None:
     assert scheduled_learning_rate(config, 8, 20) == pytest.approx(2.0 * (0.1 + 0.9 * 0.75))
     config.schedule = "constant"
     assert scheduled_learning_rate(config, 20, 20) == 2.0
+    config.schedule = "cooldown"  # four steps of 20: 1 - √(1/4), 1 - √(2/4), ...
+    assert [scheduled_learning_rate(config, step, 20) for step in (2, 4, 5, 16)] == [1.0, 2.0, 2.0, 2.0]
+    assert scheduled_learning_rate(config, 17, 20) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert scheduled_learning_rate(config, 18, 20) == pytest.approx(2.0 * (0.1 + 0.9 * (1 - math.sqrt(0.5))))
+    assert scheduled_learning_rate(config, 20, 20) == pytest.approx(0.2)
+    config.cooldown_share, config.final_share = 1.0, 0.0  # it begins after the warm-up at the earliest
+    assert scheduled_learning_rate(config, 4, 20) == 2.0
+    assert scheduled_learning_rate(config, 8, 20) == pytest.approx(2.0 * 0.5)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 0.7])
+def test_the_constant_part_of_a_longer_run_is_that_of_a_shorter_one(share: float) -> None:
+    """To the last digit, for every length of a run; and no learning rate is negative."""
+    config = OptimizerConfig(learning_rate=1e-3, warmup_steps=3, schedule="cooldown", cooldown_share=share)
+    for steps in range(20, 200, 7):
+        rates = [scheduled_learning_rate(config, step, steps) for step in range(1, steps + 1)]
+        longer = [scheduled_learning_rate(config, step, 2 * steps) for step in range(1, steps + 1)]
+        constant = steps - round(share * steps)
+        assert rates[:constant] == longer[:constant] and set(rates[2:constant]) == {1e-3}
+        assert rates[-1] == 0.0 and all(later < rate for rate, later in pairwise(rates[constant - 1 :]))
 
 
 def test_totals_against_plain_sums() -> None:

@@ -379,6 +379,22 @@ def test_a_finished_run_can_be_extended(tiny: Build) -> None:
     assert [record["step"] for record in metrics(tiny().run_dir) if record["kind"] == "train"] == [2, 4, 6, 8]
 
 
+def test_a_run_with_a_cooldown_is_extended_from_its_constant_part(tiny: Build) -> None:
+    """Ten steps end with a cooldown of two; from the checkpoint before it, twenty steps are those of a longer run."""
+    whole, extended = (tiny(name, steps=20, save_every=4, keep=9) for name in ("whole", "extended"))
+    for config in (whole, extended):
+        config.optimizer.schedule = "cooldown"
+    train(whole)
+    extended.steps = 10
+    train(extended)
+    shutil.rmtree(Path(extended.run_dir) / "checkpoints" / "step-10")
+    extended.steps, extended.resume = 20, True
+    train(extended)
+    assert_same_run(whole.run_dir, extended.run_dir)
+    rates = {record["step"]: record["learning_rate"] for record in metrics(whole.run_dir) if record["kind"] == "train"}
+    assert rates[8] == rates[16] == 1e-3 > rates[18] > rates[20] == 0.0
+
+
 def test_damaged_checkpoints(tiny: Build, capfd: pytest.CaptureFixture[str]) -> None:
     """The newest truncated: the one before is used and the damage reported. All damaged: an error, no fresh start."""
     config = tiny(steps=6)
