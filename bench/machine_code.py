@@ -145,6 +145,14 @@ def product_tile(code: Sequence[Instruction]) -> tuple[Counts, Counts]:
     return Counts.of(enter) + Counts.of(leave), Counts.of(shortest(code, start, end))
 
 
+def attention_tile(code: Sequence[Instruction]) -> Counts:
+    """Of a kernel that loops over tiles with products: a turn of its first such loop, that over whole tiles."""
+    products = [line.at for line in code if line.opcode[0] in ("HMMA", "HGMMA")]
+    around = [loop for loop in loops(code) if any(loop[0] <= product <= loop[1] for product in products)]
+    innermost = [loop for loop in around if not any(loop[0] <= o[0] and o[1] <= loop[1] and o != loop for o in around)]
+    return Counts.of(shortest(code, *innermost[0]))
+
+
 def row_tile(code: Sequence[Instruction]) -> Counts:
     """Of a kernel that loops over tiles: a turn of its largest loop."""
     start, end = max(loops(code), key=lambda loop: loop[1] - loop[0])
@@ -167,7 +175,7 @@ def log_mel_tile(code: Sequence[Instruction], groups: int) -> Counts:
 
 def main() -> None:
     from bench.kernel_peers import FRONT_ENDS
-    from fastclap.kernels import layer_norm_gelu_triton, offline
+    from fastclap.kernels import layer_norm_gelu_triton, offline, toeplitz_attention_triton
     from fastclap.kernels.contrastive import triton_engine as contrastive
     from fastclap.kernels.log_mel import triton_engine as log_mel
 
@@ -179,6 +187,9 @@ def main() -> None:
     for name in ("sums bf16 columns fixed", "sums bf16 columns store fixed", "gradient bf16 columns inverse fixed"):
         tile, step = product_tile(machine_code(contrastive, name))
         rows += [(name, "a tile", tile), (name, "a step of 64 in depth", step)]
+    for kernel in ("forward 64 bf16", "keys 64 bf16", "queries 64 bf16 table"):
+        tile = attention_tile(machine_code(toeplitz_attention_triton, f"attention {kernel}"))
+        rows.append((f"attention {kernel}", "a tile", tile))
     for name in NORMS:
         row = row_tile(machine_code(layer_norm_gelu_triton, f"layer norm gelu {name}"))
         rows.append((f"layer norm gelu {name}", "a row", row))

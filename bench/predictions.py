@@ -202,8 +202,9 @@ def log_mel_peers() -> Iterator[str]:
 # Towers
 
 HEADS, FRAMES, WIDTH = 16, 499, 64
-# Of attention: flash kernels with a bias on this kind of GPU reach about half of the peak forward, less backward.
-ATTENTION_SHARES = {"forward": (0.55, 0.35), "forward and backward": (0.45, 0.3)}
+# Of attention's kernels in bf16, without dropout and lengths: rows, columns and warps of a tile, and the instructions
+# of a warp for it, counted in the machine code for sm_90 (`bench.machine_code`).
+ATTENTION = {"forward": (128, 64, 8, 410), "keys": (64, 64, 4, 409), "queries": (64, 64, 4, 493)}
 EXPONENTIALS = 16 * MULTIPROCESSORS * HERTZ  # a second
 READ = 0.75  # of the samples of clips that are half to all of the batch's width
 NORM_ROWS, NORM_COLUMNS = 512_000, 512
@@ -212,16 +213,26 @@ NORM_SHARES = (0.8, 0.6)  # of the cycles, in which a scheduler issues: assumed,
 NORM_PASSES = {"forward": 2, "backward": 3}  # over [rows, columns] in bf16
 
 
+def attention_issue_ms(batch: int, kernels: Iterable[str]) -> float:
+    """Of all tiles, an instruction a cycle on each scheduler; nothing around the loops over tiles counts."""
+    cycles = 0.0
+    for name in kernels:
+        rows, columns, warps, issued = ATTENTION[name]
+        cycles += -(-FRAMES // rows) * -(-FRAMES // columns) * issued * warps / SCHEDULERS
+    return 1e3 * batch * HEADS * cycles / (MULTIPROCESSORS * HERTZ)
+
+
 def attention_rows() -> Iterator[list[str]]:
     for batch in (32, 128):
-        for passes, shares in ATTENTION_SHARES.items():
+        for passes, kernels in (("forward", ("forward",)), ("forward and backward", tuple(ATTENTION))):
             backward = passes != "forward"
             gflop = 4e-9 * batch * HEADS * FRAMES**2 * WIDTH * (3.5 if backward else 1)
             gbytes = 2e-9 * batch * HEADS * FRAMES * WIDTH * (12 if backward else 4)
-            exponentials = 1e3 * batch * HEADS * FRAMES**2 * (2 if backward else 1) / EXPONENTIALS
-            times = (span(max(gflop / (x * m.tflops), exponentials) for x in shares) for m in MACHINES)
+            exponentials = 1e3 * batch * HEADS * FRAMES**2 * len(kernels) / EXPONENTIALS
+            issue = attention_issue_ms(batch, kernels)
             products = pair(f"{gflop / m.tflops:.2g}" for m in MACHINES)
-            yield [str(batch), passes, products, copies(gbytes), f"{exponentials:.2g}", pair(times)]
+            predicted = span(issue / share for share in BUSY_SHARES)
+            yield [str(batch), passes, products, copies(gbytes), f"{exponentials:.2g}", f"{issue:.2g}", predicted]
 
 
 def norm_ms(passes: tuple[str, ...], share: float, machine: Machine) -> float:
@@ -431,11 +442,12 @@ not fit. N = 1,048,576 at D = 768 takes {million} s.
 
 T = {FRAMES}, {HEADS} heads of {WIDTH}, bf16, ms:
 
-{markdown(("B", "", "flops", "bytes", "exponentials", "predicted"), attention_rows())}
+{markdown(("B", "", "flops", "bytes", "exponentials", "instructions", "predicted"), attention_rows())}
 
 4·B·H·T²·d flops forward, 3.5 times that with the backward pass; bytes of q, k, v, output and gradients; one exponential
-a logit and pass, 16 a cycle. Predicted: flops at {percent(ATTENTION_SHARES["forward"])} of the rate of products forward, {percent(ATTENTION_SHARES["forward and backward"])} with the
-backward pass (assumed), or the exponentials. At B = 32 the host takes longer: these are times behind queued work.
+a logit in each of the three kernels, 16 a cycle. Instructions (counted, without dropout) of a warp for a tile: {ATTENTION["forward"][-1]} forward,
+{ATTENTION["keys"][-1]} for dK and dV, {ATTENTION["queries"][-1]} for dQ and the gradients of gate and table, issued in {percent(BUSY_SHARES)} of the cycles (assumed, for
+8 or 16 warps a multiprocessor). At B = 32 the host takes longer: these are times behind queued work.
 
 ## Between the products
 

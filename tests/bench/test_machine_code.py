@@ -74,6 +74,23 @@ def test_a_tile_around_products_and_a_step_of_them() -> None:
     assert step == Counts(instructions=4, wavefronts=0, products=1)
 
 
+def test_a_tile_of_attention_is_a_turn_of_the_first_loop_that_multiplies() -> None:
+    code = listing(
+        "STG.E [R2], RZ",  # 10: a loop without products
+        "@P0 BRA 0x10",  # 20
+        "LDG.E R2, desc[UR4][R2.64]",  # 30: for every clip
+        "LDS R4, [R8]",  # 40: whole tiles
+        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR24], R24",  # 50
+        "FFMA R1, R2, R3, R4",  # 60
+        "@P1 BRA 0x40",  # 70
+        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR24], R24",  # 80: the last tile
+        "FSEL R1, R2, R3, P3",  # 90
+        "@P2 BRA 0x80",  # a0
+        "@P4 BRA 0x30",  # b0
+    )
+    assert machine_code.attention_tile(code) == Counts(instructions=4, wavefronts=1, products=1)
+
+
 def test_a_tile_of_rows() -> None:
     code = listing("MOV R1, RZ", "LDG.E.128 R4, desc[UR4][R2.64]", "SHFL.BFLY PT, R3, R2, 0x1, 0x1f", "@P0 BRA 0x20")
     assert machine_code.row_tile(code) == Counts(instructions=3, wavefronts=5, products=0)

@@ -118,6 +118,16 @@ def test_layer_norm_gelu_takes_the_longer_of_instructions_and_bytes(machine: Mac
     assert both == pytest.approx(sum(predictions.norm_ms((name,), 0.8, machine) for name in ("forward", "backward")))
 
 
+def test_attention_is_bound_by_its_instructions() -> None:
+    """Of a (clip, head) 4 x 8 tiles of 8 warps forward, 8 x 8 of 4 warps in each backward kernel."""
+    forward, backward = 4 * 8 * 410 * 8 / 4, 8 * 8 * (409 + 493) * 4 / 4
+    ms = 1e3 * 32 * 16 / (132 * 1.755e9)
+    assert predictions.attention_issue_ms(32, ("forward",)) == pytest.approx(ms * forward)
+    assert predictions.attention_issue_ms(32, ("forward", "keys", "queries")) == pytest.approx(
+        ms * (forward + backward)
+    )
+
+
 def test_every_prediction_is_above_its_floor() -> None:
     def numbers(cell: str) -> list[float]:
         """The least figure of each machine."""
