@@ -173,10 +173,11 @@ def test_strided_clips_and_gradients_are_read_where_they_are() -> None:
 
 
 def test_partial_gradients_equal_the_full_ones() -> None:
-    inputs, upstream = tensors(FAMILY)
-    full = run(FAMILY, inputs, upstream)[1:]
+    case = Case(2, 63, 20, 10, 5)
+    inputs, upstream = tensors(case)
+    full = run(case, inputs, upstream)[1:]
     waveform, *parameters = (x.to(DEVICE) for x in inputs)
-    call = partial(waveform_convolution, stride=5, rows=FAMILY.rows, backend="triton")
+    call = partial(waveform_convolution, stride=5, backend="triton")
     for need in itertools.product((True, False), repeat=4):
         if any(need):
             leaves = [x.clone().requires_grad_(wanted) for x, wanted in zip(parameters, need, strict=True)]
@@ -261,11 +262,11 @@ def test_the_convolution_stack_of_wavlm_goes_through_it(bias: bool, monkeypatch:
         return waveform_convolution(*arguments, backend="triton")
 
     monkeypatch.setattr(wavlm, "waveform_convolution", counted)
-    waveform = torch.randn(3, 1234, device=DEVICE)
+    waveform = torch.randn(2, 434, device=DEVICE)
     expected = encoder(waveform)
     wanted = torch.autograd.grad(expected.square().sum(), list(encoder.parameters()))
     y = stack(waveform)
-    assert calls == [248]  # 245 frames, and up to a multiple of the strides that follow
+    assert calls == [88]  # 85 frames, and up to a multiple of the strides that follow
     assert_close_rel("features", expected, y, 1e-5)
     found = torch.autograd.grad(y.square().sum(), list(stack.parameters()))
     for (name, _), one, other in zip(stack.named_parameters(), wanted, found, strict=True):
