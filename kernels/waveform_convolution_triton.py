@@ -49,7 +49,7 @@ NARROWEST = 16  # channels of a tile, and columns of windows
 CHANNELS_OF_WARP = 64  # 32 values a thread
 CHUNK = 128  # channels of a program of the backward pass
 # Registers a thread, which no form needs to spill for; as many programs start as a multiprocessor has registers for.
-FORWARD_REGISTERS, BACKWARD_REGISTERS, BACKWARD_SM100_REGISTERS, BACKWARD_FLOAT32_REGISTERS = 128, 168, 200, 255
+FORWARD_REGISTERS, BACKWARD_REGISTERS, BACKWARD_SM100_REGISTERS, MOST_REGISTERS = 128, 168, 200, 255
 PAST_ANY_END = tl.constexpr(1 << 30)
 
 
@@ -151,8 +151,11 @@ class Tile:
         self.padded_taps = max(triton.next_power_of_2(taps + 2), NARROWEST)
         self.registers = FORWARD_REGISTERS
         if backward:
-            low = BACKWARD_SM100_REGISTERS if arch >= 100 else BACKWARD_REGISTERS
-            self.registers = BACKWARD_FLOAT32_REGISTERS if dtype == torch.float32 else low
+            self.registers = MOST_REGISTERS
+            if arch < 100 and dtype != torch.float32:
+                self.registers = BACKWARD_REGISTERS
+            elif dtype == torch.bfloat16:
+                self.registers = BACKWARD_SM100_REGISTERS
 
     @property
     def resident(self) -> int:
