@@ -266,11 +266,11 @@ def tower_rows() -> Iterator[list[str]]:
 # Training step, with WavLM-Large and an XLM-R base
 
 CAPTION_TOKENS = 32
-# Traced, on fake CUDA tensors: a step of 32 clips of 10 s. Operations and GB of the forward and the backward pass, and
-# how many of these GB are not those of products.
-TRACED_CLIPS, OPERATIONS, GBYTES, NOT_PRODUCTS = 32, (1811, 2538), (74.0, 134.0), 144.0
-FUSED_AWAY = 54.0  # of NOT_PRODUCTS, by torch.compile: assumed
-HELD_BY_128 = 91.0  # GB, traced: with weights, gradients and moments
+# Traced by `bench.step_trace --tags 0`: a step of 32 clips of 10 s. Operations and GB of the forward and the backward
+# pass, and how many of these GB are not those of products.
+TRACED_CLIPS, OPERATIONS, GBYTES, NOT_PRODUCTS = 32, (1709, 2297), (65.4, 119.0), 106.0
+FUSED_AWAY = 40.0  # of NOT_PRODUCTS, by torch.compile: assumed
+HELD_BY_128 = 84.6  # GB, traced: with weights, gradients and moments
 FREE_SHARE = 0.95  # of the memory, which a process can have
 CHUNK = 64  # of the gradient cache
 TUNED_SHARES = (0.35, 0.25)  # the reference with TF32 and bf16 autocast: of the rate of products
@@ -318,9 +318,11 @@ def step_ms(rows: int, compiled: bool, cached: bool, machine: Machine) -> float:
     """Products, other bytes, gaps between operations, loss and optimizer, one after the other."""
     flops, passes, traffic, turns = 1.0, sum(OPERATIONS), 1.0, rows / TRACED_CLIPS
     launches = passes
-    if cached:  # the forward pass once more, in chunks
-        flops, traffic = 4 / 3, 1 + GBYTES[0] / sum(GBYTES)
-        launches = (passes + OPERATIONS[0]) * -(-rows // CHUNK)
+    if cached:  # the forward pass of all chunks but one once more
+        chunks = -(-rows // CHUNK)
+        again = 1 - 1 / chunks
+        flops, traffic = 1 + again / 3, 1 + again * GBYTES[0] / sum(GBYTES)
+        launches = passes * chunks + OPERATIONS[0] * (chunks - 1)
     gbytes = turns * traffic * (NOT_PRODUCTS - (FUSED_AWAY if compiled else 0.0)) + 28e-9 * parameters()
     products = 1e3 * rows * flops * pair_tflop() / (PRODUCT_SHARE * machine.tflops)
     loss = device_ms(FORMS[FOUR], rows, 768, machine)
@@ -467,9 +469,8 @@ the model's {pair_tflop():.3g} TFLOP a pair (`bench.model_flops`).
 
 - Ours: products + other bytes + gaps + loss (device, four passes) + optimizer (28 bytes a parameter). Traced for 32
   clips: {TRACED_CLIPS * pair_tflop():.1f} TFLOP; {OPERATIONS[0]:,} operations and {GBYTES[0]:.0f} GB forward, {OPERATIONS[1]:,} and {GBYTES[1]:.0f} GB backward; {NOT_PRODUCTS:.0f} GB of them not of products.
-  Assumed: compiling saves {FUSED_AWAY:.0f} GB. The gradient cache repeats the forward pass, {CHUNK} clips at a time.
-- A risk that is not counted: in 16 bits the weight gradient of the positional convolution (grouped, kernel 128, 16
-  groups) may take up to 97 ms through cuDNN (pytorch issue 34977).
+  Assumed: compiling saves {FUSED_AWAY:.0f} GB. The gradient cache, with {CHUNK} clips at a time, repeats the
+  forward pass of all but the last.
 - GB held: {HELD_BY_128:.0f} for a batch of 128 (traced), which is 16 bytes a parameter and {clip_gb():.2f} GB a clip; at most {FREE_SHARE:.0%} is free.
 - The reference multiplies {pair_tflop() + checkpointed_tflop():.3g} TFLOP a pair (gradient checkpointing). As released: float32 without tensor cores, at
   {percent(RELEASED_SHARES)} of {FLOAT32_TFLOPS:g} TFLOP/s, and {HOST_READS} reads of {READ_US:g} µs by the host. Tuned (no statistics, TF32, bf16 autocast):
