@@ -183,7 +183,8 @@ def test_alive_bytes_follow_the_tensors() -> None:
 def test_our_operators_are_seen_as_operators(batch: Any) -> None:
     result = on_fake_gpu(batch)
     found = {key: cost.operations for key, cost in result.costs.items()}
-    for name, operations in (("gated_toeplitz_attention", LAYERS), ("layer_norm_gelu", CONVOLUTIONS)):
+    counts = {"gated_toeplitz_attention": LAYERS, "layer_norm_gelu": CONVOLUTIONS - 1, "waveform_convolution": 1}
+    for name, operations in counts.items():
         assert found["forward", name] == operations
         assert found["backward", f"{name}_backward"] == operations
     assert found["forward", "normalize_waveform"] == found["loss", "info_nce"] == 1
@@ -211,10 +212,10 @@ def test_what_is_held_and_how_often_it_is_computed(batch: Any) -> None:
     plain, cached, checkpointed = (
         on_fake_gpu(batch, **options) for options in ({}, {"chunk": 2}, {"checkpoint_activations": True})
     )
-    assert cached.held < plain.held / 10 and cached.peak < plain.peak  # nothing but embeddings, until the loss
+    assert cached.held < plain.held / 2 and cached.peak < plain.peak  # one chunk of three, until the loss
     assert checkpointed.held < plain.held
     attention = "gated_toeplitz_attention"
-    assert cached.costs["forward", attention].operations == 2 * 3 * LAYERS
+    assert cached.costs["forward", attention].operations == (3 + 2) * LAYERS  # three chunks, and again those without a graph
     assert checkpointed.costs["backward", attention].operations == LAYERS  # once more
     assert cached.phase("loss").operations == plain.phase("loss").operations
 
@@ -260,11 +261,12 @@ def test_saved_activations_are_those_of_a_real_step(batch: Any, monkeypatch: pyt
 
 def sent(times: list[float | None], monkeypatch: pytest.MonkeyPatch) -> step_trace.Sending:
     """Of four parameters, a bucket each, which leave from the last to the first; `times` are those of the gradients."""
-    monkeypatch.setattr(distributed, "_BUCKET_BYTES", 400)
+    for name in ("_BUCKET_BYTES", "_LAST_BUCKET_BYTES"):
+        monkeypatch.setattr(distributed, name, 400)
     parameters = [nn.Parameter(torch.zeros(100)) for _ in range(4)]
     known = [(time, p) for time, p in zip(times, parameters, strict=True) if time is not None]
     arrivals = {p: time for time, p in sorted(known, key=lambda pair: pair[0])}
-    return sending(lambda world: Gradients(parameters, world), arrivals, CPU, 4)
+    return sending(lambda world: Gradients(parameters[::-1], world), arrivals, CPU, 4)
 
 
 def test_gradients_in_order_leave_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -289,7 +289,7 @@ def test_frozen_tower_keeps_its_weights(tiny: Build) -> None:
 
 
 def test_frozen_parts_through_a_resumed_run(tiny: Build) -> None:
-    config = tiny(steps=2, save_every=2, checkpoint_activations=True)
+    config = tiny(steps=2, save_every=2, checkpoint_activations="on")
     config.model.audio.layers, config.model.audio.freeze_layers = 2, 1
     config.model.text.freeze_embeddings = True
     torch.manual_seed(config.seed)
