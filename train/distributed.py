@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -178,7 +177,6 @@ class _Bucket:
             piece.view_as(p)
             for p, piece in zip(parameters, self.flat.split([p.numel() for p in parameters]), strict=True)
         ]
-        self.bytes = self.flat.numel() * self.flat.element_size()
         self.waiting = len(parameters)
         self.work: Any = None
 
@@ -215,11 +213,6 @@ class Gradients:
             counts as a zero gradient, and receives the average all the same.
         world: this process.
         sharded: modules under `shard`, which communicate by themselves unless gradients are held.
-
-    Attributes:
-        late_bytes: of gradients that had not been sent when the last one of a step arrived. No computation is left
-            behind which their all-reduce could hide.
-        backlog_bytes: of gradients that were complete and not sent, at the worst moment of the step.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], world: World, sharded: Iterable[Any] = ()) -> None:
@@ -228,12 +221,8 @@ class Gradients:
         self._sharded = list(sharded)
         self._held = 0
         self._next = 0  # first bucket that has not been sent; the order is the same on every rank
-        self.late_bytes = self.backlog_bytes = self._arrived_bytes = 0
-        alone = world.group is None
-        self._buckets = (
-            [] if alone else list(map(_Bucket, _in_buckets([p for p in self._parameters if not is_sharded(p)])))
-        )
-        self._left = list(accumulate((bucket.bytes for bucket in self._buckets[::-1]), initial=0))[::-1]
+        sent = [] if world.group is None else [p for p in self._parameters if not is_sharded(p)]
+        self._buckets = [_Bucket(members) for members in _in_buckets(sent)]
         for bucket in self._buckets:
             for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
                 parameter.grad = view
@@ -286,7 +275,7 @@ class Gradients:
         for bucket in self._buckets:
             bucket.flat.zero_()
             bucket.waiting, bucket.work = len(bucket.parameters), None
-        self._next = self._arrived_bytes = 0
+        self._next = 0
         for parameter in self._parameters:
             if not self._buckets or is_sharded(parameter):
                 parameter.grad = None
@@ -295,15 +284,9 @@ class Gradients:
         def note_gradient(parameter: nn.Parameter) -> None:
             if self._held:
                 return
-            if not self._arrived_bytes:
-                self.backlog_bytes = 0
-            self._arrived_bytes += parameter.numel() * parameter.element_size()
-            self.late_bytes = self._left[self._next]
             bucket.waiting -= 1
             while self._next < len(self._buckets) and not self._buckets[self._next].waiting:
                 self._send_next()
-            sent = self._left[0] - self._left[self._next]
-            self.backlog_bytes = max(self.backlog_bytes, self._arrived_bytes - sent)
 
         return note_gradient
 
