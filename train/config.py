@@ -210,6 +210,10 @@ class TrainConfig:
         """Whether the towers run under bf16 autocast on devices of this type."""
         return self.precision == "bf16" or (self.precision == "auto" and device_type == "cuda")
 
+    def compiles(self, device_type: str) -> bool:
+        """Whether the towers' layers are compiled on devices of this type."""
+        return self.compile == "on" or (self.compile == "auto" and device_type == "cuda")
+
     def check(self, processes: int = 1) -> None:
         """Raise ConfigError on the first impossible combination, naming the flag.
 

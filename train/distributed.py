@@ -12,6 +12,7 @@ and optimizer state. Everything else is replicated as before.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastclap.errors import ConfigError
+from fastclap.models.layers import layer_lists
 
 T = TypeVar("T")
 
@@ -37,7 +39,6 @@ _GRACE_SECONDS = 20.0  # for a rank to stop by itself when another has
 # As in DistributedDataParallel: large enough for full bandwidth, small enough to overlap; and what leaves last, when
 # nothing is left to overlap with, is small.
 _BUCKET_BYTES, _LAST_BUCKET_BYTES = 25 << 20, 1 << 20
-_LAYERS = ("layers", "layer", "blocks")  # what encoders call the list of their transformer layers
 
 
 @dataclass(frozen=True)
@@ -330,17 +331,11 @@ def shard(towers: Iterable[nn.Module], world: World) -> list[Any]:
     sharded: list[Any] = []
     for tower in towers:
         replicated = {p for module in tower.modules() for p in getattr(module, "used_from_outside", ())}
-        for layer in layers_of(tower):
+        for layer in itertools.chain.from_iterable(layer_lists(tower)):
             fully_shard(layer, mesh=mesh, ignored_params=replicated)
         # Without resharding, an evaluation with averaged weights would leave copies of them behind.
         sharded.append(fully_shard(tower, mesh=mesh, reshard_after_forward=True, ignored_params=replicated))
     return sharded
-
-
-def layers_of(tower: nn.Module) -> list[nn.Module]:
-    """The transformer layers of a tower."""
-    lists = [module for name, module in tower.named_modules() if name.rpartition(".")[2] in _LAYERS]
-    return [layer for module in lists if isinstance(module, nn.ModuleList) for layer in module]
 
 
 def is_sharded(tensor: Tensor) -> bool:

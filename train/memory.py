@@ -7,6 +7,7 @@ estimate errs, the gradient cache still halves its chunk when memory runs out.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,13 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastclap.data import Row
 from fastclap.models.audio_towers import AudioTower
 from fastclap.models.clap import CLAP
+from fastclap.models.layers import layer_lists
 from fastclap.models.text_towers import TextTower
 from fastclap.train import distributed
 from fastclap.train.config import TrainConfig
 from fastclap.train.distributed import World
 
+_ROWS = 256
 _SLACK = 1 << 30  # bytes for the libraries' workspaces, the loss and the batches on the way
 _USABLE = 0.93  # of what is free: the allocator's blocks have gaps
 # Work of a step in forward passes of the towers: forward 1, backward 2, and what is computed again: all but what lies
@@ -45,12 +49,12 @@ class Plan(NamedTuple):
     text: str  # for the log
 
 
-def plan(model: CLAP, captions: Sequence[str], config: TrainConfig, world: World) -> Plan:
+def plan(model: CLAP, manifest: Sequence[Row], config: TrainConfig, world: World) -> Plan:
     """The cheapest form of a step that fits into what is free on the device; what the configuration fixes stays.
 
     Args:
         model: on its device, before the optimizer has its state.
-        captions: some of the training captions.
+        manifest: to train on; its first captions are taken for typical.
         config: `chunk_size` and `checkpoint_activations` are chosen where they are "auto".
         world: this process; all of them get the form that fits the one with the least memory.
     """
@@ -60,6 +64,7 @@ def plan(model: CLAP, captions: Sequence[str], config: TrainConfig, world: World
     free = free_bytes(world.device)
     if free is None or (fixed is not None and again is not None):
         return Plan(fixed or rows, bool(again), "")
+    captions = [text for row in manifest[:_ROWS] for text in (*row.captions[:1], *row.fine_captions[:1])]
     kept = measure(model, captions, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # gradient and two moments in float32, and the moving average; sharded, each process has its part
@@ -100,10 +105,10 @@ def choose(
 def measure(model: CLAP, captions: Sequence[str], config: TrainConfig) -> Kept:
     """What a forward pass keeps, from one of two and one of three clips of the longest length."""
     two, three = (_kept_by(model, captions, config, clips) for clips in (2, 3))
-    each = [larger - smaller for smaller, larger in zip(two, three, strict=True)]
-    everything, layer, instead = each
-    checkpointed = everything - instead + layer
-    return Kept(max(0, two[0] - 2 * everything), everything + layer, min(checkpointed + layer, everything + layer))
+    everything, layer, avoidable = (larger - smaller for smaller, larger in zip(two, three, strict=True))
+    plain = everything + layer
+    # computed again, a layer is kept while it is differentiated
+    return Kept(max(0, two[0] - 2 * everything), plain, min(plain - avoidable + layer, plain))
 
 
 def _kept_by(model: CLAP, captions: Sequence[str], config: TrainConfig, clips: int) -> tuple[int, int, int]:
@@ -116,7 +121,7 @@ def _kept_by(model: CLAP, captions: Sequence[str], config: TrainConfig, clips: i
     parameters = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
     layers: list[int] = []
-    saved = 0
+    avoidable = 0
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -126,13 +131,13 @@ def _kept_by(model: CLAP, captions: Sequence[str], config: TrainConfig, clips: i
 
     def counted(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal saved
+            nonlocal avoidable
             before = sum(kept.values())
             out = forward(*args, **kwargs)
             own = sum(kept.values()) - before
             layers.append(own)
             entering = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-            saved += max(0, own - (entering.nbytes if entering is not None else 0))
+            avoidable += max(0, own - (entering.nbytes if entering is not None else 0))
             return out
 
         return call
@@ -147,7 +152,7 @@ def _kept_by(model: CLAP, captions: Sequence[str], config: TrainConfig, clips: i
             stack.callback(setattr, module, "layerdrop", share)
         for tower in (model.audio_branch, model.text_branch):
             overrides = type(tower).prepare_training not in (AudioTower.prepare_training, TextTower.prepare_training)
-            for layer in distributed.layers_of(tower) if overrides else ():
+            for layer in itertools.chain.from_iterable(layer_lists(tower)) if overrides else ():
                 layer.forward = counted(layer, layer.forward)
                 stack.callback(delattr, layer, "forward")
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor))
@@ -162,7 +167,7 @@ def _kept_by(model: CLAP, captions: Sequence[str], config: TrainConfig, clips: i
     with torch.no_grad():
         for name, buffer in model.named_buffers():  # BatchNorm has counted silence
             buffer.copy_(buffers[name])
-    return total, max(layers, default=0), saved
+    return total, max(layers, default=0), avoidable
 
 
 def free_bytes(device: torch.device) -> int | None:

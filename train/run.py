@@ -179,11 +179,9 @@ def prepare(config: TrainConfig, world: World) -> Run:
     if resume_path is None:
         fit_feature_statistics(model, dataset, world)
     towers: list[Any] = [model.audio_branch, model.text_branch]
-    compiled = config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda")
-    captions = [text for row in manifest[:256] for text in (*row.captions[:1], *row.fine_captions[:1])]
-    plan = memory.plan(model, captions, config, world)
+    plan = memory.plan(model, manifest, config, world)
     for tower in towers:
-        tower.prepare_training(compile=compiled, checkpoint=plan.checkpoint)
+        tower.prepare_training(compile=config.compiles(world.device.type), checkpoint=plan.checkpoint)
     sharded = distributed.shard(towers, world) if config.shard else []
 
     # The step, and the state of the optimizer and of the average that it continues from.
@@ -244,8 +242,10 @@ def best_validation(config: TrainConfig, valid: Manifest | None, state: dict[str
     Raises:
         ConfigError: `valid.best` is no figure of this manifest's validation.
     """
-    columns = [] if valid is None else [task.column for task in classification_tasks(config.valid, valid)]
-    figures = comparable_figures([] if valid is None else caption_sets(valid), columns)
+    figures: dict[str, tuple[str, ...]] = {}
+    if config.valid.best is not None and valid is not None:
+        tasks = classification_tasks(config.valid, valid)
+        figures = comparable_figures(caption_sets(valid), [task.column for task in tasks])
     return Best(config.valid, figures, state["totals"].get("best") if state else None)
 
 

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastclap.errors import ConfigError
-
-_LAYERS = ("layers", "layer", "blocks", "block")  # what encoders call the list of their transformer layers
+from fastclap.models.layers import LAYER_LISTS, layer_lists
 
 
 class Stages(NamedTuple):
@@ -62,7 +61,6 @@ def freeze_parts(stages: Stages, front: bool, layers: int, front_flag: str, laye
 
 def transformer_layers(module: nn.Module) -> Sequence[nn.Module]:
     """The layers of an encoder of transformers; none where it calls them by another name."""
-    for name, part in module.named_modules():
-        if isinstance(part, nn.ModuleList) and name.rpartition(".")[2] in _LAYERS:
-            return list(part)
-    return ()
+    # T5 has a list of blocks, and in each of these a list of layers
+    lists = layer_lists(module, (*LAYER_LISTS, "block"))
+    return list(lists[0]) if lists else ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -45,6 +47,15 @@ def prepare_waveform(
     lengths = lengths.to(waveform.device)
     waveform = waveform.masked_fill(~length_mask(lengths, waveform.shape[1]), 0.0)
     return waveform, lengths.clamp(min=1)
+
+
+LAYER_LISTS = ("layers", "layer", "blocks")  # what encoders call the list of their transformer layers
+
+
+def layer_lists(tower: nn.Module, names: Sequence[str] = LAYER_LISTS) -> list[nn.ModuleList]:
+    """The lists of transformer layers of a tower, an outer one before those in its layers."""
+    found = (part for name, part in tower.named_modules() if name.rpartition(".")[2] in names)
+    return [part for part in found if isinstance(part, nn.ModuleList)]
 
 
 class Block(nn.Module):

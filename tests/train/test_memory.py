@@ -128,9 +128,9 @@ def test_a_cpu_takes_the_batch_whole() -> None:
     from fastclap.train.distributed import World
 
     world = World(0, 1, torch.device("cpu"), None)
-    assert memory.plan(a_model(), CAPTIONS, of_seconds(1.0, batch_size=12), world) == (12, False, "")
+    assert memory.plan(a_model(), [], of_seconds(1.0, batch_size=12), world) == (12, False, "")
     fixed = of_seconds(1.0, batch_size=12, chunk_size=5, checkpoint_activations="on")
-    assert memory.plan(a_model(), CAPTIONS, fixed, world) == (5, True, "")
+    assert memory.plan(a_model(), [], fixed, world) == (5, True, "")
 
 
 def test_a_run_says_how_its_batch_fits(tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
