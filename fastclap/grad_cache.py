@@ -125,13 +125,11 @@ class GradCache:
             try:
                 return step.run()
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not (is_out_of_memory(error) and self._reduce(step, sizes)):
                     raise
-                if not self._reduce(step, sizes):
-                    raise
-                if step.second_pass and not step.repeatable:
-                    raise SecondPassMemoryError(str(error)) from error
                 if not step.repeatable:
+                    if step.second_pass:
+                        raise SecondPassMemoryError(str(error)) from error
                     raise
                 step.undo()
             # Past the except clause the traceback, and with it the graph that did not fit, is gone.
