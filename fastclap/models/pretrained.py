@@ -109,6 +109,7 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
         layer.compile(dynamic=True)
 
 
-def graphs_in(training: bool) -> AbstractContextManager[Any]:
-    """Compiled layers run as they were written unless in training: evaluation has batches of many more kinds."""
-    return nullcontext() if training else torch.compiler.set_stance("force_eager")
+def graphs_of(module: Any) -> AbstractContextManager[Any]:
+    """A module's layers, if they are `compiled`, run as they were written unless in training: evaluation has batches of
+    many more kinds."""
+    return torch.compiler.set_stance("force_eager") if module.compiled and not module.training else nullcontext()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from fastclap.models.pretrained import (
     checkpoint_layers,
     compile_layers,
     complete_config,
-    graphs_in,
+    graphs_of,
     transformers_config,
     transformers_model,
 )
@@ -130,7 +129,7 @@ class TransformersTextTower(TextTower):
         return Stages([embeddings], (), transformer_layers(self.base))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int] | None = None) -> Tensor:
-        with graphs_in(self.training) if self.compiled else nullcontext():
+        with graphs_of(self):
             return self._encode(input_ids, attention_mask, token_counts)
 
     def _encode(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int] | None) -> Tensor:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from fastclap.kernels.layer_norm_gelu import layer_norm_gelu
 from fastclap.kernels.toeplitz_attention import gated_toeplitz_attention
 from fastclap.kernels.waveform_convolution import waveform_convolution, window_products
 from fastclap.models import positional
-from fastclap.models.pretrained import compile_layers, graphs_in
+from fastclap.models.pretrained import compile_layers, graphs_of
 
 
 def accelerate(model: Any, *, encoder: bool = True) -> None:
@@ -431,7 +430,7 @@ class Encoder(nn.Module):
         draws = torch.rand(len(self.layers), device="cpu").tolist() if drops else [1.0] * len(self.layers)
         if self.compiled:  # as many clips as heads are a coincidence, of which a graph should make no rule
             torch._dynamo.mark_static(table, 0)
-        with graphs_in(self.training) if self.compiled else nullcontext():
+        with graphs_of(self):
             for index, (layer, draw) in enumerate(zip(self.layers, draws, strict=True)):
                 if visit is not None:
                     visit(x)
