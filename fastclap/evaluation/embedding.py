@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from fastclap.data import BadClip, Row, eval_batches
-from fastclap.evaluation.ranks import Ranks
+from fastclap.evaluation.ranks import EvaluationRanks
 from fastclap.models.encoder import DualEncoder
 
 
@@ -22,7 +22,7 @@ def embed_clips(
     batch_size: int = 32,
     threads: int = 4,
     bad: list[BadClip],
-    ranks: Ranks | None = None,
+    ranks: EvaluationRanks | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Some rows of the manifest and their unit vectors [k, D], batch by batch, until all readable clips are done.
 
@@ -34,7 +34,7 @@ def embed_clips(
         bad: receives the clips that cannot be used.
         ranks: processes that share the batches; this one yields its own.
     """
-    ranks = ranks or Ranks(model, None)
+    ranks = ranks or EvaluationRanks(model, None)
     share = (ranks.rank, ranks.size)
     batches = eval_batches(manifest, model.sampling_rate, batch_size, bad=bad, threads=threads, share=share)
     for batch in itertools.chain(batches, itertools.repeat(None) if ranks.in_step else ()):
@@ -49,7 +49,7 @@ def embed_clips(
             yield batch.rows, model.embed_batch(batch.audio, lengths)
 
 
-def embed_texts(model: DualEncoder, texts: Sequence[str], ranks: Ranks) -> Tensor:
+def embed_texts(model: DualEncoder, texts: Sequence[str], ranks: EvaluationRanks) -> Tensor:
     """Unit vectors of texts, in the order given: float32 [n, D] on the model's device, on every rank."""
     if ranks.size == 1:
         return model.embed_text(texts)

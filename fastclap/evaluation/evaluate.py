@@ -26,7 +26,7 @@ from fastclap.errors import DataError, ModelError
 from fastclap.evaluation.embedding import embed_clips, embed_texts
 from fastclap.evaluation.metrics import classification, prompt_ensemble, retrieval, unique_texts
 from fastclap.evaluation.projection import coordinates, even_selection, principal_components
-from fastclap.evaluation.ranks import Embedded, Ranks
+from fastclap.evaluation.ranks import Embedded, EvaluationRanks
 from fastclap.models.encoder import DualEncoder, evaluation_mode
 from fastclap.prompts import DEFAULT_TEMPLATE, fill_template
 
@@ -119,7 +119,7 @@ def evaluate(
     candidates = [_candidates(manifest, task) for task in tasks]
 
     start = time.perf_counter()
-    ranks = Ranks(model, process_group)
+    ranks = EvaluationRanks(model, process_group)
     with _training_untouched(model):
         audio, rows, skipped = _embed_manifest(model, manifest, batch_size, progress and ranks.rank == 0, ranks)
         audio_seconds = time.perf_counter() - start
@@ -194,7 +194,7 @@ def evaluate_classification(
 
 
 def _embed_manifest(
-    model: DualEncoder, manifest: Manifest, batch_size: int, progress: bool, ranks: Ranks
+    model: DualEncoder, manifest: Manifest, batch_size: int, progress: bool, ranks: EvaluationRanks
 ) -> tuple[Tensor, list[int], list[BadClip]]:
     """Unit vectors [clips, D] of the readable clips in the manifest's order, their rows, and the other clips."""
 
@@ -233,7 +233,7 @@ def _retrieval(
     captions: Sequence[Sequence[str]],
     name: str,
     captions_per_clip: CaptionsPerClip,
-    ranks: Ranks,
+    ranks: EvaluationRanks,
 ) -> Callable[[], dict[str, Any]]:
     """What computes the figures of a retrieval, with its texts embedded."""
     kept = [i for i, texts in enumerate(captions) if texts]
@@ -260,7 +260,7 @@ def _classification(
     tags: Sequence[Sequence[str]],
     task: ClassificationTask,
     classes: Sequence[str],
-    ranks: Ranks,
+    ranks: EvaluationRanks,
 ) -> tuple[Callable[[], dict[str, Any]], _Labels]:
     """What computes the figures of a classification, with its prompts embedded, and what a map shows of it."""
     candidates = [[tag for tag in dict.fromkeys(values) if tag in set(classes)] for values in tags]

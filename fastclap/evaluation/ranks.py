@@ -24,7 +24,7 @@ Embedded = tuple[list[int], list[Tensor], list[BadClip]]
 """Which clips or texts, their unit vectors in parts [k, D], and the clips that cannot be used."""
 
 
-class Ranks:
+class EvaluationRanks:
     """The processes that share an evaluation.
 
     Args:
