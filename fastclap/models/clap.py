@@ -215,20 +215,20 @@ class CLAP(DualEncoder):
             if not text.strip():
                 raise DataError(f"text {index} is blank")
         sizes = tokens["attention_mask"].sum(1)
-        order = sizes.argsort(stable=True)
+        chunks = _of_like_sizes(sizes, batch_size)
         with self._inference():
             rows = []
-            for chunk in order.split(batch_size):
+            for chunk in chunks:
                 longest = int(sizes[chunk].max())
                 batch = {name: value[chunk, :longest].to(self.device) for name, value in tokens.items()}
                 rows.append(self.encode_text(**batch, token_counts=sizes[chunk].tolist()))
-            embeddings = F.normalize(torch.cat(rows)[order.argsort().to(self.device)].float(), dim=-1)
+            embeddings = F.normalize(torch.cat(rows)[torch.cat(chunks).argsort().to(self.device)].float(), dim=-1)
         return embeddings.clone()
 
     def text_batches(self, texts: Sequence[str], *, batch_size: int = 256) -> list[list[int]]:
         """Which texts `embed_text` encodes together: those with like numbers of tokens."""
-        order = self.tokenize(texts)["attention_mask"].sum(1).argsort(stable=True)
-        return [chunk.tolist() for chunk in order.split(batch_size)]
+        sizes = self.tokenize(texts)["attention_mask"].sum(1)
+        return [chunk.tolist() for chunk in _of_like_sizes(sizes, batch_size)]
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -369,6 +369,11 @@ def read_checkpoint(
     """
     saved = read_foreign(Path(path), tokenizer, audio_config=audio_config, text_config=text_config)
     return CLAP._from_saved(saved)
+
+
+def _of_like_sizes(sizes: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+    """Indices of the texts of each batch, the shortest texts first."""
+    return sizes.argsort(stable=True).split(batch_size)
 
 
 def _no_grad_if(frozen: bool) -> contextlib.AbstractContextManager[Any]:
