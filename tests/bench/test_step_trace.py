@@ -215,7 +215,9 @@ def test_what_is_held_and_how_often_it_is_computed(batch: Any) -> None:
     assert cached.held < plain.held / 2 and cached.peak < plain.peak  # one chunk of three, until the loss
     assert checkpointed.held < plain.held
     attention = "gated_toeplitz_attention"
-    assert cached.costs["forward", attention].operations == (3 + 2) * LAYERS  # three chunks, and again those without a graph
+    assert (
+        cached.costs["forward", attention].operations == (3 + 2) * LAYERS
+    )  # three chunks, and again those without a graph
     assert checkpointed.costs["backward", attention].operations == LAYERS  # once more
     assert cached.phase("loss").operations == plain.phase("loss").operations
 

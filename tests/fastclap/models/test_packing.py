@@ -315,19 +315,10 @@ def test_dropout_and_activation_checkpoints_of_packed_captions(name: str) -> Non
     assert all(torch.equal(gradient, of_checkpointed[key]) for key, gradient in gradients.items())
 
 
-def test_compiled_layers_are_whole_graphs_of_any_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_layers_are_whole_graphs_of_any_captions(
+    graphs: list[torch.fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three layers share one graph for packed captions and one for padded ones, however many and long these are."""
-    torch._dynamo.reset()
-    graphs: list[int] = []
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(len(graph.graph.nodes))
-        return graph.forward
-
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda x, **options: compile_module(x, backend=backend, fullgraph=True, **options)
-    )
     monkeypatch.setattr(packing_module, "_MIN_CALL", 1 << 40)  # as on a GPU: no call for each caption
     config = dataclasses.replace(
         TEXT["roberta"], hf_config={**(TEXT["roberta"].hf_config or {}), "num_hidden_layers": 3}
@@ -346,7 +337,6 @@ def test_compiled_layers_are_whole_graphs_of_any_captions(monkeypatch: pytest.Mo
     assert len(graphs) == 2
     tower.eval()(*captions([2, 5], pad=1), token_counts=[2, 5])
     assert len(graphs) == 2  # evaluation runs the layers as they are
-    torch._dynamo.reset()
 
 
 def test_a_scale_of_attention_other_than_the_usual() -> None:

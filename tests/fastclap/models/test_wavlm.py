@@ -380,21 +380,9 @@ def test_dropped_layers_follow_torch_and_spare_the_first() -> None:
     assert ran == list(range(6))
 
 
-def test_compiled_layers_are_whole_graphs_and_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    graphs: list[int] = []
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(len(graph.graph.nodes))
-        return graph.forward
-
-    compile_module = wavlm.EncoderLayer.compile
-    monkeypatch.setattr(
-        wavlm.EncoderLayer,
-        "compile",
-        lambda x, **options: compile_module(x, backend=backend, fullgraph=True, **options),
-    )
-
+def test_compiled_layers_are_whole_graphs_and_share_them(
+    graphs: list[torch.fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         out = toeplitz_attention.gated_toeplitz_attention_reference(*inputs[:6], dropout=0.0, scale=inputs[8])
         return out.transpose(1, 2).contiguous().transpose(1, 2), torch.zeros_like(inputs[4], dtype=torch.float32)
@@ -415,7 +403,6 @@ def test_compiled_layers_are_whole_graphs_and_share_them(monkeypatch: pytest.Mon
     assert_close_rel("evaluation", expected, tower.eval()(audio, lengths), 1e-6)
     tower(audio[:1], lengths[:1])
     assert len(graphs) == 1
-    torch._dynamo.reset()
 
 
 def test_compiled_layers_train_as_others() -> None:
