@@ -60,21 +60,21 @@ KERNELS = ("forward", "keys", "queries")
 # the fields of an `AttentionTile`. Tiles of queries have at least 32 rows and columns: see `_diagonal_sums`.
 TILES: dict[int, dict[tuple[int, int], tuple[tuple[int, ...], ...]]] = {
     80: {
-        (2, 64): ((128, 64, 8, 3, 128), (32, 64, 4, 2), (128, 64, 8, 2)),
+        (2, 64): ((128, 64, 8, 3, 128), (32, 64, 4, 2), (64, 32, 4, 2)),
         (2, 128): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
-        (4, 64): ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
+        (4, 64): ((64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
         (4, 128): ((64, 32, 4, 2), (32, 32, 8, 1), (64, 32, 8, 1)),
     },
     90: {
         (2, 64): ((128, 64, 8, 3, 128), (64, 64, 4, 2), (64, 64, 4, 2)),
         (2, 128): ((128, 64, 8, 2), (32, 128, 8, 2), (64, 32, 4, 2)),
         (4, 64): ((64, 32, 4, 2), (32, 64, 8, 1), (64, 32, 4, 2)),
-        (4, 128): ((64, 32, 4, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
+        (4, 128): ((64, 32, 4, 2), (32, 64, 8, 1), (32, 32, 4, 1)),
     },
     100: {
         (2, 64): ((128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
         (2, 128): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
-        (4, 64): ((64, 32, 4, 2), (32, 64, 8, 1), (64, 64, 8, 2)),
+        (4, 64): ((64, 32, 4, 2), (32, 64, 8, 1), (32, 32, 4, 1)),
         (4, 128): ((64, 32, 4, 2), (32, 64, 8, 1), (64, 32, 8, 1)),
     },
 }
@@ -634,7 +634,7 @@ def compilations(arch: int, widths: tuple[int, ...] = (64, 80)) -> Iterator[Comp
             on = f"{' dropout' if dropout else ''}{' lengths' if lengths else ''}"
             absent = (() if dropout else ("seed",)) + (() if lengths else ("lengths",))
             # Below 64 rows of the result a GPU's own instruction gives way to that of sm_80.
-            own = arch == 80 or (tile.columns if kernel == "keys" else tile.rows) >= 64
+            own = (tile.columns if kernel == "keys" else tile.rows) >= 64 or "mma.sync"
             title = f"attention {kernel} {width} {label}{on}"
             if kernel == "queries":
                 yield _compilation(f"{title} table", FUNCTIONS[kernel], name, options, absent, own)
@@ -650,7 +650,12 @@ def compilations(arch: int, widths: tuple[int, ...] = (64, 80)) -> Iterator[Comp
 
 
 def _compilation(
-    name: str, function: Any, dtype: str, options: dict[str, Any], absent: tuple[str, ...], matrix_instruction: bool
+    name: str,
+    function: Any,
+    dtype: str,
+    options: dict[str, Any],
+    absent: tuple[str, ...],
+    matrix_instruction: bool | str,
 ) -> Compilation:
     constexprs = dict(options)
     warps, stages = constexprs.pop("num_warps", 4), constexprs.pop("num_stages", 3)  # else Triton's defaults
