@@ -234,7 +234,7 @@ def _one_later(x, first):
 
 
 @triton.jit
-def _diagonal_sums(x, lower_last, held, BM: tl.constexpr, BN: tl.constexpr):
+def _diagonal_sums(x, last, held, BM: tl.constexpr, BN: tl.constexpr):
     """Sums of the tiles [BM, BN] of a block of rows, which come from left to right, along their diagonals.
 
     Each strip of 32 rows of a tile gives BN sums, [BM / 32 · BN]: sum r is over i of x[i, j] with
@@ -242,18 +242,21 @@ def _diagonal_sums(x, lower_last, held, BM: tl.constexpr, BN: tl.constexpr):
     j ≥ 0 in the one before: what a tile has at greater distances waits in registers for the next.
 
     A thread of a matrix instruction has rows g and g + 8 of 16, and of every 8 columns the same ones. Therefore
-    1. rows g + 8 are added to rows g, 8 columns further left (`lower_last`: the last 8 columns, [BM / 16, 8, 8, 1]);
+    1. rows g + 8 are added to rows g, these 8 columns later (`last`: the last 8 columns, [BM / 16, 16, 8, 1]);
     2. elements with r ≥ BN make room for those of the tile before (`held`, [BM / 16, 8, 8, BN / 8]);
     3. the rest goes through shared memory, from where a thread adds up the 16 elements of one r. Every lane starts at
        another row, so that a warp writes to 32 banks and reads from 32.
 
-    Returns the sums, and `lower_last` and `held` for the next tile.
+    Returns the sums, and `last` and `held` for the next tile.
     """
     N: tl.constexpr = BN // 8
     SIXTEENS: tl.constexpr = BM // 16
     STRIPS: tl.constexpr = BM // STRIP
-    lower, upper = tl.split(tl.permute(tl.reshape(x, (SIXTEENS, 2, 8, N, 8)), (0, 2, 4, 3, 1)))
-    waiting = upper + _one_later(lower, lower_last)
+    x = tl.reshape(tl.permute(tl.reshape(x, (SIXTEENS, 2, 8, N, 8)), (0, 1, 2, 4, 3)), (SIXTEENS, 16, 8, N))
+    upper = tl.arange(0, 16)[None, :, None, None] >= 8
+    waiting = tl.where(upper, x, _one_later(x, last))
+    waiting = tl.sum(tl.reshape(waiting, (SIXTEENS, 2, 8, 8, N)), 1)
+    last = _last(x)
     sixteen, g = tl.arange(0, SIXTEENS)[:, None, None, None] % 2, tl.arange(0, 8)[None, :, None, None]
     column = tl.arange(0, N)[None, None, None, :] * 8 + tl.arange(0, 8)[None, None, :, None]
     inside = column - 16 * sixteen - g + 24 < BN
@@ -266,7 +269,7 @@ def _diagonal_sums(x, lower_last, held, BM: tl.constexpr, BN: tl.constexpr):
     at = (column // 8 * 2 + column % 2) * SIXTEENS + 2 * strip + sixteen
     at = (at * 8 + g) * 4 + column // 2 % 4
     x = tl.gather(x, tl.reshape(at, (BM // 2 * BN,)), 0)
-    return tl.sum(tl.reshape(x, (16, STRIPS * BN)), 0), _last(lower), waiting
+    return tl.sum(tl.reshape(x, (16, STRIPS * BN)), 0), last, waiting
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,7 +382,7 @@ def _queries_kernel(
         whole = valid // BN * BN
         if sums is not None:
             tl.debug_barrier()  # other threads may have stored what is loaded here
-            lower_last = tl.zeros((BM // 16, 8, 8, 1), tl.float32)
+            last = tl.zeros((BM // 16, 16, 8, 1), tl.float32)
             held = tl.zeros((BM // 16, 8, 8, BN // 8), tl.float32)
         for TAIL in tl.static_range(2):
             for column in tl.range(whole if TAIL else 0, valid if TAIL else whole, BN):
@@ -399,10 +402,10 @@ def _queries_kernel(
                 gate_gradient += tl.sum(ds * distance, 1)
                 query_gradient = tl.dot(ds.to(keys.dtype), keys, query_gradient, input_precision=PRECISION)
                 if sums is not None:
-                    found, lower_last, held = _diagonal_sums(ds * factor[:, None], lower_last, held, BM, BN)
+                    found, last, held = _diagonal_sums(ds * factor[:, None], last, held, BM, BN)
                     tl.store(slots + column, tl.load(slots + column) + found)
         if sums is not None:
-            found, lower_last, held = _diagonal_sums(tl.zeros((BM, BN), tl.float32), lower_last, held, BM, BN)
+            found, last, held = _diagonal_sums(tl.zeros((BM, BN), tl.float32), last, held, BM, BN)
             end = tl.cdiv(valid, BN) * BN
             tl.store(slots + end, tl.load(slots + end) + found)
         query_gradient *= gain * scale * LN2
