@@ -217,12 +217,12 @@ def test_clips_of_a_group_are_added_in_one_place(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU has tiles of its own, and `LARGE`")
-@pytest.mark.parametrize("sides", ((32, 32), (64, 64)), ids=str)
+@pytest.mark.parametrize("sides", ((32, 32), (64, 64), (128, 64)), ids=str)
 def test_tiles_of_all_gpus_sum_the_same_diagonals(sides: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     from fastclap.kernels import toeplitz_attention_triton as engine
 
     used = {tiles[engine.KERNELS.index("queries")][:2] for some in engine.TILES.values() for tiles in some.values()}
-    assert used == {(32, 32), (64, 32), (64, 64)}, "those of this test, and the interpreter's"
+    assert used == {(32, 32), (64, 32), (64, 64), (128, 64)}, "those of this test, and the interpreter's"
     monkeypatch.setattr(engine, "INTERPRETER_TILE", engine.AttentionTile(*sides, 4, 1))
     for length, lengths in ((131, None), (64, torch.tensor([64, 41]))):
         x = case(2, 1, length, 16)
