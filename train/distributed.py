@@ -69,14 +69,12 @@ class Alarm:
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
-        self._raised = False
         self._reason: str | None = None
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="alarm", daemon=True).start()
 
     def sound(self, reason: str) -> None:
         """Tell all ranks that this one stops; the first reason stands."""
-        self._raised = True
         with contextlib.suppress(RuntimeError):  # nobody is left to be told
             self._store.compare_set("reason", "", reason)
             self.reason()
@@ -92,7 +90,7 @@ class Alarm:
     def close(self) -> None:
         """The process is about to end. Where the store is in it, others get a while to read the reason."""
         self._closed.set()
-        if not self._raised or self._rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if self._rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or self.reason() is None:
             return
         end = time.monotonic() + _GRACE_SECONDS
         with contextlib.suppress(RuntimeError):
