@@ -64,6 +64,9 @@ class Engine:
         """Inside it torch.autograd.backward and .grad run here."""
         with (
             mock.patch.object(torch.autograd, "_engine_run_backward", self.run_backward),
+            mock.patch.object(torch.autograd.function.FunctionCtx, "set_materialize_grads", _set_materialize_grads),
+            mock.patch.object(torch.autograd.Function, "apply", classmethod(_apply)),
+            mock.patch.object(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: False),
             # activation checkpointing computes a layer again once for each of these
             mock.patch.object(torch._C, "_current_graph_task_id", lambda: 0),
             saved_tensors_hooks(_Saved, self._unpacked),
@@ -163,10 +166,34 @@ def _leading_to(targets: set[Any], nodes: Iterable[Any]) -> set[Any]:
     return found
 
 
+def _set_materialize_grads(ctx: Any, value: bool) -> None:
+    """As torch's, and kept where `_run` can read it, which torch's is not."""
+    ctx.materialize_grads = ctx._materialize_grads = value
+
+
+_plain_apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+
+def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """As torch's; the node is left word of which inputs are tensors, whose gradients alone are passed on."""
+    made = _plain_apply(function, *args, **kwargs)
+    for x in made if isinstance(made, tuple) else (made,):
+        if isinstance(x, Tensor) and isinstance(x.grad_fn, BackwardCFunction):
+            x.grad_fn._takes = [isinstance(value, Tensor) for value in args]  # type: ignore[attr-defined]
+    return made
+
+
 def _run(node: Any, received: list[Tensor | None]) -> Any:
     """What a node makes of its gradients."""
     if isinstance(node, BackwardCFunction):
-        return node.apply(*received)
+        if getattr(node, "_materialize_grads", True):
+            received = [
+                torch.zeros(like.shape, dtype=like.dtype, device=like.device) if gradient is None else gradient
+                for gradient, like in zip(received, node._input_metadata, strict=True)
+            ]
+        made = node.apply(*received)
+        made = made if isinstance(made, tuple) else (made,)
+        return tuple(itertools.compress(made, node._takes))
     if type(node).__name__ == "AccumulateGrad" and node.variable.grad is None and received[0] is not None:
         leaf, gradient = node.variable, received[0]
         if gradient.stride() == leaf.stride():  # torch's engine takes it as it is; called from here, the node copies
