@@ -22,7 +22,7 @@ Lengths are tensors on the device and stay there; what is random follows torch's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -268,37 +268,6 @@ def _row_views(x: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, Tensor, 
 # encoder
 
 
-def _cast_once(x: Tensor, uses: int) -> tuple[Tensor, ...]:
-    """`x`, and `x` for a number of linear layers: under autocast cast once, where each would make and keep a copy."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype in (torch.float64, torch.get_autocast_dtype(kind)):
-        return (x,) * (1 + uses)
-    return _Cast.apply(x, torch.get_autocast_dtype(kind), uses)
-
-
-class _Cast(torch.autograd.Function):
-    """A tensor, and the same in another type to be used several times.
-
-    The gradients are added in the wide type, the last use's first, which is what autograd makes of a cast for each use;
-    of one cast it would add them in the narrow type.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, uses: int) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.dtype = x.dtype
-        low = x.to(dtype)
-        return x.view_as(x), *(low.view_as(low) for _ in range(uses))
-
-    @staticmethod
-    def backward(ctx: Any, wide: Tensor | None, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
-        total = wide
-        for gradient in reversed(gradients):
-            if gradient is not None:
-                total = gradient.to(ctx.dtype) if total is None else total + gradient
-        return total, None, None
-
-
 class EncoderLayer(nn.Module):
     """One transformer layer of WavLM, with the parameters of transformers' layer.
 
@@ -323,35 +292,50 @@ class EncoderLayer(nn.Module):
         frames: Tensor | None,  # int64 [B] valid frames; None: all
     ) -> Tensor:  # [B, T, hidden]
         if self.stable:
-            _, *inputs = _cast_once(self.layer_norm(x), 4)
-            x = x + self.dropout(self._attend(inputs, table, frames))
+            x = x + self.dropout(self._attend(self.layer_norm(x), table, frames))
             return x + self.feed_forward(self.final_layer_norm(x))
-        x, *inputs = _cast_once(x, 4)
-        x = self.layer_norm(x + self.dropout(self._attend(inputs, table, frames)))
+        x = self.layer_norm(x + self.dropout(self._attend(x, table, frames)))
         return self.final_layer_norm(x + self.feed_forward(x))
 
     def _attend(
         self,
-        inputs: Sequence[Tensor],  # four times [B, T, hidden], for queries, keys, values and gates
+        x: Tensor,  # [B, T, hidden]
         table: Tensor,
         frames: Tensor | None,
     ) -> Tensor:  # [B, T, hidden]
         """Gated relative-position attention (WavLM, Chen et al. 2022, equations 4 to 8)."""
-        attention = self.attention
-        *projected, gated = inputs
-        q, k, v = (
-            projection(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-            for projection, x in zip((attention.q_proj, attention.k_proj, attention.v_proj), projected, strict=True)
-        )
-        # each gate is the sum of four outputs of a linear layer, which is the output of one with summed weights
-        linear = attention.gru_rel_pos_linear
-        weight, bias = linear.weight.unflatten(0, (2, 4)).sum(1), linear.bias.view(2, 4).sum(1)
-        gates = F.linear(gated.unflatten(-1, (attention.num_heads, -1)), weight, bias).to(table.dtype).sigmoid()
-        update, reset = gates.unbind(-1)  # [B, T, heads]
+        attention, (*sizes, weight, bias) = self.attention, self._projection(x)
+        parts = F.linear(x, weight, bias).split(sizes, -1)
+        q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in parts[:3])
+        gates = parts[3].to(table.dtype).sigmoid()  # [B, T, 2 · heads]
+        update, reset = gates.unflatten(-1, (2, -1)).unbind(2)  # [B, T, heads]
         gate = update * (reset * attention.gru_rel_pos_const.flatten() - 1.0) + 2.0
         dropout = float(attention.dropout) if self.training else 0.0
         y = gated_toeplitz_attention(q, k, v, table, gate.transpose(1, 2), frames, dropout=dropout)
         return attention.out_proj(y.transpose(1, 2).flatten(2))
+
+    def _projection(self, x: Tensor) -> tuple[int, int, int, int, Tensor, Tensor]:
+        """Outputs for queries, keys, values and gates, and weight and bias of the one product that makes them all.
+
+        The input is then read, kept and given its gradient once instead of four times. Each head's two gates are linear
+        in the head's own part of the input, so their rows of the weight are zero elsewhere. Each gate is the sum of
+        four outputs of a linear layer, which is the output of one with summed weights.
+        """
+        attention, heads = self.attention, self.attention.num_heads
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        linear = attention.gru_rel_pos_linear
+        per_head = linear.weight.unflatten(0, (2, 4)).sum(1)[:, None, None]  # [2, 1, 1, width]
+        gate_weight = (
+            (torch.eye(heads, dtype=per_head.dtype, device=x.device)[..., None] * per_head).flatten(2).flatten(0, 1)
+        )
+        gate_bias = linear.bias.view(2, 4).sum(1).repeat_interleave(heads)
+        kind = x.device.type
+        dtype = (
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+        )
+        weight = torch.cat([w.to(dtype) for w in (*(p.weight for p in projections), gate_weight)])
+        bias = torch.cat([b.to(dtype) for b in (*(p.bias for p in projections), gate_bias)])
+        return (*[p.out_features for p in projections], 2 * heads, weight, bias)
 
 
 class Encoder(nn.Module):
