@@ -1,6 +1,6 @@
 """What one full-size training step costs, by shapes alone: the step is run on tensors without data, without a GPU.
 
-    python -m bench.step_trace [--size large|base|tiny] [--batch 32] [--seconds 10] [--tags 28] [--chunk 0]
+    python -m bench.step_trace [--size large|base|tiny] [--batch 32] [--seconds 10] [--tags 28] [--compile] [--chunk 0]
         [--checkpoint-activations] [--ranks 8] [--top 25] [--ablation] [--out FOLDER]
 
 It is `fastclap.train.step.Step` of `fastclap-train paraspeechclap-intrinsic` (WavLM-Large, XLM-R base, contrastive and
@@ -17,6 +17,10 @@ Clips are of equal length, half of the captions are distinct; how many tags ther
                 context and workspaces come on top
     predicted   every operation takes the longer of its products at 650 TFLOP/s and its bytes at 2.7 TB/s, and none
                 waits. That is a PREDICTION from assumed rates; no GPU has been near it.
+
+With `--compile`, which is what `fastclap-train` does on a GPU, the towers' layers are compiled (`bench.fake_compiler`):
+an operation is then a kernel that torch's compiler would generate or call. Of the tensors inside a compiled layer only
+those are seen to be alive that it gives out or keeps.
 
 With `--chunk` the forward pass counts both passes of the gradient cache, the first backward pass is that of the loss,
 when no activations are alive but embeddings, and nothing is said of how gradients leave. With
@@ -51,6 +55,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bench import model_flops, timing, train_step
+from bench.fake_compiler import Graph, fake_compiler
 from bench.fake_gpu import fake_gpu
 from bench.parity import CAPTIONS, synthetic_batch
 from bench.reference_step import build_ours
@@ -124,6 +129,7 @@ class Trace(TorchDispatchMode):
         phase: what an operation is counted under; see `during`.
         costs: by phase and name.
         alive, casts, peak: bytes, `standing` left out.
+        is_paused: nothing counts.
     """
 
     def __init__(self, device_type: str, standing: Iterable[Tensor] = ()) -> None:
@@ -133,12 +139,65 @@ class Trace(TorchDispatchMode):
         self.alive = self.casts = self.peak = 0
         self._sizes: dict[int, tuple[int, bool]] = {}  # of storages: their bytes, whether they are casts
         self._standing = {tensor.untyped_storage()._cdata for tensor in standing}
+        self.is_paused = False
+
+    def run_graph(self, graph: Graph, inputs: list[Any]) -> Any:
+        """Counts the kernels of a compiled graph, of whose tensors its results alone are taken to be alive."""
+        flops: dict[torch.fx.Node, int] = {}
+        of_weights: set[torch.fx.Node] = set()
+        trace = self
+
+        class Operations(torch.fx.Interpreter):
+            def run_node(self, node: torch.fx.Node) -> Any:
+                out = super().run_node(node)
+                if isinstance(node.target, torch._ops.OpOverload):
+                    args, kwargs = self.fetch_args_kwargs_from_env(node)
+                    flops[node] = _flops(node.target, args, kwargs, out)
+                sources = node.all_input_nodes
+                if all(source in of_weights for source in sources) if sources else trace._is_weight(out):
+                    of_weights.add(node)
+                return out
+
+        with self.paused():
+            made = Operations(graph.module).run(*inputs)
+        if not self.is_paused:
+            results = next(node for node in graph.module.graph.nodes if node.op == "output").args[0]
+            for node, value in zip(results, made, strict=True):
+                for tensor in self._tensors(value):
+                    self._hold(tensor.untyped_storage(), node in of_weights)
+            for kernel in graph.kernels:
+                cost = self.costs.setdefault((self.phase, kernel.name), Cost())
+                cost.add(kernel.bytes, 0 if kernel.node is None else flops[kernel.node])
+        return made
+
+    def _is_weight(self, value: Any) -> bool:
+        """Whether it stands, or is made of what does."""
+        if not isinstance(value, Tensor):
+            return False
+        key = value.untyped_storage()._cdata
+        return key in self._standing or self._sizes.get(key, (0, False))[1]
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Operations inside it do not count."""
+        before, self.is_paused = self.is_paused, True
+        try:
+            yield
+        finally:
+            self.is_paused = before
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Without it torch.compile leaves everything within a dispatch mode as it is."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if self.is_paused:
+            return out
         read, made = list(self._tensors((args, kwargs))), list(self._tensors(out))
-        of_weights = bool(read) and all(x.untyped_storage()._cdata in self._standing for x in read)
+        of_weights = bool(read) and all(self._is_weight(x) for x in read)
         for tensor in made:
             self._hold(tensor.untyped_storage(), of_weights)
         name = func.overloadpacket.__name__
@@ -301,10 +360,13 @@ class Traced:
         return (self.held - self.casts) / self.rows
 
 
-def traced(call: Callable[[], Any], model: nn.Module, optimizer: torch.optim.Optimizer, rows: int) -> Traced:
+def traced(
+    call: Callable[[], Any], model: nn.Module, optimizer: torch.optim.Optimizer, rows: int, *, compiled: bool = False
+) -> Traced:
     """Traces a call that takes one step of the model, within `fake_gpu` or `without_data`.
 
-    The optimizer's state is made before, as in every step but the first.
+    The optimizer's state is made before, as in every step but the first. If parts of the model are to be compiled, that
+    too is done before, by a call that does not count.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not optimizer.state:
@@ -320,7 +382,7 @@ def traced(call: Callable[[], Any], model: nn.Module, optimizer: torch.optim.Opt
     backward = torch.autograd._engine_run_backward
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
-        if not result.held:
+        if not trace.is_paused and not result.held:
             result.held, result.casts = trace.alive, trace.casts
         with trace.during("backward"):
             return backward(*args, **kwargs)
@@ -340,6 +402,11 @@ def traced(call: Callable[[], Any], model: nn.Module, optimizer: torch.optim.Opt
             stack.enter_context(mock.patch.object(owner, name, instead))
         for parameter in parameters:
             stack.callback(parameter.register_post_accumulate_grad_hook(arrived).remove)
+        if compiled:
+            stack.enter_context(fake_compiler(trace.run_graph))
+            with trace, trace.paused():
+                call()
+            result.arrivals.clear()
         start = time.perf_counter()
         with trace:
             call()
@@ -385,10 +452,12 @@ class Subject:
     step: Step
 
     @classmethod
-    def on(cls, device: torch.device, size: Size, config: TrainConfig, tokenizer: Tokenizer) -> Subject:
+    def on(
+        cls, device: torch.device, size: Size, config: TrainConfig, tokenizer: Tokenizer, compiled: bool = False
+    ) -> Subject:
         model = build_ours(size, tokenizer, device=device)
         for tower in (model.audio_branch, model.text_branch):
-            tower.prepare_training(checkpoint=config.checkpoint_activations)
+            tower.prepare_training(compile=compiled, checkpoint=config.checkpoint_activations)
         return cls(model, config, Step(model, config, World(0, 1, device, None)))
 
     def take(self, batch: Batch) -> Callable[[], StepResult]:
@@ -499,8 +568,9 @@ def trace_recipe(arguments: argparse.Namespace, device: torch.device, tokenizer:
     tokens = [batch.tokens[row] for row in batch.text_rows.tolist()]
     own_flops = model_flops.training_step(size.wavlm, size.xlm_roberta, size.dim, batch.samples, tokens)
     with fake_gpu():
-        subject = Subject.on(device, size, config, tokenizer)
-        result = traced(subject.take(batch), subject.model, subject.step.optimizer, arguments.batch)
+        subject = Subject.on(device, size, config, tokenizer, arguments.compile)
+        call, optimizer = subject.take(batch), subject.step.optimizer
+        result = traced(call, subject.model, optimizer, arguments.batch, compiled=arguments.compile)
         sent = None
         if not arguments.chunk:
             sent = sending(
@@ -562,6 +632,7 @@ def tables(record: dict[str, Any], top: int) -> str:
     subject = "each form of `bench.train_step`" if forms else RECIPE
     how = [f"towers of size {settings['size']}", f"{settings['batch']} clips of {settings['seconds']:g} s"]
     how += [f"chunks of {settings['chunk']}"] * bool(settings["chunk"])
+    how += ["layers compiled"] * settings["compile"]
     how += ["activations checkpointed"] * settings["checkpoint_activations"]
     parts = [
         f"A step of {subject}, {', '.join(how)}, traced by shapes on tensors without data ({versions}).",
@@ -642,6 +713,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--tags", type=int, default=28, help="of the tag loss; 0: the contrastive loss alone")
     found.add_argument("--chunk", type=int, default=0, help="clips a chunk of the gradient cache; 0: none")
     found.add_argument("--checkpoint-activations", action="store_true", help="as the flag of fastclap-train")
+    found.add_argument("--compile", action="store_true", help="as `fastclap-train` does on a GPU")
     found.add_argument("--ranks", type=int, default=8, help="between which gradients are averaged")
     found.add_argument("--ablation", action="store_true", help="the forms of bench.train_step instead")
     found.add_argument("--top", type=int, default=25, help="operations in the table")
@@ -679,8 +751,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(f"--{name} must be at least {least}, is {getattr(arguments, name)}")
     if not 0.1 <= arguments.seconds <= 60:
         raise SystemExit(f"--seconds must be between 0.1 and 60, is {arguments.seconds:g}")
-    if arguments.ablation and arguments.checkpoint_activations:
-        raise SystemExit("--ablation knows no --checkpoint-activations; leave one of them out")
+    for name in ("checkpoint_activations", "compile"):
+        if arguments.ablation and getattr(arguments, name):
+            raise SystemExit(f"--ablation knows no --{name.replace('_', '-')}; leave one of them out")
     print(measure(arguments))
 
 

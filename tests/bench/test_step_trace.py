@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import step_trace, train_step
+from bench.fake_compiler import fake_compiler
 from bench.fake_gpu import Engine, fake_gpu, without_data
 from bench.parity import CAPTIONS
 from bench.run import SIZES
@@ -255,6 +256,59 @@ def test_saved_activations_are_those_of_a_real_step(batch: Any, monkeypatch: pyt
     assert num_bytes <= real.held <= num_bytes + samples + 8 * GRANULE
     assert walked.held == pytest.approx(real.held, rel=1e-3) and walked.peak == pytest.approx(real.peak, rel=5e-3)
     assert shapes.total.flops == real.total.flops == walked.total.flops
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# compiled layers
+
+
+def test_kernels_of_a_compiled_graph_are_those_of_a_hand_count() -> None:
+    """A product, and a GELU with all around it as one kernel, whose input the backward pass has kept."""
+    rows, width = 1000, 64
+    held = {}
+    with fake_gpu():
+        weight, x = nn.Parameter(torch.empty(width, width, device=GPU)), torch.empty(rows, width, device=GPU)
+        trace = Trace("cuda", [weight, x])
+        with fake_compiler(trace.run_graph):
+            call = torch.compile(lambda x: F.gelu((x @ weight).float() + 1).square() * 2, dynamic=True)
+            for paused in (True, False):
+                with trace, trace.paused() if paused else nullcontext():
+                    y = call(x)
+                    held[paused] = trace.alive
+                    with trace.during("backward"):
+                        y.backward(torch.empty_like(y))
+                weight.grad = None
+            with pytest.raises(NotImplementedError, match="is called with"):
+                call(x[:-1])
+    matrix, square = 4 * rows * width, 4 * width**2
+    costs = {f"{phase}, {name.partition(':')[0]}": cost for (phase, name), cost in trace.costs.items()}
+    assert {key: (cost.operations, cost.bytes) for key, cost in costs.items()} == {
+        "forward, mm": (1, 2 * matrix + square),
+        "forward, compiled": (1, 2 * matrix),
+        "backward, compiled": (1, 3 * matrix),
+        "backward, mm": (1, 2 * matrix + square),
+    }
+    assert costs["forward, mm"].flops == costs["backward, mm"].flops == 2 * rows * width**2
+    assert held[True] == 0 and held[False] == 2 * matrix  # the result, and the product
+
+
+def test_a_compiled_step_has_the_products_of_an_eager_one(batch: Any) -> None:
+    def on(compiled: bool) -> tuple[Traced, list[str]]:
+        with fake_gpu():
+            made = Subject.on(GPU, TINY, recipe(), train_tokenizer(CAPTIONS, 1000), compiled)
+            names = {parameter: name for name, parameter in made.model.named_parameters()}
+            result = traced(made.take(batch), made.model, made.step.optimizer, ROWS, compiled=compiled)
+            return result, sorted(names[parameter] for parameter in result.arrivals)
+
+    (eager, eager_names), (compiled, names) = on(False), on(True)
+    assert names == eager_names and len(names) > 100
+    assert compiled.total.flops == eager.total.flops
+    for phase in ("forward", "backward"):
+        assert compiled.phase(phase).bytes < eager.phase(phase).bytes
+        assert compiled.phase(phase).operations < eager.phase(phase).operations
+    assert compiled.phase("loss") == eager.phase("loss") and compiled.phase("optimizer") == eager.phase("optimizer")
+    assert compiled.held < eager.held
+    assert compiled.costs["backward", "gated_toeplitz_attention_backward"].operations == LAYERS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
