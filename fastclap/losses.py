@@ -2,7 +2,7 @@
 
 The arguments are checked here, with messages meant for the caller; the arithmetic is in `kernels/contrastive`, which
 never holds the N×M matrix of logits. With a process group the ranks exchange their shapes first, so that a wrong
-argument on one rank is an error on all of them and not a hang.
+argument on one rank is an error on all of them and not a hang; `agree_once` leaves that to the first call of a kind.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def info_nce(  # type: ignore[misc]
     normalize: bool = True,
     direction: str = "both",
     process_group: dist.ProcessGroup | None = None,
+    agree_once: bool = False,
     backend: str = "auto",
     return_top1: bool = False,
     check_finite: bool = False,
@@ -88,6 +89,11 @@ def info_nce(  # type: ignore[misc]
             the loss of the whole batch. The gradients of a and b are multiplied by the number of ranks, and that of
             the scale is complete on every rank, so that averaging parameter gradients over ranks, as
             DistributedDataParallel does, gives the gradient of the whole batch.
+        agree_once: a promise that, whenever this rank repeats the row counts and options of an earlier call in the
+            group, each other rank repeats its own of that call. The ranks then exchange them only at the first call of
+            a kind instead of at every one, and no host waits for the slowest. Where a rank breaks the promise, or
+            rejects its arguments at a later call, the others wait in a collective that never completes, until it
+            leaves the group or the group's time is up.
         backend: "triton" for the fused kernels (compute capability 8.0 and later; on a CPU only in Triton's
             interpreter), "torch" for the same algorithm in plain torch, "auto" for the former where it runs and else
             the latter, "reference" for the definition with the whole matrix in memory.
@@ -112,10 +118,12 @@ def info_nce(  # type: ignore[misc]
         if return_top1 and backend == "reference":
             raise ValueError("backend='reference' has no in-batch top-1; use another backend")
     except (TypeError, ValueError) as error:
-        reject(error, process_group)
+        reject(error, process_group, agree_once)
     if backend == "reference":
         return info_nce_reference(a, b, logit_scale, ids, teacher, contrast)
-    loss, top1 = operator.info_nce(a, b, logit_scale, ids, teacher, contrast, process_group, backend, return_top1)
+    loss, top1 = operator.info_nce(
+        a, b, logit_scale, ids, teacher, contrast, process_group, backend, return_top1, agree_once
+    )
     return loss if top1 is None else (loss, top1)
 
 
@@ -129,6 +137,7 @@ def sigmoid_loss(
     b_ids: Tensor | None = None,  # [M]
     normalize: bool = True,
     process_group: dist.ProcessGroup | None = None,
+    agree_once: bool = False,
     backend: str = "auto",
     check_finite: bool = False,
 ) -> Tensor:
@@ -152,10 +161,10 @@ def sigmoid_loss(
         scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
         ids = _checked_ids(a, b, a_ids, b_ids, scalars, process_group, backend, check_finite)
     except (TypeError, ValueError) as error:
-        reject(error, process_group)
+        reject(error, process_group, agree_once)
     if backend == "reference":
         return sigmoid_loss_reference(a, b, logit_scale, logit_bias, ids, normalize)
-    return operator.sigmoid_loss(a, b, logit_scale, logit_bias, ids, normalize, process_group, backend)
+    return operator.sigmoid_loss(a, b, logit_scale, logit_bias, ids, normalize, process_group, backend, agree_once)
 
 
 def tag_loss(

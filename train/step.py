@@ -281,6 +281,7 @@ class Objective:
             "a_ids": targets.clip_ids,
             "b_ids": targets.caption_ids,
             "process_group": self.world.group,
+            "agree_once": True,  # ranks have equal shares of every batch, and options from one configuration
         }
         if self.config.kind == "sigmoid":
             bias = self.model.logit_bias

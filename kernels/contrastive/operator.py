@@ -40,6 +40,7 @@ def info_nce(
     group: dist.ProcessGroup | None,
     backend: str,
     top1: bool,
+    agree_once: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`fastclap.losses.info_nce` of checked arguments: (loss, in-batch top-1 if asked for).
 
@@ -51,13 +52,13 @@ def info_nce(
         inputs = (a, b, _graph_scalar(logit_scale, a))
         t = (None, None, None) if teacher is None else (teacher[0], teacher[1], _graph_scalar(teacher[2], a))
         results = torch.ops.fastclap.info_nce(
-            *inputs, *(ids or (None, None)), *t, contrast.key, "" if group is None else group.group_name, backend,
-            list(_need(*inputs)[:3]), top1,
+            *inputs, *(ids or (None, None)), *t, contrast.key, "" if group is None else group.group_name, agree_once,
+            backend, list(_need(*inputs)[:3]), top1,
         )  # fmt: skip
         return results[0], results[4] if top1 else None
     inputs = (a, b, torch.as_tensor(logit_scale))
     need = _need(*inputs)
-    results = _info_nce(*inputs, ids, teacher, contrast, group, backend, need, top1)
+    results = _info_nce(*inputs, ids, teacher, contrast, group, agree_once, backend, need, top1)
     return _WithGradients.apply(*inputs, results) if any(need) else results[0], results[2]
 
 
@@ -70,6 +71,7 @@ def sigmoid_loss(
     normalize: bool,
     group: dist.ProcessGroup | None,
     backend: str,
+    agree_once: bool,
 ) -> Tensor:
     """`fastclap.losses.sigmoid_loss` of checked arguments.
 
@@ -81,11 +83,11 @@ def sigmoid_loss(
         inputs = (a, b, _graph_scalar(logit_scale, a), _graph_scalar(logit_bias, a))
         name = "" if group is None else group.group_name
         return torch.ops.fastclap.sigmoid_loss(
-            *inputs, *(ids or (None, None)), normalize, name, backend, list(_need(*inputs))
+            *inputs, *(ids or (None, None)), normalize, name, agree_once, backend, list(_need(*inputs))
         )[0]
     inputs = (a, b, torch.as_tensor(logit_scale), torch.as_tensor(logit_bias))
     need = _need(*inputs)
-    results = _sigmoid_loss(*inputs, ids, normalize, group, backend, need)
+    results = _sigmoid_loss(*inputs, ids, normalize, group, agree_once, backend, need)
     return _WithGradients.apply(*inputs, results) if any(need) else results[0]
 
 
@@ -121,12 +123,13 @@ def _info_nce(
     teacher: Teacher | None,
     contrast: Contrast,
     group: dist.ProcessGroup | None,
+    agree_once: bool,
     backend: str,
     need: Need,
     top1: bool,
 ) -> Results:
-    engine = _engine(a, b, backend, group)
-    ranks = agree(group, "info_nce", a, b, ids, teacher, contrast, need)
+    engine = _engine(a, b, backend, group, agree_once)
+    ranks = agree(group, "info_nce", a, b, ids, teacher, contrast, need, agree_once)
     transposed = contrast.direction == "b_to_a"  # engines know the rows, and both directions
     if transposed:
         a, b, ranks, need = b, a, ranks.transposed(), Need(need.b, need.a, need.scale)
@@ -148,23 +151,24 @@ def _sigmoid_loss(
     ids: Ids | None,
     normalize: bool,
     group: dist.ProcessGroup | None,
+    agree_once: bool,
     backend: str,
     need: Need,
 ) -> Results:
-    engine = _engine(a, b, backend, group)
-    ranks = agree(group, "sigmoid_loss", a, b, ids, None, Contrast(normalize=normalize), need)
+    engine = _engine(a, b, backend, group, agree_once)
+    ranks = agree(group, "sigmoid_loss", a, b, ids, None, Contrast(normalize=normalize), need, agree_once)
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False), torch.cuda.device_of(a):
         return engine.sigmoid_loss(a, b, scale, bias, ids, normalize, ranks, need)
 
 
-def _engine(a: Tensor, b: Tensor, backend: str, group: dist.ProcessGroup | None) -> ModuleType:
+def _engine(a: Tensor, b: Tensor, backend: str, group: dist.ProcessGroup | None, agree_once: bool) -> ModuleType:
     """The module that computes the loss of these embeddings."""
     double = torch.float64 in (a.dtype, b.dtype)
     why_not = "it takes float16, bfloat16 and float32; float64 needs backend='torch'" if double else None
     try:
         chosen = dispatch.engine(a, backend, why_not, tensor="embeddings")
     except ValueError as error:
-        reject(error, group)
+        reject(error, group, agree_once)
     if chosen == "torch":
         return torch_engine
     from fastclap.kernels.contrastive import triton_engine
@@ -220,6 +224,7 @@ def info_nce_op(
     teacher_scale: Tensor | None,
     contrast: str,
     group: str,
+    agree_once: bool,
     backend: str,
     need: list[bool],
     top1: bool,
@@ -232,8 +237,8 @@ def info_nce_op(
     if teacher_a is not None and teacher_b is not None and teacher_scale is not None:
         teacher = (teacher_a, teacher_b, teacher_scale)
     loss, gradients, shares = _info_nce(
-        a, b, logit_scale, _pair(a_ids, b_ids), teacher, Contrast.from_key(contrast), _resolve(group), backend,
-        Need(*need), top1,
+        a, b, logit_scale, _pair(a_ids, b_ids), teacher, Contrast.from_key(contrast), _resolve(group), agree_once,
+        backend, Need(*need), top1,
     )  # fmt: skip
     loss, da, db, dscale = _graph_outputs(loss, gradients, 3, _gradient_dtype(a, b))
     return loss, da, db, dscale, loss.new_empty(0) if shares is None else shares
@@ -249,12 +254,13 @@ def sigmoid_op(
     b_ids: Tensor | None,
     normalize: bool,
     group: str,
+    agree_once: bool,
     backend: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What torch.compile sees of `sigmoid_loss`: (loss, da, db, dscale, dbias)."""
     loss, gradients, _ = _sigmoid_loss(
-        a, b, logit_scale, logit_bias, _pair(a_ids, b_ids), normalize, _resolve(group), backend, Need(*need)
+        a, b, logit_scale, logit_bias, _pair(a_ids, b_ids), normalize, _resolve(group), agree_once, backend, Need(*need)
     )
     loss, da, db, dscale, dbias = _graph_outputs(loss, gradients, 4, _gradient_dtype(a, b))
     return loss, da, db, dscale, dbias

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo  # DistributedDataParallel would import it four times after the fork
@@ -26,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastclap.drop_in.open_clip import ClipLoss, SigLipLoss
 from fastclap.grad_cache import GradCache
-from fastclap.kernels.contrastive import torch_engine
+from fastclap.kernels.contrastive import shared, torch_engine
 from fastclap.losses import info_nce, sigmoid_loss
 
 WORLD = 4
@@ -238,13 +239,75 @@ def disagreements(rank: int) -> dict[str, str]:
     return told
 
 
+def exchanges(rank: int, group: dist.ProcessGroup, fresh: dist.ProcessGroup) -> dict[str, Any]:
+    """Of calls one after the other in a group of two: how many exchanged row counts and options, and what they gave.
+
+    `fresh` is another group of the same ranks, in which there has been no call.
+    """
+    results: dict[str, Any] = {}
+
+    def call(name: str, loss: Callable[..., Tensor], rows: tuple[int, int], **options: Any) -> None:
+        own = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+        leaves = [x[own].requires_grad_() for x in tensors((sum(rows), DIM), (sum(rows), DIM))]
+        leaves += [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (9.0, -5.0)[: 1 + sigmoid(loss)]]
+        ids = torch.arange(sum(rows))[own] % 4
+        with mock.patch.object(shared, "_gather_headers", wraps=shared._gather_headers) as counted:
+            try:
+                value = loss(*leaves, a_ids=ids, b_ids=ids, **{"process_group": group, **options})
+                value.backward()
+                found: Any = [value.detach(), *(leaf.grad for leaf in leaves)]
+            except (TypeError, ValueError) as error:
+                found = f"{type(error).__name__}: {error}"
+        results[name] = counted.call_count, found
+
+    def sigmoid(loss: Callable[..., Tensor]) -> bool:
+        return loss is sigmoid_loss or loss is compiled_sigmoid
+
+    compiled, compiled_sigmoid = (
+        torch.compile(lambda *x, loss=loss, **o: loss(*x, **o), backend="aot_eager", fullgraph=True)
+        for loss in (info_nce, sigmoid_loss)
+    )
+    for loss in (info_nce, sigmoid_loss):
+        name = loss.__name__
+        call(f"{name}, not promised", loss, (3, 5))
+        call(f"{name}, not promised again", loss, (3, 5))
+        call(f"{name}, first", loss, (3, 5), agree_once=True)
+        call(f"{name}, second", loss, (3, 5), agree_once=True)
+        call(f"{name}, other rows", loss, (6, 2), agree_once=True)
+        call(f"{name}, other rows again", loss, (6, 2), agree_once=True)
+        call(f"{name}, the rows of before", loss, (3, 5), agree_once=True)
+        call(f"{name}, without normalize", loss, (3, 5), agree_once=True, normalize=False)
+        call(f"{name}, in another group", loss, (3, 5), agree_once=True, process_group=fresh)
+    for name, loss in (("info_nce", compiled), ("sigmoid_loss", compiled_sigmoid)):
+        call(f"{name}, compiled", loss, (3, 5))
+        call(f"{name}, compiled, promised", loss, (3, 5), agree_once=True)
+        call(f"{name}, compiled, other rows, not promised", loss, (4, 4))
+        call(f"{name}, compiled, other rows", loss, (4, 4), agree_once=True)
+        call(f"{name}, compiled, other rows again", loss, (4, 4), agree_once=True)
+    # Row counts of one rank alone change: nothing that could be promised.
+    call("info_nce, one rank's rows", info_nce, (3, 6))
+    call("info_nce, promise of one rank", info_nce, (7, 7), agree_once=rank == 0)
+    third = dist.new_group([0, 1], use_local_synchronization=True)
+    call(
+        "info_nce, rejected at first",
+        info_nce,
+        (3, 5),
+        label_smoothing=2.0 * rank,
+        agree_once=True,
+        process_group=third,
+    )
+    if rank:  # rank 0 would wait for it, so nobody else is told
+        call("info_nce, rejected later", info_nce, (3, 5), label_smoothing=2.0, agree_once=True)
+    return results
+
+
 def worker(rank: int, folder: Path, triton: bool) -> None:
     torch.set_num_threads(1)
     torch_engine.CPU_CHUNK_BYTES = 1  # several chunks on the larger ranks
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
     )
-    groups = {2: dist.new_group([0, 1]), 4: dist.group.WORLD}
+    groups, fresh = {2: dist.new_group([0, 1]), 4: dist.group.WORLD}, dist.new_group([0, 1])
     results: dict[str, Any] = {}
     for name, case in loss_cases().items():
         if rank < case["world"]:
@@ -252,6 +315,8 @@ def worker(rank: int, folder: Path, triton: bool) -> None:
             results[name] = run_case(how, rank, groups[case["world"]], "triton" if triton else "auto")
     if not triton:
         results |= {"told": disagreements(rank), "open_clip": open_clip_modes(rank)}
+        if rank < 2:
+            results["exchanges"] = exchanges(rank, groups[2], fresh)
         for world, group in groups.items():
             if rank < world:
                 for way in MODEL_WAYS:

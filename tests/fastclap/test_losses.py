@@ -237,10 +237,10 @@ def test_operators_are_registered_properly(dtype: torch.dtype) -> None:
     for need in ([True, True, True], [True, False, False], [False, False, True], [False, False, False]):
         tensors = [x.detach().requires_grad_(wanted) for x, wanted in zip((a, b, scale), need, strict=True)]
         for given in ((None, None), ids):
-            arguments = (*tensors, *given, None, None, None, contrast, "", "torch", need, True)
+            arguments = (*tensors, *given, None, None, None, contrast, "", False, "torch", need, True)
             torch.library.opcheck(torch.ops.fastclap.info_nce, arguments)
         torch.library.opcheck(
-            torch.ops.fastclap.sigmoid_loss, (*tensors, bias.detach(), *ids, True, "", "torch", [*need, False])
+            torch.ops.fastclap.sigmoid_loss, (*tensors, bias.detach(), *ids, True, "", False, "torch", [*need, False])
         )
 
 

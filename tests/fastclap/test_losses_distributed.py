@@ -84,6 +84,54 @@ def check_disagreements(results: list[dict[str, Any]]) -> None:
     assert "a must be" in told[1]["integers"]
 
 
+def check_exchanges(results: list[dict[str, Any]]) -> None:
+    """With `agree_once` ranks exchange row counts and options once for each kind of call; nothing else changes."""
+    for rank in (0, 1):
+        found = results[rank]["exchanges"]
+        for loss in ("info_nce", "sigmoid_loss"):
+            counts = {name.removeprefix(f"{loss}, "): n for name, (n, _) in found.items() if name.startswith(loss)}
+            assert (
+                counts
+                | {
+                    "not promised": 1,
+                    "not promised again": 1,
+                    "first": 1,
+                    "second": 0,
+                    "other rows": 1,
+                    "other rows again": 0,
+                    "the rows of before": 0,
+                    "without normalize": 1,
+                    "in another group": 1,
+                    "compiled": 1,
+                    "compiled, promised": 0,
+                    "compiled, other rows, not promised": 1,
+                    "compiled, other rows": 1,
+                    "compiled, other rows again": 0,
+                }
+                == counts
+            ), loss
+            for name, same in (
+                ("first", "not promised"),
+                ("second", "not promised"),
+                ("the rows of before", "not promised"),
+                ("in another group", "not promised"),
+                ("other rows again", "other rows"),
+                ("compiled, promised", "compiled"),
+                ("compiled, other rows again", "compiled, other rows, not promised"),
+            ):
+                got, expected = (found[f"{loss}, {call}"][1] for call in (name, same))
+                assert len(got) == len(expected) == (4 if loss == "info_nce" else 5), f"{loss}, {name}"
+                assert all(map(torch.equal, got, expected)), f"{loss}, {name}"
+        count, got = found["info_nce, one rank's rows"]
+        assert count == 1 and len(got) == 4, got
+        assert "ranks disagree on loss or agree_once" in found["info_nce, promise of one rank"][1]
+    told = [results[rank]["exchanges"]["info_nce, rejected at first"] for rank in (0, 1)]
+    assert told[0] == (1, "ValueError: rank(s) [1] rejected their arguments; their own message says why")
+    assert told[1][0] == 1 and "label_smoothing must be in [0, 1)" in told[1][1]
+    count, message = results[1]["exchanges"]["info_nce, rejected later"]
+    assert count == 0 and "label_smoothing must be in [0, 1)" in message
+
+
 def run_ranks(folder: Path, *arguments: str, **environment: str) -> list[dict[str, Any]]:
     """One start of four processes runs every case; each check names the case that fails."""
     root = Path(__file__).resolve().parents[2]
@@ -101,6 +149,7 @@ def test_ranks_match_one_process(tmp_path: Path) -> None:
     check_models(ranks, results)
     check_open_clip_modes(results)
     check_disagreements(results)
+    check_exchanges(results)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")

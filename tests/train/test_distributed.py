@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,8 +28,11 @@ from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerC
 from fastclap.data import Batch, BatchSampler, ClipDataset, Manifest, load_manifest
 from fastclap.data.tags import TagPrompts
 from fastclap.errors import ConfigError
+from fastclap.kernels.contrastive import shared
+from fastclap.losses import info_nce
 from fastclap.testing import assert_close_rel
 from fastclap.train import distributed, loop
+from fastclap.train import step as train_step
 from fastclap.train.config import LossConfig, OptimizerConfig, TrainConfig
 from fastclap.train.loop import train
 from fastclap.train.run import build_model
@@ -133,6 +138,49 @@ def test_averaged_gradients_are_those_of_one_process(tiny: Callable[..., TrainCo
         for chunk in (0, 3):
             expected[(index, chunk)] = reference
     assert on_ranks(size, _gradients_on_a_rank, copy.deepcopy(model), config, expected) == [0] * size
+
+
+def _train_and_count_exchanges(config: TrainConfig, expected: int) -> None:
+    with mock.patch.object(shared, "_gather_headers", wraps=shared._gather_headers) as exchange:
+        train(config)
+    assert exchange.call_count == expected
+
+
+def test_ranks_exchange_row_counts_once_for_each_size_of_a_batch(tiny: Callable[..., TrainConfig]) -> None:
+    cached, sigmoid, budget = (
+        tiny(name, save_every=100, valid_every=0, accumulate=accumulate, chunk_size=chunk)
+        for name, accumulate, chunk in (("cached", 2, 3), ("sigmoid", 1, 0), ("budget", 1, 0))
+    )
+    sigmoid.loss.kind, sigmoid.model.init_logit_bias = "sigmoid", -10.0
+    budget.batch_size, budget.data.batch_seconds = 16, 5.0
+    options: dict[str, Any] = {"seed": budget.seed, "max_seconds": budget.data.crop_seconds, "batch_seconds": 5.0}
+    sampler = BatchSampler(load_manifest(budget.data.train), 16, world_size=2, **options)
+    sizes = {len(sampler.batch(step)[1]) for step in range(budget.steps)}
+    assert len(sizes) > 1
+    for config, expected in ((cached, 1), (sigmoid, 1), (budget, len(sizes))):
+        assert on_ranks(2, _train_and_count_exchanges, config, expected) == [0, 0], config.run_dir
+
+
+def _train_with_a_bad_option(config: TrainConfig, rank: int) -> None:
+    """Training in which the loss of `rank` rejects its arguments at the third step."""
+    calls = itertools.count(1)
+
+    def loss(*arguments: Any, **options: Any) -> torch.Tensor:
+        bad = os.environ["RANK"] == str(rank) and next(calls) == 3
+        return info_nce(*arguments, **{**options, **({"label_smoothing": 2.0} if bad else {})})
+
+    with mock.patch.object(train_step, "info_nce", loss):
+        train(config)
+
+
+def test_a_loss_that_rejects_its_arguments_after_the_first_step_ends_all(
+    tiny: Callable[..., TrainConfig], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The others no longer ask whether it has, and are told all the same."""
+    assert on_ranks(2, _train_with_a_bad_option, short_run(tiny, "struck"), 1) == [1, 1]
+    message = capfd.readouterr().err
+    assert "ValueError: label_smoothing must be in [0, 1), got 2.0" in message
+    assert "rank 0 lost the connection to another process (rank 1: label_smoothing must be in [0, 1)" in message
 
 
 def torchrun(config: TrainConfig, *options: str) -> subprocess.Popen[str]:

@@ -453,11 +453,11 @@ def test_operators_are_registered_properly(dtype: torch.dtype) -> None:
     contrast = Contrast(label_smoothing=0.1).key
     for need in ([True, True, True], [False, True, False]):
         tensors = [x.detach().requires_grad_(wanted) for x, wanted in zip((a, b, scale), need, strict=True)]
-        arguments = (*tensors, None, None, None, None, None, contrast, "", "triton", need, True)
+        arguments = (*tensors, None, None, None, None, None, contrast, "", False, "triton", need, True)
         torch.library.opcheck(torch.ops.fastclap.info_nce, arguments)
         bias = torch.tensor(-1.0, device=DEVICE)
         torch.library.opcheck(
-            torch.ops.fastclap.sigmoid_loss, (*tensors, bias, None, None, True, "", "triton", [*need, False])
+            torch.ops.fastclap.sigmoid_loss, (*tensors, bias, None, None, True, "", False, "triton", [*need, False])
         )
 
 
