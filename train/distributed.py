@@ -6,7 +6,10 @@ wants to stop, the norm of sharded gradients); `Gradients` does all of it. Bucke
 alone and not from a first backward pass, so the order of summation is fixed, which keeps resumed runs bit-identical.
 
 Towers that do not fit into one device can be sharded (FSDP2): each rank then holds one part of their weights, gradients
-and optimizer state. Everything else is replicated as before.
+and optimizer state. Everything else is replicated as before. A step of one backward pass gathers the weights of a layer
+at a time, for its forward and again for its backward pass. One of several backward passes (chunks of the gradient
+cache, accumulation) has to keep whole gradients until the last of them, and so keeps the weights whole as well: they
+are gathered once, whatever the number of chunks.
 """
 
 from __future__ import annotations
@@ -204,14 +207,15 @@ class Gradients:
 
     In several processes the gradients live in a few flat buffers, and each buffer's all-reduce starts as soon as the
     backward pass has filled it. Inside `held()` nothing is sent: gradients of several backward passes add up, and the
-    last pass, outside of it, sends their sum. Sharded parameters are averaged by FSDP itself.
+    last pass, outside of it, sends their sum. Sharded parameters are averaged by FSDP itself; from the first `held()`
+    to that last pass they stay gathered.
 
     Args:
         parameters: every parameter under training, in the order in which a backward pass gives them their gradients,
             the same on each rank. Another order costs time and nothing else. A parameter that took no part on this rank
             counts as a zero gradient, and receives the average all the same.
         world: this process.
-        sharded: modules under `shard`, which communicate by themselves unless gradients are held.
+        sharded: what `shard` returns: modules that communicate by themselves unless gradients are held.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], world: World, sharded: Iterable[Any] = ()) -> None:
@@ -231,12 +235,12 @@ class Gradients:
     def held(self) -> Iterator[None]:
         """Backward passes inside the block add to the gradients without sending them."""
         self._held += 1
-        self._set_sharded_sync(False)
+        self._hold_sharded(True)
         try:
             yield
         finally:
             self._held -= 1
-            self._set_sharded_sync(not self._held)
+            self._hold_sharded(self._held > 0)
 
     def finish(
         self,
@@ -250,6 +254,9 @@ class Gradients:
         """
         while self._next < len(self._buckets):
             self._send_next()
+        for module in self._sharded:  # also what took no part in the last pass, such as a frozen tower
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
         for bucket in self._buckets:
             bucket.work.wait()
             bucket.flat.div_(self._world.size)
@@ -300,9 +307,12 @@ class Gradients:
         bucket.work = dist.all_reduce(bucket.flat, group=self._world.group, async_op=True)
         self._next += 1
 
-    def _set_sharded_sync(self, send: bool) -> None:
+    def _hold_sharded(self, hold: bool) -> None:
         for module in self._sharded:
-            module.set_requires_gradient_sync(send)
+            module.set_requires_gradient_sync(not hold, recurse=False)
+            module.set_reshard_after_backward(not hold, recurse=False)
+            if hold:  # until `finish`: the last pass finds the weights gathered
+                module.set_reshard_after_forward(False, recurse=False)
 
 
 def _square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:
@@ -315,7 +325,7 @@ def shard(towers: Iterable[nn.Module], world: World) -> list[Any]:
     """Split the parameters of each tower over the ranks (FSDP2): layer by layer, then what is left.
 
     Returns:
-        The towers as FSDP modules.
+        The layers and the towers as FSDP modules.
 
     Raises:
         ConfigError: there is only one process.
@@ -330,7 +340,7 @@ def shard(towers: Iterable[nn.Module], world: World) -> list[Any]:
     for tower in towers:
         replicated = {p for module in tower.modules() for p in getattr(module, "used_from_outside", ())}
         for layer in itertools.chain.from_iterable(layer_lists(tower)):
-            fully_shard(layer, mesh=mesh, ignored_params=replicated)
+            sharded.append(fully_shard(layer, mesh=mesh, ignored_params=replicated))
         # Without resharding, an evaluation with averaged weights would leave copies of them behind.
         sharded.append(fully_shard(tower, mesh=mesh, reshard_after_forward=True, ignored_params=replicated))
     return sharded

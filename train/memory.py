@@ -71,6 +71,9 @@ def plan(model: CLAP, manifest: Sequence[Row], config: TrainConfig, world: World
     state = trained * (12 + 4 * bool(config.optimizer.ema_decay)) // (world.size if config.shard else 1)
     room = distributed.least(int(free * _USABLE) - state - kept.fixed - _SLACK, world)
     chunk, checkpoint = choose(rows, kept, room, fixed, again)
+    if config.shard and (chunk < rows or config.accumulate > 1):
+        # Several backward passes keep gradients whole, and weights, whose place is not among what is free now.
+        chunk, checkpoint = choose(rows, kept, room - 4 * trained, fixed, again)
     need = kept.checkpointed if checkpoint else kept.clip
     how = [f"in {math.ceil(rows / chunk)} chunks of {chunk}" if chunk < rows else "at once"]
     how += ["layers computed again"] * checkpoint

@@ -45,7 +45,7 @@ class Step:
         model: in training mode, on its device.
         config: its loss, optimizer, schedule, precision, chunk size and accumulation are the step's.
         world: this process; None for a single process on the model's device.
-        sharded: the model's modules under `distributed.shard`.
+        sharded: the model's modules that `distributed.shard` returned.
         teacher: model in evaluation mode whose similarities the loss approaches; the moving average of `--loss.teacher
             ema` needs none.
         number: steps that were taken before.

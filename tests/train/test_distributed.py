@@ -353,6 +353,60 @@ def _compare_sharded_with_replicated(config: TrainConfig) -> None:
     distributed.leave(world)
 
 
+def test_sharded_weights_are_gathered_once_however_many_chunks_a_step_has() -> None:
+    assert on_ranks(2, _watch_the_gathering) == [0, 0]
+
+
+def _watch_the_gathering() -> None:
+    """Bytes of weights that a step gathers; before the optimizer's turn no tower is left whole."""
+    world = distributed.join("cpu")
+    gather, loss_of = torch.distributed.all_gather_into_tensor, Objective.loss
+    watched: list[int] = []
+
+    def counted(output: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        watched.append(output.nbytes)
+        return gather(output, *arguments, **options)
+
+    def loss(self: Objective, *embeddings: torch.Tensor) -> torch.Tensor:
+        with mock.patch.object(torch.distributed, "all_gather_into_tensor", gather):  # embeddings are no weights
+            return loss_of(self, *embeddings)
+
+    for text_trains in (True, False):
+        model = of_transformers(**NO_DROPOUT)
+        for part in (model.text_branch, model.text_projection):
+            part.requires_grad_(text_trains)
+        parts = distributed.shard([model.audio_branch, model.text_branch], world)
+        sharded = {name: p for name, p in model.named_parameters() if distributed.is_sharded(p)}
+        whole = sum(4 * 2 * -(-p.shape[0] // 2) * p[:1].numel() for p in sharded.values())
+        averaged = distributed.Gradients(in_order_of_arrival(model), world, parts)
+        found: dict[tuple[int, int], torch.Tensor] = {}
+        for chunk, accumulate in ((0, 1), (4, 1), (2, 1), (1, 1), (0, 3), (1, 3)):
+            watched.clear()
+            with (
+                mock.patch.object(torch.distributed, "all_gather_into_tensor", counted),
+                mock.patch.object(Objective, "loss", loss),
+            ):
+                step = Objective(model, LossConfig(), chunk, None, world, averaged.held, every_caption=True)
+                for remaining in reversed(range(accumulate)):
+                    with averaged.held() if remaining else contextlib.nullcontext():
+                        step(random_batch(world.rank), weight=1 / accumulate)
+                held = sum(not distributed.is_sharded(model.get_parameter(name)) for name in sharded)
+                averaged.finish(torch.zeros(1))
+            assert all(model.get_parameter(name) is p for name, p in sharded.items())
+            one_pass = chunk in (0, 4) and accumulate == 1
+            assert (held > 0) == (not one_pass and not text_trains), "the last pass frees what trains"
+            if text_trains:
+                assert sum(watched) == (2 if one_pass else 1) * whole, (chunk, accumulate)
+            else:
+                assert (sum(watched) > whole) if one_pass else (sum(watched) == whole), (chunk, accumulate)
+            gradients = [distributed.local(p.grad) for p in sharded.values() if p.grad is not None]
+            found[chunk, accumulate] = torch.cat([gradient.flatten() for gradient in gradients])
+            averaged.clear()
+        for case, gradient in found.items():
+            assert_close_rel(f"gradients of {case}", found[0, 1], gradient, 1e-5)
+    distributed.leave(world)
+
+
 def test_sharding_needs_several_processes(tiny: Callable[..., TrainConfig]) -> None:
     with pytest.raises(ConfigError, match=r"--shard.*torchrun"):
         train(tiny(shard=True))

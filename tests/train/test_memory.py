@@ -133,6 +133,28 @@ def test_a_cpu_takes_the_batch_whole() -> None:
     assert memory.plan(a_model(), [], fixed, world) == (5, True, "")
 
 
+def test_sharded_towers_have_whole_gradients_where_a_step_has_several_backward_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They take the room of two clips here."""
+    from fastclap.train.distributed import World
+
+    model, world = a_model(), World(0, 2, torch.device("cpu"), None)
+    trained = sum(p.numel() for p in model.parameters())
+    clip = 2 * trained
+    monkeypatch.setattr(memory, "measure", lambda *_: Kept(0, clip, clip))
+
+    def chunk(clips: float, **changes: Any) -> int:
+        config = of_seconds(1.0, batch_size=8, checkpoint_activations="off", **changes)
+        state = trained * (12 + 4 * bool(config.optimizer.ema_decay)) // (2 if config.shard else 1)
+        monkeypatch.setattr(memory, "free_bytes", lambda _: round((GIB + state + clips * clip) / 0.93))
+        return memory.plan(model, [], config, world).chunk_size
+
+    assert chunk(4.5) == chunk(4.5, shard=True) == 4
+    assert chunk(3.5) == 2 and chunk(3.5, shard=True) == 1
+    assert chunk(4.5, accumulate=2) == 4 and chunk(4.5, accumulate=2, shard=True) == 2
+
+
 def test_a_run_says_how_its_batch_fits(tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """With memory for three clips, a batch of eight is three chunks of three, as if that had been asked for."""
     given, little = tiny("given", steps=2, chunk_size=3), tiny("little", steps=2)
