@@ -177,7 +177,8 @@ class TrainConfig:
     """Compute the layers of the towers again in the backward pass: less memory, about a quarter more work. auto does
     on a GPU, where that costs less than the gradient caching that would be needed instead."""
     shard: bool = False
-    """Split the towers' weights, gradients and optimizer state over the processes (FSDP2)."""
+    """Split the towers' weights, gradients and optimizer state over the processes (FSDP2). During a step of several
+    backward passes (gradient caching, accumulation) each process has their weights and gradients whole."""
     device: str = "auto"
     """cuda, cpu or auto."""
     threads: int = 0

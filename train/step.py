@@ -145,7 +145,8 @@ class Objective:
 
     Captions that occur several times in a batch are encoded once and their embedding is repeated, which changes nothing
     in the loss. The prompts of a tag loss are further texts of the same batch. With several ranks the loss is that of
-    the global batch, and the gradients are scaled so that averaging them over the ranks gives its exact gradient.
+    the global batch, and the gradients are scaled so that averaging them over the ranks gives its exact gradient. At
+    each call all ranks must have equally many clips and captions: they check that once for each number (`agree_once`).
 
     Args:
         model: in training mode, on its device.
@@ -281,7 +282,7 @@ class Objective:
             "a_ids": targets.clip_ids,
             "b_ids": targets.caption_ids,
             "process_group": self.world.group,
-            "agree_once": True,  # ranks have equal shares of every batch, and options from one configuration
+            "agree_once": True,  # equal shares of every batch, and options from one configuration
         }
         if self.config.kind == "sigmoid":
             bias = self.model.logit_bias
