@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "torch", "reference")  # of the losses and the towers' operators
 LOG_MEL_BACKENDS = ("auto", "torch", "native", "triton")
-WIDEST_NORM = 8192  # values of a row that the Triton engine of layer_norm_gelu keeps in registers
+WIDEST_NORM = 8192  # values of a row that the Triton engines of layer norms keep in registers
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # found here, as torch.compile cannot trace the search
 
 

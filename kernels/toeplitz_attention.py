@@ -95,15 +95,19 @@ def dropout_mask(seed: Tensor, batch: int, heads: int, length: int, dropout: flo
     signed number they have to reach round(dropout · 2¹⁶) - 2¹⁵. The steps and constants of the mixing are those of
     Wellons' "lowbias32" (2018, public domain).
     """
-    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    head = torch.arange(batch * heads, device=seed.device)
-    key0 = _mix(_mix(low + head * 0x9E3779B9) ^ high)[:, None, None]
-    key1 = _mix(_mix(high + head * 0x85EBCA6B) ^ low)[:, None, None]
+    key0, key1 = (key[:, None, None] for key in _dropout_keys(seed, batch * heads))
     at = torch.arange(length, device=seed.device)
     x = _mix(key0 + (at & ~8)[:, None] * length + at, key1)
     half = torch.where((at & 8)[:, None] > 0, x >> 16, x & 0xFFFF)
     signed = half - ((half >> 15) << 16)
     return (signed >= round(dropout * 2**16) - 2**15).view(batch, heads, length, length)
+
+
+def _dropout_keys(seed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Two 32-bit keys, as int64 [count], mixed from the seed for each of the numbers 0, 1, …"""
+    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    number = torch.arange(count, device=seed.device)
+    return _mix(_mix(low + number * 0x9E3779B9) ^ high), _mix(_mix(high + number * 0x85EBCA6B) ^ low)
 
 
 def _mix(x: Tensor, key: int | Tensor = 0) -> Tensor:
