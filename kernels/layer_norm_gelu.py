@@ -29,13 +29,17 @@ SECOND_ORDER = (
 )
 
 
+def gelu_reference(z: Tensor) -> Tensor:
+    """The exact GELU, z · Φ(z), with the digits of its tail."""
+    return z * torch.erfc(z * -math.sqrt(0.5)) / 2
+
+
 def layer_norm_gelu_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """The definition, written out in the dtype of its inputs; the reference in float64."""
     centred = x - x.mean(-1, keepdim=True)
     z = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
     z = z if weight is None else z * weight
-    z = z if bias is None else z + bias
-    return z * torch.erfc(z * -math.sqrt(0.5)) / 2
+    return gelu_reference(z if bias is None else z + bias)
 
 
 def layer_norm_gelu(
