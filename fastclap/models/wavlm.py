@@ -31,7 +31,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from fastclap.kernels.feed_forward import feed_forward
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu
+from fastclap.kernels.residual_layer_norm import residual_layer_norm
 from fastclap.kernels.toeplitz_attention import gated_toeplitz_attention
 from fastclap.kernels.waveform_convolution import waveform_convolution, window_products
 from fastclap.models import positional
@@ -268,41 +270,89 @@ def _row_views(x: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, Tensor, 
 # encoder
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast gives the products of a tensor; None: it leaves it as it is."""
+    kind = x.device.type
+    enabled = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if enabled else None
+
+
+def _add_and_normalize(
+    x: Tensor,  # [B, T, hidden], the residual stream
+    branch: Tensor | None,  # [B, T, hidden], without the bias of its last linear layer; None: there is none
+    bias: Tensor | None,  # [hidden], of that layer
+    norm: nn.LayerNorm,
+    dropout: nn.Dropout,
+    *,
+    stable: bool,
+    last: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The stream with the branch added, and what the next branch takes of it: its norm.
+
+    Where layer norms come after the addition, the norm is the stream too. As such, and as the encoder's result, it is
+    in float32 under autocast, as torch's would be.
+    """
+    probability = dropout.p if dropout.training else 0.0
+    wide = torch.float32 if (last or not stable) and _autocast_dtype(x) is not None else None
+    total, normalized = residual_layer_norm(
+        x, branch, bias, norm.weight, norm.bias, norm.eps, dropout=probability, dtype=wide
+    )
+    return (total, normalized) if stable else (normalized, normalized)
+
+
 class EncoderLayer(nn.Module):
-    """One transformer layer of WavLM, with the parameters of transformers' layer.
+    """One transformer layer of WavLM, with the parameters of transformers' layer, up to its last addition.
+
+    That addition belongs to the encoder, as one kernel does it together with the norm that follows, which may be the
+    next layer's.
 
     Args:
         layer: the layer whose modules are adopted, so their parameter names stay.
         stable: LayerNorm before attention and feed-forward (the large models) instead of after them.
+        plain_gelu: the feed-forward's activation is the exact GELU.
     """
 
-    def __init__(self, layer: Any, stable: bool) -> None:
+    def __init__(self, layer: Any, stable: bool, plain_gelu: bool) -> None:
         super().__init__()
         self.attention: Any = layer.attention
         self.dropout = layer.dropout
         self.layer_norm = layer.layer_norm
         self.feed_forward = layer.feed_forward
         self.final_layer_norm = layer.final_layer_norm
-        self.stable = stable
+        self.stable, self.plain_gelu = stable, plain_gelu
+
+    @property
+    def used_from_outside(self) -> list[nn.Parameter]:
+        """Parameters that the encoder reads: those of its addition and norm between two layers."""
+        norm = self.layer_norm if self.stable else self.final_layer_norm
+        return [norm.weight, norm.bias, self.feed_forward.output_dense.bias]
 
     def forward(
         self,
-        x: Tensor,  # [B, T, hidden]
+        x: Tensor,  # [B, T, hidden], the residual stream
+        normalized: Tensor,  # [B, T, hidden], what attention takes of it: its norm, or the same
         table: Tensor,  # [heads, 2T − 1] position bias at the distances −(T−1) .. T−1
         frames: Tensor | None,  # int64 [B] valid frames; None: all
-    ) -> Tensor:  # [B, T, hidden]
-        if self.stable:
-            x = x + self.dropout(self._attend(self.layer_norm(x), table, frames))
-            return x + self.feed_forward(self.final_layer_norm(x))
-        x = self.layer_norm(x + self.dropout(self._attend(x, table, frames)))
-        return self.final_layer_norm(x + self.feed_forward(x))
+    ) -> tuple[Tensor, Tensor]:  # twice [B, T, hidden]: the stream, and what is to be added to it but for its bias
+        norm, bias = self.final_layer_norm if self.stable else self.layer_norm, self.attention.out_proj.bias
+        attended = self._attend(normalized, table, frames)
+        x, normalized = _add_and_normalize(x, attended, bias, norm, self.dropout, stable=self.stable)
+        return x, self._feed_forward(normalized)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """All but the last bias and dropout."""
+        part = self.feed_forward
+        inner, outer = part.intermediate_dense, part.output_dense
+        if self.plain_gelu and not (self.training and part.intermediate_dropout.p):
+            return feed_forward(x, inner.weight, inner.bias, outer.weight)
+        return F.linear(part.intermediate_dropout(part.intermediate_act_fn(inner(x))), outer.weight)
 
     def _attend(
         self,
         x: Tensor,  # [B, T, hidden]
         table: Tensor,
         frames: Tensor | None,
-    ) -> Tensor:  # [B, T, hidden]
+    ) -> Tensor:  # [B, T, hidden], without the output's bias
         """Gated relative-position attention (WavLM, Chen et al. 2022, equations 4 to 8)."""
         attention, (*sizes, weight, bias) = self.attention, self._projection(x)
         parts = F.linear(x, weight, bias).split(sizes, -1)
@@ -312,7 +362,7 @@ class EncoderLayer(nn.Module):
         gate = update * (reset * attention.gru_rel_pos_const.flatten() - 1.0) + 2.0
         dropout = float(attention.dropout) if self.training else 0.0
         y = gated_toeplitz_attention(q, k, v, table, gate.transpose(1, 2), frames, dropout=dropout)
-        return attention.out_proj(y.transpose(1, 2).flatten(2))
+        return F.linear(y.transpose(1, 2).flatten(2), attention.out_proj.weight)
 
     def _projection(self, x: Tensor) -> tuple[int, int, int, int, Tensor, Tensor]:
         """Outputs for queries, keys, values and gates, and weight and bias of the one product that makes them all.
@@ -325,14 +375,10 @@ class EncoderLayer(nn.Module):
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         linear = attention.gru_rel_pos_linear
         per_head = linear.weight.unflatten(0, (2, 4)).sum(1)[:, None, None]  # [2, 1, 1, width]
-        gate_weight = (
-            (torch.eye(heads, dtype=per_head.dtype, device=x.device)[..., None] * per_head).flatten(2).flatten(0, 1)
-        )
+        on_its_own = torch.eye(heads, dtype=per_head.dtype, device=x.device)[..., None] * per_head
+        gate_weight = on_its_own.flatten(2).flatten(0, 1)  # [2 · heads, hidden]
         gate_bias = linear.bias.view(2, 4).sum(1).repeat_interleave(heads)
-        kind = x.device.type
-        dtype = (
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
-        )
+        dtype = _autocast_dtype(x) or x.dtype
         weight = torch.cat([w.to(dtype) for w in (*(p.weight for p in projections), gate_weight)])
         bias = torch.cat([b.to(dtype) for b in (*(p.bias for p in projections), gate_bias)])
         return (*[p.out_features for p in projections], 2 * heads, weight, bias)
@@ -360,7 +406,8 @@ class Encoder(nn.Module):
         self.layer_norm = encoder.layer_norm
         self.dropout = encoder.dropout
         self.stable = bool(config.do_stable_layer_norm)
-        self.layers = nn.ModuleList(EncoderLayer(layer, self.stable) for layer in encoder.layers)
+        plain_gelu = config.hidden_act == "gelu"
+        self.layers = nn.ModuleList(EncoderLayer(layer, self.stable, plain_gelu) for layer in encoder.layers)
         self.layerdrop = float(config.layerdrop)
         self.checkpoint = self.compiled = False
         # all distances from max_bucket_distance on share a bucket
@@ -414,17 +461,32 @@ class Encoder(nn.Module):
         draws = torch.rand(len(self.layers), device="cpu").tolist() if drops else [1.0] * len(self.layers)
         if self.compiled:  # as many clips as heads are a coincidence, of which a graph should make no rule
             torch._dynamo.mark_static(table, 0)
+        normalized = x
+        layers: Any = self.layers
+        norms = [*(layer.layer_norm for layer in layers), self.layer_norm]  # in a stable encoder each before a layer
+        if self.stable:
+            x, normalized = _add_and_normalize(x, None, None, norms[0], self.dropout, stable=True)
         with graphs_of(self):
-            for index, (layer, draw) in enumerate(zip(self.layers, draws, strict=True)):
+            for index, (layer, draw) in enumerate(zip(layers, draws, strict=True)):
                 if visit is not None:
                     visit(x)
-                if index > 0 and draw < self.layerdrop:
-                    continue
-                if self.checkpoint and self.training and _builds_graph(layer, x):
-                    x = checkpoint(layer, x, table, frames, use_reentrant=False)
-                else:
-                    x = layer(x, table, frames)
-        x = self.layer_norm(x) if self.stable else x
+                branch = bias = None
+                if index == 0 or draw >= self.layerdrop:
+                    bias, inputs = layer.feed_forward.output_dense.bias, (x, normalized, table, frames)
+                    if self.checkpoint and self.training and _builds_graph(layer, x):
+                        x, branch = checkpoint(layer, *inputs, use_reentrant=False)
+                    else:
+                        x, branch = layer(*inputs)
+                if branch is not None or self.stable:  # without a branch it is the next layer's norm alone
+                    x, normalized = _add_and_normalize(
+                        x,
+                        branch,
+                        bias,
+                        norms[index + 1] if self.stable else layer.final_layer_norm,
+                        layer.feed_forward.output_dropout,
+                        stable=self.stable,
+                        last=index + 1 == len(layers),
+                    )
         if visit is not None:
-            visit(x)
-        return x
+            visit(normalized)
+        return normalized
