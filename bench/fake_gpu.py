@@ -27,7 +27,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
-from fastclap.kernels import dispatch, layer_norm_gelu, toeplitz_attention, waveform, waveform_convolution
+from fastclap.kernels import (
+    dispatch,
+    feed_forward,
+    layer_norm_gelu,
+    residual_layer_norm,
+    toeplitz_attention,
+    waveform,
+    waveform_convolution,
+)
 from fastclap.kernels.contrastive import operator
 from fastclap.kernels.contrastive.shared import Results
 from fastclap.models import packing
@@ -123,7 +131,8 @@ class Engine:
                 found[place] = received[place[1]]
             if inputs and not any(edge in needed for edge, _ in node.next_functions):
                 continue
-            made = _run(node, received)
+            with torch.no_grad():  # whatever the node before has left
+                made = _run(node, received)
             del received
             passed_on = made if isinstance(made, tuple) else (made,)
             del made
@@ -269,6 +278,9 @@ def _operators() -> Iterator[tuple[Any, str, Any]]:
     yield toeplitz_attention, "_backward", ops.gated_toeplitz_attention_backward
     yield layer_norm_gelu, "_forward", ops.layer_norm_gelu
     yield layer_norm_gelu, "_backward", ops.layer_norm_gelu_backward
+    yield residual_layer_norm, "_forward", ops.residual_layer_norm
+    yield residual_layer_norm, "_backward", ops.residual_layer_norm_backward
+    yield feed_forward, "_gelu_backward", ops.gelu_backward
     yield waveform_convolution, "_forward", ops.waveform_convolution
     yield waveform_convolution, "_backward", ops.waveform_convolution_backward
     yield waveform, "_triton_engine", lambda crops, dtype: ops.normalize_waveform(*crops, dtype)

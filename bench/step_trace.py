@@ -201,7 +201,8 @@ class Trace(TorchDispatchMode):
         for tensor in made:
             self._hold(tensor.untyped_storage(), of_weights)
         name = func.overloadpacket.__name__
-        written = made or [x for value in _written_arguments(func, args) for x in self._tensors(value)]
+        changed = [x for value in _written_arguments(func, args) for x in self._tensors(value)]
+        written = [*made, *(x for x in changed if all(x is not other for other in made))]
         if written and name not in _FREE and not _is_view(func):
             cost = self.costs.setdefault((self.phase, _label(name, args, out)), Cost())
             cost.add(_moved_bytes(name, read, written), _flops(func, args, kwargs, out))
@@ -261,7 +262,7 @@ def _is_view(func: Any) -> bool:
 
 
 def _written_arguments(func: Any, args: Any) -> Iterator[Any]:
-    """Of an operation that returns nothing, the arguments that it changes."""
+    """The arguments that an operation changes."""
     for argument, value in zip(func._schema.arguments, args, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write and argument.name not in _UNTOUCHED:
             yield value

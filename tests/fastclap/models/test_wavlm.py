@@ -479,7 +479,7 @@ def layer_under_autocast(shape: str, dtype: torch.dtype | None, **options: Any) 
     layer = fast.encoder.layers[0].train()
     if options.get("compiled"):
         layer.compile(backend="aot_eager", fullgraph=True)
-    norm = layer.layer_norm if layer.stable else nn.Identity()
+    norm = layer.layer_norm if layer.stable else torch.nn.Identity()
     x = torch.randn(3, 11, 32, generator=torch.Generator().manual_seed(4), requires_grad=True)
     table = fast.encoder.position_table(11).detach().requires_grad_()
     autocast = nullcontext() if dtype is None else torch.autocast("cpu", dtype)
