@@ -32,6 +32,7 @@ MODULES = (  # each offers compilations(arch)
     "fastclap.kernels.layer_norm_gelu_triton",
     "fastclap.kernels.waveform_triton",
     "fastclap.kernels.waveform_convolution_triton",
+    "fastclap.kernels.feed_forward_triton",
 )
 COLUMNS = (
     *("kernel", "arch", "matrix instructions", "registers", "stack B", "spill B"),

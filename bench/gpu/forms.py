@@ -26,6 +26,7 @@ from bench.kernel_peers import FRONT_ENDS, in_dtype
 from bench.peers import SCALE
 from bench.run import dtype_name
 from fastclap.features import PRESETS
+from fastclap.kernels.feed_forward import feed_forward, feed_forward_reference
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu, layer_norm_gelu_reference
 from fastclap.kernels.log_mel.operator import log_mel
 from fastclap.kernels.log_mel.spec import LogMelSpec
@@ -337,6 +338,36 @@ def _layer_norm_gelus() -> Iterator[KernelForm]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# feed-forward
+
+
+def _draw_feed_forward(rows: int, hidden: int, dtype: torch.dtype) -> Tensors:
+    normal, channels = _normal(rows), 72
+    found = {"x": normal(rows, channels), "weight_in": normal(hidden, channels) * channels**-0.5}
+    found |= {"bias_in": normal(hidden), "weight_out": normal(channels, hidden) * hidden**-0.5}
+    return {name: x.to(dtype) for name, x in (*found.items(), ("upstream", normal(rows, channels)))}
+
+
+def _feed_forward_form(name: str, rows: int, hidden: int, dtype: torch.dtype) -> KernelForm:
+    def call(inputs: Tensors, engine: str) -> Tensors:
+        function = functools.partial(feed_forward, backend=engine)
+        return _output_and_gradients(function, _without(inputs, "upstream"), inputs["upstream"])
+
+    def reference(inputs: Tensors) -> Tensors:
+        exact = _doubled(inputs)
+        return _output_and_gradients(feed_forward_reference, _without(exact, "upstream"), exact["upstream"])
+
+    draw = functools.partial(_draw_feed_forward, rows, hidden, dtype)
+    return KernelForm(f"{name} {dtype_name(dtype)}, {rows} of {hidden}", dtype, draw, call, reference, ROUNDING[dtype])
+
+
+def _feed_forwards() -> Iterator[KernelForm]:
+    for dtype in (torch.bfloat16, torch.float32):
+        yield _feed_forward_form("feed forward", 65, 500, dtype)
+        yield _feed_forward_form("feed forward step", 1003, 528, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # waveforms
 
 
@@ -525,6 +556,7 @@ FORMS: tuple[KernelForm, ...] = (
     *_losses(),
     *_attentions(),
     *_layer_norm_gelus(),
+    *_feed_forwards(),
     *_waveforms(),
     *_convolutions(),
     *_log_mels(),

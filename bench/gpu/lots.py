@@ -12,7 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ("kernels/dispatch.py", "kernels/triton_tools.py")
 LOSS = (*KERNELS, "kernels/contrastive/*.py", "fastclap/losses.py")
 LOG_MEL = (*KERNELS, "kernels/log_mel/*.py", "fastclap/features.py")
-TOWERS = (*KERNELS, "kernels/toeplitz_attention*.py", "kernels/layer_norm_gelu*.py", "kernels/waveform*.py")
+TOWERS = (
+    *KERNELS,
+    "kernels/toeplitz_attention*.py",
+    "kernels/layer_norm_gelu*.py",
+    "kernels/waveform*.py",
+    "kernels/feed_forward*.py",
+)
 MODEL = (*TOWERS, "fastclap/models/*.py")
 STEP = (*LOSS, *MODEL, "fastclap/grad_cache.py", "train/step.py", "train/distributed.py")
 
@@ -47,7 +53,13 @@ class Lot:
         return digest.hexdigest()[:16]
 
 
-_TOWER_FORMS = ("attention step", "layer norm gelu step", "waveform step", "waveform convolution step")
+_TOWER_FORMS = (
+    "attention step",
+    "feed forward step",
+    "layer norm gelu step",
+    "waveform step",
+    "waveform convolution step",
+)
 _STEP_FORMS = ("loss ids", *_TOWER_FORMS)
 
 _LOTS = (

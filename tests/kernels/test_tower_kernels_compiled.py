@@ -1,4 +1,4 @@
-"""The Triton kernels of layer_norm_gelu and of waveforms, compiled for GPUs that need not be here."""
+"""The Triton kernels of layer_norm_gelu, of waveforms and of the feed-forward, compiled for GPUs that need not be here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.kernels.compiling import all_problems, compilations
 # The interpreter's kernels cannot be compiled, and one process has either those or the others.
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1")
 
-MODULES = ("layer_norm_gelu_triton", "waveform_triton", "waveform_convolution_triton")
+MODULES = ("layer_norm_gelu_triton", "waveform_triton", "waveform_convolution_triton", "feed_forward_triton")
 MOST_USED = (
     "layer norm gelu forward 512 bf16 fp32 weight bias",
     "layer norm gelu backward 512 bf16 fp32 weight bias sums",
@@ -30,6 +30,9 @@ MOST_USED = (
     "waveform convolution backward 512 fp32 bf16 fp32",
     "waveform convolution forward 512 fp32 fp32 fp32 tf32",
     "waveform convolution backward 512 fp32 fp32 fp32 tf32x3",
+    "feed forward bf16 a sums",
+    "feed forward fp16 a sums unaligned",
+    "feed forward fp32 a sums",
 )
 
 
@@ -92,6 +95,18 @@ def test_the_convolution_of_waveforms_moves_rows_16_bytes_at_a_time_and_fits_as_
         assert ("ld.global.v4.b32" if backward else "st.global.v4.b32") in result.ptx
         assert result.programs >= Tile(512, 11, torch.bfloat16, arch, bool(backward)).resident
         assert "mma.sync" in result.ptx and result.stack == 0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_feed_forward_moves_16_bytes_at_a_time_and_its_threads_share_nothing(arch: int) -> None:
+    from fastclap.kernels import feed_forward_triton as module
+    from fastclap.kernels.layer_norm_gelu_triton import programs_of_multiprocessor
+
+    for name in ("feed forward bf16 a sums", "feed forward fp32 a sums"):
+        _, result = compiled(name, arch)
+        assert ".v4.b32" in result.ptx and "ld.global.b16" not in result.ptx and "st.global.b16" not in result.ptx
+        assert result.shared == 0 and "bar.sync" not in result.ptx and "shfl" not in result.ptx
+        assert result.programs >= programs_of_multiprocessor(1, module.REGISTERS) > 0
 
 
 @pytest.mark.slow
