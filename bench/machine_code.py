@@ -175,7 +175,7 @@ def log_mel_tile(code: Sequence[Instruction], groups: int) -> Counts:
 
 def main() -> None:
     from bench.kernel_peers import FRONT_ENDS
-    from fastclap.kernels import layer_norm_gelu_triton, offline, toeplitz_attention_triton
+    from fastclap.kernels import feed_forward_triton, layer_norm_gelu_triton, offline, toeplitz_attention_triton
     from fastclap.kernels.contrastive import triton_engine as contrastive
     from fastclap.kernels.log_mel import triton_engine as log_mel
 
@@ -193,6 +193,8 @@ def main() -> None:
     for name in NORMS:
         row = row_tile(machine_code(layer_norm_gelu_triton, f"layer norm gelu {name}"))
         rows.append((f"layer norm gelu {name}", "a row", row))
+    for name in ("feed forward bf16 sums", "feed forward bf16 a sums"):
+        rows.append((name, "256 values of a row", row_tile(machine_code(feed_forward_triton, name))))
     for label, form in FORMS.items():
         groups = -(-FRONT_ENDS[label].n_mels // log_mel.feature_flags(FRONT_ENDS[label])["MELS"])
         tile = log_mel_tile(machine_code(log_mel, f"log-mel {form} fp32 to fp32"), groups)

@@ -1,4 +1,4 @@
-"""The Triton kernels of layer_norm_gelu, of waveforms and of the feed-forward, compiled for GPUs that need not be here."""
+"""The Triton kernels of the towers but attention, compiled for GPUs that need not be here."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_feed_forward_moves_16_bytes_at_a_time_and_its_threads_share_nothing
     for name in ("feed forward bf16 a sums", "feed forward fp32 a sums"):
         _, result = compiled(name, arch)
         assert ".v4.b32" in result.ptx and "ld.global.b16" not in result.ptx and "st.global.b16" not in result.ptx
-        assert result.shared == 0 and "bar.sync" not in result.ptx and "shfl" not in result.ptx
+        assert result.shared == 0 and "bar.sync" not in result.ptx and "shfl.sync.bfly" not in result.ptx
         assert result.programs >= programs_of_multiprocessor(1, module.REGISTERS) > 0
 
 
