@@ -30,6 +30,7 @@ MODULES = (  # each offers compilations(arch)
     "fastclap.kernels.log_mel.triton_engine",
     "fastclap.kernels.toeplitz_attention_triton",
     "fastclap.kernels.layer_norm_gelu_triton",
+    "fastclap.kernels.residual_layer_norm_triton",
     "fastclap.kernels.waveform_triton",
     "fastclap.kernels.waveform_convolution_triton",
     "fastclap.kernels.feed_forward_triton",

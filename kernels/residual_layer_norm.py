@@ -307,12 +307,9 @@ def _(
 ) -> tuple[Tensor, ...]:
     *_, branch_dtype, need = others
     parameters = (branch_bias, weight, bias)
-    made = [(total.shape, total.dtype), (total.shape, branch_dtype)]
-    made += [(None, None) if p is None else (p.shape, p.dtype) for p in parameters]
-    return tuple(
-        total.new_empty(shape, dtype=dtype) if wanted else total.new_empty(0)
-        for (shape, dtype), wanted in zip(made, need, strict=True)
-    )
+    made = [total.new_empty(total.shape), total.new_empty(total.shape, dtype=branch_dtype)]
+    made += [total.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters]
+    return tuple(x if wanted else total.new_empty(0) for x, wanted in zip(made, need, strict=True))
 
 
 def _save_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:

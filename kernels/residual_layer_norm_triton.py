@@ -37,7 +37,8 @@ from fastclap.kernels.offline import Compilation, signature_and_attrs
 from fastclap.kernels.toeplitz_attention_triton import _dropout_keys, _mix
 from fastclap.kernels.triton_tools import TYPE_NAMES, jit_for_any_size
 
-FORWARD_REGISTERS, BACKWARD_REGISTERS = 64, 128  # of a thread with 16 values, which no form needs to spill for
+# Of a thread with 16 values, and with 32; of one with 16 in a row of several warps. No form needs to spill.
+FORWARD_REGISTERS, BACKWARD_REGISTERS, WIDE_BACKWARD_REGISTERS = (112, 128), (168, 255), 128
 
 
 @triton.jit
@@ -98,7 +99,8 @@ def _forward_kernel(
 
 @jit_for_any_size("rows threshold gain")
 def _backward_kernel(
-    d_total, d_normalized, total, seed, weight, mean, inverse_std,  # [rows, columns] with strides; [1]; [columns]; [rows]
+    d_total, d_normalized, total,  # [rows, columns] with strides
+    seed, weight, mean, inverse_std,  # [1]; [columns]; [rows] float32 twice
     dx, d_branch, sums,  # [rows, columns] twice; [3, programs, columns] float32: of weight, bias and branch_bias
     rows, d_total_stride, d_normalized_stride, stride, threshold, gain,
     NORM_SUMS: tl.constexpr, BRANCH_SUM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -151,13 +153,13 @@ def _backward_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def launch_tile(columns: int, most: int) -> tuple[int, int, int, int]:
-    """(rows, width, warps, registers) of a tile; `most` registers a thread with 16 values.
-
-    A row of several warps has one for each 512 values: what they exchange would not fit beside 32 of a thread.
-    """
+def launch_tile(columns: int, backward: bool) -> tuple[int, int, int, int]:
+    """(rows, width, warps, registers) of a tile."""
     rows, width, warps = _tile(columns)
-    return rows, width, warps * (1 + (width > ONE_WARP)), min(255, most * (1 + (width == ONE_WARP)))
+    if backward and width > ONE_WARP:  # what several warps exchange would not fit beside the sums of 32 values
+        return rows, width, 2 * warps, WIDE_BACKWARD_REGISTERS
+    with_16, with_32 = BACKWARD_REGISTERS if backward else FORWARD_REGISTERS
+    return rows, width, warps, with_32 if width >= ONE_WARP else with_16
 
 
 def forward(
@@ -180,7 +182,7 @@ def forward(
     total = torch.empty(0 if branch is None else x.shape, dtype=x.dtype, device=x.device)
     normalized = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, inverse_std = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
-    rows, width, warps, registers = launch_tile(columns, FORWARD_REGISTERS)
+    rows, width, warps, registers = launch_tile(columns, backward=False)
     programs = _programs(x, triton.cdiv(len(matrix), rows), warps, registers)
     with torch.cuda.device_of(x):
         _forward_kernel[(programs,)](
@@ -213,7 +215,7 @@ def backward(
     strides = [(matrix if d is None else d).stride(0) for d in upstream]
     dx = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     d_branch = torch.empty(total.shape, dtype=branch_dtype, device=total.device) if need[1] or need[2] else None
-    rows, width, warps, registers = launch_tile(columns, BACKWARD_REGISTERS)
+    rows, width, warps, registers = launch_tile(columns, backward=True)
     programs = _programs(total, triton.cdiv(len(matrix), rows), warps, registers)
     norm_sums = need[3] or need[4]
     summed = norm_sums or need[2]
@@ -237,3 +239,63 @@ def backward(
 def _of_mask(dropout: float) -> tuple[int, float]:
     """What a hash has to reach, and the factor of what is kept."""
     return (round(dropout * 2**16) - 2**15) << 16, 1.0 / (1.0 - dropout)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the launcher may ask Triton to compile
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Large models' and base models'; several rows a warp; neither a power of two nor a multiple of 16; the widest.
+WIDTHS = (1024, 768, 80, 500, dispatch.WIDEST_NORM)
+ABSENT_BRANCH = ("branch", "branch_bias", "seed", "total")
+
+
+def compilations(arch: int) -> Iterator[Compilation]:
+    """Every form at the large models' width; the others, whose code differs in the tile alone, with all that may be.
+
+    Parameters are float32, or of 16 bits where everything is.
+    """
+    bf16, fp16, fp32 = (TYPE_NAMES[dtype] for dtype in (torch.bfloat16, torch.float16, torch.float32))
+    full = ((fp32, bf16), (fp32, fp16), (fp32, fp32))
+    for columns, (x, other) in product(WIDTHS, (*full, (bf16, bf16), (fp16, fp16))):
+        every = columns == WIDTHS[0] and x == fp32
+        for absent in _absent_forward() if every else ((), ABSENT_BRANCH):
+            yield _compilation(_forward_kernel, columns, x, other, absent, {})
+        for absent, sums in _absent_backward() if every else (((), (True, True)), (("seed",), (True, True))):
+            flags = dict(zip(("NORM_SUMS", "BRANCH_SUM"), sums, strict=True))
+            yield _compilation(_backward_kernel, columns, x, other, absent, flags)
+
+
+def _absent_forward() -> Iterator[tuple[str, ...]]:
+    yield ABSENT_BRANCH
+    for bias, seed in product(((), ("branch_bias",)), ((), ("seed",))):
+        yield (*bias, *seed)
+
+
+def _absent_backward() -> Iterator[tuple[tuple[str, ...], tuple[bool, bool]]]:
+    """With what a launch sums: for the norm's parameters only with its gradient, for a branch's bias only with that."""
+    for upstream, branch in product(((), ("d_total",), ("d_normalized",)), ((), ("seed",), ("seed", "d_branch"))):
+        norms = (False,) if "d_normalized" in upstream else (False, True)
+        for sums in product(norms, (False,) if "d_branch" in branch else (False, True)):
+            yield (*upstream, *branch), sums
+
+
+def _compilation(
+    function: Any, columns: int, x: str, other: str, absent: tuple[str, ...], flags: dict[str, bool]
+) -> Compilation:
+    is_forward = function is _forward_kernel
+    rows, width, warps, registers = launch_tile(columns, not is_forward)
+    types = dict.fromkeys(("x", "total", "d_total", "dx"), x)
+    types |= dict.fromkeys(("branch", "normalized", "d_normalized", "d_branch"), other)
+    types |= dict.fromkeys(("weight", "bias", "branch_bias"), x) | dict.fromkeys(
+        ("mean", "inverse_std", "sums"), "fp32"
+    )
+    strides = ("stride", "branch_stride", "d_total_stride", "d_normalized_stride")
+    types = {name: f"*{kind}" for name, kind in types.items()} | {"seed": "*i64"} | dict.fromkeys(strides, "i32")
+    types |= dict.fromkeys(("eps", "gain"), "fp32")
+    constants = {**dict.fromkeys(absent), **flags, "COLUMNS": columns, "ROWS": rows, "WIDTH": width}
+    signature, attrs = signature_and_attrs(function, types, constants, strides if columns % 16 else ())
+    without = "".join(f" no {name}" for name in absent) if absent != ABSENT_BRANCH else " no branch"
+    sums = "".join(f" {name.lower()}" for name, wanted in flags.items() if wanted)
+    name = f"residual layer norm {'forward' if is_forward else 'backward'} {columns} {x} {other}{sums}{without}"
+    return Compilation(name, function, signature, constants, attrs, warps, 3, False, registers)

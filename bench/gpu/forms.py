@@ -3,7 +3,7 @@
 Lots name their forms by how the names begin (`bench.gpu.lots`); their kernels are compiled before anything is timed
 (`bench.gpu.compiling`), and the lot `smoke` runs every form once against float64 (`bench.gpu.smoke`). A form makes the
 launcher pick the same kernels as the lot's own call: dtypes, strides and options are those of the call, only the sizes
-are small. On sm_90 all of them together launch 152 kernels.
+are small. On sm_90 all of them together launch 160 kernels.
 
 Inputs are drawn on the host, so that a form computes with the same numbers everywhere.
 """
@@ -31,6 +31,8 @@ from fastclap.kernels.layer_norm_gelu import layer_norm_gelu, layer_norm_gelu_re
 from fastclap.kernels.log_mel.operator import log_mel
 from fastclap.kernels.log_mel.spec import LogMelSpec
 from fastclap.kernels.log_mel.torch_engine import log_mel_reference
+from fastclap.kernels.residual_layer_norm import dropout_mask as residual_dropout_mask
+from fastclap.kernels.residual_layer_norm import residual_layer_norm, residual_layer_norm_reference
 from fastclap.kernels.toeplitz_attention import (
     dropout_mask,
     gated_toeplitz_attention,
@@ -225,12 +227,16 @@ def _seed(device: torch.device) -> contextlib.AbstractContextManager[None]:
     return seeded()
 
 
+def _drawn_seed(device: torch.device) -> Tensor:
+    """The one that a kernel's dropout draws first in the context of `_seed`."""
+    with _seed(device):
+        return torch.randint(0, 2**63 - 1, (1,), device=device)
+
+
 def _kept(q: Tensor) -> Tensor:
     """The probabilities that the kernel's dropout keeps in `_attention`."""
-    with _seed(q.device):
-        seed = torch.randint(0, 2**63 - 1, (1,), device=q.device)
     batch, heads, frames, _ = q.shape
-    return dropout_mask(seed, batch, heads, frames, DROPOUT)
+    return dropout_mask(_drawn_seed(q.device), batch, heads, frames, DROPOUT)
 
 
 def _attention(inputs: Tensors, engine: str, dropout: bool, forward: bool) -> Tensors:
@@ -365,6 +371,74 @@ def _feed_forwards() -> Iterator[KernelForm]:
     for dtype in (torch.bfloat16, torch.float32):
         yield _feed_forward_form("feed forward", 65, 500, dtype)
         yield _feed_forward_form("feed forward step", 1003, 528, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LayerNorm of a residual stream
+
+RESIDUAL = ("x", "branch", "branch_bias", "weight", "bias")
+
+
+def _draw_residual(rows: int, channels: int, dtype: torch.dtype, branch: bool, total: bool) -> Tensors:
+    """A stream and parameters in float32; `total`: with a gradient of that too."""
+    normal = _normal(rows)
+    found = {"x": normal(rows, channels), "weight": normal(channels), "bias": normal(channels)}
+    if branch:
+        found |= {"branch": normal(rows, channels).to(dtype), "branch_bias": normal(channels)}
+    if total:
+        found["upstream_total"] = normal(rows, channels)
+    return {**found, "upstream": normal(rows, channels).to(dtype)}
+
+
+def _residual_results(function: Callable[..., tuple[Tensor, Tensor]], inputs: Tensors) -> Tensors:
+    leaves = {name: inputs[name].detach().requires_grad_() for name in RESIDUAL if name in inputs}
+    total, norm = function(*(leaves.get(name) for name in RESIDUAL))
+    outputs = {"upstream": norm, "upstream_total": total}
+    upstream = {name: inputs[name].to(outputs[name].dtype) for name in outputs if name in inputs}
+    gradients = torch.autograd.grad(
+        [outputs[name] for name in upstream], list(leaves.values()), list(upstream.values())
+    )
+    found = dict(zip((f"d{name}" for name in leaves), gradients, strict=True))
+    return {"total": total.detach(), "norm": norm.detach(), **found}
+
+
+def _residual_layer_norm(inputs: Tensors, engine: str, dtype: torch.dtype, dropout: float) -> Tensors:
+    function = functools.partial(residual_layer_norm, dropout=dropout, dtype=dtype, backend=engine)
+    with _seed(inputs["x"].device):
+        return _residual_results(function, inputs)
+
+
+def _defined_residual(inputs: Tensors, dropout: float) -> Tensors:
+    """The definition in the inputs' own dtypes, with the kernel's dropout."""
+    keep = None
+    if dropout:
+        keep = residual_dropout_mask(_drawn_seed(inputs["x"].device), *inputs["x"].shape, dropout)
+    rate = round(dropout * 2**16) / 2**16  # as the kernel rounds it
+    return _residual_results(functools.partial(residual_layer_norm_reference, dropout=rate, keep=keep), inputs)
+
+
+def _residual_form(
+    rows: int, channels: int, dtype: torch.dtype, *, branch: bool = True, total: bool = True, dropout: float = 0.0
+) -> KernelForm:
+    defined: Callable[[Tensors], Tensors] = functools.partial(_defined_residual, dropout=dropout)
+    on = f"{', no branch' * (not branch)}{', gradient of total' * total}{', dropout' * (dropout > 0)}"
+    return KernelForm(
+        f"residual layer norm step {dtype_name(dtype)}, {rows} of {channels}{on}",
+        dtype,
+        functools.partial(_draw_residual, rows, channels, dtype, branch, total),
+        functools.partial(_residual_layer_norm, dtype=dtype, dropout=dropout),
+        lambda inputs: defined(_doubled(inputs)),
+        ROUNDING[dtype],
+        instead=defined if dropout else None,  # the torch engine's dropout is another
+    )
+
+
+def _residual_layer_norms() -> Iterator[KernelForm]:
+    """Of a model's first layer, the others and the last one, in either precision."""
+    for dtype in (torch.bfloat16, torch.float32):
+        yield _residual_form(301, 1024, dtype, branch=False, total=False)
+        for total, dropout in product((True, False), (0.0, DROPOUT)):
+            yield _residual_form(301, 1024, dtype, total=total, dropout=dropout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -557,6 +631,7 @@ FORMS: tuple[KernelForm, ...] = (
     *_attentions(),
     *_layer_norm_gelus(),
     *_feed_forwards(),
+    *_residual_layer_norms(),
     *_waveforms(),
     *_convolutions(),
     *_log_mels(),

@@ -15,7 +15,7 @@ LOG_MEL = (*KERNELS, "kernels/log_mel/*.py", "fastclap/features.py")
 TOWERS = (
     *KERNELS,
     "kernels/toeplitz_attention*.py",
-    "kernels/layer_norm_gelu*.py",
+    "kernels/*layer_norm*.py",
     "kernels/waveform*.py",
     "kernels/feed_forward*.py",
 )
@@ -54,11 +54,8 @@ class Lot:
 
 
 _TOWER_FORMS = (
-    "attention step",
-    "feed forward step",
-    "layer norm gelu step",
-    "waveform step",
-    "waveform convolution step",
+    *("attention step", "feed forward step", "layer norm gelu step", "residual layer norm step"),
+    *("waveform step", "waveform convolution step"),
 )
 _STEP_FORMS = ("loss ids", *_TOWER_FORMS)
 

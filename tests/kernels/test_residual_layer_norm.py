@@ -48,9 +48,7 @@ def test_without_a_gpu_it_is_what_torch_makes_of_it() -> None:
         torch.manual_seed(1)
         expected = x + F.dropout(branch + branch_bias, dropout)
         torch.manual_seed(1)
-        total, y = residual_layer_norm(
-            x, branch, branch_bias, weight, bias, 0.1, dropout=dropout, backend=backend
-        )
+        total, y = residual_layer_norm(x, branch, branch_bias, weight, bias, 0.1, dropout=dropout, backend=backend)
         assert torch.equal(total, expected) and torch.equal(y, F.layer_norm(expected, (24,), weight, bias, 0.1))
     total, y = residual_layer_norm(x, branch, None, weight, bias)
     assert torch.equal(total, x + branch) and torch.equal(y, F.layer_norm(x + branch, (24,), weight, bias))

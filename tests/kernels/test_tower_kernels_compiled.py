@@ -14,7 +14,13 @@ from tests.kernels.compiling import all_problems, compilations
 # The interpreter's kernels cannot be compiled, and one process has either those or the others.
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1")
 
-MODULES = ("layer_norm_gelu_triton", "waveform_triton", "waveform_convolution_triton", "feed_forward_triton")
+MODULES = (
+    "layer_norm_gelu_triton",
+    "residual_layer_norm_triton",
+    "waveform_triton",
+    "waveform_convolution_triton",
+    "feed_forward_triton",
+)
 MOST_USED = (
     "layer norm gelu forward 512 bf16 fp32 weight bias",
     "layer norm gelu backward 512 bf16 fp32 weight bias sums",
@@ -34,6 +40,13 @@ MOST_USED = (
     "feed forward fp16 a sums unaligned",
     "feed forward fp32 a sums",
 )
+RESIDUAL = (
+    "residual layer norm forward 1024 fp32 bf16",
+    "residual layer norm backward 1024 fp32 bf16 norm_sums branch_sum",
+    "residual layer norm forward 1024 fp32 fp32",
+    "residual layer norm backward 1024 fp32 fp32 norm_sums branch_sum",
+    "residual layer norm backward 8192 fp32 fp32 norm_sums branch_sum",
+)
 
 
 def towers(arch: int) -> dict[str, Compilation]:
@@ -51,7 +64,7 @@ def compiled(name: str, arch: int) -> tuple[Compilation, Compiled]:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("name", MOST_USED)
+@pytest.mark.parametrize("name", (*MOST_USED, *RESIDUAL))
 def test_most_used_kernels_compile_without_a_problem(name: str, arch: int) -> None:
     compilation, result = compiled(name, arch)
     assert problems(compilation, result, arch) == []
@@ -84,6 +97,25 @@ def test_a_row_of_one_warp_waits_for_no_other_and_shares_nothing(arch: int) -> N
         assert result.shared == 0 and "bar.sync" not in result.ptx and "barrier" not in result.ptx
     _, wide = compiled(MOST_USED[5], arch)
     assert wide.shared > 0 and "bar" in wide.ptx, "several warps meet"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_residual_stream_is_read_16_bytes_at_a_time_beside_8_of_16_bits_and_nothing_changes_threads(
+    arch: int,
+) -> None:
+    from fastclap.kernels.layer_norm_gelu_triton import programs_of_multiprocessor
+
+    for name in RESIDUAL[:4]:
+        compilation, result = compiled(name, arch)
+        assert (compilation.num_warps, compilation.constexprs["ROWS"]) == (1, 1)
+        assert result.shared == 0 and "bar.sync" not in result.ptx and "barrier" not in result.ptx
+        assert ".v4.b32" in result.ptx and "global.b16" not in result.ptx
+        assert ("st.global.v2.b32" in result.ptx) == ("bf16" in name)
+        assert result.ptx.count("shfl.sync") == 10, "the two sums of a row"
+    for name in RESIDUAL:
+        compilation, result = compiled(name, arch)
+        assert compilation.maxnreg is not None
+        assert result.programs >= programs_of_multiprocessor(compilation.num_warps, compilation.maxnreg) > 0, name
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
