@@ -29,6 +29,10 @@ NORMS = (  # forms of layer_norm_gelu in which a row is one warp's
     *("forward 512 bf16 bf16 weight bias", "backward 512 bf16 bf16 weight bias sums"),
     *("forward 1024 bf16 fp32 weight bias", "backward 1024 bf16 fp32 weight bias sums"),
 )
+RESIDUAL = (  # of residual_layer_norm, with float32 parameters
+    *("forward 1024 fp32 bf16", "forward 1024 fp32 bf16 no seed", "forward 1024 fp32 bf16 no branch"),
+    *(f"backward 1024 fp32 bf16 norm_sums branch_sum{rest}" for rest in ("", " no seed")),
+)
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _PREDICATE = re.compile(r"^@\S+\s+")
 _BRANCH = re.compile(r"\bBRA\b(\s+\S+,)?.*?0x([0-9a-f]+)")
@@ -175,7 +179,13 @@ def log_mel_tile(code: Sequence[Instruction], groups: int) -> Counts:
 
 def main() -> None:
     from bench.kernel_peers import FRONT_ENDS
-    from fastclap.kernels import feed_forward_triton, layer_norm_gelu_triton, offline, toeplitz_attention_triton
+    from fastclap.kernels import (
+        feed_forward_triton,
+        layer_norm_gelu_triton,
+        offline,
+        residual_layer_norm_triton,
+        toeplitz_attention_triton,
+    )
     from fastclap.kernels.contrastive import triton_engine as contrastive
     from fastclap.kernels.log_mel import triton_engine as log_mel
 
@@ -190,9 +200,9 @@ def main() -> None:
     for kernel in ("forward 64 bf16", "keys 64 bf16", "queries 64 bf16 table"):
         tile = attention_tile(machine_code(toeplitz_attention_triton, f"attention {kernel}"))
         rows.append((f"attention {kernel}", "a tile", tile))
-    for name in NORMS:
-        row = row_tile(machine_code(layer_norm_gelu_triton, f"layer norm gelu {name}"))
-        rows.append((f"layer norm gelu {name}", "a row", row))
+    norms = [(layer_norm_gelu_triton, f"layer norm gelu {name}") for name in NORMS]
+    norms += [(residual_layer_norm_triton, f"residual layer norm {name}") for name in RESIDUAL]
+    rows += [(name, "a row", row_tile(machine_code(module, name))) for module, name in norms]
     for name in ("feed forward bf16 sums", "feed forward bf16 a sums"):
         rows.append((name, "256 values of a row", row_tile(machine_code(feed_forward_triton, name))))
     for label, form in FORMS.items():
