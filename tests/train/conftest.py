@@ -21,6 +21,18 @@ def demo_manifests(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture
+def pictures() -> None:
+    """For a test that wants the pictures in the report of a run."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without pictures unless `pictures` is asked for: to draw them takes twice as long as the tiny run."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("fastclap.evaluation.report._pictures", lambda *_: {})
+
+
+@pytest.fixture
 def tiny(demo_manifests: tuple[str, str], tmp_path: Path) -> Callable[..., TrainConfig]:
     """tiny(name, **changes): the configuration of a tiny run in its own folder; changes replace top-level fields."""
 

@@ -38,7 +38,7 @@ def records(config: TrainConfig, kind: str) -> list[dict]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-def test_a_run_leaves_what_it_promises(tiny: Build) -> None:
+def test_a_run_leaves_what_it_promises(tiny: Build, pictures: None) -> None:
     config = tiny(steps=60, log_every=10, valid_every=30, save_every=20, tensorboard=True)
     config.optimizer.learning_rate = 5e-3
     model_dir = train(config)
