@@ -229,12 +229,16 @@ def test_modules_are_part_of_a_compiled_graph() -> None:
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
 def test_operators_are_registered_properly(dtype: torch.dtype) -> None:
-    """torch.library.opcheck: schema, fake tensors, autograd registration, ahead-of-time dispatch."""
+    """torch.library.opcheck: schema, fake tensors, autograd registration, ahead-of-time dispatch.
+
+    Every dtype with all gradients; which of them are wanted matters in all dtypes alike.
+    """
     a, b = (x.to(dtype) for x in pair(5, 7))
     scale, bias = torch.tensor(5.0), torch.tensor(-1.0)
     ids = torch.arange(5) // 2, torch.arange(7) // 2
     contrast = Contrast(label_smoothing=0.1).key
-    for need in ([True, True, True], [True, False, False], [False, False, True], [False, False, False]):
+    needs = [[True, True, True], [True, False, False], [False, False, True], [False, False, False]]
+    for need in needs if dtype == torch.float32 else needs[:1]:
         tensors = [x.detach().requires_grad_(wanted) for x, wanted in zip((a, b, scale), need, strict=True)]
         for given in ((None, None), ids):
             arguments = (*tensors, *given, None, None, None, contrast, "", False, "torch", need, True)

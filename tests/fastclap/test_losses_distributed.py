@@ -29,6 +29,9 @@ def load_script() -> ModuleType:
 
 def check_losses(ranks: ModuleType, results: list[dict[str, Any]], atleast: float = 0.0) -> None:
     for name, case in ranks.loss_cases().items():
+        if name not in results[0]:
+            assert atleast and "dtype" in case, name  # the Triton engine runs every case in float32
+            continue
         leaves = [x.requires_grad_() for x in ranks.case_inputs(case)]
         loss = sigmoid_loss if case.get("loss") == "sigmoid_loss" else info_nce
         expected = loss(*leaves, backend="reference", **case["options"])
