@@ -160,7 +160,8 @@ def test_partial_gradients_equal_the_full_ones() -> None:
 def test_uninitialised_memory_is_never_read_and_runs_are_bit_identical(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
-    for shape, dtype in itertools.product(((1000, 24), (3, 1023)), DTYPES):
+    pairs = zip if INTERPRETED else itertools.product  # each shape and each dtype, or each with each
+    for shape, dtype in pairs(((1000, 24), (3, 1023)), DTYPES):
         inputs, upstream = tensors(*shape)
         first, second = (run([t.to(dtype) for t in inputs], upstream) for _ in range(2))
         for one, other in zip(first, second, strict=True):

@@ -193,7 +193,8 @@ def test_partial_gradients_equal_the_full_ones() -> None:
 def test_uninitialised_memory_is_never_read_and_runs_are_bit_identical(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
-    for case, dtype in itertools.product((FAMILY, CASES[3]), DTYPES):
+    pairs = zip if INTERPRETED else itertools.product  # each shape and each dtype, or each with each
+    for case, dtype in pairs((FAMILY, CASES[3]), DTYPES):
         inputs, upstream = tensors(case)
         first, second = (run(case, in_dtype(dtype, inputs), upstream) for _ in range(2))
         for one, other in zip(first, second, strict=True):
