@@ -13,8 +13,8 @@ bytes of float32, 8 of 16 bits, and whole sectors of either.
 
 Dropout comes from a counter (`residual_layer_norm.dropout_mask`): the backward kernel computes the mask again.
 
-Weight, bias and the branch's bias are read again for every tile: they come from the first cache, and the registers are
-the backward kernel's sums for the gradients of all three, one number for each value of a tile. Every program writes its
+Weight, bias and the branch's bias are read again for every tile, from the nearest cache: the backward kernel has its
+registers for the sums of the gradients of all three, one number for each value of a tile. Every program writes its
 sums to a slot of its own, and torch adds the slots in a fixed order: results are bit-identical from run to run.
 """
 
@@ -228,12 +228,10 @@ def backward(
             NORM_SUMS=norm_sums, BRANCH_SUM=need[2],
             COLUMNS=columns, ROWS=rows, WIDTH=width, num_warps=warps, maxnreg=registers,
         )  # fmt: skip
-    nothing = total.new_empty(0)
-    gradients = [dx if need[0] else nothing, d_branch if need[1] and d_branch is not None else total.new_empty(0)]
-    for slot, parameter, wanted in zip((2, 0, 1), (branch_bias, weight, bias), need[2:], strict=True):
-        filled = parameter is not None and wanted
-        gradients.append(sums[slot].sum(0).to(parameter.dtype) if filled else total.new_empty(0))  # type: ignore[union-attr]
-    return tuple(gradients)  # type: ignore[return-value]
+    wanted = [dx if need[0] else None, d_branch if need[1] else None]
+    for slot, parameter, needed in zip((2, 0, 1), (branch_bias, weight, bias), need[2:], strict=True):
+        wanted.append(sums[slot].sum(0).to(parameter.dtype) if needed and parameter is not None else None)
+    return tuple(total.new_empty(0) if x is None else x for x in wanted)  # type: ignore[return-value]
 
 
 def _of_mask(dropout: float) -> tuple[int, float]:

@@ -195,20 +195,24 @@ def test_strided_inputs_and_gradients_are_read_where_they_are() -> None:
     (x, branch, *_), (d_total, d_norm) = tensors(60, 48)
     parameters = tensors(60, 24)[0][2:]
     assert x is not None and branch is not None
-    wide = [x, branch, d_total, d_norm]
-    keep = next_mask(x[:, :24], 0.25)
-    wanted = expected([x[:, :24], branch[:, :24], *parameters], (d_total[:, :24], d_norm[:, ::2]), 0.25, keep)
-    for t in wide[:3]:
+    wide = [x, branch, d_total, torch.cat((d_norm, d_norm), 1)]
+    x, branch, *upstream = [t[:, :24] for t in wide]
+    keep = next_mask(x, 0.25)
+    wanted = expected([x, branch, *parameters], upstream, 0.25, keep)
+    alone = expected([x, None, None, *parameters[1:]], upstream, 0.0, None)
+    for t in wide:
         t[:, 24:] = torch.nan  # which must not be read
-    d_norm[:, 1::2] = torch.nan
-    leaves = leaves_of([x, branch, *parameters])
+    leaves = leaves_of([*wide[:2], *parameters])
     outputs = residual_layer_norm(leaves[0][:, :24], leaves[1][:, :24], *leaves[2:], dropout=0.25, backend="triton")
-    found = gradients(outputs, leaves, (d_total[:, :24], d_norm[:, ::2]))
     for name, one, other in zip(("total", "norm"), wanted[:2], outputs, strict=True):
         assert_close_rel(name, one, other, 1e-6)
-    for name, one, other in zip(NAMES, wanted[2:], found, strict=True):
+    for name, one, other in zip(NAMES, wanted[2:], gradients(outputs, leaves, upstream), strict=True):
         assert_close_rel(f"gradient of {name}", one, other[..., :24], 1e-6)
         assert not other[..., 24:].any()
+    norm = residual_layer_norm(leaves[0][:, :24], None, None, *leaves[3:], backend="triton")[1]
+    assert_close_rel("norm of x alone", alone[1], norm, 1e-6)
+    dx = gradients([leaves[0][:, :24], norm], leaves[:1], upstream)[0][:, :24]
+    assert_close_rel("gradient of x alone", alone[2], dx, 1e-6)
 
     (x, branch, *_), _ = tensors(24, 60)
     parameters = [torch.ones(48, device=DEVICE)[::2] for _ in range(3)]
