@@ -13,26 +13,13 @@ from dataclasses import dataclass
 
 from bench import model_flops, scale_model
 from bench.kernel_peers import FRONT_ENDS
+from bench.machines import H100, MACHINES, MULTIPROCESSORS, Machine
 from bench.run import SIZES
 from bench.tables import markdown
 from fastclap.kernels.log_mel.spec import LogMelSpec
 
-
-@dataclass(frozen=True)
-class Machine:
-    """Assumed rates of one GPU: TFLOP/s of large bf16 products, TB/s of copies (read + written); GB of memory."""
-
-    name: str
-    tflops: float
-    tbytes: float
-    gbytes: float
-
-
-H100 = Machine("H100", 798, 3.0, 80)
-H200 = Machine("H200", 790, 4.3, 141)
-MACHINES = (H100, H200)
-# Of both.
-MULTIPROCESSORS, SCHEDULERS, HERTZ = 132, 4, 1.755e9
+# Of both machines
+SCHEDULERS, HERTZ = 4, 1.755e9
 L2_TBYTES = 8.1  # a second, from others' kernels
 # Shares of the rates above that a kernel reaches: assumed.
 PRODUCT_SHARE, COPY_SHARE = 0.81, 0.9
@@ -309,9 +296,9 @@ def clip_gb() -> float:
 def held_gb(rows: int, cached: bool, machine: Machine) -> float:
     """As `bench.scale_model` adds it up, with the traced activations."""
     chunk = CHUNK if cached else rows
-    model = scale_model.Model(parameters(), 768, 4, chunk, chunk * clip_gb(), 2 * SECONDS * 16000)
-    memory = scale_model.Machine(clip_ms=0.0, memory_gb=machine.gbytes)
-    return 1e-9 * sum(scale_model.predict(model, memory, rows, 1).held.values())
+    model = scale_model.Model(parameters(), 768, 4, chunk, clip_gb(), 2 * SECONDS * 16000)
+    alone = scale_model.Cluster(machine, clip_ms=0.0)
+    return 1e-9 * sum(scale_model.predict(model, alone, rows, 1).held.values())
 
 
 def step_ms(rows: int, compiled: bool, cached: bool, machine: Machine) -> float:

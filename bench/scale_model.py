@@ -1,6 +1,7 @@
 """Step time, memory and traffic on 1 to 1,024 GPUs and batches of up to 8 million clips, by arithmetic.
 
-    python -m bench.scale_model [--records bench/records/gpu/DEVICE] [--embeddings float32|bfloat16] > docs/scaling.md
+    python -m bench.scale_model [--machine H100|H200] [--records bench/records/gpu/DEVICE]
+        [--embeddings float32|bfloat16] > docs/scaling.md
 
 Single-GPU figures come from the records of a device's lots `step` and `loss` (`bench.gpu`) where there are any, and are
 predictions where not; the page says which. Traffic is that of the collectives that the code really calls, tensor by
@@ -9,12 +10,14 @@ slowest link's rate; every constant is a flag.
 
 With N clips, W GPUs, D dimensions, P parameters, e bytes a number of an embedding:
 
-    encoders       N/W · (time of a clip, forward and backward)        · 4/3 − 1/3n in n chunks of the gradient cache
+    encoders       N/W · (time of a clip, forward and backward)        · 4/3 − 1/3n in n chunks of the gradient cache;
+                   where that takes longer, the launches of all chunks, one after the other, by the host
     loss           4 · 2·N²·D / W over the rate of large products      (3 once the exponentials fit into memory)
     b, ids, norms  all-gather; column sums and maxima: all-reduce; db: reduce-scatter, float32
     gradients      all-reduce of 4·P bytes, hidden behind the last chunk's backward pass as far as that takes
     optimizer      28 bytes a parameter through memory (weight, gradient and two moments read, all but one written)
 
+The training loop compares what ranks pass to the loss once for each batch size of a run, and no step counts that here.
 An all-gather or a reduce-scatter of S bytes in all sends S·(W − 1)/W from each GPU, an all-reduce twice that (ring).
 """
 
@@ -24,7 +27,7 @@ import argparse
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,6 +37,7 @@ from torch import Tensor
 
 from bench import model_flops
 from bench.gpu.records import read_all
+from bench.machines import H200, MACHINES, MULTIPROCESSORS, Machine
 from bench.run import SIZES
 from bench.tables import markdown
 
@@ -42,6 +46,12 @@ BATCHES = (8192, 65536, 524288, 1 << 20, 1 << 21, 1 << 23)
 GPUS_A_NODE = 8
 HEADER_FIELDS = 15  # numbers that ranks compare before a loss
 OWN_FLAGS = 3  # of the training loop: finite, stop, and the norm of sharded gradients
+# Traced by `bench.step_trace --tags 0 --compile`: kernels that the host launches for the forward and the backward pass
+# of a chunk, whatever its size, and for the optimizer; MB of gradients that leave in the last part of the backward
+# pass.
+TRACED = "32 clips of 10 s, layers compiled"
+LAUNCHES, OPTIMIZER_LAUNCHES = (1047, 1505), 30
+BUCKET_MB, LAST_MB, LAST_PART = 25, 19, 0.05
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,7 +72,9 @@ def wire_bytes(kind: str, nbytes: int, world: int) -> float:
     return nbytes * (world - 1) / world * (2 if kind == "all-reduce" else 1)
 
 
-def loss_collectives(rows: int, dim: int, world: int, itemsize: int, engine: str, ids: bool = True) -> list[Collective]:
+def loss_collectives(
+    rows: int, dim: int, world: int, itemsize: int, engine: str, ids: bool = True, agreed: bool = False
+) -> list[Collective]:
     """What `fastclap.info_nce` sends with a process group, both directions and all gradients.
 
     Args:
@@ -72,16 +84,18 @@ def loss_collectives(rows: int, dim: int, world: int, itemsize: int, engine: str
         itemsize: bytes of a number of an embedding, 2 or 4.
         engine: "triton" or "torch".
         ids: whether positives are given by ids.
+        agreed: whether ranks have agreed on such a call before, with `agree_once`.
     """
     depth = dim if engine == "torch" else -(-dim // 16) * 16
     found = [
-        Collective("agreement on shapes and flags", "all-gather", 8 * HEADER_FIELDS * world),
         Collective("embeddings b", "all-gather", rows * depth * itemsize),
         Collective("loss", "all-reduce", 8),
         Collective("gradient of the scale", "all-reduce", 8),
         Collective("gradient of b", "reduce-scatter", 4 * rows * depth),
         Collective("largest logit", "all-reduce", 4),
     ]
+    if not agreed:
+        found.append(Collective("agreement on shapes and flags", "all-gather", 8 * HEADER_FIELDS * world))
     if ids:
         found += [Collective("ids of a", "all-gather", 8 * rows), Collective("ids of b", "all-gather", 8 * rows)]
     if engine == "torch":
@@ -134,20 +148,33 @@ def counted_collectives() -> Iterator[list[tuple[str, int]]]:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Rates of one GPU and its links; `source` says where they come from."""
+class Cluster:
+    """Rates of one GPU, its host and its links; `source` says where they come from."""
 
+    gpu: Machine
     clip_ms: float  # forward and backward of one pair, no cache
     second_forward: float = 4 / 3  # cost with many chunks in the gradient cache over cost without
-    loss_tflops: float = 0.71 * 790  # of large products inside the loss, for 16-bit embeddings
-    copy_tbytes: float = 4.3
-    memory_gb: float = 141.0
-    multiprocessors: int = 132
+    loss_share: float = 0.71  # of the rate of large products, reached inside the loss by 16-bit embeddings
+    launch_us: float = 5.0  # of the host, for a kernel: assumed
     nvlink_gbytes: float = 450.0  # each way, per GPU
     infiniband_gbytes: float = 50.0  # each way, per GPU (one 400 Gb/s adapter for each)
     link_share: float = 0.8  # of a link's rate that a collective reaches
     latency_us: float = 20.0  # of a hop; a collective has log2(W) of them
+    tcp_us: float = 50.0  # of a hop between hosts: assumed
     source: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def loss_tflops(self) -> float:
+        return self.loss_share * self.gpu.tflops
+
+    @property
+    def memory(self) -> float:
+        """In bytes."""
+        return 1e9 * self.gpu.gbytes
+
+    def link(self, world: int) -> float:
+        """Bytes a second that a collective of `world` ranks sends each way."""
+        return 1e9 * self.link_share * (self.nvlink_gbytes if world <= GPUS_A_NODE else self.infiniband_gbytes)
 
 
 @dataclass(frozen=True)
@@ -158,7 +185,7 @@ class Model:
     dim: int
     itemsize: int  # of an embedding
     chunk: int  # of the gradient cache
-    chunk_gb: float  # activations of a chunk
+    clip_gb: float  # activations of a clip
     clip_bytes: int  # int16 samples of a clip
 
 
@@ -175,35 +202,42 @@ class Prediction:
         return sum(self.seconds.values())
 
 
-def predict(model: Model, machine: Machine, rows: int, world: int) -> Prediction:
-    """A step with a global batch of `rows` on `world` GPUs."""
-    local = rows / world
+def encoder_seconds(model: Model, cluster: Cluster, local: float) -> tuple[float, float]:
+    """What `local` clips take the device, and what their launches take the host; a step takes at least the longer."""
     chunks = math.ceil(local / model.chunk)
-    rate = machine.loss_tflops * 1e12 / (2 if model.itemsize == 4 else 1)  # TF32 has half the rate of 16-bit products
+    again = chunks - 1  # one chunk has its graph already
+    device = 1e-3 * cluster.clip_ms * local * (1 + (cluster.second_forward - 1) * again / chunks)
+    return device, 1e-6 * cluster.launch_us * (chunks * sum(LAUNCHES) + again * LAUNCHES[0])
+
+
+def predict(model: Model, cluster: Cluster, rows: int, world: int) -> Prediction:
+    """A step of training, not its first, with a global batch of `rows` on `world` GPUs."""
+    local = rows / world
+    rate = cluster.loss_tflops * 1e12 / (2 if model.itemsize == 4 else 1)  # TF32 has half the rate of 16-bit products
     one_pass = 2 * rows**2 * model.dim / world
-    stored = local * rows * model.itemsize <= 0.25e9 * machine.memory_gb
-    link = 1e9 * machine.link_share * (machine.nvlink_gbytes if world <= GPUS_A_NODE else machine.infiniband_gbytes)
+    stored = local * rows * model.itemsize <= 0.25 * cluster.memory
 
     def on_the_wire(collectives: Sequence[Collective]) -> tuple[float, float]:
         sent = sum(wire_bytes(c.kind, c.nbytes, world) for c in collectives)
         hops = len(collectives) * math.ceil(math.log2(world)) if world > 1 else 0
-        return sent, sent / link + 1e-6 * machine.latency_us * hops
+        return sent, sent / cluster.link(world) + 1e-6 * cluster.latency_us * hops
 
-    loss_sent, loss_seconds = on_the_wire(loss_collectives(rows, model.dim, world, model.itemsize, "triton"))
+    loss = loss_collectives(rows, model.dim, world, model.itemsize, "triton", agreed=True)
+    loss_sent, loss_seconds = on_the_wire(loss)
     gradients_sent, gradient_seconds = on_the_wire(gradient_collectives(model.parameters))
-    clip = 1e-3 * machine.clip_ms
-    overlap = 2 / 3 * clip * min(local, model.chunk)
+    launch = 1e-6 * cluster.launch_us
+    last_backward = max(2e-3 / 3 * cluster.clip_ms * min(local, model.chunk), launch * LAUNCHES[1])
     seconds = {
-        "encoders": local * clip * (1 + (machine.second_forward - 1) * (1 - 1 / chunks)),  # one has its graph already
+        "encoders": max(encoder_seconds(model, cluster, local)),
         "loss": (3 if stored else 4) * one_pass / rate,
         "loss, links": loss_seconds,
-        "gradients, links": max(0.0, gradient_seconds - overlap),
-        "optimizer": 28 * model.parameters / (1e12 * machine.copy_tbytes),
+        "gradients, links": max(0.0, gradient_seconds - last_backward),
+        "optimizer": max(28 * model.parameters / (1e12 * cluster.gpu.tbytes), launch * OPTIMIZER_LAUNCHES),
     }
-    chunk = min(local, chunk_rows(machine.multiprocessors, model.dim, rows * model.itemsize))
+    chunk = min(local, chunk_rows(MULTIPROCESSORS, model.dim, rows * model.itemsize))
     held = {
         "weights, gradients, optimizer": 16.0 * model.parameters,
-        "activations": 1e9 * model.chunk_gb * min(1.0, local / model.chunk),
+        "activations": 1e9 * model.clip_gb * min(local, model.chunk),
         "own samples and embeddings": local * (model.clip_bytes + 4 * 4 * model.dim),
         "gathered b and its gradient": rows * model.dim * (model.itemsize + 4.0),
         "chunk of the matrix": float(rows) * (local if stored else chunk) * model.itemsize,
@@ -222,20 +256,21 @@ def chunk_rows(multiprocessors: int, dim: int, row_bytes: int = 0) -> int:
 # single-GPU figures
 
 
-def machine_from(records: Path | None, flops: float, constants: dict[str, Any]) -> Machine:
+def cluster_from(records: Path | None, flops: float, gpu: Machine, constants: dict[str, Any]) -> Cluster:
     """Rates from the records in a device's folder, predictions of what they do not have.
 
     Raises:
         SystemExit: the folder holds neither a timed step nor a timed loss.
     """
-    machine = Machine(clip_ms=1e3 * flops / (0.5 * 790e12), **constants)
+    cluster = Cluster(gpu, clip_ms=1e3 * flops / (0.5e12 * gpu.tflops), **constants)
     source = {
-        "a clip": f"PREDICTION: {flops / 1e12:.3g} TFLOP at half of 790 TFLOP/s",
+        "a clip": f"PREDICTION: {flops / 1e12:.3g} TFLOP at half of {gpu.tflops:g} TFLOP/s",
         "the gradient cache": "PREDICTION: a second forward pass of all chunks but one, up to a third more work",
-        "the loss": "PREDICTION: products at 71 % of 790 TFLOP/s for 16-bit embeddings, half of that for float32",
+        "the loss": f"PREDICTION: products at {cluster.loss_share:.0%} of {gpu.tflops:g} TFLOP/s for 16-bit "
+        "embeddings, half of that for float32",
     }
     if records is None:
-        return replace(machine, source=source)
+        return replace(cluster, source=source)
     found = read_all(records)
     plain, cached = (_timed(found, "step", form=form) for form in ("fastclap", "fastclap, gradient cache"))
     losses = _timed(found, "loss", loss="info_nce", form="fastclap Triton")
@@ -243,22 +278,22 @@ def machine_from(records: Path | None, flops: float, constants: dict[str, Any]) 
         raise SystemExit(f"{records}: no timed row of our step or loss in it; run python -m bench.gpu --lots step loss")
     if plain:
         best = max(plain, key=_clips_per_second)
-        machine = replace(machine, clip_ms=1e3 / _clips_per_second(best))
+        cluster = replace(cluster, clip_ms=1e3 / _clips_per_second(best))
         where = f"batch of {best['case']['rows']}, {found['step']['device']}"
         source["a clip"] = f"measured: {_clips_per_second(best):.4g} clips/s ({where})"
         if cached:
             most = max(cached, key=_clips_per_second)
-            machine = replace(machine, second_forward=_clips_per_second(best) / _clips_per_second(most))
+            cluster = replace(cluster, second_forward=_clips_per_second(best) / _clips_per_second(most))
             where = f"batch of {most['case']['rows']}, {found['step']['device']}"
             source["the gradient cache"] = f"measured: {_clips_per_second(most):.4g} clips/s ({where})"
     if losses:
         best = max(losses, key=_loss_tflops)
-        machine = replace(machine, loss_tflops=_loss_tflops(best))
+        cluster = replace(cluster, loss_share=_loss_tflops(best) / gpu.tflops)
         source["the loss"] = (
             f"measured: {_loss_tflops(best):.4g} TFLOP/s at N = {best['case']['rows']:,} in bfloat16 "
             f"({found['loss']['device']}); float32 half"
         )
-    return replace(machine, source=source)
+    return replace(cluster, source=source)
 
 
 def _timed(records: dict[str, dict[str, Any]], lot: str, **case: str) -> list[dict[str, Any]]:
@@ -280,30 +315,34 @@ def _loss_tflops(row: dict[str, Any]) -> float:
 # page
 
 
-def page(model: Model, machine: Machine, command: str) -> str:
-    """The page: assumptions, tables, and what they say."""
-    cells = {(n, w): predict(model, machine, n, w) for n in BATCHES for w in WORLDS if n >= w}
-    predicted = any(text.startswith("PREDICTION") for text in machine.source.values())
+def page(model: Model, clusters: Sequence[Cluster], command: str) -> str:
+    """The page: assumptions, tables of the first of `clusters` and of all side by side, and what they say."""
+    cluster, gpu = clusters[0], clusters[0].gpu
+    cells = {(n, w): predict(model, cluster, n, w) for n in BATCHES for w in WORLDS if n >= w}
+    predicted = any(text.startswith("PREDICTION") for text in cluster.source.values())
     parts = [
         "# Scaling: where a step's time, memory and traffic go",
         f"Written by `{command}`; see `bench/scale_model.py` for the formulas. **Every number is computed, not measured"
-        f"{'' if predicted else ', except the single-GPU rates'}.** Single-GPU rates:",
-        "\n".join(f"- {name}: {text}" for name, text in machine.source.items()),
-        f"Links: {machine.nvlink_gbytes:g} GB/s each way per GPU within a node of {GPUS_A_NODE}, "
-        f"{machine.infiniband_gbytes:g} GB/s between nodes, {machine.link_share:.0%} of it reached, "
-        f"{machine.latency_us:g} µs a hop. Memory: {machine.copy_tbytes:g} TB/s, {machine.memory_gb:g} GB. Model: "
-        f"{model.parameters / 1e6:.0f} M parameters, {model.dim} dimensions, embeddings of {model.itemsize} bytes a "
-        f"number, chunks of {model.chunk} clips in the gradient cache with {model.chunk_gb:g} GB of activations (an "
-        "assumption).",
+        f"{'' if predicted else ', except the single-GPU rates'}.** Rates of one {gpu.name}:",
+        "\n".join(f"- {name}: {text}" for name, text in cluster.source.items()),
+        f"Links: {cluster.nvlink_gbytes:g} GB/s each way per GPU within a node of {GPUS_A_NODE}, "
+        f"{cluster.infiniband_gbytes:g} GB/s between nodes, {cluster.link_share:.0%} of it reached, "
+        f"{cluster.latency_us:g} µs a hop. Memory: {gpu.tbytes:g} TB/s, {gpu.gbytes:g} GB. Host: {cluster.launch_us:g} "
+        f"µs a launch (assumed), {sum(LAUNCHES):,} launches a chunk (traced). Model: {model.parameters / 1e6:.0f} M "
+        f"parameters, {model.dim} dimensions, embeddings of {model.itemsize} bytes a number, activations of "
+        f"{model.clip_gb:g} GB a clip (traced), chunks of {model.chunk} clips in the gradient cache, which hold "
+        f"{model.chunk * model.clip_gb:.3g} GB.",
         "## Step time in seconds",
         "Share of the loss with its links in brackets; † where a GPU's memory does not suffice.",
         markdown(
             ["global batch", *(f"{w:,} GPU{'s' if w > 1 else ''}" for w in WORLDS)],
-            [[f"{n:,}", *(_step_cell(cells.get((n, w)), machine) for w in WORLDS)] for n in BATCHES],
+            [[f"{n:,}", *(_step_cell(cells.get((n, w)), cluster) for w in WORLDS)] for n in BATCHES],
         ),
-        "## Parts of a step",
     ]
     shown = [(n, w) for n, w in ((65536, 8), (524288, 64), (1 << 20, 256), (1 << 23, 1024)) if (n, w) in cells]
+    if len(clusters) > 1:
+        parts += [f"## {' beside '.join(c.gpu.name for c in clusters)}", *_side_by_side(model, clusters, shown)]
+    parts += ["## Few clips a GPU", *_few_clips(model, clusters, min(BATCHES), max(WORLDS)), "## Parts of a step"]
     names = list(cells[shown[0]].seconds)
     parts.append(
         markdown(
@@ -327,31 +366,114 @@ def page(model: Model, machine: Machine, command: str) -> str:
             ],
         )
     )
-    parts += ["## What the embeddings' exchange consists of", _exchange(model, *shown[-1])]
-    parts += ["## Where the next bottleneck lies", *_conclusions(model, machine, cells)]
+    parts += ["## What ranks exchange", _exchange(model, *shown[-1])]
+    parts += [_headers(cluster, max(WORLDS)), _sharded(model)]
+    parts += ["## Where the next bottleneck lies", *_conclusions(model, clusters, cells)]
     return "\n\n".join(parts) + "\n"
 
 
-def _step_cell(cell: Prediction | None, machine: Machine) -> str:
+def _step_cell(cell: Prediction | None, cluster: Cluster) -> str:
     if cell is None:
         return ""
     loss_share = (cell.seconds["loss"] + cell.seconds["loss, links"]) / cell.step
-    full = "" if sum(cell.held.values()) <= 1e9 * machine.memory_gb else " †"
+    full = "" if sum(cell.held.values()) <= cluster.memory else " †"
     return f"{cell.step:.3g} ({loss_share:.1%}){full}"
 
 
+def _side_by_side(model: Model, clusters: Sequence[Cluster], keys: Sequence[tuple[int, int]]) -> Iterator[str]:
+    rows = []
+    for n, w in keys:
+        found = [(predict(model, cluster, n, w), cluster) for cluster in clusters]
+        steps = (_step_cell(cell, cluster) for cell, cluster in found)
+        rows.append([f"{n:,} on {w:,}", *steps, " / ".join(f"{sum(c.held.values()) / 1e9:.3g}" for c, _ in found)])
+    memory = " / ".join(f"{cluster.gpu.gbytes:g}" for cluster in clusters)
+    yield markdown(["global batch", *(f"{c.gpu.name}, s" for c in clusters), f"held, GB of {memory}"], rows)
+    rates = ", ".join(f"{c.gpu.name} {c.gpu.tflops:g} TFLOP/s and {c.gpu.tbytes:.1f} TB/s" for c in clusters)
+    yield (
+        f"Assumed rates: {rates}. A clip takes half of the rate of products on each, whatever bytes it moves, so these "
+        "times hardly differ; `bench/records/PREDICTED.md` adds the bytes up, on one GPU, and predicts the "
+        f"{min(clusters, key=lambda c: c.gpu.tbytes).gpu.name} to be slower."
+    )
+
+
+def _few_clips(model: Model, clusters: Sequence[Cluster], rows: int, world: int) -> Iterator[str]:
+    """Where the host or the links take longer than the device."""
+    local, reduced = rows / world, wire_bytes("all-reduce", 4 * model.parameters, world)
+
+    def figures(cluster: Cluster) -> list[str]:
+        device, host = encoder_seconds(model, cluster, local)
+        cell = predict(model, cluster, rows, world)
+        sent, backward = reduced / cluster.link(world), 2e-3 / 3 * cluster.clip_ms
+        milliseconds = (device, host, sent, cell.seconds["gradients, links"], cell.step)
+        return [
+            *(f"{1e3 * x:.3g}" for x in milliseconds),
+            str(_host_bound(model, cluster)),
+            str(math.ceil(sent / backward)),
+        ]
+
+    names = (
+        *("encoders, device, ms", "encoders, host, ms", "gradients' links, ms", "of them not hidden, ms", "step, ms"),
+        *("the host takes longer up to, clips a GPU", "gradients are hidden from, clips a GPU"),
+    )
+    columns = [figures(cluster) for cluster in clusters]
+    yield markdown(
+        [f"{rows:,} clips on {world:,} GPUs, {local:g} a GPU", *(c.gpu.name for c in clusters)],
+        [[name, *row] for name, row in zip(names, zip(*columns, strict=True), strict=True)],
+    )
+    last = wire_bytes("all-reduce", LAST_MB * 1_000_000, world) / clusters[0].link(world)
+    yield (
+        f"The encoders take the longer of device and host. A chunk is {sum(LAUNCHES):,} launches and the optimizer "
+        f"{OPTIMIZER_LAUNCHES} (traced: {TRACED}), however few clips it has; their time is assumed, and so is that the "
+        "device keeps its rate with few clips. Gradients hide behind the last backward pass as far as it takes: "
+        f"traced, {LAST_MB} MB of {4e-9 * model.parameters:.3g} GB leave in its last {LAST_PART:.0%}, in buckets of "
+        f"{BUCKET_MB} MB; on these links they take {1e3 * last:.2g} ms. More GPUs want a larger batch."
+    )
+
+
+def _host_bound(model: Model, cluster: Cluster) -> int:
+    """Most clips a GPU, up to a chunk, that take the host longer than the device; 0 where none does."""
+
+    def is_bound(local: int) -> bool:
+        device, host = encoder_seconds(model, cluster, local)
+        return host > device
+
+    return max(filter(is_bound, range(1, model.chunk + 1)), default=0)
+
+
 def _exchange(model: Model, rows: int, world: int) -> str:
-    calls = loss_collectives(rows, model.dim, world, model.itemsize, "triton")
+    calls = loss_collectives(rows, model.dim, world, model.itemsize, "triton", agreed=True)
     calls = sorted((c for c in calls if c.nbytes > 4096), key=lambda c: -wire_bytes(c.kind, c.nbytes, world))
     table = markdown(
-        ["tensor", "collective", f"sent by each GPU at {rows:,} on {world:,}, GB"],
+        ["tensor of the loss", "collective", f"sent by each GPU at {rows:,} on {world:,}, GB"],
         [[c.what, c.kind, f"{wire_bytes(c.kind, c.nbytes, world) / 1e9:.3g}"] for c in calls],
     )
     return f"{table}\n\nThe rest is a few numbers."
 
 
-def _conclusions(model: Model, machine: Machine, cells: dict[tuple[int, int], Prediction]) -> Iterator[str]:
-    largest = max(cells)
+def _headers(cluster: Cluster, world: int) -> str:
+    """What a step is spared once ranks have agreed; gloo's ring is that of its `allgather.cc`."""
+    return (
+        "**Checks before the loss.** Ranks compare shapes and options once for each batch size of a run, and no step "
+        "above counts that. In every step, as `info_nce` does by default, gloo would pass "
+        f"{8 * HEADER_FIELDS} bytes of each rank around a ring of hosts: {world - 1:,} hops on {world:,} GPUs, a "
+        f"predicted {1e-3 * cluster.tcp_us * (world - 1):.2g} ms at {cluster.tcp_us:g} µs a hop over TCP (assumed). "
+        "The host of each rank would wait there for the slowest one, and no longer run ahead of its GPU."
+    )
+
+
+def _sharded(model: Model) -> str:
+    weights = 4e-9 * model.parameters
+    return (
+        f"**Sharded towers** (`--shard`; P parameters in the towers, GB as if all {model.parameters / 1e6:.0f} M were "
+        f"there). A step of several backward passes gathers 4·P bytes ({weights:.3g} GB) once, whatever the number of "
+        "chunks; a step of one pass gathers them twice. Gradients are reduce-scattered once, 4·P bytes. During several "
+        f"passes a process holds weights and gradients whole, 8·P bytes ({2 * weights:.3g} GB); of the optimizer's "
+        "state, another 8·P, it holds one part in W."
+    )
+
+
+def _conclusions(model: Model, clusters: Sequence[Cluster], cells: dict[tuple[int, int], Prediction]) -> Iterator[str]:
+    cluster, largest = clusters[0], max(cells)
     cell = cells[largest]
     first = max(cell.seconds, key=lambda name: cell.seconds[name])
     yield (
@@ -360,8 +482,8 @@ def _conclusions(model: Model, machine: Machine, cells: dict[tuple[int, int], Pr
         f"exchange of embeddings {cell.seconds['loss, links'] / cell.step:.2%}, gradients beyond what hides behind the "
         f"backward pass {cell.seconds['gradients, links'] / cell.step:.2%}."
     )
-    clip = machine.clip_ms * machine.second_forward
-    rate = machine.loss_tflops * 1e12 / (2 if model.itemsize == 4 else 1)
+    clip = cluster.clip_ms * cluster.second_forward
+    rate = cluster.loss_tflops * 1e12 / (2 if model.itemsize == 4 else 1)
     per_clip = 1e3 * 8 * largest[0] * model.dim / rate
     yield (
         f"The loss costs 8·N·D/rate a clip, {per_clip:.3g} ms at N = {largest[0]:,}, however many GPUs share it, "
@@ -369,33 +491,14 @@ def _conclusions(model: Model, machine: Machine, cells: dict[tuple[int, int], Pr
         f"its encoders, {clip / per_clip:.0f} times less than here, or at a global batch of "
         f"{largest[0] * clip / per_clip:.2g} clips."
     )
-    full = [key for key in sorted(cells) if sum(cells[key].held.values()) > 1e9 * machine.memory_gb]
-    many = [key for key in full if key[1] == max(WORLDS)]
-    if many:
-        key = many[0]
-        held = cells[key].held
-        name = max(held, key=lambda part: held[part])
-        fits = min(
-            (n for n in range(1 << 16, 1 << 24, 1 << 16) if not _fits(model, machine, n, max(WORLDS))), default=None
-        )
-        yield (
-            f"**Memory: the {name}.** On {max(WORLDS):,} GPUs the first batch of the table that does not fit is "
-            f"{key[0]:,}: the {name} alone takes {held[name] / 1e9:.3g} GB"
-            + (f" (by the formulas the limit is near {fits:,})." if fits else ".")
-            + f" Every GPU holds all of b and its gradient ({held['gathered b and its gradient'] / 1e9:.3g} GB there), "
-            "which only a loss that passes blocks of b around a ring would avoid."
-        )
-    else:
-        yield "**Memory:** every batch of the table fits where it is shared by the largest number of GPUs."
-    key = (min(BATCHES), max(WORLDS))
-    cell, reduced = cells[key], wire_bytes("all-reduce", 4 * model.parameters, key[1])
-    seconds = reduced / (1e9 * machine.link_share * machine.infiniband_gbytes)
+    name = max(cell.held, key=lambda part: cell.held[part])
+    limits = " and ".join(f"{_limit(model, c, largest[1]) / 1e6:.1f} M clips on {c.gpu.name}s" for c in clusters)
     yield (
-        f"**Strong scaling: the gradients' all-reduce.** Between nodes it takes {1e3 * seconds:.3g} ms whatever the "
-        f"batch, hidden behind the last backward pass from about {math.ceil(seconds / (2e-3 / 3 * machine.clip_ms))} "
-        f"clips a GPU on. At {key[0]:,} clips on {key[1]:,} GPUs a GPU has {key[0] / key[1]:g}: "
-        f"{1e3 * cell.seconds['encoders']:.3g} ms of encoders, and {1e3 * cell.seconds['gradients, links']:.3g} ms of "
-        "waiting. More GPUs want a larger batch."
+        f"**Memory: the {name}.** At {largest[0]:,} clips on {largest[1]:,} GPUs that is {cell.held[name] / 1e9:.3g} "
+        f"of {sum(cell.held.values()) / 1e9:.4g} GB; by the formulas the largest batch of {largest[1]:,} GPUs is "
+        f"{limits}. Every GPU holds all of b and its gradient "
+        f"({cell.held['gathered b and its gradient'] / 1e9:.3g} GB there), which only a loss that passes blocks of b "
+        "around a ring would avoid."
     )
     node = GPUS_A_NODE * 1e3 / clip
     yield (
@@ -405,38 +508,48 @@ def _conclusions(model: Model, machine: Machine, cells: dict[tuple[int, int], Pr
     )
 
 
-def _fits(model: Model, machine: Machine, rows: int, world: int) -> bool:
-    return sum(predict(model, machine, rows, world).held.values()) <= 1e9 * machine.memory_gb
+def _limit(model: Model, cluster: Cluster, world: int) -> int:
+    """Largest global batch, to 65,536 clips, before the first that does not fit."""
+    rows = step = 1 << 16
+    while sum(predict(model, cluster, rows, world).held.values()) <= cluster.memory:
+        rows += step
+    return rows - step
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=Path, help="a device's folder of records, bench/records/gpu/DEVICE")
+    parser.add_argument("--machine", choices=[m.name for m in MACHINES], default=H200.name)
+    parser.add_argument("--records", type=Path, help="a folder of records of that machine, bench/records/gpu/DEVICE")
     parser.add_argument("--parameters", type=float, default=594e6, help="under training")
     parser.add_argument("--embeddings", choices=("float32", "bfloat16"), default="float32", help="given to the loss")
     parser.add_argument("--chunk", type=int, default=64, help="clips a chunk of the gradient cache")
-    parser.add_argument("--chunk-gb", type=float, default=60.0, help="activations of a chunk, assumed")
+    parser.add_argument("--clip-gb", type=float, default=0.41, help="activations of a clip of 10 s, traced")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip")
-    for name, value in vars(Machine(clip_ms=0.0)).items():
-        if isinstance(value, (int, float)) and name not in ("clip_ms", "second_forward", "loss_tflops"):
-            parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    for constant in fields(Cluster):
+        if isinstance(constant.default, float) and constant.name not in ("second_forward", "loss_share"):
+            parser.add_argument(f"--{constant.name.replace('_', '-')}", type=float, default=constant.default)
     return parser
 
 
 def report(arguments: argparse.Namespace) -> str:
-    """The page for parsed arguments."""
+    """The page for parsed arguments: of both machines, or of the one whose records these are."""
     size = SIZES["large"]
     samples = round(arguments.seconds * 16000)
     flops = model_flops.training_step(size.wavlm, size.xlm_roberta, size.dim, [samples], [32])
-    names = [name for name in vars(Machine(clip_ms=0.0)) if name in vars(arguments)]
-    constants = {name: getattr(arguments, name) for name in names}
-    machine = machine_from(arguments.records, flops, constants)
+    constants = {c.name: getattr(arguments, c.name) for c in fields(Cluster) if c.name in vars(arguments)}
+    machines = sorted(MACHINES, key=lambda machine: machine.name != arguments.machine)
+    clusters = [
+        cluster_from(arguments.records, flops, machine, constants)
+        for machine in (machines if arguments.records is None else machines[:1])
+    ]
     itemsize = 4 if arguments.embeddings == "float32" else 2
-    model = Model(round(arguments.parameters), size.dim, itemsize, arguments.chunk, arguments.chunk_gb, 2 * samples)
+    model = Model(round(arguments.parameters), size.dim, itemsize, arguments.chunk, arguments.clip_gb, 2 * samples)
     flags = "" if arguments.records is None else f" --records {arguments.records}"
+    if arguments.machine != H200.name:
+        flags += f" --machine {arguments.machine}"
     if arguments.embeddings != "float32":
         flags += f" --embeddings {arguments.embeddings}"
-    return page(model, machine, f"python -m bench.scale_model{flags}")
+    return page(model, clusters, f"python -m bench.scale_model{flags}")
 
 
 def main() -> None:

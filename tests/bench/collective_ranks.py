@@ -31,9 +31,17 @@ def rank_main(rank: int, world: int, rows: int, dim: int, parameters: int, file:
             a, b = (torch.randn(rows // world, dim, requires_grad=True) for _ in range(2))
             scale = torch.tensor(10.0, requires_grad=True)
             own = torch.arange(rows // world) if ids else None
-            with counted_collectives() as found:
-                info_nce(a, b, scale, a_ids=own, b_ids=own, process_group=dist.group.WORLD, backend=engine).backward()
-            counts[f"{engine} {'with' if ids else 'without'} ids"] = list(found)
+            options = {"a_ids": own, "b_ids": own, "process_group": dist.group.WORLD, "backend": engine}
+            calls = {}
+            for once in (
+                False,
+                True,
+                True,
+            ):  # counts the second with `agree_once`: the first may be the one that agrees
+                with counted_collectives() as found:
+                    info_nce(a, b, scale, **options, agree_once=once).backward()
+                calls[once] = list(found)
+            counts[f"{engine} {'with' if ids else 'without'} ids"] = [calls[False], calls[True]]
     layers = [nn.Parameter(torch.zeros(parameters // 4)) for _ in range(4)]
     gradients = Gradients(layers, World(rank, world, torch.device("cpu"), dist.group.WORLD))
     with counted_collectives() as found:

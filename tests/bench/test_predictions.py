@@ -9,7 +9,8 @@ import pytest
 
 from bench import predictions
 from bench.kernel_peers import FRONT_ENDS
-from bench.predictions import FORMS, FOUR, H100, H200, MACHINES, MATERIALISED, THREE, Machine
+from bench.machines import H100, H200, MACHINES, Machine
+from bench.predictions import FORMS, FOUR, MATERIALISED, THREE
 
 RECORD = Path(__file__).resolve().parents[2] / "bench" / "records" / "PREDICTED.md"
 each_machine = pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
