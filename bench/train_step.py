@@ -307,12 +307,22 @@ def _padded(encode: Callable[..., Tensor], token_counts: object = None, **inputs
     return encode(**inputs)
 
 
+OPERATORS = (
+    "feed_forward",
+    "gated_toeplitz_attention",
+    "layer_norm_gelu",
+    "normalize_waveform",
+    "residual_layer_norm",
+    "waveform_convolution",
+)
+
+
 @contextlib.contextmanager
 def _without_triton() -> Iterator[None]:
     """The torch engines of the towers' operators."""
     with contextlib.ExitStack() as stack:
         for module in (wavlm, audio_towers):
-            for name in ("gated_toeplitz_attention", "layer_norm_gelu", "normalize_waveform", "waveform_convolution"):
+            for name in OPERATORS:
                 if hasattr(module, name):
                     plain = functools.partial(getattr(module, name), backend="torch")
                     stack.enter_context(mock.patch.object(module, name, plain))

@@ -3,7 +3,7 @@
 Lots name their forms by how the names begin (`bench.gpu.lots`); their kernels are compiled before anything is timed
 (`bench.gpu.compiling`), and the lot `smoke` runs every form once against float64 (`bench.gpu.smoke`). A form makes the
 launcher pick the same kernels as the lot's own call: dtypes, strides and options are those of the call, only the sizes
-are small. On sm_90 all of them together launch 160 kernels.
+are small.
 
 Inputs are drawn on the host, so that a form computes with the same numbers everywhere.
 """
@@ -379,15 +379,17 @@ def _feed_forwards() -> Iterator[KernelForm]:
 RESIDUAL = ("x", "branch", "branch_bias", "weight", "bias")
 
 
-def _draw_residual(rows: int, channels: int, dtype: torch.dtype, branch: bool, total: bool) -> Tensors:
-    """A stream and parameters in float32; `total`: with a gradient of that too."""
+def _draw_residual(
+    rows: int, channels: int, stream: torch.dtype, branch: torch.dtype | None, norm: torch.dtype, total: bool
+) -> Tensors:
+    """Parameters in float32; `total`: with a gradient of that too."""
     normal = _normal(rows)
-    found = {"x": normal(rows, channels), "weight": normal(channels), "bias": normal(channels)}
-    if branch:
-        found |= {"branch": normal(rows, channels).to(dtype), "branch_bias": normal(channels)}
+    found = {"x": normal(rows, channels).to(stream), "weight": normal(channels), "bias": normal(channels)}
+    if branch is not None:
+        found |= {"branch": normal(rows, channels).to(branch), "branch_bias": normal(channels)}
     if total:
-        found["upstream_total"] = normal(rows, channels)
-    return {**found, "upstream": normal(rows, channels).to(dtype)}
+        found["upstream_total"] = normal(rows, channels).to(stream)
+    return {**found, "upstream": normal(rows, channels).to(norm)}
 
 
 def _residual_results(function: Callable[..., tuple[Tensor, Tensor]], inputs: Tensors) -> Tensors:
@@ -418,27 +420,34 @@ def _defined_residual(inputs: Tensors, dropout: float) -> Tensors:
 
 
 def _residual_form(
-    rows: int, channels: int, dtype: torch.dtype, *, branch: bool = True, total: bool = True, dropout: float = 0.0
+    stream: torch.dtype, branch: torch.dtype | None, norm: torch.dtype, *, total: bool, dropout: float
 ) -> KernelForm:
+    rows, channels = 301, 1024
     defined: Callable[[Tensors], Tensors] = functools.partial(_defined_residual, dropout=dropout)
-    on = f"{', no branch' * (not branch)}{', gradient of total' * total}{', dropout' * (dropout > 0)}"
+    kinds = ", ".join("no branch" if kind is None else dtype_name(kind) for kind in (stream, branch, norm))
+    on = f"{', gradient of total' * total}{', dropout' * (dropout > 0)}"
+    coarsest = max((kind for kind in (stream, branch, norm) if kind is not None), key=lambda kind: ROUNDING[kind])
     return KernelForm(
-        f"residual layer norm step {dtype_name(dtype)}, {rows} of {channels}{on}",
-        dtype,
-        functools.partial(_draw_residual, rows, channels, dtype, branch, total),
-        functools.partial(_residual_layer_norm, dtype=dtype, dropout=dropout),
+        f"residual layer norm step {kinds}, {rows} of {channels}{on}",
+        coarsest,
+        functools.partial(_draw_residual, rows, channels, stream, branch, norm, total),
+        functools.partial(_residual_layer_norm, dtype=norm, dropout=dropout),
         lambda inputs: defined(_doubled(inputs)),
-        ROUNDING[dtype],
+        ROUNDING[coarsest],
         instead=defined if dropout else None,  # the torch engine's dropout is another
     )
 
 
 def _residual_layer_norms() -> Iterator[KernelForm]:
-    """Of a model's first layer, the others and the last one, in either precision."""
-    for dtype in (torch.bfloat16, torch.float32):
-        yield _residual_form(301, 1024, dtype, branch=False, total=False)
-        for total, dropout in product((True, False), (0.0, DROPOUT)):
-            yield _residual_form(301, 1024, dtype, total=total, dropout=dropout)
+    """Before a model's first layer, in and between layers, and after the last, whose norm is the result."""
+    low, wide = torch.bfloat16, torch.float32
+    for dtype in (low, wide):
+        yield _residual_form(dtype, None, dtype, total=False, dropout=0.0)
+    for dropout in (0.0, DROPOUT):
+        for dtype in (low, wide):
+            yield _residual_form(dtype, dtype, dtype, total=True, dropout=dropout)
+            yield _residual_form(dtype, dtype, wide, total=False, dropout=dropout)
+        yield _residual_form(wide, low, wide, total=False, dropout=dropout)  # norms after the addition, under autocast
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ from fastclap.train.config import TrainConfig
 from fastclap.train.step import Step
 
 CPU = torch.device("cpu")
-TOWER_KERNELS = {"toeplitz_attention", "layer_norm_gelu", "waveform", "waveform_convolution"}
+TOWER_KERNELS = {"toeplitz_attention", "layer_norm_gelu", "residual_layer_norm", "waveform", "waveform_convolution"}
 ONE = "waveform step int16 to float32, given"  # one small kernel
 # The towers at full width, where it decides which kernels run, and of few layers.
 WIDE = Size(
@@ -169,7 +169,7 @@ def test_a_training_step_launches_what_its_lots_compile(
     step = Step(wide_model, TrainConfig(optimizer=parity_optimizer(), chunk_size=chunk, precision="bf16"))
     batch = tokenized(synthetic_batch(4, 0.1, 0, distinct=0.5), tokenizer, 64)
     found = launched(lambda: step([batch]), 90)
-    assert kinds(found) == {"contrastive", *TOWER_KERNELS}
+    assert kinds(found) == {"contrastive", "feed_forward", *TOWER_KERNELS}
     for lot in ("step", "train", "step_more"):
         assert names(found, keys_of(LOTS[lot].forms)) == []
 
