@@ -253,11 +253,22 @@ def tower_rows() -> Iterator[list[str]]:
 # Training step, with WavLM-Large and an XLM-R base
 
 CAPTION_TOKENS = 32
-# Traced by `bench.step_trace --tags 0`: a step of 32 clips of 10 s. Operations and GB of the forward and the backward
-# pass, and how many of these GB are not those of products.
-TRACED_CLIPS, OPERATIONS, GBYTES, NOT_PRODUCTS = 32, (1709, 2297), (65.4, 119.0), 106.0
-FUSED_AWAY = 40.0  # of NOT_PRODUCTS, by torch.compile: assumed
-HELD_BY_128 = 84.6  # GB, traced: with weights, gradients and moments
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """Operations and GB of the forward and the backward pass, and how many of these GB are not those of products."""
+
+    operations: tuple[int, int]
+    gbytes: tuple[float, float]
+    not_products: float
+
+
+# By `bench.step_trace --tags 0`, of 32 clips of 10 s, eager and with `--compile`.
+TRACED_CLIPS = 32
+EAGER = TracedStep((1563, 1769), (45.2, 85.7), 59.9)
+COMPILED = TracedStep((1047, 1505), (44.5, 85.0), 58.5)
+HELD_BY_128 = 62.4  # GB, traced: with weights, gradients and moments
 FREE_SHARE = 0.95  # of the memory, which a process can have
 CHUNK = 64  # of the gradient cache
 TUNED_SHARES = (0.35, 0.25)  # the reference with TF32 and bf16 autocast: of the rate of products
@@ -268,6 +279,12 @@ STEPS = (  # rows, compiled, gradient cache
     *((32, False, False), (32, True, False), (64, True, False), (128, True, False)),
     *((256, True, True), (8192, True, True)),
 )
+
+
+def passes_of(step: TracedStep) -> str:
+    parts = zip(step.operations, step.gbytes, ("forward", "backward"), strict=True)
+    counts = ", ".join(f"{operations:,} operations and {gbytes:g} GB {name}" for operations, gbytes, name in parts)
+    return f"{counts}, {step.not_products:g} GB of them not of products"
 
 
 def pair_tflop() -> float:
@@ -303,14 +320,15 @@ def held_gb(rows: int, cached: bool, machine: Machine) -> float:
 
 def step_ms(rows: int, compiled: bool, cached: bool, machine: Machine) -> float:
     """Products, other bytes, gaps between operations, loss and optimizer, one after the other."""
-    flops, passes, traffic, turns = 1.0, sum(OPERATIONS), 1.0, rows / TRACED_CLIPS
+    traced = COMPILED if compiled else EAGER
+    flops, passes, traffic, turns = 1.0, sum(traced.operations), 1.0, rows / TRACED_CLIPS
     launches = passes
     if cached:  # the forward pass of all chunks but one once more
         chunks = -(-rows // CHUNK)
         again = 1 - 1 / chunks
-        flops, traffic = 1 + again / 3, 1 + again * GBYTES[0] / sum(GBYTES)
-        launches = passes * chunks + OPERATIONS[0] * (chunks - 1)
-    gbytes = turns * traffic * (NOT_PRODUCTS - (FUSED_AWAY if compiled else 0.0)) + 28e-9 * parameters()
+        flops, traffic = 1 + again / 3, 1 + again * traced.gbytes[0] / sum(traced.gbytes)
+        launches = passes * chunks + traced.operations[0] * (chunks - 1)
+    gbytes = turns * traffic * traced.not_products + 28e-9 * parameters()
     products = 1e3 * rows * flops * pair_tflop() / (PRODUCT_SHARE * machine.tflops)
     loss = device_ms(FORMS[FOUR], rows, 768, machine)
     return products + gbytes / (COPY_SHARE * machine.tbytes) + 1e-3 * GAP_US * launches + loss
@@ -455,9 +473,9 @@ the model's {pair_tflop():.3g} TFLOP a pair (`bench.model_flops`).
 {markdown(("N", "step", "H100", "H200", "GB held"), step_rows())}
 
 - Ours: products + other bytes + gaps + loss (device, four passes) + optimizer (28 bytes a parameter). Traced for 32
-  clips: {TRACED_CLIPS * pair_tflop():.1f} TFLOP; {OPERATIONS[0]:,} operations and {GBYTES[0]:.0f} GB forward, {OPERATIONS[1]:,} and {GBYTES[1]:.0f} GB backward; {NOT_PRODUCTS:.0f} GB of them not of products.
-  Assumed: compiling saves {FUSED_AWAY:.0f} GB. The gradient cache, with {CHUNK} clips at a time, repeats the
-  forward pass of all but the last.
+  clips: {TRACED_CLIPS * pair_tflop():.1f} TFLOP;
+  compiled {passes_of(COMPILED)};
+  eager {passes_of(EAGER)}. The gradient cache, with {CHUNK} clips at a time, repeats the forward pass of all but the last.
 - GB held: {HELD_BY_128:.0f} for a batch of 128 (traced), which is 16 bytes a parameter and {clip_gb():.2f} GB a clip; at most {FREE_SHARE:.0%} is free.
 - The reference multiplies {pair_tflop() + checkpointed_tflop():.3g} TFLOP a pair (gradient checkpointing). As released: float32 without tensor cores, at
   {percent(RELEASED_SHARES)} of {FLOAT32_TFLOPS:g} TFLOP/s, and {HOST_READS} reads of {READ_US:g} µs by the host. Tuned (no statistics, TF32, bf16 autocast):
