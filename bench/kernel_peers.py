@@ -7,18 +7,22 @@ notes; one that is not installed, or has nothing for this machine, is listed wit
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.peers import Peer, UnavailableError, load, on_gpu
 from fastclap.features import PRESETS
+from fastclap.kernels.feed_forward import feed_forward
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu
 from fastclap.kernels.log_mel.operator import log_mel
 from fastclap.kernels.log_mel.spec import LogMelSpec
+from fastclap.kernels.residual_layer_norm import residual_layer_norm
 from fastclap.kernels.toeplitz_attention import gated_toeplitz_attention
 from fastclap.kernels.waveform import normalize_waveform
 from fastclap.kernels.waveform_convolution import waveform_convolution
@@ -289,6 +293,37 @@ def layer_norm_gelu_forms(device: torch.device) -> list[Peer]:
         load("torch eager", "torch", 0, "layer_norm, then gelu", lambda: forms.eager),
         load("torch.compile", "torch", 0, "both, compiled", lambda: _compiled(forms.eager, device)),
         load("liger-kernel, then gelu", "liger-kernel", 0, "its LayerNorm, then torch's gelu", liger),
+    ]
+
+
+def residual_layer_norm_forms(device: torch.device) -> list[Peer]:
+    """Forms of run(x, branch, branch_bias, weight, bias) -> layer_norm(x + branch + branch_bias)."""
+    engine = "triton" if device.type == "cuda" else "auto"
+
+    def ours(*leaves: Tensor) -> Tensor:
+        return residual_layer_norm(*leaves, backend=engine)[1]
+
+    def eager(x: Tensor, branch: Tensor, branch_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x + (branch + branch_bias), x.shape[-1:], weight, bias)
+
+    return [
+        load("fastclap", "fastclap", 0, f"engine {engine}", lambda: ours),
+        load("torch eager", "torch", 0, "bias, addition, layer_norm", lambda: eager),
+        load("torch.compile", "torch", 0, "the same, compiled", lambda: _compiled(eager, device)),
+    ]
+
+
+def feed_forward_forms(device: torch.device) -> list[Peer]:
+    """Forms of run(x, weight_in, bias_in, weight_out) -> gelu(x · weight_inᵀ + bias_in) · weight_outᵀ."""
+    engine = "triton" if device.type == "cuda" else "auto"
+
+    def eager(x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, weight_in, bias_in)), weight_out)
+
+    return [
+        load("fastclap", "fastclap", 0, f"engine {engine}", lambda: functools.partial(feed_forward, backend=engine)),
+        load("torch eager", "torch", 0, "linear, gelu, linear", lambda: eager),
+        load("torch.compile", "torch", 0, "the same, compiled", lambda: _compiled(eager, device)),
     ]
 
 

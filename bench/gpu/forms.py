@@ -380,13 +380,20 @@ RESIDUAL = ("x", "branch", "branch_bias", "weight", "bias")
 
 
 def _draw_residual(
-    rows: int, channels: int, stream: torch.dtype, branch: torch.dtype | None, norm: torch.dtype, total: bool
+    rows: int,
+    channels: int,
+    stream: torch.dtype,
+    branch: torch.dtype | None,
+    norm: torch.dtype,
+    parameters: torch.dtype,
+    total: bool,
 ) -> Tensors:
-    """Parameters in float32; `total`: with a gradient of that too."""
+    """`total`: with a gradient of that too."""
     normal = _normal(rows)
-    found = {"x": normal(rows, channels).to(stream), "weight": normal(channels), "bias": normal(channels)}
+    found = {"x": normal(rows, channels).to(stream)}
+    found |= {name: normal(channels).to(parameters) for name in ("weight", "bias")}
     if branch is not None:
-        found |= {"branch": normal(rows, channels).to(branch), "branch_bias": normal(channels)}
+        found |= {"branch": normal(rows, channels).to(branch), "branch_bias": normal(channels).to(parameters)}
     if total:
         found["upstream_total"] = normal(rows, channels).to(stream)
     return {**found, "upstream": normal(rows, channels).to(norm)}
@@ -420,7 +427,14 @@ def _defined_residual(inputs: Tensors, dropout: float) -> Tensors:
 
 
 def _residual_form(
-    stream: torch.dtype, branch: torch.dtype | None, norm: torch.dtype, *, total: bool, dropout: float
+    stream: torch.dtype,
+    branch: torch.dtype | None,
+    norm: torch.dtype,
+    *,
+    total: bool,
+    dropout: float,
+    parameters: torch.dtype = torch.float32,
+    name: str = "residual layer norm step",
 ) -> KernelForm:
     rows, channels = 301, 1024
     defined: Callable[[Tensors], Tensors] = functools.partial(_defined_residual, dropout=dropout)
@@ -428,9 +442,9 @@ def _residual_form(
     on = f"{', gradient of total' * total}{', dropout' * (dropout > 0)}"
     coarsest = max((kind for kind in (stream, branch, norm) if kind is not None), key=lambda kind: ROUNDING[kind])
     return KernelForm(
-        f"residual layer norm step {kinds}, {rows} of {channels}{on}",
+        f"{name} {kinds}, {rows} of {channels}{on}",
         coarsest,
-        functools.partial(_draw_residual, rows, channels, stream, branch, norm, total),
+        functools.partial(_draw_residual, rows, channels, stream, branch, norm, parameters, total),
         functools.partial(_residual_layer_norm, dtype=norm, dropout=dropout),
         lambda inputs: defined(_doubled(inputs)),
         ROUNDING[coarsest],
@@ -448,6 +462,9 @@ def _residual_layer_norms() -> Iterator[KernelForm]:
             yield _residual_form(dtype, dtype, dtype, total=True, dropout=dropout)
             yield _residual_form(dtype, dtype, wide, total=False, dropout=dropout)
         yield _residual_form(wide, low, wide, total=False, dropout=dropout)  # norms after the addition, under autocast
+    alone: dict[str, Any] = {"total": False, "dropout": 0.0, "name": "residual layer norm"}
+    yield _residual_form(low, low, low, parameters=low, **alone)
+    yield _residual_form(wide, wide, wide, **alone)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,19 +22,23 @@ from bench.compare import ceilings, compare
 from bench.kernel_peers import (
     FRONT_ENDS,
     attention_forms,
+    feed_forward_forms,
     in_dtype,
     layer_norm_gelu_forms,
     log_mel_forms,
     ragged,
+    residual_layer_norm_forms,
     waveform_convolution_forms,
     waveform_forms,
 )
 from bench.peers import Peer
 from bench.run import Case, Entry, Row, Run, dtype_name, significant
+from fastclap.kernels.feed_forward import feed_forward_reference
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu, layer_norm_gelu_reference
 from fastclap.kernels.log_mel.operator import log_mel as log_mel_kernel
 from fastclap.kernels.log_mel.spec import LogMelSpec
 from fastclap.kernels.log_mel.torch_engine import log_mel_reference
+from fastclap.kernels.residual_layer_norm import residual_layer_norm_reference
 from fastclap.kernels.toeplitz_attention import gated_toeplitz_attention, gated_toeplitz_attention_reference
 from fastclap.kernels.waveform import normalize_waveform, normalize_waveform_reference
 from fastclap.kernels.waveform_convolution import waveform_convolution, waveform_convolution_reference
@@ -201,6 +205,10 @@ def towers(run: Run) -> None:
     for passes in ("forward", "forward and backward"):
         _layer_norm_gelu_case(run, passes)
     for passes in ("forward", "forward and backward"):
+        _residual_case(run, passes)
+    for passes in ("forward", "forward and backward"):
+        _feed_forward_case(run, passes)
+    for passes in ("forward", "forward and backward"):
         _convolution_case(run, passes)
     for statistics in ("given", "measured"):
         _waveform_case(run, statistics)
@@ -290,6 +298,77 @@ def _layer_norm_gelu_case(run: Run, passes: str) -> None:
     peers = [(peer, errors) for peer in layer_norm_gelu_forms(run.device)]
     moved = times * sizes.rows * sizes.channels * run.dtype.itemsize / 1e9
     _compare(run, case, peers, call, rates_and_floor(moved, gbytes))
+
+
+def layer_inputs(run: Run, rows: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    generator = torch.Generator(run.device).manual_seed(rows)
+    return {
+        name: torch.randn(shape, device=run.device, generator=generator).to(run.dtype) for name, shape in shapes.items()
+    }
+
+
+def _layer_case(
+    run: Run,
+    kernel: str,
+    passes: str,
+    inputs: Callable[[int], dict[str, Tensor]],  # of so many rows, by name; the first has the output's shape
+    reference: Callable[..., Tensor],
+    peers: Sequence[Peer],
+    gbytes: float,
+    gflop: float = 0.0,
+) -> None:
+    """A kernel between the products of a transformer layer, on the frames of a batch of clips."""
+    sizes, (tflops, rate) = sizes_of(run), ceilings(run)
+    rows = sizes.attention_batches[0] * sizes.frames
+    few = {name: x.requires_grad_() for name, x in inputs(8).items()}
+    leaves = [x.requires_grad_() for x in inputs(rows).values()]
+    call = _timed_call(passes, [leaves], torch.randn_like(leaves[0]).detach())
+    errors = _errors_against(list(few), reference, list(few.values()))
+    case = {"kernel": kernel, "passes": passes, "rows": rows, "channels": leaves[0].shape[1]}
+    case["dtype"] = dtype_name(run.dtype)
+    _compare(run, case, [(peer, errors) for peer in peers], call, rates_and_floor(gbytes, rate, gflop, tflops))
+
+
+def _layer_sizes(run: Run) -> tuple[int, int]:
+    """Values of the residual stream of a batch, and its width."""
+    sizes = sizes_of(run)
+    width = sizes.heads * HEAD_WIDTH
+    return sizes.attention_batches[0] * sizes.frames * width, width
+
+
+def _residual_case(run: Run, passes: str) -> None:
+    """Without dropout, whose masks differ between peers; the gradient is that of the norm alone."""
+    values, width = _layer_sizes(run)
+
+    def inputs(rows: int) -> dict[str, Tensor]:
+        shapes = {"x": (rows, width), "branch": (rows, width)}
+        return layer_inputs(run, rows, shapes | dict.fromkeys(("branch_bias", "weight", "bias"), (width,)))
+
+    def reference(*leaves: Tensor) -> Tensor:
+        return residual_layer_norm_reference(*leaves)[1]
+
+    # x and branch in, total and norm out; for the backward pass total and the norm's gradient in, two out
+    moved = values * run.dtype.itemsize * (4 if passes == "forward" else 8) / 1e9
+    peers = residual_layer_norm_forms(run.device)
+    _layer_case(run, "residual_layer_norm", passes, inputs, reference, peers, moved)
+
+
+def _feed_forward_case(run: Run, passes: str) -> None:
+    values, width = _layer_sizes(run)
+    hidden = 4 * width
+
+    def inputs(rows: int) -> dict[str, Tensor]:
+        shapes = {"x": (rows, width), "weight_in": (hidden, width), "bias_in": (hidden,), "weight_out": (width, hidden)}
+        found = layer_inputs(run, rows, shapes)
+        return {name: x / x.shape[1] ** 0.5 if name.startswith("weight") else x for name, x in found.items()}
+
+    backward = passes != "forward"
+    # of what is hidden: the products' output, the activation in and out of it, and into the next product; for the
+    # backward pass its gradient out of and into a product twice, u and da in, du and the activation out
+    moved = 4 * values * run.dtype.itemsize * (4 + (8 if backward else 0)) / 1e9
+    gflop = 16e-9 * values * width * (3 if backward else 1)
+    peers = feed_forward_forms(run.device)
+    _layer_case(run, "feed_forward", passes, inputs, feed_forward_reference, peers, moved, gflop)
 
 
 def convolution_inputs(run: Run, clips: int, seconds: float) -> list[Tensor]:

@@ -94,10 +94,10 @@ _LOTS = (
     ),
     Lot(
         "towers",
-        "attention, LayerNorm + GELU, waveform and its convolution: kernels, their peers and floors",
+        "attention, the kernels around norms and feed-forward, waveform and its convolution, their peers and floors",
         ("bench.gpu.kernels:towers", "bench.gpu.kernels:tower_graphs"),
-        ("attention", "layer norm gelu", "waveform"),
-        150,
+        ("attention", "feed forward", "layer norm gelu", "residual layer norm", "waveform"),
+        180,
         TOWERS,
     ),
     Lot(
@@ -115,6 +115,14 @@ _LOTS = (
         _STEP_FORMS,
         200,
         (*STEP, "train/*.py", "fastclap/data/*.py"),
+    ),
+    Lot(
+        "short",
+        "a training step on clips of 3 s, eager and compiled, where launches weigh most",
+        ("bench.gpu.step:short",),
+        _STEP_FORMS,
+        120,
+        STEP,
     ),
     Lot(
         "loss_more",

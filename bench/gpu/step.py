@@ -1,7 +1,7 @@
 """A training step of WavLM-Large and XLM-R: ours, ours compiled, the reference as released and at its best.
 
-The stages of the lots `step` and `step_more`. `bench.train_step` describes what a form is, and what a step takes and
-does; `bench.steady`, how it is timed. Weights are random and drawn on the device.
+The stages of the lots `step`, `short` and `step_more`. `bench.train_step` describes what a form is, and what a step
+takes and does; `bench.steady`, how it is timed. Weights are random and drawn on the device.
 
 Our step comes first and has its row before anything else is built. Our forms share weights and optimizer; the reference
 has its own. By shapes, 64 clips without a gradient cache take 53 GB of ours, and what the reference keeps between its
@@ -41,12 +41,13 @@ class Steps:
         run: of the stage.
         chunk: clips a chunk of the gradient cache.
         block_seconds: length of a block of consecutive steps.
+        seconds: length of a clip.
     """
 
-    def __init__(self, run: Run, chunk: int = 64, block_seconds: float = 1.0) -> None:
+    def __init__(self, run: Run, chunk: int = 64, block_seconds: float = 1.0, seconds: float = 10.0) -> None:
         torch.manual_seed(0)
         self.run = run
-        self.seconds = 0.25 if run.tiny else 10.0
+        self.seconds = 0.025 * seconds if run.tiny else seconds
         self.size = SIZES["tiny" if run.tiny else "large"]
         self.peak_tflops = ceilings(run)[0]
         self.forms = Forms(self.size, run.device, run.settings.reference, train_tokenizer(CAPTIONS, 1000), chunk)
@@ -76,14 +77,17 @@ class Steps:
     def in_turn(self, entries: Sequence[Entry], seconds: float, least: int = 3) -> None:
         self.steady.in_turn(entries, 0.0 if self.run.tiny else seconds, least=1 if self.run.tiny else least)
 
+    def own_forms(self) -> tuple[Form, Form]:
+        """Ours, eager and compiled."""
+        notes = "every optimisation, torch.compile of each layer"
+        compiled = self.forms.complete(f"{OURS}, compiled", notes, compiled=True)
+        return self.forms.complete(OURS, "every optimisation, eager"), compiled
+
 
 def small(run: Run) -> None:
     """Batches of 32 and of 64 clips: ours alone, then with the reference, then with ours compiled."""
     steps = Steps(run)
-    ours = steps.forms.complete(OURS, "every optimisation, eager")
-    compiled = steps.forms.complete(
-        f"{OURS}, compiled", "every optimisation, torch.compile of each layer", compiled=True
-    )
+    ours, compiled = steps.own_forms()
     kept, before = 0.0 if run.tiny else KEPT_SECONDS, None
     for rows in (3, 4) if run.tiny else (32, 64):
         own = steps.entry(ours, rows)
@@ -102,10 +106,22 @@ def small(run: Run) -> None:
                 faster.case, reason=f"{NOT_REACHED}: no time to compile it and for the gradient cache and the profile"
             )
         torch.compiler.reset()  # a training run has one batch size, to which its graphs are compiled
-        # on a CPU compiling takes minutes
-        with torch.compiler.set_stance("force_eager") if run.tiny else contextlib.nullcontext():
+        with _compiling(run):
             steps.in_turn([own, faster], 8.0)
         before = faster.case
+
+
+def _compiling(run: Run) -> contextlib.AbstractContextManager[Any]:
+    """On a CPU compiling takes minutes."""
+    return torch.compiler.set_stance("force_eager") if run.tiny else contextlib.nullcontext()
+
+
+def short(run: Run) -> None:
+    """96 clips of 3 s, about the seconds of 32 of the usual ones, in as many launches as those."""
+    steps = Steps(run, seconds=3.0)
+    ours, compiled = (steps.entry(form, 4 if run.tiny else 96, COMPILE_SECONDS) for form in steps.own_forms())
+    with _compiling(run):
+        steps.in_turn([ours, compiled], 10.0)
 
 
 def larger(run: Run) -> None:
