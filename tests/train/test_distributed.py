@@ -448,7 +448,7 @@ def test_batch_that_ranks_cannot_share(tiny: Callable[..., TrainConfig], capfd: 
 # out of memory on one rank
 
 
-def _train_short_of_memory(config: TrainConfig, rank: int, place: str, grace: float = 20.0) -> None:
+def _train_short_of_memory(config: TrainConfig, rank: int, place: str, grace: float = 60.0) -> None:
     """Training in which memory runs out on `rank`, in the first or second pass of the third step or in its loss.
 
     In the passes chunks of more than two rows do not fit.
