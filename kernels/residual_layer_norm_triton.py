@@ -35,7 +35,7 @@ from fastclap.kernels import dispatch
 from fastclap.kernels.layer_norm_gelu_triton import ONE_WARP, _programs, _rows, _rows_at, _tile
 from fastclap.kernels.offline import Compilation, signature_and_attrs
 from fastclap.kernels.toeplitz_attention_triton import _dropout_keys, _mix
-from fastclap.kernels.triton_tools import TYPE_NAMES, jit_for_any_size
+from fastclap.kernels.triton_tools import jit_for_any_size
 
 # Of a thread with 16 values, and with 32; of one with 16 in a row of several warps. No form needs to spill.
 FORWARD_REGISTERS, BACKWARD_REGISTERS, WIDE_BACKWARD_REGISTERS = (112, 128), (168, 255), 128
@@ -245,23 +245,43 @@ def _of_mask(dropout: float) -> tuple[int, float]:
 
 # Large models' and base models'; several rows a warp; neither a power of two nor a multiple of 16; the widest.
 WIDTHS = (1024, 768, 80, 500, dispatch.WIDEST_NORM)
+# Dtypes of x, branch, norm and parameters: under autocast; of a model of one dtype; and of the large models' encoder,
+# whose stream has 16 bits, with its last norm, and of the base models', whose stream is the norm.
+KINDS = (
+    ("fp32", "bf16", "bf16", "fp32"),
+    ("fp32", "fp16", "fp16", "fp32"),
+    ("fp32", "fp32", "fp32", "fp32"),
+    ("bf16", "bf16", "bf16", "bf16"),
+    ("fp16", "fp16", "fp16", "fp16"),
+)
+WAVLM = (("bf16", "bf16", "bf16", "fp32"), ("bf16", "bf16", "fp32", "fp32"), ("fp32", "bf16", "fp32", "fp32"))
 ABSENT_BRANCH = ("branch", "branch_bias", "seed", "total")
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
-    """Every form at the large models' width; the others, whose code differs in the tile alone, with all that may be.
+    """Every form at the large models' width with x in float32; of the others, whose code differs in the tile or in
+    loads and stores alone, at that width what an encoder launches, at further ones all that may be."""
+    large, *widths = WIDTHS
+    for kinds in (*KINDS, *WAVLM):
+        every = kinds in KINDS[:3]
+        yield from _compilations(large, kinds, _absent_forward(), _absent_backward() if every else _of_an_encoder())
+    for columns, kinds in product(widths, (KINDS[0], *KINDS[2:4])):
+        backward = [(absent, (True, True)) for absent in ((), ("seed",))]
+        yield from _compilations(columns, kinds, ((), ABSENT_BRANCH), backward)
 
-    Parameters are float32, or of 16 bits where everything is.
-    """
-    bf16, fp16, fp32 = (TYPE_NAMES[dtype] for dtype in (torch.bfloat16, torch.float16, torch.float32))
-    full = ((fp32, bf16), (fp32, fp16), (fp32, fp32))
-    for columns, (x, other) in product(WIDTHS, (*full, (bf16, bf16), (fp16, fp16))):
-        every = columns == WIDTHS[0] and x == fp32
-        for absent in _absent_forward() if every else ((), ABSENT_BRANCH):
-            yield _compilation(_forward_kernel, columns, x, other, absent, {})
-        for absent, sums in _absent_backward() if every else (((), (True, True)), (("seed",), (True, True))):
-            flags = dict(zip(("NORM_SUMS", "BRANCH_SUM"), sums, strict=True))
-            yield _compilation(_backward_kernel, columns, x, other, absent, flags)
+
+def _compilations(columns: int, kinds: tuple[str, ...], forward: Any, backward: Any) -> Iterator[Compilation]:
+    for absent in forward:
+        yield _compilation(_forward_kernel, columns, kinds, absent, {})
+    for absent, sums in backward:
+        flags = dict(zip(("NORM_SUMS", "BRANCH_SUM"), sums, strict=True))
+        yield _compilation(_backward_kernel, columns, kinds, absent, flags)
+
+
+def _of_an_encoder() -> Iterator[tuple[tuple[str, ...], tuple[bool, bool]]]:
+    for total, seed in product(((), ("d_total",)), ((), ("seed",))):
+        yield (*total, *seed), (True, True)
+    yield ("d_total", "seed", "d_branch"), (True, False)
 
 
 def _absent_forward() -> Iterator[tuple[str, ...]]:
@@ -279,15 +299,15 @@ def _absent_backward() -> Iterator[tuple[tuple[str, ...], tuple[bool, bool]]]:
 
 
 def _compilation(
-    function: Any, columns: int, x: str, other: str, absent: tuple[str, ...], flags: dict[str, bool]
+    function: Any, columns: int, kinds: tuple[str, ...], absent: tuple[str, ...], flags: dict[str, bool]
 ) -> Compilation:
     is_forward = function is _forward_kernel
     rows, width, warps, registers = launch_tile(columns, not is_forward)
-    types = dict.fromkeys(("x", "total", "d_total", "dx"), x)
-    types |= dict.fromkeys(("branch", "normalized", "d_normalized", "d_branch"), other)
-    types |= dict.fromkeys(("weight", "bias", "branch_bias"), x) | dict.fromkeys(
-        ("mean", "inverse_std", "sums"), "fp32"
-    )
+    x, branch, norm, parameters = kinds
+    types = dict.fromkeys(("x", "total", "d_total", "dx"), x) | dict.fromkeys(("branch", "d_branch"), branch)
+    types |= dict.fromkeys(("normalized", "d_normalized"), norm)
+    types |= dict.fromkeys(("weight", "bias", "branch_bias"), parameters)
+    types |= dict.fromkeys(("mean", "inverse_std", "sums"), "fp32")
     strides = ("stride", "branch_stride", "d_total_stride", "d_normalized_stride")
     types = {name: f"*{kind}" for name, kind in types.items()} | {"seed": "*i64"} | dict.fromkeys(strides, "i32")
     types |= dict.fromkeys(("eps", "gain"), "fp32")
@@ -295,5 +315,6 @@ def _compilation(
     signature, attrs = signature_and_attrs(function, types, constants, strides if columns % 16 else ())
     without = "".join(f" no {name}" for name in absent) if absent != ABSENT_BRANCH else " no branch"
     sums = "".join(f" {name.lower()}" for name, wanted in flags.items() if wanted)
-    name = f"residual layer norm {'forward' if is_forward else 'backward'} {columns} {x} {other}{sums}{without}"
+    dtypes = f"{x} {branch}{f' {norm}' * (norm != branch)}{' parameters too' * (parameters == x != 'fp32')}"
+    name = f"residual layer norm {'forward' if is_forward else 'backward'} {columns} {dtypes}{sums}{without}"
     return Compilation(name, function, signature, constants, attrs, warps, 3, False, registers)

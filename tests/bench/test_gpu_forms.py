@@ -205,10 +205,19 @@ def test_stages_of_the_kernels_launch_what_their_lots_compile(
     def ours(make: Callable[..., list[peers.Peer]]) -> Callable[..., list[peers.Peer]]:
         return lambda *arguments: [form for form in make(*arguments) if form.package == "fastclap"]
 
-    for name in ("attention_forms", "layer_norm_gelu_forms", "waveform_convolution_forms", "waveform_forms"):
-        monkeypatch.setattr(kernels, name, ours(getattr(kernels, name)))
+    for name in (
+        "attention",
+        "feed_forward",
+        "layer_norm_gelu",
+        "residual_layer_norm",
+        "waveform",
+        "waveform_convolution",
+    ):
+        monkeypatch.setattr(kernels, f"{name}_forms", ours(getattr(kernels, f"{name}_forms")))
     monkeypatch.setattr(kernels, "log_mel_forms", lambda *arguments, **_: log_mel_forms(*arguments, ours_only=True))
-    monkeypatch.setattr(kernels, "CPU", dataclasses.replace(kernels.CPU, channels=512))  # a kernel is of one width
+    monkeypatch.setattr(
+        kernels, "CPU", dataclasses.replace(kernels.CPU, channels=512, heads=16)
+    )  # a kernel is of one width
     found = launched(lambda: stage(measured), 90)
     assert names(found, keys_of(LOTS[stage.__name__].forms)) == []
     assert not any("reason" in row for row in measured.record.rows())

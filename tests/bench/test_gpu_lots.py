@@ -214,7 +214,7 @@ def test_stages_in_the_dtype_of_a_gpu(tmp_path: Path, stage: Callable[[Run], Non
     run.dtype = torch.bfloat16
     stage(run)
     timed = [row for row in run.record.rows() if row["case"].get("form") == "fastclap"]
-    assert len(timed) == 8 and all(row["case"]["dtype"] == "bfloat16" and row["share_of_floor"] > 0 for row in timed)
+    assert len(timed) == 12 and all(row["case"]["dtype"] == "bfloat16" and row["share_of_floor"] > 0 for row in timed)
     assert all(max(row["errors"].values()) < 2e-2 for row in timed)
 
 

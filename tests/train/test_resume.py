@@ -5,7 +5,6 @@ Training runs in forked children here, so that a kill costs no fresh import of t
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import multiprocessing
@@ -15,6 +14,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -31,7 +31,6 @@ from safetensors.torch import load_file
 import fastclap
 from fastclap.errors import ConfigError, ModelError, TrainingError
 from fastclap.train import checkpoint
-from fastclap.train.cli import main
 from fastclap.train.config import TrainConfig
 from fastclap.train.loop import train
 from fastclap.train.step import Step
@@ -310,28 +309,20 @@ def test_sigterm_saves_and_exits_cleanly(tiny: Build) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_process_group_saves_too(tiny: Build, tmp_path: Path, number: signal.Signals) -> None:
-    """What Ctrl-C and schedulers do: the loader process is hit as well, through the command line."""
+    """What Ctrl-C and schedulers do: the loader process is hit as well, through the real command line."""
     config = tiny(steps=100000, log_every=1)
     config.data.workers = 1
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.to_dict()))
-    child = FORK.Process(target=_through_the_command_line, args=(tmp_path,))
-    child.start()
-    metrics = Path(config.run_dir) / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
-        assert child.is_alive()
-        time.sleep(0.01)
+    command = [sys.executable, "-m", "fastclap.train.cli", "small", "--config", str(tmp_path / "run.yaml")]
+    child = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    while not child.stdout.readline().startswith("step 5/"):
+        assert child.poll() is None
     os.killpg(child.pid, number)
-    child.join(120)
-    assert child.exitcode == 0 and f"stopped by {number.name} at step" in (tmp_path / "out").read_text()
+    out, _ = child.communicate(timeout=120)
+    assert child.returncode == 0 and f"stopped by {number.name} at step" in out
     newest = checkpoint.newest_checkpoint(Path(config.run_dir))
     assert newest is not None and newest[1]["step"] >= 5
-
-
-def _through_the_command_line(folder: Path) -> None:
-    """Started with a process group of its own, as by a shell."""
-    os.setsid()
-    with open(folder / "out", "w") as out, contextlib.redirect_stdout(out):
-        main(["small", "--config", str(folder / "run.yaml")])
 
 
 def test_a_full_disk_loses_nothing_older(tiny: Build, capfd: pytest.CaptureFixture[str]) -> None:
