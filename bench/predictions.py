@@ -267,7 +267,7 @@ class TracedStep:
 # By `bench.step_trace --tags 0`, of 32 clips of 10 s, eager and with `--compile`.
 TRACED_CLIPS = 32
 EAGER = TracedStep((1563, 1769), (45.2, 85.7), 59.9)
-COMPILED = TracedStep((1047, 1505), (44.5, 85.0), 58.5)
+COMPILED = TracedStep(scale_model.LAUNCHES, (44.5, 85.0), 58.5)
 HELD_BY_128 = 62.4  # GB, traced: with weights, gradients and moments
 FREE_SHARE = 0.95  # of the memory, which a process can have
 CHUNK = 64  # of the gradient cache

@@ -40,6 +40,7 @@ from bench.gpu.records import read_all
 from bench.machines import H200, MACHINES, MULTIPROCESSORS, Machine
 from bench.run import SIZES
 from bench.tables import markdown
+from fastclap.train.distributed import _BUCKET_BYTES
 
 WORLDS = (1, 8, 64, 256, 1024)
 BATCHES = (8192, 65536, 524288, 1 << 20, 1 << 21, 1 << 23)
@@ -51,7 +52,7 @@ OWN_FLAGS = 3  # of the training loop: finite, stop, and the norm of sharded gra
 # pass.
 TRACED = "32 clips of 10 s, layers compiled"
 LAUNCHES, OPTIMIZER_LAUNCHES = (1047, 1505), 30
-BUCKET_MB, LAST_MB, LAST_PART = 25, 19, 0.05
+LAST_MB, LAST_PART = 19, 0.05
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,7 +427,7 @@ def _few_clips(model: Model, clusters: Sequence[Cluster], rows: int, world: int)
         f"{OPTIMIZER_LAUNCHES} (traced: {TRACED}), however few clips it has; their time is assumed, and so is that the "
         "device keeps its rate with few clips. Gradients hide behind the last backward pass as far as it takes: "
         f"traced, {LAST_MB} MB of {4e-9 * model.parameters:.3g} GB leave in its last {LAST_PART:.0%}, in buckets of "
-        f"{BUCKET_MB} MB; on these links they take {1e3 * last:.2g} ms. More GPUs want a larger batch."
+        f"{_BUCKET_BYTES >> 20} MB; on these links they take {1e3 * last:.2g} ms. More GPUs want a larger batch."
     )
 
 

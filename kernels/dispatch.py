@@ -26,6 +26,26 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def autocast_dtype(*tensors: Tensor) -> torch.dtype | None:
+    """What autocast gives to products of these tensors; None: it is off on their device, or one of them is float64."""
+    kind = tensors[0].device.type
+    enabled = torch.is_autocast_enabled(kind) and all(x.dtype != torch.float64 for x in tensors)
+    return torch.get_autocast_dtype(kind) if enabled else None
+
+
+def refuse_second_order(function: str, backend: str = "torch") -> None:
+    """For the backward pass of a Triton engine; `backend` is one that can be differentiated again.
+
+    Raises:
+        RuntimeError: the gradient is itself to be differentiated.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"the gradient of {function} cannot be differentiated again: call backward without create_graph=True, "
+            f'or use backend="{backend}"'
+        )
+
+
 def index_of(device: torch.device) -> int | None:
     """The number of a CUDA device, where it has none of the current one; None for others, as in the interpreter."""
     if device.type != "cuda":

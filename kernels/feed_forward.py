@@ -24,11 +24,6 @@ from torch import Tensor
 from fastclap.kernels import dispatch
 from fastclap.kernels.layer_norm_gelu import DTYPES, gelu_reference
 
-SECOND_ORDER = (
-    "the gradient of feed_forward cannot be differentiated again: call backward without create_graph=True, "
-    'or use backend="torch"'
-)
-
 
 def feed_forward_reference(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor) -> Tensor:
     """The definition, written out in the dtype of its inputs; the reference in float64."""
@@ -101,9 +96,9 @@ def _checked(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: T
             raise TypeError(f"{name} must be a floating tensor, is {tensor.dtype}")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; move it there first")
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.float64 not in dtypes.values():
-        return torch.get_autocast_dtype(kind)
+    autocast = dispatch.autocast_dtype(*(tensor for tensor in named.values() if tensor is not None))
+    if autocast is not None:
+        return autocast
     if len(set(dtypes.values())) > 1:
         raise TypeError(f"x, weights and bias must have one dtype without autocast, have {dtypes}")
     return x.dtype
@@ -153,8 +148,7 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(SECOND_ORDER)
+        dispatch.refuse_second_order("feed_forward")
         x, weight_in, bias_in, weight_out, u = ctx.saved_tensors
         need_x, need_weight_in, need_bias_in, need_weight_out = ctx.needs_input_grad
         if weight_out is None:

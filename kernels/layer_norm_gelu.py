@@ -23,10 +23,6 @@ from torch import Tensor
 from fastclap.kernels import dispatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the Triton engine
-SECOND_ORDER = (
-    "the gradient of layer_norm_gelu cannot be differentiated again: call backward without create_graph=True, "
-    'or use backend="torch"'
-)
 
 
 def gelu_reference(z: Tensor) -> Tensor:
@@ -148,8 +144,7 @@ class _LayerNormGELU(torch.autograd.Function):
 
 
 def _gradients(compute: Any, ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(SECOND_ORDER)
+    dispatch.refuse_second_order("layer_norm_gelu")
     need = list(ctx.needs_input_grad[:3])
     gradients = compute(upstream, *ctx.saved_tensors, need)
     return (*(gradient if wanted else None for gradient, wanted in zip(gradients, need, strict=True)), None)

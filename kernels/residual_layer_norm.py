@@ -26,13 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclap.kernels import dispatch
+from fastclap.kernels.layer_norm_gelu import DTYPES
 from fastclap.kernels.toeplitz_attention import _dropout_keys, _mix
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the Triton engine
-SECOND_ORDER = (
-    "the gradient of residual_layer_norm cannot be differentiated again: call backward without create_graph=True, "
-    'or use backend="torch"'
-)
 
 Gradients = tuple["Tensor | None", ...]
 
@@ -116,8 +111,7 @@ def residual_layer_norm(
     """
     _check(x, branch, branch_bias, weight, bias, dropout, dtype)
     if dtype is None:
-        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        dtype = dispatch.autocast_dtype(x) or x.dtype
     engine = dispatch.engine(x, backend, _why_not_triton(x, branch, dtype))
     if engine == "reference":
         total, y = residual_layer_norm_reference(x, branch, branch_bias, weight, bias, eps, dropout=dropout)
@@ -240,8 +234,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tens
 
 
 def _gradients(compute: Any, ctx: Any, d_total: Tensor | None, d_normalized: Tensor | None) -> Gradients:
-    if torch.is_grad_enabled():
-        raise RuntimeError(SECOND_ORDER)
+    dispatch.refuse_second_order("residual_layer_norm")
     need = list(ctx.needs_input_grad[:5])
     if d_normalized is None:
         need[3:] = False, False

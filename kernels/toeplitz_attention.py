@@ -33,10 +33,6 @@ WIDEST_HEAD = 128  # of the Triton engine
 WIDEST_EXACT_HEAD = 64  # of it at float32 precision "highest": wider tiles, split in two, would not fit the registers
 HEADS_ALONE = 192  # queries from which on, without gradients on a CPU, a head by itself is faster than all together
 MASK_ALIGNMENT = 8  # elements: rows of an additive mask of torch's memory-efficient kernel start at multiples of it
-SECOND_ORDER = (
-    "the gradient of gated_toeplitz_attention cannot be differentiated again: call backward without create_graph=True, "
-    'or use backend="reference"'
-)
 
 Gradients = tuple["Tensor | None", ...]
 
@@ -164,9 +160,8 @@ def gated_toeplitz_attention(
         ValueError: shapes, devices or values do not fit, or the backend is unknown or cannot take these tensors.
         RuntimeError: at a second differentiation of the Triton engine.
     """
-    device_type = q.device.type
-    if torch.is_autocast_enabled(device_type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = dispatch.autocast_dtype(q)
+    if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     inputs = Inputs(q, k, v, table, gate, lengths)
     _check(inputs, dropout, scale)
@@ -332,8 +327,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(compute: Any, ctx: Any, upstream: Tensor) -> Gradients:
-    if torch.is_grad_enabled():
-        raise RuntimeError(SECOND_ORDER)
+    dispatch.refuse_second_order("gated_toeplitz_attention", "reference")
     need = list(ctx.needs_input_grad[:5])
     gradients = compute(need, upstream, *ctx.saved_tensors, *ctx.options)
     return (*(x if wanted else None for x, wanted in zip(gradients, need, strict=True)), None, None, None, None)

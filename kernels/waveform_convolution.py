@@ -29,10 +29,6 @@ from fastclap.kernels.layer_norm_gelu import layer_norm_gelu, layer_norm_gelu_re
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the Triton engine
 WIDEST = 512  # channels of the Triton engine, all of which a program keeps in registers
 LONGEST_KERNEL = 29  # of the Triton engine: with the bias and two columns of its own, 32
-SECOND_ORDER = (
-    "the gradient of waveform_convolution cannot be differentiated again: call backward without create_graph=True, "
-    'or use backend="torch"'
-)
 
 
 def waveform_convolution_reference(
@@ -160,9 +156,9 @@ def _checked(
         raise ValueError(
             f"{waveform.shape[1]} samples give {rows} rows of {kernel} samples each; pad the waveform, or say rows"
         )
-    kind = waveform.device.type
-    if torch.is_autocast_enabled(kind) and torch.float64 not in (waveform.dtype, weight.dtype):
-        return rows, torch.get_autocast_dtype(kind)
+    autocast = dispatch.autocast_dtype(waveform, weight)
+    if autocast is not None:
+        return rows, autocast
     dtypes = [x.dtype for x in (waveform, weight, bias) if x is not None]
     if len(set(dtypes)) > 1:
         raise TypeError(f"waveform, weight and bias must have one dtype without autocast, have {dtypes}")
@@ -227,8 +223,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(compute: Any, ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(SECOND_ORDER)
+    dispatch.refuse_second_order("waveform_convolution")
     gradients = compute(upstream, *ctx.saved_tensors, ctx.stride)
     wanted = (x if need else None for x, need in zip(gradients, ctx.needs_input_grad[1:4], strict=True))
     return (None, *wanted, None, None, None, None)

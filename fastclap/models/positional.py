@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastclap.kernels import dispatch
+
 BLOCK = 16
 """Positions a block: the matrices grow with it, and the number of passes over inputs and outputs falls."""
 
@@ -75,10 +77,7 @@ def convolve_positions(
     Returns:
         In the type of the computation; for T not a multiple of 16 a view of a longer tensor.
     """
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    return _Convolution.apply(x, weight, bias, groups, dtype)
+    return _Convolution.apply(x, weight, bias, groups, dispatch.autocast_dtype(x) or x.dtype)
 
 
 class _Shape(NamedTuple):

@@ -93,10 +93,8 @@ def sigmoid_loss(
 
 def _as_autocast(x: Tensor) -> Tensor:
     """On a GPU under autocast, what torch.matmul would take; CPU engines compute in float32 either way."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device) and dispatch.on_gpu(x):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    dtype = dispatch.autocast_dtype(x)
+    return x if dtype is None or not dispatch.on_gpu(x) else x.to(dtype)
 
 
 def _need(*inputs: Tensor) -> Need:
