@@ -22,7 +22,7 @@ Lengths are tensors on the device and stay there; what is random follows torch's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from fastclap.kernels import dispatch
 from fastclap.kernels.feed_forward import feed_forward
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu
 from fastclap.kernels.residual_layer_norm import residual_layer_norm
@@ -270,13 +271,6 @@ def _row_views(x: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, Tensor, 
 # encoder
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast gives the products of a tensor; None: it leaves it as it is."""
-    kind = x.device.type
-    enabled = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if enabled else None
-
-
 def _add_and_normalize(
     x: Tensor,  # [B, T, hidden], the residual stream
     branch: Tensor | None,  # [B, T, hidden], without the bias of its last linear layer; None: there is none
@@ -293,7 +287,7 @@ def _add_and_normalize(
     in float32 under autocast, as torch's would be.
     """
     probability = dropout.p if dropout.training else 0.0
-    wide = torch.float32 if (last or not stable) and _autocast_dtype(x) is not None else None
+    wide = torch.float32 if (last or not stable) and dispatch.autocast_dtype(x) is not None else None
     total, normalized = residual_layer_norm(
         x, branch, bias, norm.weight, norm.bias, norm.eps, dropout=probability, dtype=wide
     )
@@ -354,22 +348,21 @@ class EncoderLayer(nn.Module):
         frames: Tensor | None,
     ) -> Tensor:  # [B, T, hidden], without the output's bias
         """Gated relative-position attention (WavLM, Chen et al. 2022, equations 4 to 8)."""
-        attention, (*sizes, weight, bias) = self.attention, self._projection(x)
-        parts = F.linear(x, weight, bias).split(sizes, -1)
-        q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in parts[:3])
-        gates = parts[3].to(table.dtype).sigmoid()  # [B, T, 2 · heads]
+        attention, (*projected, gates) = self.attention, self._project(x)
+        q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in projected)
+        gates = gates.to(table.dtype).sigmoid()  # [B, T, 2 · heads]
         update, reset = gates.unflatten(-1, (2, -1)).unbind(2)  # [B, T, heads]
         gate = update * (reset * attention.gru_rel_pos_const.flatten() - 1.0) + 2.0
         dropout = float(attention.dropout) if self.training else 0.0
         y = gated_toeplitz_attention(q, k, v, table, gate.transpose(1, 2), frames, dropout=dropout)
         return F.linear(y.transpose(1, 2).flatten(2), attention.out_proj.weight)
 
-    def _projection(self, x: Tensor) -> tuple[int, int, int, int, Tensor, Tensor]:
-        """Outputs for queries, keys, values and gates, and weight and bias of the one product that makes them all.
+    def _project(self, x: Tensor) -> Sequence[Tensor]:  # three times [B, T, hidden], and [B, T, 2 · heads]
+        """Queries, keys, values and gates, from one product, so that its input is read, kept and given a gradient once.
 
-        The input is then read, kept and given its gradient once instead of four times. Each head's two gates are linear
-        in the head's own part of the input, so their rows of the weight are zero elsewhere. Each gate is the sum of
-        four outputs of a linear layer, which is the output of one with summed weights.
+        Each head's two gates are linear in the head's own part of the input, so their rows of the weight are zero
+        elsewhere. Each gate is the sum of four outputs of a linear layer, which is the output of one with summed
+        weights.
         """
         attention, heads = self.attention, self.attention.num_heads
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -378,10 +371,12 @@ class EncoderLayer(nn.Module):
         on_its_own = torch.eye(heads, dtype=per_head.dtype, device=x.device)[..., None] * per_head
         gate_weight = on_its_own.flatten(2).flatten(0, 1)  # [2 · heads, hidden]
         gate_bias = linear.bias.view(2, 4).sum(1).repeat_interleave(heads)
-        dtype = _autocast_dtype(x) or x.dtype
-        weight = torch.cat([w.to(dtype) for w in (*(p.weight for p in projections), gate_weight)])
-        bias = torch.cat([b.to(dtype) for b in (*(p.bias for p in projections), gate_bias)])
-        return (*[p.out_features for p in projections], 2 * heads, weight, bias)
+        weights, biases = [*(p.weight for p in projections), gate_weight], [*(p.bias for p in projections), gate_bias]
+        if x.device.type == "cpu" and not torch.is_grad_enabled():  # to join weights costs more than it would save
+            return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        dtype = dispatch.autocast_dtype(x) or x.dtype
+        weight, bias = (torch.cat([part.to(dtype) for part in parts]) for parts in (weights, biases))
+        return F.linear(x, weight, bias).split([len(part) for part in weights], -1)
 
 
 class Encoder(nn.Module):

@@ -388,7 +388,8 @@ def test_compiled_layers_are_whole_graphs_and_share_them(
         return out.transpose(1, 2).contiguous().transpose(1, 2), torch.zeros_like(inputs[4], dtype=torch.float32)
 
     # the operator, as on a GPU, where the torch engine would be part of the graph
-    monkeypatch.setattr(toeplitz_attention, "dispatch", SimpleNamespace(engine=lambda *_: "triton"))
+    answers = {**vars(toeplitz_attention.dispatch), "engine": lambda *_: "triton"}
+    monkeypatch.setattr(toeplitz_attention, "dispatch", SimpleNamespace(**answers))
     monkeypatch.setattr(toeplitz_attention, "_forward", forward)
     tower = tower_of(**{**LARGE, **PLAIN, "num_hidden_layers": 5})
     audio, lengths = waves([3999, 5555, 4800])
