@@ -6,25 +6,30 @@ The loss walks over chunks of rows of A. With T = 2·N·M·D floating-point oper
 * P2 (1T), `gradient_kernel`: the tile again, turned into G = dL/dS (without the loss's common factor) and stored;
 * P3, P4 (2T): dA_chunk = G·B and dB += Gᵀ·A, plain products with float32 accumulation, left to torch.
 
-4T and 2·chunk·M bytes. Where N·M elements fit into a stated share of the free memory, P1 stores its exponentials and an
-elementwise pass (`convert_kernel`) turns them into G: 3T (`stores_exponentials`). SigLIP needs no sums: 3T.
+4T and 2·chunk·M bytes. Where exponentials are kept (`Contrast.keep_exponentials`) P1 stores them and P2 forms only the
+few tiles again that are not plain: 3T and 2·N·M bytes.
+
+A tile is *plain* where it lies inside the matrix, has no positive, and the fixed maximum holds. It then takes a form
+without a mask, chosen once a tile: nearly all of them do.
 
 Exponentials. With |logit| ≤ bound, e = 2^(x - bound·log2(e) + bias) with the largest bias that keeps sums finite serves
 rows and columns alike, in float32, as long as the best logit of every row and column stays representable. A lower bound
-of those best logits comes from pairing row i with column i (mod M), which costs O(N·D); the device decides from it
-between this fixed maximum and maxima per tile, with two exponentials. The host never waits for the answer.
+of those best logits comes from pairing row i with column i (mod M), which costs O(N·D); each tile decides from it
+between this fixed maximum and maxima of its own, with two exponentials. The host never waits for the answer.
 
 Row norms enter S, G and the gradients as factors in float32, so embeddings are never rounded after a normalisation. In
 float16 G is scaled by 4096 and the products P3 and P4 take unit rows instead: G times two inverse norms would leave
-float16's range.
+float16's range. float32 products are three TF32 ones (tf32x3), which Triton begins anew every 32 columns of depth and
+adds up in float32: matrix instructions accumulate with fewer bits.
 
-Partial sums go to one slot a tile and are added in float64 in a fixed order: results are bit-identical from run to run.
+Partial sums go to one slot a tile and are added in float64 in a fixed order, and nothing depends on how much memory is
+free: results are bit-identical from run to run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -42,38 +47,41 @@ from fastclap.kernels.contrastive.shared import (
     Ids,
     LabelSmoothing,
     Need,
+    QueueRows,
     Ranks,
     Results,
     Teacher,
-    match_ids,
 )
 from fastclap.kernels.contrastive.triton_kernels import (
+    best_kernel,
     combine_kernel,
-    convert_kernel,
-    factors_kernel,
     finish_kernel,
     gradient_kernel,
     rows_kernel,
     sigmoid_kernel,
     sums_kernel,
+    total_kernel,
+    upstream_kernel,
 )
 from fastclap.kernels.offline import Compilation, signature_and_attrs
 from fastclap.kernels.triton_tools import LOG2E, PRECISIONS, TYPE_NAMES, for_architecture
 
 HALF_GAIN = 4096.0  # of G in float16: the target becomes 4096, probabilities down to 1e-11 stay non-zero
-STORED_SHARE = 0.25  # of the free memory that stored exponentials may take
-ALWAYS_STORED = 256 << 20  # bytes of exponentials that are stored without asking how much memory is free
-LOST_BITS = 40  # a term that underflows is below 2^-40 of its row's best
+KEPT_BYTES = 256 << 20  # of exponentials that are kept without being asked
 LARGEST_CHUNK = 8448
 LARGEST_CHUNK_BYTES = 16 << 30  # reached by a wave of rows beyond a million columns only
+NOT_PAIRED = -(1 << 30)  # a diagonal on which no row meets a column
+ROWS = {"ROWS": 8, "DEPTH": 256}  # of `rows_kernel`
+FINISHED = {"ROWS": 4, "DEPTH": 256}  # of `finish_kernel`
+COMBINED = {"TILES": 64, "WIDTH": 32}  # of `combine_kernel`
+TOTAL, UPSTREAM = {"BLOCK": 1024}, {"BLOCK": 2048}
 
 
 @dataclass(frozen=True)
 class ProductTile:
     """One configuration of the matrix kernels.
 
-    `registers`: the limit a thread for the forms that are used most, where it lets two programs share an SM without
-    a spill in the main loop.
+    `registers`: the limit a thread, where it lets two programs share an SM without a spill in the main loop.
     """
 
     rows: int
@@ -117,37 +125,26 @@ def chunk_rows(arch: int, multiprocessors: int, depth: int, row_bytes: int = 0) 
     return max(128, min(wave, LARGEST_CHUNK_BYTES // max(row_bytes, 1) // 128 * 128))
 
 
-def stores_exponentials(num_bytes: int, device: torch.device) -> bool:
-    """Whether P1 keeps its exponentials (3T instead of 4T): always up to 256 MiB, else within a quarter of the memory
-    that is free or held unused by torch's allocator."""
-    if num_bytes <= ALWAYS_STORED:
-        return True
-    return num_bytes <= STORED_SHARE * _free_memory(device)
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if torch.cuda.is_current_stream_capturing():  # a capture must not ask the driver
-        return held
-    return held + torch.cuda.mem_get_info(device)[0]
-
-
 def _on_device(value: float | Tensor, device: torch.device) -> Tensor:
     """A scalar as a float32 [1]; those of the host are filled in, since a copy could not be captured in a graph."""
-    if isinstance(value, Tensor) and value.device.type != "cpu":
+    if isinstance(value, Tensor) and value.device == device:
         return value.detach().to(torch.float32).reshape(1)
     return torch.full((1,), float(value), dtype=torch.float32, device=device)
 
 
-def _padded(x: Tensor) -> Tensor:
-    """Rows in the layout that descriptors need: contiguous, a multiple of 16 columns (zeros change no product)."""
-    short = -x.shape[1] % 16
-    if short:
-        return torch.nn.functional.pad(x, (0, short))
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, D] in that dtype as descriptors need it: rows that begin at multiples of 16 bytes and are contiguous."""
+    x = x.detach().to(dtype)
+    step = x.stride(0) * x.element_size()
+    if x.stride(1) == 1 and step % 16 == 0 and x.data_ptr() % 16 == 0 and step > 0:
+        return x
+    rows = _aligned_matrix(x.shape[0], x.shape[1], dtype, x.device)
+    return rows.copy_(x)
+
+
+def _aligned_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised matrix whose rows start at multiples of 16 bytes, as descriptors need."""
+    return torch.empty(rows, -(-columns // 16) * 16, dtype=dtype, device=device)[:, :columns]
 
 
 def _multiply(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
@@ -164,97 +161,113 @@ class PositiveKeys:
     """Which pairs are positives, on the device: keys to compare and counts to weight by. Nothing waits for the host.
 
     Without ids row i's positive is column i + diagonal and there are no tensors at all.
+
+    Attributes:
+        a_key, b_key: int32 [N], [M], classes that are equal where ids are.
+        row_count, column_count: int32 [N], [M], positives of each.
+        siblings: int32 [N], rows with the row's id.
+        numbers: int32 [2], rows and columns with a positive; `number`: without ids, where the two are equal.
+        queue_a_key, queue_b_key: int32 [Qa], [Qb], classes of the queue's entries.
+        row_queue, column_queue: int32 [N], [M], entries of the other side with the id of a row, or column.
     """
 
-    def __init__(self, ids: Ids | None, ranks: Ranks, device: torch.device) -> None:
-        self.ids = ids is not None
-        self.diagonal = ranks.own_rows.start
+    def __init__(self, ids: Ids | None, queue: QueueRows | None, ranks: Ranks, unused: Tensor) -> None:
+        self.ids, self.diagonal = int(ids is not None), ranks.own_rows.start
+        self.number = float(min(ranks.num_rows, ranks.num_columns))
+        self.a_key = self.b_key = self.row_count = self.column_count = self.siblings = self.numbers = unused
+        self.queue_a_key = self.queue_b_key = self.row_queue = self.column_queue = unused
         self.ranks = ranks
-        self.one = torch.ones(1, dtype=torch.float64, device=device)
-        self.ratio = self.one
-        self.num_rows: int | Tensor = min(ranks.num_rows, ranks.num_columns)
-        # Without ids the kernels never look at these.
-        self.a_class = self.b_class = torch.empty(1, dtype=torch.int32, device=device)
-        self.row_count = self.column_count = self.siblings = torch.empty(1, dtype=torch.int64, device=device)
         if ids is None:
             return
-        a_ids, b_ids = (x.to(device, torch.int64, non_blocking=True) for x in ids)
-        matches = match_ids((a_ids, b_ids), ranks)
-        self.row_count, self.siblings = matches.row_count[ranks.own_rows], matches.sibling_count[ranks.own_rows]
-        self.column_count = matches.column_count
-        self.num_rows = (matches.row_count > 0).sum()
-        self.ratio = (self.num_rows.double() / (self.column_count > 0).sum()).reshape(1)
-        # 32-bit classes: equal where ids are equal, so that a tile compares half the bytes.
-        values, order = torch.cat([a_ids, matches.b]).sort()
-        step = torch.ones_like(values, dtype=torch.int32)
-        step[1:] = (values[1:] != values[:-1]).to(torch.int32)
-        classes = torch.empty_like(step).scatter_(0, order, step.cumsum(0, dtype=torch.int32))
-        self.a_class, self.b_class = classes[: a_ids.shape[0]], classes[a_ids.shape[0] :]
+        parts = [ranks.gather(ids[0].to(unused.device, torch.int64, non_blocking=True), ranks.a_rows)]
+        parts.append(ranks.gather(ids[1].to(unused.device, torch.int64, non_blocking=True), ranks.b_rows))
+        if queue is not None and queue.a_ids is not None and queue.b_ids is not None:
+            parts += [x.to(unused.device, torch.int64) for x in (queue.a_ids, queue.b_ids)]
+        values, order = torch.cat(parts).sort()
+        steps = torch.zeros_like(values)
+        torch.cumsum(values[1:] != values[:-1], 0, out=steps[1:])
+        classes = torch.empty_like(steps).scatter_(0, order, steps).split([len(part) for part in parts])
+
+        def count(among: Tensor, of: Tensor) -> Tensor:
+            found = torch.zeros(len(values), dtype=torch.int32, device=unused.device)
+            return found.scatter_add_(0, among, torch.ones_like(among, dtype=torch.int32))[of]
+
+        a, b = classes[:2]
+        own = ranks.own_rows
+        row_count, self.column_count = count(b, a), count(a, b)
+        self.row_count, self.siblings = row_count[own], count(a, a[own])
+        self.numbers = torch.stack([(x > 0).sum() for x in (row_count, self.column_count)]).int()
+        self.a_key, self.b_key = a[own].int(), b.int()
+        if len(classes) == 4:
+            self.queue_a_key, self.queue_b_key = classes[2].int(), classes[3].int()
+            self.row_queue, self.column_queue = count(classes[3], a[own]), count(classes[2], b)
+
+    def numbers_of_positives(self) -> tuple[Tensor | float, Tensor | float]:
+        """Rows and columns, of all ranks, that have a positive."""
+        return (self.numbers[0], self.numbers[1]) if self.ids else (self.number, self.number)
 
     def weights(self, rows: bool) -> Tensor:
         """Weight of each row of this rank, or of each column, in its direction's mean, relative to that of a row."""
         if self.ids:
-            count = self.row_count if rows else self.column_count
-            return (count > 0) * (self.one if rows else self.ratio)
-        if rows:
-            own = self.ranks.own_rows
-            return torch.arange(own.start, own.stop, device=self.one.device) < self.ranks.num_columns
-        return torch.arange(self.ranks.num_columns, device=self.one.device) < self.ranks.num_rows
+            share = 1.0 if rows else self.numbers[0].double() / self.numbers[1]
+            return ((self.row_count if rows else self.column_count) > 0) * share
+        own, others = self.ranks.own_rows, self.ranks.num_columns if rows else self.ranks.num_rows
+        start, stop = (own.start, own.stop) if rows else (0, self.ranks.num_columns)
+        return torch.arange(start, stop, device=self.numbers.device) < others
 
 
 class Operands:
-    """A and B as the matrix kernels take them: padded rows, their norms, and the factors that make logits of products.
+    """A and B as the matrix kernels take them: rows, their inverse norms, and factors that make logits of products.
 
     `b` is gathered over the ranks while the first tiles run on this rank's own block, `local_b`.
 
     Attributes:
-        inverse: whether G carries both inverse norms, so that it multiplies the rows as they are.
-        unit: whether it multiplies unit rows (see the module).
+        a_factor, a_inverse, b_inverse: float32 [N], [N], [M]; the first with the scale, in units of the logits.
+        a_out, b_out: what G carries, so that it multiplies the rows as they are: the inverse norms. In float16 ones.
+        unit: whether it multiplies unit rows instead (see the module).
         gain: what G is multiplied by.
+        bounds: int32 [3], of `rows_kernel`.
+        bias: of the fixed maximum.
     """
 
     def __init__(
-        self, a: Tensor, b: Tensor, scale: float | Tensor, normalize: bool, ranks: Ranks, units: float = LOG2E.value
+        self,
+        a: Tensor,
+        b: Tensor,
+        scale: float | Tensor,
+        normalize: bool,
+        ranks: Ranks,
+        dtype: torch.dtype,
+        units: float = LOG2E.value,
+        constants: Operands | None = None,
     ) -> None:
-        dtype = torch.promote_types(a.dtype, b.dtype)
-        self.ranks, self.normalize, self.depth = ranks, normalize, a.shape[1]
+        """`constants`: the operands whose bounds are also to hold for these, which are equal on all ranks."""
+        self.ranks, self.normalize, self.depth, self.device = ranks, normalize, a.shape[1], a.device
         self.unit = normalize and dtype == torch.float16
-        self.inverse = normalize and not self.unit
         self.gain = HALF_GAIN if dtype == torch.float16 else 1.0
-        self.device = a.device
-        self.a, self.local_b = _padded(a.detach().to(dtype)), _padded(b.detach().to(dtype))
+        self.a, self.local_b = _rows(a, dtype), _rows(b, dtype)
         self.scale = _on_device(scale, self.device)
-        num_rows, num_columns = a.shape[0], b.shape[0]
-        total = max(num_rows, num_columns)
-        self.a_norm = torch.empty(num_rows, device=self.device)
-        b_norm = torch.empty(num_columns, device=self.device)
-        pair = torch.empty(total, device=self.device)
-        rows_kernel[(triton.cdiv(total, 8),)](
-            self.a, self.local_b, self.a_norm, b_norm, pair, num_rows, num_columns, self.a.shape[1], ROWS=8, DEPTH=256
-        )
-        self._finish_gather = ranks.start_gather(self.local_b, ranks.b_rows)
+        self.bounds = constants.bounds if constants else torch.zeros(3, dtype=torch.int32, device=self.device)
+        num_rows, num_columns = len(a), len(b)
+        factors = torch.empty(2 * num_rows + num_columns, device=self.device)
+        self.a_factor, self.a_inverse, b_inverse = factors.split([num_rows, num_rows, num_columns])
+        rows_kernel[(triton.cdiv(max(num_rows, num_columns), ROWS["ROWS"]),)](
+            self.a, self.local_b, self.scale, self.a_factor, self.a_inverse, b_inverse, self.bounds,
+            num_rows, num_columns, self.depth, self.a.stride(0), self.local_b.stride(0), NORM_EPS, units,
+            int(normalize), int(constants is None), **ROWS,
+        )  # fmt: skip
         self._b: Tensor | None = None
-
-        size = self.scale.abs()
-        if normalize:
-            self.a_norm.clamp_(min=NORM_EPS)
-            self.a_inverse, b_inverse = self.a_norm.reciprocal(), b_norm.clamp_(min=NORM_EPS).reciprocal()
-            steps = torch.arange(total, device=self.device)
-            pair *= self.a_inverse[steps % num_rows] if num_rows < total else self.a_inverse
-            pair *= b_inverse[steps % num_columns] if num_columns < total else b_inverse
-        else:
-            self.a_inverse = torch.ones_like(self.a_norm)
-            b_inverse = torch.ones_like(b_norm)
-            largest = ranks.all_reduce(torch.stack([self.a_norm.amax(), b_norm.amax()]), maximum=True)
-            size = size * largest.prod()
-        self.a_factor = self.a_inverse * (self.scale * units)
+        if constants is not None:
+            self.b_inverse, self._b = b_inverse, self.local_b
+            return
+        self._finish_gather = ranks.start_gather(self.local_b, ranks.b_rows)
         self.b_inverse = ranks.gather(b_inverse, ranks.b_rows)
-        # The fixed maximum: all logits are below `size`; sums stay below 2^126; every row and column has at least the
-        # logit of its pair, which must not vanish.
-        worst = ranks.all_reduce(size - (pair * self.scale).amin().reshape(1), maximum=True) * LOG2E.value
-        bias = 126 - math.ceil(math.log2(max(ranks.num_rows, ranks.num_columns)))
-        usable = worst < bias + 126 - LOST_BITS  # False for NaN
-        self.shift = torch.cat([size * LOG2E.value - bias, usable.to(torch.float32)])
+        self.a_out, self.b_out = self.a_inverse, self.b_inverse
+        if self.unit:
+            ones = torch.ones(max(num_rows, ranks.num_columns), device=self.device)
+            self.a_out, self.b_out = ones[:num_rows], ones[: ranks.num_columns]
+        # The fixed maximum: sums stay below 2^126.
+        self.bias = 126.0 - math.ceil(math.log2(max(ranks.num_rows, ranks.num_columns)))
 
     @property
     def b(self) -> Tensor:
@@ -265,53 +278,44 @@ class Operands:
 
 
 class Launch:
-    """What all matrix kernels of one call share: a tile and how many programs work on how many rows at a time."""
+    """What all matrix kernels of one call share: a tile and how many rows are worked on at a time."""
 
-    def __init__(
-        self, arch: int, dtype: torch.dtype, precision: str = "tf32", multiprocessors: int = 0, chunk: int = 0
-    ) -> None:
-        self.arch, self.precision, self.multiprocessors, self.chunk = arch, precision, multiprocessors, chunk
+    def __init__(self, arch: int, dtype: torch.dtype, precision: str = "tf32", chunk: int = 0) -> None:
+        self.arch, self.chunk = arch, chunk
         self.tile = INTERPRETER_TILE if arch == 0 else for_architecture(TILES, arch)[dtype]
+        self.precision = precision
 
-    def constants(self, width: int | None = None) -> dict[str, Any]:
-        """Constants and options; `width`: columns of a tile, if not the usual ones."""
+    def constants(self, second: bool = False) -> dict[str, Any]:
+        """Constants and options; `second`: there is a second accumulator, which takes the registers of half a tile."""
+        limit = {"maxnreg": self.tile.registers} if self.tile.registers else {}
         return {
             "BM": self.tile.rows,
-            "BN": width or self.tile.columns,
+            "BN": self.width(second),
             "BK": self.tile.depth,
             "PRECISION": self.precision,
             "num_warps": self.tile.warps,
             "num_stages": self.tile.stages,
+            **limit,
         }
 
-    def form(self, fixed: bool, busy: bool, teacher: bool = False) -> dict[str, Any]:
-        """Constants and options of P1 or P2, in the form for the fixed maximum or in that for maxima per tile.
+    def width(self, second: bool = False) -> int:
+        """Columns of a tile."""
+        return self.tile.columns // 2 if second else self.tile.columns
 
-        Args:
-            busy: it needs more registers than the limit that lets two programs share an SM: no limit.
-            teacher: P2 has a second accumulator, which takes the registers of half a tile.
-        """
-        # Programs take several tiles in the form that rarely works, so that its exit costs nothing. On sm_100 the loop
-        # would spill.
-        loop = not fixed and not teacher and self.arch < 100
-        limit = {"maxnreg": self.tile.registers} if self.tile.registers and fixed and not busy else {}
-        width = self.tile.columns // 2 if teacher else self.tile.columns
-        return {**limit, **self.constants(width), "FIXED": fixed, "LOOP": loop}
+    def tiles(self, rows: int, columns: int, second: bool = False) -> tuple[int, int]:
+        """Of rows and of columns."""
+        return -(-rows // self.tile.rows), -(-columns // self.width(second))
 
-    def grid(self, tiles: int, form: dict[str, Any]) -> tuple[int]:
-        """One program a tile, or as many as run at once."""
-        return (min(tiles, 2 * self.multiprocessors) if form["LOOP"] else tiles,)
+    def left(self, x: Tensor) -> TensorDescriptor:
+        """Rows of A as a tile reads them."""
+        return TensorDescriptor(x, x.shape, x.stride(), [self.tile.rows, self.tile.depth])
 
-    def tiles(self, rows: int, columns: int, width: int | None = None) -> int:
-        return triton.cdiv(rows, self.tile.rows) * triton.cdiv(columns, width or self.tile.columns)
+    def right(self, x: Tensor, second: bool = False) -> TensorDescriptor:
+        return TensorDescriptor(x, x.shape, x.stride(), [self.width(second), self.tile.depth])
 
-    def operand(self, x: Tensor, rows: int) -> TensorDescriptor:
-        """A or B, as a tile of so many of its rows reads it."""
-        return TensorDescriptor.from_tensor(x, [rows, self.tile.depth])
-
-    def half_tiles(self, x: Tensor) -> TensorDescriptor:
+    def halves(self, x: Tensor) -> TensorDescriptor:
         """A chunk of S or G, as the halves of a tile are stored."""
-        return TensorDescriptor.from_tensor(x, [self.tile.rows, self.tile.columns // 2])
+        return TensorDescriptor(x, x.shape, x.stride(), [self.tile.rows, self.tile.columns // 2])
 
     def chunks(self, rows: int) -> Iterator[slice]:
         for start in range(0, rows, self.chunk):
@@ -322,195 +326,431 @@ def _launch(operands: Operands) -> Launch:
     a, index = operands.a, operands.device.index
     arch, multiprocessors = dispatch.architecture(index), dispatch.multiprocessors(index)
     precision = PRECISIONS[torch.get_float32_matmul_precision()] if a.dtype == torch.float32 else "tf32"
-    chunk = chunk_rows(arch, multiprocessors, a.shape[1], operands.ranks.num_columns * a.element_size())
-    return Launch(arch, a.dtype, precision, multiprocessors, chunk)
+    chunk = chunk_rows(arch, multiprocessors, operands.depth, operands.ranks.num_columns * a.element_size())
+    return Launch(arch, a.dtype, precision, chunk)
 
 
-def _aligned_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised matrix whose rows start at multiples of 16 bytes, as descriptors need."""
-    return torch.empty(rows, -(-columns // 16) * 16, dtype=dtype, device=device)[:, :columns]
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of the matrix of logits, or one beside it: rows and columns with their factors and keys.
+
+    Attributes:
+        rows, columns: embeddings [R, D], [C, D].
+        row_factor, column_factor: what makes logits of their products.
+        row_out, column_out: what G carries.
+        row_key, column_key: classes, with ids.
+        diagonal: row i is paired with column i + diagonal, without.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    row_factor: Tensor
+    column_factor: Tensor
+    row_out: Tensor
+    column_out: Tensor
+    row_key: Tensor
+    column_key: Tensor
+    diagonal: int
+
+
+class Blocks:
+    """The matrix of this rank's rows and all columns, and the queue's blocks beside and below it."""
+
+    def __init__(
+        self, operands: Operands, positives: PositiveKeys, queue: QueueRows | None, launch: Launch, two_sided: bool
+    ) -> None:
+        self.operands, self.positives, self.launch, self.two_sided = operands, positives, launch, two_sided
+        self.queue: Operands | None = None
+        if queue is not None:
+            o, one = operands, Ranks(None, 0, (len(queue.a),), (len(queue.b),))
+            self.queue = Operands(queue.a, queue.b, o.scale, o.normalize, one, o.a.dtype, constants=o)
+
+    def part(self, columns: slice | None) -> Block:
+        """Columns of the matrix; None: this rank's own, which are there before the others'."""
+        o, keys, own = self.operands, self.positives, self.operands.ranks.own_columns
+        at = own if columns is None else columns
+        b = o.local_b if columns is None else o.b[at]
+        b_key = keys.b_key[at] if keys.ids else keys.b_key
+        return Block(
+            o.a, b, o.a_factor, o.b_inverse[at], o.a_out, o.b_out[at], keys.a_key, b_key, keys.diagonal - at.start
+        )
+
+    def beside(self) -> Block:
+        """This rank's rows against the queue's entries of B."""
+        o, keys, queue = self.operands, self.positives, self.queue
+        assert queue is not None
+        out = torch.ones_like(queue.b_inverse) if o.unit else queue.b_inverse
+        return Block(
+            o.a, queue.local_b, o.a_factor, queue.b_inverse, o.a_out, out, keys.a_key, keys.queue_b_key, NOT_PAIRED
+        )
+
+    def below(self) -> Block:
+        """This rank's columns, in the place of rows, against the queue's entries of A."""
+        o, keys, queue, own = self.operands, self.positives, self.queue, self.operands.ranks.own_columns
+        assert queue is not None
+        inverse = o.b_inverse[own]
+        out = torch.ones_like(queue.a_inverse) if o.unit else queue.a_inverse
+        key = keys.b_key[own] if keys.ids else keys.b_key
+        factor = inverse * (o.scale * LOG2E.value)
+        return Block(
+            o.local_b, queue.a, factor, queue.a_inverse, o.b_out[own], out, key, keys.queue_a_key, NOT_PAIRED
+        )
+
+
+class Guide:
+    """A teacher's cosines, and above which of them a column is no negative of a row, and a row none of a column."""
+
+    def __init__(self, teacher: Teacher, contrast: Contrast, blocks: Blocks) -> None:
+        o, launch = blocks.operands, blocks.launch
+        self.operands = Operands(teacher[0], teacher[1], 1.0, True, o.ranks, o.a.dtype)
+        margin = float(contrast.guide_margin or 0.0)
+        self.row, self.column = (
+            best[1] * (1.0 - margin) if contrast.guide_relative else best[1] - margin
+            for best in _best(self.operands, self.operands.a_inverse, blocks.positives, launch)
+        )
+
+
+def _best(operands: Operands, factor: Tensor, positives: PositiveKeys, launch: Launch) -> tuple[Tensor, Tensor]:
+    """[2, N] and [2, M]: the largest entry of each row, and column, and the largest of its positives."""
+    ranks, num_rows, device = operands.ranks, len(operands.a), operands.device
+    rows = torch.full((2, num_rows), -math.inf, device=device)
+    columns = torch.full((2, ranks.num_columns), -math.inf, device=device)
+    a, b = launch.left(operands.a), launch.right(operands.b)
+    for at in launch.chunks(num_rows):
+        best_kernel[(math.prod(launch.tiles(at.stop - at.start, ranks.num_columns)),)](
+            a, b, factor, operands.b_inverse, positives.a_key, positives.b_key, rows, columns, at.start, at.stop,
+            ranks.num_columns, operands.depth, positives.diagonal, positives.ids, num_rows, ranks.num_columns,
+            **launch.constants(),
+        )  # fmt: skip
+    return rows, ranks.all_reduce(columns, maximum=True)
+
+
+def _top1(operands: Operands, positives: PositiveKeys, launch: Launch, two_sided: bool) -> Tensor:
+    """Share of the rows (and columns) whose best match is one of their positives, [2] float32."""
+    rows, columns = _best(operands, operands.a_factor, positives, launch)
+    of_rows, of_columns = positives.numbers_of_positives()
+    hits = operands.ranks.all_reduce((rows[1] >= rows[0]).sum(dtype=torch.float64)) / of_rows
+    if not two_sided:
+        return torch.stack([hits, torch.full_like(hits, math.nan)]).float()
+    return torch.stack([hits, (columns[1] >= columns[0]).sum(dtype=torch.float64) / of_columns]).float()
 
 
 class TiledSoftmax:
-    """P1: maxima, sums of exponentials and logits of the positives, of all rows of a rank and all columns."""
+    """P1: sums of exponentials over all rows of a rank and all columns, and what P2 and the loss take from them.
+
+    Attributes:
+        row, column: float32 [5, N], [5, M] of `combine_kernel`.
+        terms, scale_terms: float64, a number a block of rows, then of columns: of the loss, and of dscale.
+        kept: [N, M], the exponentials of plain tiles; None: they are not kept.
+    """
 
     def __init__(
         self,
-        operands: Operands,
-        positives: PositiveKeys,
-        launch: Launch,
-        two_sided: bool,
-        top1: bool,
-        stored: Tensor | None,
+        blocks: Blocks,
+        hard: float,
+        debias: float = 0.0,
+        kept: Tensor | None = None,
+        guide: Guide | None = None,
+        operands: Operands | None = None,
     ) -> None:
-        self.operands, self.positives, self.two_sided = operands, positives, two_sided
-        ranks, device = operands.ranks, operands.device
-        num_rows, num_columns = operands.a.shape[0], ranks.num_columns
-        self.row_maximum = torch.full((num_rows,), -math.inf, device=device)
-        self.row_sums = torch.zeros(3, num_rows, dtype=torch.float64, device=device)
-        self.column_maximum = torch.full((num_columns,), -math.inf, device=device)
-        self.column_sums = torch.zeros(3, num_columns, dtype=torch.float64, device=device)
-        # Without ids a row has one positive at most, which needs no sums.
-        self.row_logit = torch.full((1 if positives.ids else num_rows,), -math.inf, device=device)
-        self.column_logit = self.row_logit
-        self.row_top = torch.full((2, num_rows), -math.inf, device=device) if top1 else None
-        self.column_top = torch.full((2, num_columns), -math.inf, device=device) if top1 else None
-        own = ranks.own_columns
+        """`operands`: others than those of the blocks, a teacher's."""
+        self.blocks, self.hard, self.debias, self.kept, self.guide = blocks, hard, debias, kept, guide
+        self.operands = operands = operands or blocks.operands
+        ranks, device, launch = operands.ranks, operands.device, blocks.launch
+        num_rows, num_columns = len(operands.a), ranks.num_columns
+        self.num_rows, self.num_columns = num_rows, num_columns
+        self.row_blocks = -(-num_rows // COMBINED["WIDTH"])
+        self.all_blocks = self.row_blocks + (-(-num_columns // COMBINED["WIDTH"]) if blocks.two_sided else 0)
+        self.row = torch.empty(5, num_rows, device=device)
+        self.column = torch.empty(5, num_columns, device=device)
+        self.terms, self.scale_terms = torch.empty(2, self.all_blocks, dtype=torch.float64, device=device)
+        self._row_state = torch.empty(4, num_rows, dtype=torch.float64, device=device)
+        self._column_state = torch.empty(4, num_columns, dtype=torch.float64, device=device)
+        self._queue = (len(blocks.queue.a), len(blocks.queue.local_b)) if blocks.queue is not None else (0, 0)
+        whole = ranks.group is None and blocks.queue is None  # sums are complete with the last tile
         for at in launch.chunks(num_rows):
-            if at.start == 0 and stored is None:
-                # Only the first chunk can overlap with the arrival of the other ranks' rows.
-                self._add(launch, at, own, operands.local_b, None)
-                for part in (slice(0, own.start), slice(own.stop, num_columns)):
-                    if part.stop > part.start:
-                        self._add(launch, at, part, operands.b[part], None)
-            else:
-                self._add(launch, at, slice(0, num_columns), operands.b, stored)
-        if not two_sided:
-            return
-        # The columns' sums over the ranks.
-        if not positives.ids:
-            first = positives.diagonal
-            paired = self.row_logit[: max(0, num_columns - first)]
-            self.column_logit = torch.full_like(self.column_maximum, -math.inf)
-            self.column_logit[first : first + paired.shape[0]] = paired
-            ranks.all_reduce(self.column_logit, maximum=True)
-        if ranks.group is None:
-            return
-        maximum = ranks.all_reduce(self.column_maximum.clone(), maximum=True)
-        self.column_sums *= torch.exp2(self.column_maximum - maximum).double()
-        self.column_maximum = maximum
-        ranks.all_reduce(self.column_sums)
-        if self.column_top is not None:
-            self.column_top = ranks.all_reduce(self.column_top, maximum=True)
+            everything = operands is not blocks.operands or ranks.group is None or kept is not None or at.start > 0
+            # Only the first chunk can overlap with the arrival of the other ranks' rows.
+            own = ranks.own_columns
+            parts: list[slice | None] = [slice(0, num_columns)]
+            if not everything:
+                parts = [None, slice(0, own.start), slice(own.stop, num_columns)]
+            for index, part in enumerate(p for p in parts if p is None or p.stop > p.start):
+                block = self._block(part)
+                first = own.start if part is None else part.start
+                fresh = (int(index == 0), int(at.start == 0))
+                done = (int(whole), int(whole and at.stop == num_rows))
+                self._add(block, at, first, fresh, done)
+            if blocks.queue is not None:
+                self._add(blocks.beside(), at, None, (0, 0), (0, 0))
+        if blocks.queue is not None and blocks.two_sided:
+            own, block = ranks.own_columns, blocks.below()
+            for at in launch.chunks(len(block.rows)):
+                self._add(block, at, None, (0, 0), (0, 0), first_row=own.start, rows_are_columns=True)
+        if not whole:
+            self._reduce()
 
-    def _add(self, launch: Launch, at: slice, part: slice, b: Tensor, stored: Tensor | None) -> None:
-        """The rows `at` against the columns `part`, whose rows of B are `b`."""
-        operands, positives, device = self.operands, self.positives, self.operands.device
-        rows, columns = at.stop - at.start, part.stop - part.start
-        row_tiles, column_tiles = triton.cdiv(rows, launch.tile.rows), 2 * triton.cdiv(columns, launch.tile.columns)
-        planes = 4 if positives.ids else 2
-        row_parts = torch.empty(planes, column_tiles, rows, device=device)
-        column_parts = torch.empty((planes, row_tiles, columns) if self.two_sided else (1,), device=device)
-        top1 = self.row_top is not None
-        row_tops = torch.empty((2, column_tiles, rows) if top1 else (1,), device=device)
-        column_tops = torch.empty((2, row_tiles, columns) if top1 else (1,), device=device)
-        a_rows, b_rows = launch.operand(operands.a, launch.tile.rows), launch.operand(b, launch.tile.columns)
-        for fixed in (True, False):
-            form = launch.form(fixed, positives.ids or top1)
-            sums_kernel[launch.grid(launch.tiles(rows, columns), form)](
-                a_rows, b_rows, b_rows if stored is None or not fixed else launch.half_tiles(stored[at]),
-                operands.a_factor, operands.b_inverse[part],
-                positives.a_class, positives.b_class[part] if positives.ids else positives.b_class,
-                operands.shift, self.row_logit, row_parts, column_parts, row_tops, column_tops,
-                at.start, at.stop, columns, operands.a.shape[1], positives.diagonal - part.start,
-                rows, column_tiles * rows, columns, row_tiles * columns,
-                IDS=positives.ids, COLUMNS=self.two_sided, STORE=stored is not None and fixed, TOP1=top1, **form,
-            )  # fmt: skip
-        self._combine(row_parts, self.row_maximum, self.row_sums, at.start)
-        if self.two_sided:
-            self._combine(column_parts, self.column_maximum, self.column_sums, part.start)
-        if self.row_top is not None and self.column_top is not None:
-            self.row_top[:, at] = torch.maximum(self.row_top[:, at], row_tops.amax(1))
-            if self.two_sided:
-                self.column_top[:, part] = torch.maximum(self.column_top[:, part], column_tops.amax(1))
+    def _block(self, part: slice | None) -> Block:
+        if self.operands is self.blocks.operands:
+            return self.blocks.part(part)
+        o, keys = self.operands, self.blocks.positives
+        return Block(
+            o.a, o.b, o.a_factor, o.b_inverse, o.a_inverse, o.b_inverse, keys.a_key, keys.b_key, keys.diagonal
+        )
 
-    def _combine(self, parts: Tensor, maximum: Tensor, sums: Tensor, first: int) -> None:
-        _, tiles, length = parts.shape
-        combine_kernel[(triton.cdiv(length, 32),)](
-            parts, self.operands.shift, maximum, sums, length, tiles, length, tiles * length, sums.shape[1], first,
-            IDS=self.positives.ids, LOGITS=sums is self.row_sums, TILES=64, WIDTH=32,
+    def _add(
+        self,
+        block: Block,
+        at: slice,
+        first_column: int | None,
+        fresh: tuple[int, int],
+        done: tuple[int, int],
+        first_row: int = 0,
+        rows_are_columns: bool = False,
+    ) -> None:
+        """Rows `at` of a block; `first_column`: where its columns begin in the matrix, None for those of the queue.
+
+        `fresh`, `done`: whether rows, and columns, have no sums yet, and whether they will have no more.
+        """
+        launch, operands, guide = self.blocks.launch, self.operands, self.guide
+        rows, columns, device, second = at.stop - at.start, len(block.columns), operands.device, guide is not None
+        two_sided = self.blocks.two_sided and first_column is not None
+        row_tiles, column_tiles = launch.tiles(rows, columns, second)
+        parts = column_tiles * (1 if second else 2)
+        row_parts = torch.empty(4, parts, rows, device=device)
+        column_parts = torch.empty(3, row_tiles, columns, device=device) if two_sided else row_parts
+        special = torch.empty(row_tiles, column_tiles, dtype=torch.int8, device=device)
+        kept = self.kept if first_column is not None else None
+        a, b = launch.left(block.rows), launch.right(block.columns, second)
+        ta, tb, ta_inverse, tb_inverse, teacher_depth = a, b, block.row_factor, block.column_factor, 0
+        row_threshold, column_threshold = block.row_factor, block.column_factor
+        if guide is not None:
+            g = guide.operands
+            at_columns = slice(first_column, (first_column or 0) + columns)
+            ta, tb = launch.left(g.a), launch.right(g.b[at_columns], second)
+            ta_inverse, tb_inverse, teacher_depth = g.a_inverse, g.b_inverse[at_columns], g.depth
+            row_threshold, column_threshold = guide.row, guide.column[at_columns]
+        sums_kernel[(row_tiles * column_tiles,)](
+            a, b, launch.halves(block.rows if kept is None else kept[at]),
+            block.row_factor, block.column_factor, block.row_key, block.column_key, operands.bounds, operands.scale,
+            ta, tb, ta_inverse, tb_inverse, row_threshold, column_threshold, row_parts, column_parts, special,
+            at.start, at.stop, columns, operands.depth, teacher_depth, block.diagonal, self.blocks.positives.ids,
+            int(kept is not None), operands.bias,
+            COLUMNS=two_sided, GUIDE=second, **launch.constants(second),
+        )  # fmt: skip
+        self._combine(
+            row_parts, column_parts, special, (first_row + at.start, rows, parts),
+            (first_column or 0, columns if two_sided else 0, row_tiles), fresh, done,
+            positives=int(first_column is not None), rows_are_columns=rows_are_columns,
         )  # fmt: skip
 
-    def factors(self, hard: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Factors of the rows [5, N] and columns [5, M] for P2, and their terms of the loss, [N] and [M] float64."""
-        positives, device = self.positives, self.operands.device
-        num_rows, num_columns = self.row_maximum.shape[0], self.column_maximum.shape[0]
-        row, row_terms = torch.empty(5, num_rows, device=device), self.row_sums.new_empty(num_rows)
-        column, column_terms = torch.empty(5, num_columns, device=device), self.row_sums.new_zeros(num_columns)
-        factors_kernel[(triton.cdiv(num_rows, 256),)](
-            self.row_maximum, self.row_sums, self.row_logit, positives.row_count, positives.siblings, positives.one,
-            positives.ratio, row, row_terms, num_rows, positives.diagonal, positives.ranks.num_columns, hard,
-            IDS=positives.ids, LOGITS=True, TWO_SIDED=self.two_sided, WIDTH=256,
+    def _combine(
+        self,
+        row_parts: Tensor,
+        column_parts: Tensor,
+        special: Tensor,
+        rows: tuple[int, int, int],
+        columns: tuple[int, int, int],
+        fresh: tuple[int, int],
+        done: tuple[int, int],
+        positives: int = 1,
+        rows_are_columns: bool = False,
+    ) -> None:
+        """`rows`, `columns`: the first, how many, and in how many parts."""
+        blocks, operands, keys, launch = self.blocks, self.operands, self.blocks.positives, self.blocks.launch
+        second, width = self.guide is not None, COMBINED["WIDTH"]
+        state, num_rows = (self._column_state, self.num_columns) if rows_are_columns else (self._row_state, self.num_rows)
+        combine_kernel[(-(-rows[1] // width) + -(-columns[1] // width),)](
+            row_parts, column_parts, special, state, self._column_state,
+            operands.bounds, operands.scale, keys.row_count, keys.column_count, keys.siblings, keys.numbers,
+            keys.row_queue, keys.column_queue, self.row, self.column, self.terms, self.scale_terms,
+            *rows, columns[1], columns[2], columns[0], num_rows, self.num_columns, operands.ranks.num_rows,
+            keys.diagonal, keys.ids, int(blocks.two_sided), positives, *fresh, *done,
+            self.hard, self.debias, *self._queue, operands.bias,
+            BM=launch.tile.rows, BN=launch.width(second), PARTS=1 if second else 2, **COMBINED,
         )  # fmt: skip
-        if self.two_sided:
-            factors_kernel[(triton.cdiv(num_columns, 256),)](
-                self.column_maximum, self.column_sums, self.column_logit, positives.column_count, positives.siblings,
-                positives.ratio, positives.one, column, column_terms, num_columns, 0, positives.ranks.num_rows, hard,
-                IDS=positives.ids, LOGITS=False, TWO_SIDED=True, WIDTH=256,
-            )  # fmt: skip
-        return row, column, row_terms, column_terms
 
-    def top1(self) -> Tensor:
-        """Share of the rows (and columns) whose best match is one of their positives, [2] float32."""
-        assert self.row_top is not None and self.column_top is not None
-        positives, ranks = self.positives, self.operands.ranks
-        hit = (self.row_top[1] >= self.row_top[0]).sum().double().reshape(1)
-        rows = ranks.all_reduce(hit) / positives.num_rows
-        if not self.two_sided:
-            return torch.cat([rows, torch.full_like(rows, math.nan)]).float()
-        columns = (self.column_top[1] >= self.column_top[0]).sum().double().reshape(1)
-        columns = columns / (positives.num_rows / positives.ratio)
-        return torch.cat([rows, columns]).float()
+    def _reduce(self) -> None:
+        """Adds the columns' sums of all ranks, and turns all sums into factors."""
+        ranks, state = self.operands.ranks, self._column_state
+        columns = self.num_columns if self.blocks.two_sided else 0
+        if columns and ranks.group is not None:
+            maximum = ranks.all_reduce(state[0].clone(), maximum=True)
+            state[1:] *= torch.exp2(state[0] - maximum)
+            state[0] = maximum
+            ranks.all_reduce(state[1:])
+        nothing = self.row
+        self._combine(nothing, nothing, nothing.view(torch.int8), (0, self.num_rows, 0), (0, columns, 0), (0, 0), (1, 1))
 
 
 class EmbeddingGradients:
-    """P3 and P4, and the way back through the normalisation."""
+    """P2 to P4, and the way back through the normalisation."""
 
-    def __init__(self, operands: Operands, need: Need) -> None:
-        self.operands, self.need = operands, need
-        self.by_rows = need.a or (need.scale and not need.b)
+    def __init__(
+        self, operands: Operands, launch: Launch, need: Need, unit: float, keys: PositiveKeys, by_ids: bool = True
+    ) -> None:
+        """`unit`: factor of the loss, without the number of rows: those that have a positive (`by_ids`), or all."""
+        self.operands, self.need, self.launch, self.unit, self.keys = operands, need, launch, unit, keys
+        self._ids = int(keys.ids and by_ids)
+        self.along_queue: list[Tensor] = []  # what the queue adds to dscale and `along` has not
+        self.by_rows = need.a or (need.scale and not need.b)  # one of the two products also gives dscale
+        self.num_rows, depth, device = len(operands.a), operands.depth, operands.device
         self.a_rows, self.b_rows = operands.a, operands.b
         if operands.unit:
             self.a_rows = (operands.a * operands.a_inverse[:, None]).to(torch.float16)
             self.b_rows = (operands.b * operands.b_inverse[:, None]).to(torch.float16)
-        num_rows, depth, device = operands.a.shape[0], operands.depth, operands.device
         # bfloat16 gradients keep their dtype; float16 ones would underflow before a loss scale reaches them.
-        self.dtype = torch.bfloat16 if operands.a.dtype == torch.bfloat16 else torch.float32
-        self.along = torch.empty(num_rows if self.by_rows else operands.local_b.shape[0], device=device)
-        self.a = torch.empty(num_rows, depth, dtype=self.dtype, device=device) if need.a else None
-        self.b = torch.zeros_like(self.b_rows, dtype=torch.float32) if need.b else None
+        dtype = torch.bfloat16 if operands.a.dtype == torch.bfloat16 else torch.float32
+        own = operands.ranks.own_columns
+        self.a_blocks, self.b_blocks = -(-self.num_rows // FINISHED["ROWS"]), -(-(own.stop - own.start) // FINISHED["ROWS"])
+        self.along = torch.empty(self.a_blocks + self.b_blocks, dtype=torch.float64, device=device)
+        self.a = torch.empty(self.num_rows, depth, dtype=dtype, device=device) if need.a else None
+        self.b = torch.empty(own.stop - own.start, depth, dtype=dtype, device=device) if need.b else None
+        self._raw_b: Tensor | None = None
 
-    def add(self, at: slice, g: Tensor, alpha: Tensor, correction: Tensor | None = None) -> None:
-        """Adds a chunk of G; `correction` [c, D] belongs to its G·B, for unit rows."""
-        operands, a = self.operands, self.a_rows[at]
-        if self.b is not None:
-            _multiply(g.t(), a, self.b)
-        if self.by_rows:
-            raw = _multiply(g, self.b_rows)
-            if correction is not None:
-                factor = operands.gain if operands.unit else operands.gain * operands.a_inverse[at, None]
-                raw[:, : operands.depth] += correction * factor
-            out = self.a[at] if self.a is not None else raw
-            self._normalize_backward(raw, a, operands.a_inverse[at], alpha, out, self.along[at])
+    def add(self, at: slice, g: Tensor, correction: Tensor | None = None, raw: Tensor | None = None,
+            last: bool = False) -> None:  # fmt: skip
+        """Adds a chunk of G; `raw` [c, D] belongs to its G·B, `correction` likewise, for unit rows.
 
-    def _normalize_backward(
-        self, raw: Tensor, x: Tensor, inverse: Tensor, alpha: Tensor, out: Tensor, along: Tensor
-    ) -> None:
-        one = torch.ones_like(inverse)
-        after, square = (inverse, one) if self.operands.unit else (one, inverse * inverse)
-        finish_kernel[(triton.cdiv(raw.shape[0], 4),)](
-            raw, x, after, square, alpha / self.operands.gain, out, along,
-            raw.shape[0], out.shape[1], raw.shape[1], NORMALIZE=self.operands.normalize, ROWS=4, DEPTH=256,
+        `last`: nothing will be added to Gᵀ·A by others, so that its way back can begin along with the rows'.
+        """
+        operands = self.operands
+        if self.need.b:
+            self._raw_b = _multiply(g.t(), self.a_rows[at], self._raw_b)
+        if not self.by_rows:
+            return
+        raw = _multiply(g, self.b_rows, raw)
+        if correction is not None:
+            raw += correction * (operands.gain if operands.unit else operands.gain * operands.a_inverse[at, None])
+        self._through_norms(at, raw, last and self.need.b)
+
+    def _through_norms(self, at: slice, raw_a: Tensor | None, with_b: bool) -> None:
+        """Rows `at` of A, and all of B."""
+        operands, keys, own = self.operands, self.keys, self.operands.ranks.own_columns
+        raw_b = self._raw_b if with_b else None
+        rows_a, rows_b = 0 if raw_a is None else len(raw_a), 0 if raw_b is None else len(raw_b)
+        raw = raw_a if raw_a is not None else raw_b
+        assert raw is not None
+        any_gradient = self.a if self.a is not None else self.b if self.b is not None else raw
+        a, b = self.a_rows[at], self.b_rows[own]
+        finish_kernel[(-(-rows_a // FINISHED["ROWS"]) + -(-rows_b // FINISHED["ROWS"]),)](
+            raw_a if raw_a is not None else raw, raw_b if raw_b is not None else raw, a, b,
+            operands.a_inverse[at], operands.b_inverse[own], operands.scale, keys.numbers,
+            any_gradient if self.a is None else self.a[at], any_gradient if self.b is None else self.b, self.along,
+            rows_a, rows_b, operands.depth, a.stride(0), b.stride(0), raw.stride(0), raw.stride(0),
+            at.start // FINISHED["ROWS"] if raw_a is not None else self.a_blocks,
+            self.unit * operands.ranks.size, float(operands.normalize), int(operands.unit), operands.gain, keys.number,
+            self._ids, int(self.need.a), int(self.need.b), **FINISHED,
         )  # fmt: skip
 
-    def finish(self, alpha: Tensor, unit: Tensor, correction: Tensor | None = None) -> Gradients:
-        """(da, db, dscale); alpha is the factor of all gradients of embeddings, unit that of the loss."""
-        operands, ranks = self.operands, self.operands.ranks
-        db = None
-        if self.b is not None:
-            raw, own, inverse = self.b, ranks.own_columns, operands.b_inverse
-            if correction is not None:
-                raw[:, : operands.depth] += correction * (
-                    operands.gain if operands.unit else operands.gain * inverse[:, None]
-                )
-            raw = ranks.scatter_sum(raw, ranks.b_rows)
-            db = torch.empty(raw.shape[0], operands.depth, dtype=self.dtype, device=raw.device)
-            along = self.along if not self.by_rows else torch.empty_like(inverse[own])
-            self._normalize_backward(raw, self.b_rows[own], inverse[own], alpha, db, along)
-        dscale = None
+    @property
+    def blocks_of_scale(self) -> tuple[int, int]:
+        """Of `along`, those whose sum is dscale."""
+        return (0, self.a_blocks) if self.by_rows else (self.a_blocks, self.a_blocks + self.b_blocks)
+
+    def beside(self, softmax: TiledSoftmax, at: slice) -> Tensor | None:
+        """G·B of rows `at` and the queue's entries of B."""
+        if not (self.by_rows or self.need.scale):
+            return None
+        raw = self._of_queue(softmax, softmax.blocks.beside(), at, softmax.row)
+        if not self.by_rows:
+            self._add_along(raw, self.a_rows[at])
+        return raw
+
+    def below(self, softmax: TiledSoftmax) -> Tensor | None:
+        """Gᵀ·A of this rank's columns and the queue's entries of A."""
+        if not (self.need.b or self.need.scale):
+            return None
+        block, own = softmax.blocks.below(), self.operands.ranks.own_columns
+        found = [
+            self._of_queue(softmax, block, at, softmax.column[:, own]) for at in self.launch.chunks(len(block.rows))
+        ]
+        raw = torch.cat(found)
+        if self.by_rows:
+            self._add_along(raw, self.b_rows[own])
+        return raw
+
+    def _of_queue(self, softmax: TiledSoftmax, block: Block, at: slice, factors: Tensor) -> Tensor:
+        entries = block.columns
+        if self.operands.unit:
+            entries = (entries * block.column_factor[:, None]).to(torch.float16)
+        g = _aligned_matrix(at.stop - at.start, len(entries), entries.dtype, entries.device)
+        _write_gradient(softmax, block, at, g, False, factors, target=0.0)
+        return _multiply(g, entries)
+
+    def _add_along(self, raw: Tensor, x: Tensor) -> None:
         if self.need.scale:
-            dscale = ranks.all_reduce(self.along.sum(dtype=torch.float64) / operands.gain) * unit
-        return self.a, db, dscale
+            self.along_queue.append((raw * x).sum(dtype=torch.float64) / self.operands.gain)
+
+    def finish_columns(self, correction: Tensor | None, queue: Tensor | None) -> None:
+        """B's way back; `queue` [own rows, D] is what the queue's entries add to Gᵀ·A of this rank's columns."""
+        operands, ranks = self.operands, self.operands.ranks
+        raw = self._raw_b
+        assert raw is not None
+        if correction is not None:
+            raw += correction * (operands.gain if operands.unit else operands.gain * operands.b_inverse[:, None])
+        raw = ranks.scatter_sum(raw, ranks.b_rows)
+        self._raw_b = raw if queue is None else raw + queue
+        self._through_norms(slice(0, 0), None, True)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A teacher's part of P2: what its tiles are made of, and where their shares of the loss go."""
+
+    operands: Operands
+    softmax: TiledSoftmax
+    weight: float
+
+
+def _write_gradient(
+    softmax: TiledSoftmax,
+    block: Block,
+    at: slice,
+    g: Tensor,
+    two_sided: bool,
+    row: Tensor,
+    target: float = 1.0,
+    distillation: Distillation | None = None,
+) -> Tensor | None:
+    """P2 of rows `at` of a block into g; `row`: factors of all its rows. Returns the teacher's share of the loss."""
+    launch, operands, guide, keys = softmax.blocks.launch, softmax.operands, softmax.guide, softmax.blocks.positives
+    columns, second = len(block.columns), distillation is not None or guide is not None
+    tiles = math.prod(launch.tiles(at.stop - at.start, columns, second))
+    a, b = launch.left(block.rows), launch.right(block.columns, second)
+    ta, tb, ta_factor, tb_factor, teacher_depth = a, b, block.row_factor, block.column_factor, 0
+    teacher_row, teacher_column, losses = row, row, row
+    if guide is not None or distillation is not None:
+        other = guide.operands if guide is not None else distillation.operands  # type: ignore[union-attr]
+        ta, tb, tb_factor, teacher_depth = launch.left(other.a), launch.right(other.b, True), other.b_inverse, other.depth
+        ta_factor = other.a_inverse if guide is not None else other.a_factor
+    if guide is not None:
+        teacher_row, teacher_column = guide.row, guide.column
+    elif distillation is not None:
+        teacher_row, teacher_column = distillation.softmax.row, distillation.softmax.column
+        losses = torch.empty(tiles, launch.tile.rows, device=g.device)
+    kept = softmax.kept is not None and target > 0
+    gradient_kernel[(tiles,)](
+        a, b, launch.halves(g),
+        block.row_factor, block.column_factor, block.row_out, block.column_out, block.row_key, block.column_key,
+        operands.bounds, operands.scale, row, softmax.column,
+        ta, tb, ta_factor, tb_factor, teacher_row, teacher_column, losses,
+        at.start, at.stop, columns, operands.depth, teacher_depth, block.diagonal, keys.ids, int(kept),
+        row.stride(0), softmax.num_columns, target, 0.0 if distillation is None else distillation.weight,
+        operands.gain, operands.bias,
+        COLUMNS=two_sided, TEACHER=distillation is not None, GUIDE=guide is not None, **launch.constants(second),
+    )  # fmt: skip
+    return None if distillation is None else losses.sum(dtype=torch.float64)
+
+
+def keeps_exponentials(contrast: Contrast, dtype: torch.dtype, num_bytes: int) -> bool:
+    """Whether P1 keeps its exponentials: as asked for, else up to `KEPT_BYTES`.
+
+    float16 cannot hold them, and with a teacher or guide no tile is plain.
+    """
+    if dtype == torch.float16 or contrast.teacher_weight > 0 or contrast.guide_margin is not None:
+        return False
+    return num_bytes <= KEPT_BYTES if contrast.keep_exponentials is None else contrast.keep_exponentials
 
 
 def info_nce(
@@ -519,101 +759,105 @@ def info_nce(
     scale: Tensor,
     ids: Ids | None,  # [N], [M]
     teacher: Teacher | None,
+    queue: QueueRows | None,
     contrast: Contrast,
     ranks: Ranks,
     need: Need,
     top1: bool,
 ) -> Results:
     """InfoNCE of the rows, with both directions also of the columns; its gradients (da, db, dscale); in-batch top-1."""
-    two_sided, normalize, teacher_weight = contrast.direction == "both", contrast.normalize, contrast.teacher_weight
-    positives = PositiveKeys(ids, ranks, a.device)
-    operands = Operands(a, b, scale, normalize, ranks)
-    launch = _launch(operands)
-    num_rows, num_columns, dtype = a.shape[0], ranks.num_columns, operands.a.dtype
-    stored = None
-    # float16 cannot hold the exponentials, and with several positives a rounded e no longer cancels against their mean.
-    storable = any(need) and teacher is None and dtype != torch.float16 and not positives.ids
-    if storable and stores_exponentials(num_rows * num_columns * dtype.itemsize, a.device):
-        stored = _aligned_matrix(num_rows, num_columns, dtype, a.device)
-    softmax = TiledSoftmax(operands, positives, launch, two_sided, top1, stored)
-    hard = (1 - teacher_weight) * (1 - contrast.label_smoothing)
-    smooth = (1 - teacher_weight) * contrast.label_smoothing
-    row, column, row_terms, column_terms = softmax.factors(hard)
-    total, columns_part = row_terms.sum(), column_terms.sum()
+    two_sided, weight = contrast.direction == "both", contrast.teacher_weight
+    dtype, num_rows, num_columns = torch.promote_types(a.dtype, b.dtype), len(a), ranks.num_columns
+    operands = Operands(a, b, scale, contrast.normalize, ranks, dtype)
+    launch, device = _launch(operands), a.device
+    positives = PositiveKeys(ids, queue, ranks, operands.bounds)
+    blocks = Blocks(operands, positives, queue, launch, two_sided)
+    ranks.all_reduce(operands.bounds, maximum=True)
+    guide = Guide(teacher, contrast, blocks) if teacher is not None and contrast.guide_margin is not None else None
+    kept = None
+    if any(need) and keeps_exponentials(contrast, dtype, num_rows * num_columns * dtype.itemsize):
+        kept = _aligned_matrix(num_rows, num_columns, dtype, device)
+    hard, smooth = (1 - weight) * (1 - contrast.label_smoothing), (1 - weight) * contrast.label_smoothing
+    softmax = TiledSoftmax(blocks, hard, contrast.debias, kept, guide)
 
-    unit = (0.5 if two_sided else 1.0) * positives.one[0] / positives.num_rows
-    alpha = (unit * ranks.size * operands.scale.double()).float().reshape(1)
-    smoothing = None
+    smoothing = distillation = None
     if smooth:
-        a_hat, b_hat = a.detach().float(), operands.b[:, : operands.depth].float()
-        if normalize:
+        a_hat, b_hat = a.detach().float(), operands.b.float()
+        if contrast.normalize:
             a_hat, b_hat = a_hat * operands.a_inverse[:, None], b_hat * operands.b_inverse[:, None]
         row_weight = positives.weights(rows=True).double()
         column_weight = positives.weights(rows=False).double() * (1.0 if two_sided else 0.0)
         smoothing = LabelSmoothing(a_hat, b_hat, operands.scale[0], ranks, row_weight, column_weight, smooth)
-        total = total + smoothing.loss()
+    if teacher is not None and weight:
+        other = Operands(teacher[0], teacher[1], teacher[2], contrast.normalize, ranks, dtype)
+        ranks.all_reduce(other.bounds, maximum=True)
+        alone = Blocks(operands, positives, None, launch, two_sided)
+        distillation = Distillation(other, TiledSoftmax(alone, 0.0, operands=other), weight)
 
-    t_operands, t_row, t_column = operands, row, column
-    losses = torch.empty(1, device=a.device)
-    if teacher is not None:
-        t_operands = Operands(teacher[0].to(dtype), teacher[1].to(dtype), teacher[2], normalize, ranks)
-        t_softmax = TiledSoftmax(t_operands, positives, launch, two_sided, False, None)
-        t_row, t_column, t_row_terms, t_column_terms = t_softmax.factors(0.0)
-        total = total - teacher_weight * t_row_terms.sum()
-        columns_part = columns_part - teacher_weight * t_column_terms.sum()
-        t_row[1] *= teacher_weight
-        t_column[1] *= teacher_weight
-
-    gradients = EmbeddingGradients(operands, need) if any(need) else None
-    if gradients is not None or teacher is not None:
-        # With stored exponentials the form for the fixed maximum is `convert_kernel`; with a teacher there is but one.
-        forms = [
-            launch.form(fixed, positives.ids, teacher is not None)
-            for fixed in ((True, False) if stored is None and teacher is None else (False,))
-        ]
-        width = forms[0]["BN"]
-        buffer = stored
+    unit = 0.5 if two_sided else 1.0
+    gradients = EmbeddingGradients(operands, launch, need, unit, positives) if any(need) else None
+    shares: list[Tensor] = []  # of the teacher's part of the loss
+    if gradients is not None or distillation is not None:
+        main = blocks.part(slice(0, num_columns))
+        buffer = kept
         if buffer is None:
-            buffer = _aligned_matrix(min(launch.chunk, num_rows), num_columns, dtype, a.device)
-        a_rows, b_rows = launch.operand(operands.a, launch.tile.rows), launch.operand(operands.b, width)
-        t_rows, t_columns = launch.operand(t_operands.a, launch.tile.rows), launch.operand(t_operands.b, width)
+            buffer = _aligned_matrix(min(launch.chunk, num_rows), num_columns, dtype, device)
+        alone = ranks.group is None and smoothing is None and queue is None
         for at in launch.chunks(num_rows):
-            rows = at.stop - at.start
-            g = buffer[at] if stored is not None else buffer[:rows]
-            tiles = launch.tiles(rows, num_columns, width)
-            if teacher is not None:
-                losses = torch.empty(tiles, launch.tile.rows, device=a.device)
-            chunk = launch.half_tiles(g)
-            if stored is not None:
-                convert_kernel[(launch.tiles(rows, 2 * num_columns),)](
-                    chunk, operands.a_inverse, operands.b_inverse, operands.shift, row, column,
-                    at.start, at.stop, num_columns, positives.diagonal, num_rows, num_columns,
-                    BM=launch.tile.rows, BN=launch.tile.columns // 2, COLUMNS=two_sided, INVERSE=operands.inverse,
-                    num_warps=launch.tile.warps,
-                )  # fmt: skip
-            for form in forms:
-                gradient_kernel[launch.grid(tiles, form)](
-                    a_rows, b_rows, chunk,
-                    operands.a_factor, operands.b_inverse, operands.a_inverse,
-                    positives.a_class, positives.b_class, operands.shift, row, column,
-                    t_rows, t_columns, t_operands.a_factor, t_operands.b_inverse, t_row, t_column, losses,
-                    at.start, at.stop, num_columns, operands.a.shape[1], t_operands.a.shape[1], positives.diagonal,
-                    num_rows, num_columns, operands.gain,
-                    IDS=positives.ids, COLUMNS=two_sided, INVERSE=operands.inverse, TEACHER=teacher is not None, **form,
-                )  # fmt: skip
-            if teacher is not None:
-                total = total + losses.sum(dtype=torch.float64)
+            g = buffer[at] if kept is not None else buffer[: at.stop - at.start]
+            share = _write_gradient(softmax, main, at, g, two_sided, softmax.row, 1.0, distillation)
+            shares += [] if share is None else [share]
             if gradients is not None:
-                gradients.add(at, g, alpha, None if smoothing is None else smoothing.row_gradient(at))
+                raw = gradients.beside(softmax, at) if queue is not None else None
+                correction = None if smoothing is None else smoothing.row_gradient(at)
+                gradients.add(at, g, correction, raw, last=alone and at.stop == num_rows)
+        if gradients is not None and not alone:
+            below = gradients.below(softmax) if queue is not None and two_sided else None
+            if need.b:
+                gradients.finish_columns(None if smoothing is None else smoothing.column_gradient(), below)
 
-    loss = (unit * (ranks.all_reduce(total.clone()) + columns_part)).float()
-    shares = softmax.top1() if top1 else None
+    extras: dict[int, list[Tensor]] = {0: shares, 1: [] if gradients is None else gradients.along_queue, 2: []}
+    if smoothing is not None:
+        extras[0].append(smoothing.loss())
+    if distillation is not None:
+        of_rows = distillation.softmax.row_blocks
+        for index, terms in ((0, distillation.softmax.terms[:of_rows]), (2, distillation.softmax.terms[of_rows:])):
+            extras[index].append(-weight * terms.sum())
+    loss, dscale = _totals(softmax, gradients, unit, extras)
+    best = _top1(operands, positives, launch, two_sided) if top1 else None
     if gradients is None:
-        return loss, (), shares
-    correction = None
-    if smoothing is not None and gradients.b is not None:
-        correction = smoothing.column_gradient()
-    return loss, gradients.finish(alpha, unit, correction), shares
+        return loss, (), best
+    return loss, (gradients.a, gradients.b, dscale if need.scale else None), best
+
+
+def _totals(
+    softmax: TiledSoftmax, gradients: EmbeddingGradients | None, unit: float, extras: dict[int, list[Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """The loss and dscale; `extras`: what else belongs to rows, to their dscale, and to columns."""
+    keys, ranks, device = softmax.blocks.positives, softmax.operands.ranks, softmax.operands.device
+    loss, dscale = torch.empty((), device=device), torch.empty((), dtype=torch.float64, device=device)
+    along, first, last = softmax.terms, 0, 0
+    if gradients is not None:
+        along, (first, last) = gradients.along, gradients.blocks_of_scale
+
+    def launch(add: int, finish: int) -> None:
+        total_kernel[(1,)](
+            softmax.terms, softmax.scale_terms, along, totals, keys.numbers, loss, dscale,
+            softmax.row_blocks, softmax.all_blocks, first, last, unit, keys.number, keys.ids, add, finish, **TOTAL,
+        )  # fmt: skip
+
+    if ranks.group is None and not any(extras.values()):
+        totals = dscale
+        launch(1, 1)
+        return loss, dscale
+    totals = torch.empty(4, dtype=torch.float64, device=device)
+    launch(1, 0)
+    for index, values in extras.items():
+        for value in values:
+            totals[index] += value
+    ranks.all_reduce(totals[:2])
+    launch(0, 1)
+    return loss, dscale
 
 
 def sigmoid_loss(
@@ -627,103 +871,121 @@ def sigmoid_loss(
     need: Need,
 ) -> Results:
     """SigLIP's loss and its gradients (da, db, dscale, dbias), in one pass."""
-    device = a.device
-    positives = PositiveKeys(ids, ranks, device)
-    operands = Operands(a, b, scale, normalize, ranks, units=1.0)
+    device, dtype = a.device, torch.promote_types(a.dtype, b.dtype)
+    operands = Operands(a, b, scale, normalize, ranks, dtype, units=1.0)
+    keys = PositiveKeys(ids, None, ranks, operands.bounds)
+    keys.number = float(ranks.num_rows)
     launch = _launch(operands)
-    num_rows, num_columns, dtype = a.shape[0], ranks.num_columns, operands.a.dtype
-    factor = 1.0 / ranks.num_rows
-    alpha = operands.scale * (factor * ranks.size)
-    gradients = EmbeddingGradients(operands, need) if any(need) else None
+    num_rows, num_columns = len(a), ranks.num_columns
+    products = need.a or need.b or need.scale
+    gradients = EmbeddingGradients(operands, launch, need, 1.0, keys, by_ids=False) if products else None
     shift = _on_device(bias, device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # the loss and dbias
-    a_rows, b_rows = launch.operand(operands.a, launch.tile.rows), launch.operand(operands.b, launch.tile.columns)
-    buffer = _aligned_matrix(min(launch.chunk, num_rows), num_columns, dtype, device) if any(need) else None
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # the loss and dbias
+    left, right = launch.left(operands.a), launch.right(operands.b)
+    buffer = _aligned_matrix(min(launch.chunk, num_rows), num_columns, dtype, device) if products else operands.a
     for at in launch.chunks(num_rows):
         rows = at.stop - at.start
-        tiles = launch.tiles(rows, num_columns)
-        shares = torch.zeros(2, 2 * tiles, device=device)
+        tiles = math.prod(launch.tiles(rows, num_columns))
+        shares = torch.empty(2, 2 * tiles, device=device)
+        g = buffer[:rows]
         sigmoid_kernel[(tiles,)](
-            a_rows, b_rows, b_rows if buffer is None else launch.half_tiles(buffer[:rows]),
-            operands.a_factor, operands.b_inverse, operands.a_inverse,
-            positives.a_class, positives.b_class, shift, shares[0], shares[1],
-            at.start, at.stop, num_columns, operands.a.shape[1], positives.diagonal, operands.gain,
-            IDS=positives.ids, INVERSE=operands.inverse, GRADIENT=any(need), **launch.constants(),
+            left, right, launch.halves(g), operands.a_factor, operands.b_inverse, operands.a_out, operands.b_out,
+            keys.a_key, keys.b_key, shift, shares[0], shares[1],
+            at.start, at.stop, num_columns, operands.depth, keys.diagonal, keys.ids, int(products), operands.gain,
+            **launch.constants(),
         )  # fmt: skip
-        sums += shares.sum(1, dtype=torch.float64)
-        if gradients is not None and buffer is not None and (gradients.by_rows or need.b):
-            gradients.add(at, buffer[:rows], alpha)
-    loss, dbias = ranks.all_reduce(sums) * factor
-    if gradients is None:
+        totals += shares.sum(1, dtype=torch.float64)
+        if gradients is not None:
+            gradients.add(at, g, last=ranks.group is None and at.stop == num_rows)
+    if gradients is not None and need.b and ranks.group is not None:
+        gradients.finish_columns(None, None)
+    factor = 1.0 / ranks.num_rows
+    loss, dbias = ranks.all_reduce(totals) * factor
+    dscale = None
+    if gradients is not None and need.scale:
+        dscale = ranks.all_reduce(gradients.along[slice(*gradients.blocks_of_scale)].sum()) * factor
+    if not any(need):
         return loss.float(), (), None
-    unit = torch.full((), factor, dtype=torch.float64, device=device)
-    return loss.float(), (*gradients.finish(alpha, unit), dbias if need.bias else None), None
+    a_b = (None, None) if gradients is None else (gradients.a, gradients.b)
+    return loss.float(), (*a_b, dscale, dbias if need.bias else None), None
+
+
+def times_upstream(gradients: Sequence[Tensor | None], upstream: Tensor, like: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients (da, db, dscale, dbias), of which the last may be missing, times the upstream gradient.
+
+    Args:
+        gradients: of the loss, as the functions above give them.
+        upstream: a number on the same device.
+        like: tensors of the dtypes and shapes that are wanted.
+    """
+    found = [None if g is None else torch.empty_like(x, dtype=x.dtype) for g, x in zip(gradients, like, strict=True)]
+    any_found = next(x for x in found if x is not None)
+    given, wanted = (
+        [any_found if x is None else x for x in (*values, *[None] * (4 - len(values)))] for values in (gradients, found)
+    )
+    sizes = [0 if g is None else g.numel() for g in gradients[:2]]
+    block = UPSTREAM["BLOCK"]
+    upstream_kernel[(max(1, sum(-(-size // block) for size in sizes)),)](*given, upstream, *wanted, *sizes, **UPSTREAM)
+    return found
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
     """Every (kernel, configuration, dtype, flags) that the launchers may pick on an architecture."""
     both = (False, True)
     for dtype in TILES[90]:
-        name, half = TYPE_NAMES[dtype], dtype == torch.float16
+        name = TYPE_NAMES[dtype]
         for precision in ("tf32x3", "tf32") if dtype == torch.float32 else ("tf32",):
             label = f"{name} {precision}" if dtype == torch.float32 else name
             launch = Launch(arch, dtype, precision)
-            for ids, columns, store, top1, fixed in product(both, both, both, both, both):
-                if not (store and (ids or half or not fixed)):
-                    flags = {"IDS": ids, "COLUMNS": columns, "STORE": store, "TOP1": top1, "FIXED": fixed}
-                    yield _compilation("sums", sums_kernel, label, name, launch.form(fixed, ids or top1), flags)
-            for ids, columns, inverse, teacher, fixed in product(both, both, both, both, both):
-                if not ((teacher and fixed) or (inverse and half)):
-                    flags = {"IDS": ids, "COLUMNS": columns, "INVERSE": inverse, "TEACHER": teacher, "FIXED": fixed}
-                    form = launch.form(fixed, ids, teacher)
-                    yield _compilation("gradient", gradient_kernel, label, name, form, flags)
-            for ids, inverse, gradient in product(both, both, both):
-                if not (inverse and half):
-                    flags = {"IDS": ids, "INVERSE": inverse, "GRADIENT": gradient}
-                    yield _compilation("sigmoid", sigmoid_kernel, label, name, launch.constants(), flags)
-        tile = Launch(arch, dtype).tile
-        for columns, inverse in product(both, both):
-            if not half:
-                options = {"BM": tile.rows, "BN": tile.columns // 2, "num_warps": tile.warps}
-                flags = {"COLUMNS": columns, "INVERSE": inverse}
-                yield _compilation("convert", convert_kernel, name, name, options, flags)
-        yield _compilation("rows", rows_kernel, name, name, {"ROWS": 8, "DEPTH": 256}, {})
-        for normalize in both:
-            options = {"ROWS": 4, "DEPTH": 256}
-            yield _compilation("finish", finish_kernel, name, name, options, {"NORMALIZE": normalize})
-    for ids, logits in product(both, both):
-        options = {"TILES": 64, "WIDTH": 32}
-        yield _compilation("combine", combine_kernel, "", "fp32", options, {"IDS": ids, "LOGITS": logits})
-    for ids, (logits, two_sided) in product(both, ((True, True), (True, False), (False, True))):
-        flags = {"IDS": ids, "LOGITS": logits, "TWO_SIDED": two_sided}
-        yield _compilation("factors", factors_kernel, "", "fp32", {"WIDTH": 256}, flags)
+            for columns, guide in product(both, both):
+                flags = {"COLUMNS": columns, "GUIDE": guide}
+                yield _compilation("sums", sums_kernel, label, name, launch.constants(guide), flags)
+            for columns, (teacher, guide) in product(both, ((False, False), (True, False), (False, True))):
+                flags = {"COLUMNS": columns, "TEACHER": teacher, "GUIDE": guide}
+                yield _compilation("gradient", gradient_kernel, label, name, launch.constants(teacher or guide), flags)
+            yield _compilation("sigmoid", sigmoid_kernel, label, name, launch.constants(), {})
+            yield _compilation("best", best_kernel, label, name, launch.constants(), {})
+        yield _compilation("rows", rows_kernel, name, name, ROWS, {})
+        yield _compilation("finish", finish_kernel, name, name, FINISHED, {})
+    for width, parts in sorted({(t.columns // d, p) for t in TILES[arch].values() for d, p in ((1, 2), (2, 1))}):
+        rows = sorted({t.rows for t in TILES[arch].values() if t.columns in (width, 2 * width)})
+        for height in rows:
+            constants = {"BM": height, "BN": width, "PARTS": parts, **COMBINED}
+            yield _compilation("combine", combine_kernel, f"{height}x{width} {parts}", "fp32", constants, {})
+    yield _compilation("total", total_kernel, "", "fp32", TOTAL, {})
+    for given, wanted in (("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "fp16")):
+        yield _compilation("upstream", upstream_kernel, f"{given} to {wanted}", given, UPSTREAM, {"to": wanted})
 
 
 def _compilation(
-    kind: str, function: Any, label: str, dtype: str, launch: dict[str, Any], flags: dict[str, bool]
+    kind: str, function: Any, label: str, dtype: str, launch: dict[str, Any], flags: dict[str, Any]
 ) -> Compilation:
     constants = dict(launch)
     warps, stages = constants.pop("num_warps", 4), constants.pop("num_stages", 3)  # else Triton's defaults
-    maxnreg = constants.pop("maxnreg", None)
+    maxnreg, to = constants.pop("maxnreg", None), flags.pop("to", None)
     constexprs = {**constants, **flags}
-    gradient = "bf16" if dtype == "bf16" else "fp32"
-    types = dict.fromkeys(("hard", "gain"), "fp32")
-    types |= dict.fromkeys(("a_class", "b_class"), "*i32") | dict.fromkeys(("count", "siblings"), "*i64")
-    types |= dict.fromkeys(("sums", "ratio", "other_ratio", "terms"), "*fp64")
+    types = dict.fromkeys(
+        ("eps", "units", "bias", "hard", "debias", "target", "teacher_weight", "gain", "factor", "normalize", "number",
+         "half"), "fp32"
+    )  # fmt: skip
+    integers = ("a_key", "b_key", "bounds", "row_count", "column_count", "siblings", "numbers", "row_queue",
+                "column_queue")  # fmt: skip
+    doubles = ("row_state", "column_state", "terms", "scale_terms", "along", "totals", "scale_gradient", "dscale",
+               "dbias")  # fmt: skip
+    types |= dict.fromkeys(integers, "*i32") | dict.fromkeys(doubles, "*fp64") | {"special": "*i8"}
     if kind == "rows":
-        types |= {"a": f"*{dtype}", "b": f"*{dtype}"}
+        types |= {"a": f"*{dtype}", "b": f"*{dtype}"} | {"normalize": "i32"}
     elif kind == "finish":
-        types |= {"x": f"*{dtype}", "out": f"*{gradient}"}
-    elif "BM" in constants:
-        left = f"tensordesc<{dtype}[{constants['BM']}, {constants.get('BK', 0)}]>"
-        right = f"tensordesc<{dtype}[{constants['BN']}, {constants.get('BK', 0)}]>"
-        halved = "BK" in constants and not flags.get("TEACHER")
-        chunk = f"tensordesc<{dtype}[{constants['BM']}, {constants['BN'] // (2 if halved else 1)}]>"
+        gradient = "bf16" if dtype == "bf16" else "fp32"
+        types |= {"a": f"*{dtype}", "b": f"*{dtype}", "da": f"*{gradient}", "db": f"*{gradient}"}
+    elif kind == "upstream":
+        types |= dict.fromkeys(("da", "db"), f"*{dtype}") | dict.fromkeys(("scaled_a", "scaled_b"), f"*{to}")
+    elif "BK" in constants:
+        left = f"tensordesc<{dtype}[{constants['BM']}, {constants['BK']}]>"
+        right = f"tensordesc<{dtype}[{constants['BN']}, {constants['BK']}]>"
+        second = flags.get("TEACHER") or flags.get("GUIDE")
+        chunk = f"tensordesc<{dtype}[{constants['BM']}, {constants['BN'] // (1 if second else 2)}]>"
         types |= {"a": left, "ta": left, "b": right, "tb": right, "g": chunk, "e": chunk}
-        if kind == "sums" and not flags["STORE"]:
-            types["e"] = right
-        if kind == "sigmoid" and not flags["GRADIENT"]:
-            types["g"] = right
     signature, attrs = signature_and_attrs(function, types, constexprs)
     name = " ".join([kind, *label.split(), *(flag.lower() for flag, value in flags.items() if value)])
     return Compilation(name, function, signature, constexprs, attrs, warps, stages, "BK" in constants, maxnreg)

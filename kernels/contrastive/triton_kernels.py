@@ -1,4 +1,8 @@
-"""Triton kernels of the contrastive losses; `triton_engine` launches them."""
+"""Triton kernels of the contrastive losses; `triton_engine` launches them.
+
+Logits are in units of ln 2. Arguments that belong together travel between the device functions as tuples. A kernel that
+serves two sides (rows and columns, a and b) has programs for the one and then for the other.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +11,76 @@ import triton.language as tl
 
 from fastclap.kernels.triton_tools import INF, LN2, LOG2E, jit_for_any_size
 
+NO_ROW = tl.constexpr(-(1 << 31))  # keys outside the matrix: equal to no other
+NO_COLUMN = tl.constexpr(1 - (1 << 31))
+NAN_BITS = tl.constexpr(0x7FFFFFFF)  # above those of all other numbers
+LOST_BITS = tl.constexpr(40)  # a term that underflows is below 2^-40 of its row's best
 
-@jit_for_any_size("num_rows num_columns depth")
-def rows_kernel(a, b, a_norm, b_norm, pair, num_rows, num_columns, depth, ROWS: tl.constexpr, DEPTH: tl.constexpr):
-    """Norms of the rows of a and b (at least NORM_EPS is the caller's business) and a_i·b_i, i modulo N and M."""
-    depth = tl.multiple_of(depth, 16)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# before the tiles
+
+
+@triton.jit
+def _maximum_of_bits(pointer, x):
+    """Of numbers ≥ 0, whose bits are ordered as they are: the same in any order."""
+    bits = tl.where(x == x, tl.maximum(x, 0.0).to(tl.int32, bitcast=True), NAN_BITS)
+    tl.atomic_max(pointer, tl.max(bits, 0))
+
+
+@jit_for_any_size("num_rows num_columns depth a_stride b_stride eps units normalize pairs")
+def rows_kernel(
+    a, b, scale, a_factor, a_inverse, b_inverse, bounds,  # [N, D], [M, D], [1]; [N], [N], [M]; [3] int32, from 0
+    num_rows, num_columns, depth, a_stride, b_stride, eps, units, normalize, pairs,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """1 / norms (or 1), those of a times scale · units, and bounds of all logits, as bits.
+
+    bounds: the largest norms of a and b as logits see them, and the largest of -scale · â_i·b̂_i, i modulo N and M.
+    """
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     i, j = index % num_rows, index % num_columns
+    a_at, b_at = a + i[:, None] * a_stride, b + j[:, None] * b_stride
     aa = tl.zeros((ROWS, DEPTH), tl.float32)
     bb = tl.zeros((ROWS, DEPTH), tl.float32)
     ab = tl.zeros((ROWS, DEPTH), tl.float32)
     for k in tl.range(0, depth, DEPTH):
-        at = k + tl.arange(0, DEPTH)
-        x = tl.load(a + i[:, None] * depth + at[None, :], mask=at[None, :] < depth, other=0.0).to(tl.float32)
-        y = tl.load(b + j[:, None] * depth + at[None, :], mask=at[None, :] < depth, other=0.0).to(tl.float32)
+        at = k + tl.arange(0, DEPTH)[None, :]
+        x = tl.load(a_at + at, mask=at < depth, other=0.0).to(tl.float32)
+        y = tl.load(b_at + at, mask=at < depth, other=0.0).to(tl.float32)
         aa += x * x
         bb += y * y
         ab += x * y
-    tl.store(a_norm + index, tl.sqrt(tl.sum(aa, 1)), mask=index < num_rows)
-    tl.store(b_norm + index, tl.sqrt(tl.sum(bb, 1)), mask=index < num_columns)
-    tl.store(pair + index, tl.sum(ab, 1), mask=(index < num_rows) | (index < num_columns))
+    a_norm, b_norm = tl.sqrt(tl.sum(aa, 1)), tl.sqrt(tl.sum(bb, 1))
+    pair = tl.sum(ab, 1) * tl.load(scale)
+    of_a, of_b = tl.full((ROWS,), 1.0, tl.float32), tl.full((ROWS,), 1.0, tl.float32)
+    if normalize:
+        # A comparison with NaN is false: a norm that is NaN stays.
+        of_a = 1.0 / tl.where(a_norm < eps, eps, a_norm)
+        of_b = 1.0 / tl.where(b_norm < eps, eps, b_norm)
+        pair *= of_a * of_b
+        a_norm, b_norm = tl.where(a_norm == a_norm, 1.0, a_norm), tl.where(b_norm == b_norm, 1.0, b_norm)
+    tl.store(a_factor + index, of_a * tl.load(scale) * units, mask=index < num_rows)
+    tl.store(a_inverse + index, of_a, mask=index < num_rows)
+    tl.store(b_inverse + index, of_b, mask=index < num_columns)
+    _maximum_of_bits(bounds, a_norm)
+    _maximum_of_bits(bounds + 1, b_norm)
+    if pairs:
+        _maximum_of_bits(bounds + 2, -pair)
+
+
+@triton.jit
+def _fixed_maximum(bounds, scale, bias):
+    """The constant that one exponential may use for rows and columns, and whether it may (see `triton_engine`)."""
+    a_norm = tl.load(bounds).to(tl.float32, bitcast=True)
+    b_norm = tl.load(bounds + 1).to(tl.float32, bitcast=True)
+    largest = tl.abs(tl.load(scale)) * a_norm * b_norm * LOG2E
+    lowest = tl.load(bounds + 2).to(tl.float32, bitcast=True) * LOG2E
+    return largest - bias, largest + lowest < bias + 126 - LOST_BITS  # false for NaN
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# parts of a tile
 
 
 @triton.jit
@@ -39,530 +93,713 @@ def _product(a, b, row, column, depth, BM: tl.constexpr, BN: tl.constexpr, BK: t
 
 
 @triton.jit
-def _keys(a_class, b_class, i, j, end, num_columns, diagonal, IDS: tl.constexpr):
-    """Keys of rows i and columns j that are equal for positives and differ outside the matrix."""
-    if IDS:
-        left = tl.load(a_class + i, mask=i < end, other=-1)
-        right = tl.load(b_class + j, mask=j < num_columns, other=-2)
-    else:
-        left = tl.where(i < end, i + diagonal, -1)
-        right = tl.where(j < num_columns, j, -2)
-    return left, right
-
-
-@triton.jit
-def _has_positives(left, right, row, column, diagonal, BM: tl.constexpr, BN: tl.constexpr, IDS: tl.constexpr):
-    if IDS:
-        return tl.max(tl.max((left[:, None] == right[None, :]).to(tl.int32), 1), 0) > 0
-    else:
-        return (row + diagonal < column + BN) & (column < row + diagonal + BM)
-
-
-@triton.jit
 def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
     """Left and right half of a tile's columns: what follows then needs half as many registers for column vectors."""
     return tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def _half_sums(
-    x, e, a_factor, b_factor, a_class, b_class, shift, row_logit, row_parts, column_parts, row_tops, column_tops,
-    start, end, num_columns, diagonal, row_stride, row_plane, column_stride, column_plane,
-    tile_row, part, BM: tl.constexpr, BN: tl.constexpr,
-    IDS: tl.constexpr, COLUMNS: tl.constexpr, STORE: tl.constexpr, TOP1: tl.constexpr, FIXED: tl.constexpr,
-):  # fmt: skip
-    row, column = start + tile_row * BM, part * BN
+def _parts(x, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr):
+    """A tile, or its halves."""
+    if PARTS == 1:
+        return (x,)
+    else:
+        left, right = _halves(x, BM, BN)
+        return (left, right)
+
+
+@triton.jit
+def _keys(keys, row, column, BM: tl.constexpr, BN: tl.constexpr):
+    """Keys of the rows and columns from there on that are equal for positives."""
+    a_key, b_key, end, num_columns, diagonal, ids = keys
+    i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    if ids:
+        left = tl.load(a_key + i, mask=i < end, other=NO_ROW)
+        right = tl.load(b_key + j, mask=j < num_columns, other=NO_COLUMN)
+    else:
+        left = tl.where(i < end, i + diagonal, NO_ROW)
+        right = tl.where(j < num_columns, j, NO_COLUMN)
+    return left, right
+
+
+@triton.jit
+def _is_plain(keys, row, column, BM: tl.constexpr, BN: tl.constexpr):
+    """Whether a tile lies inside the matrix and has no positive."""
+    _, _, end, num_columns, diagonal, ids = keys
+    if ids:
+        left, right = _keys(keys, row, column, BM, BN)
+        positives = tl.max((left[:, None] == right[None, :]).to(tl.int32)) > 0
+    else:
+        positives = (row + diagonal < column + BN) & (column < row + diagonal + BM)
+    return (row + BM <= end) & (column + BN <= num_columns) & (positives == 0)
+
+
+@triton.jit
+def _left_out(t, guide, i, j, end, num_columns, left, right, COLUMNS: tl.constexpr):
+    """Who is too much like a positive to be a negative, by the guide: of each row, and of each column."""
+    ta_inverse, tb_inverse, row_threshold, column_threshold = guide
+    t *= tl.load(ta_inverse + i, mask=i < end, other=0.0)[:, None]
+    t *= tl.load(tb_inverse + j, mask=j < num_columns, other=0.0)[None, :]
+    others = left[:, None] != right[None, :]
+    of_row = others & (t > tl.load(row_threshold + i, mask=i < end, other=INF)[:, None])
+    of_column = of_row
+    if COLUMNS:
+        of_column = others & (t > tl.load(column_threshold + j, mask=j < num_columns, other=INF)[None, :])
+    return of_row, of_column
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# P1
+
+
+@triton.jit
+def _plain_sums(x, e, factors, fixed, row_parts, column_parts, strides, row, column, tile_row, part, start, kept,
+                BM: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Of a half inside the matrix, without positives, under the fixed maximum: one exponential, no mask."""
+    a_factor, b_factor = factors
+    i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    x = tl.exp2(x * tl.load(a_factor + i)[:, None] * tl.load(b_factor + j)[None, :] - fixed)
+    if kept:
+        e.store([row - start, column], x.to(e.dtype))
+    row_stride, row_plane, column_stride, column_plane = strides
+    tl.store(row_parts + row_plane + part * row_stride + (i - start), tl.sum(x, 1))
+    if COLUMNS:
+        tl.store(column_parts + column_plane + tile_row * column_stride + j, tl.sum(x, 0))
+
+
+@triton.jit
+def _special_sums(x, t, factors, keys, guide, row_parts, column_parts, strides, row, column, tile_row, part, start,
+                  BM: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr, GUIDE: tl.constexpr):  # fmt: skip
+    """Of any half, relative to maxima of its own, positives by themselves."""
+    a_factor, b_factor = factors
+    _, _, end, num_columns, _, _ = keys
+    row_stride, row_plane, column_stride, column_plane = strides
     i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
     row_inside, column_inside = i < end, j < num_columns
     x *= tl.load(a_factor + i, mask=row_inside, other=0.0)[:, None]
     x *= tl.load(b_factor + j, mask=column_inside, other=0.0)[None, :]
-    if (row + BM > end) | (column + BN > num_columns):
-        x = tl.where(row_inside[:, None] & column_inside[None, :], x, -INF)
-    left, right = _keys(a_class, b_class, i, j, end, num_columns, diagonal, IDS)
-    has_positives = _has_positives(left, right, row, column, diagonal, BM, BN, IDS)
+    x = tl.where(row_inside[:, None] & column_inside[None, :], x, -INF)
+    left, right = _keys(keys, row, column, BM, BN)
+    row_x = column_x = x
+    if GUIDE:
+        of_row, of_column = _left_out(t, guide, i, j, end, num_columns, left, right, COLUMNS)
+        row_x, column_x = tl.where(of_row, -INF, x), tl.where(of_column, -INF, x)
 
-    row_parts += part.to(tl.int64) * row_stride + tile_row * BM + tl.arange(0, BM)
-    column_parts += tile_row.to(tl.int64) * column_stride + j
-    if TOP1:
-        row_tops += part.to(tl.int64) * row_stride + tile_row * BM + tl.arange(0, BM)
-        column_tops += tile_row.to(tl.int64) * column_stride + j
-        best = tl.where(left[:, None] == right[None, :], x, -INF)
-        tl.store(row_tops, tl.max(x, 1), mask=row_inside)
-        tl.store(row_tops + row_plane, tl.max(best, 1), mask=row_inside)
-        if COLUMNS:
-            tl.store(column_tops, tl.max(x, 0), mask=column_inside)
-            tl.store(column_tops + column_plane, tl.max(best, 0), mask=column_inside)
-    if IDS:
-        zero = tl.zeros((BM,), tl.float32)
-        tl.store(row_parts + 2 * row_plane, zero, mask=row_inside)
-        tl.store(row_parts + 3 * row_plane, zero, mask=row_inside)
-        if COLUMNS:
-            tl.store(column_parts + 2 * column_plane, tl.zeros((BN,), tl.float32), mask=column_inside)
-    if has_positives:
-        logit = tl.sum(tl.where(left[:, None] == right[None, :], x, 0.0), 1)
-        if IDS:
-            tl.store(row_parts + 3 * row_plane, logit, mask=row_inside)
-        else:
-            tl.store(row_logit + i, logit, mask=row_inside & (left >= column) & (left < column + BN))
-
-    if FIXED:
-        x = tl.exp2(x - tl.load(shift))
-        if STORE:
-            e.store([tile_row * BM, column], x.to(e.dtype))
-        if has_positives:
-            positive = tl.where(left[:, None] == right[None, :], x, 0.0)
-            x -= positive
-            if IDS:
-                tl.store(row_parts + 2 * row_plane, tl.sum(positive, 1), mask=row_inside)
-                if COLUMNS:
-                    tl.store(column_parts + 2 * column_plane, tl.sum(positive, 0), mask=column_inside)
-        tl.store(row_parts, tl.sum(x, 1), mask=row_inside)
-        if COLUMNS:
-            tl.store(column_parts, tl.sum(x, 0), mask=column_inside)
-    else:
-        maximum = tl.max(x, 1)
-        tl.store(row_parts + row_plane, maximum, mask=row_inside)
-        maximum = tl.where(maximum == -INF, 0.0, maximum)  # a half without columns
-        y = tl.exp2(x - maximum[:, None])
-        if has_positives:
-            positive = tl.where(left[:, None] == right[None, :], y, 0.0)
-            y -= positive
-            if IDS:
-                tl.store(row_parts + 2 * row_plane, tl.sum(positive, 1), mask=row_inside)
-        tl.store(row_parts, tl.sum(y, 1), mask=row_inside)
-        if COLUMNS:
-            maximum = tl.max(x, 0)
-            tl.store(column_parts + column_plane, maximum, mask=column_inside)
-            maximum = tl.where(maximum == -INF, 0.0, maximum)
-            y = tl.exp2(x - maximum[None, :])
-            if has_positives:
-                positive = tl.where(left[:, None] == right[None, :], y, 0.0)
-                y -= positive
-                if IDS:
-                    tl.store(column_parts + 2 * column_plane, tl.sum(positive, 0), mask=column_inside)
-            tl.store(column_parts, tl.sum(y, 0), mask=column_inside)
-
-
-@triton.jit
-def _sums_tile(
-    tile, a, b, e, a_factor, b_factor, a_class, b_class, shift, row_logit, row_parts, column_parts, row_tops,
-    column_tops, start, end, num_columns, depth, diagonal, row_stride, row_plane, column_stride, column_plane,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    IDS: tl.constexpr, COLUMNS: tl.constexpr, STORE: tl.constexpr, TOP1: tl.constexpr, FIXED: tl.constexpr,
-):  # fmt: skip
-    tiles = tl.cdiv(end - start, BM)
-    tile_row, tile_column = tile % tiles, tile // tiles
-    x = _product(a, b, start + tile_row * BM, tile_column * BN, depth, BM, BN, BK, PRECISION)
-    x, y = _halves(x, BM, BN)
-    _half_sums(
-        x, e, a_factor, b_factor, a_class, b_class, shift, row_logit, row_parts, column_parts, row_tops, column_tops,
-        start, end, num_columns, diagonal, row_stride, row_plane, column_stride, column_plane,
-        tile_row, 2 * tile_column, BM, BN // 2, IDS, COLUMNS, STORE, TOP1, FIXED,
-    )  # fmt: skip
-    _half_sums(
-        y, e, a_factor, b_factor, a_class, b_class, shift, row_logit, row_parts, column_parts, row_tops, column_tops,
-        start, end, num_columns, diagonal, row_stride, row_plane, column_stride, column_plane,
-        tile_row, 2 * tile_column + 1, BM, BN // 2, IDS, COLUMNS, STORE, TOP1, FIXED,
-    )  # fmt: skip
+    row_parts += part * row_stride + (i - start)
+    maximum = tl.max(row_x, 1)
+    tl.store(row_parts, maximum, mask=row_inside)
+    maximum = tl.where(maximum == -INF, 0.0, maximum)  # a half without columns
+    y = tl.exp2(row_x - maximum[:, None])
+    positive = tl.where(left[:, None] == right[None, :], y, 0.0)
+    tl.store(row_parts + row_plane, tl.sum(y - positive, 1), mask=row_inside)
+    tl.store(row_parts + 2 * row_plane, tl.sum(positive, 1), mask=row_inside)
+    logit = tl.sum(tl.where(left[:, None] == right[None, :], x, 0.0), 1)
+    tl.store(row_parts + 3 * row_plane, logit, mask=row_inside)
+    if COLUMNS:
+        column_parts += tile_row * column_stride + j
+        maximum = tl.max(column_x, 0)
+        tl.store(column_parts, maximum, mask=column_inside)
+        maximum = tl.where(maximum == -INF, 0.0, maximum)
+        y = tl.exp2(column_x - maximum[None, :])
+        positive = tl.where(left[:, None] == right[None, :], y, 0.0)
+        tl.store(column_parts + column_plane, tl.sum(y - positive, 0), mask=column_inside)
+        tl.store(column_parts + 2 * column_plane, tl.sum(positive, 0), mask=column_inside)
 
 
 @jit_for_any_size(
-    "start end num_columns depth diagonal row_stride row_plane column_stride column_plane",
-    "a_factor b_factor a_class b_class",
+    "start end num_columns depth teacher_depth diagonal ids kept bias",
+    "a_factor b_factor a_key b_key ta_inverse tb_inverse row_threshold column_threshold",
 )
 def sums_kernel(
     a, b, e,  # descriptors [N, D], [M, D], [chunk, M]
     a_factor, b_factor,  # [N] scale · log2(e) / norm, [M] 1 / norm
-    a_class, b_class,  # [N], [M] int32
-    shift,  # [2]: the fixed maximum, and whether it is to be used
-    row_logit,  # [N], written without ids
-    row_parts, column_parts,  # [4, half tiles, chunk], [3, row tiles, M]: negatives, maximum; ids: positives, logits
-    row_tops, column_tops,  # [2, …]: largest logit, largest logit of a positive
-    start, end, num_columns, depth, diagonal, row_stride, row_plane, column_stride, column_plane,
+    a_key, b_key, bounds, scale,  # [N], [M] int32, with ids; [3], [1]
+    ta, tb, ta_inverse, tb_inverse, row_threshold, column_threshold,  # the guide's
+    row_parts, column_parts,  # [4, parts, chunk], [3, row tiles, M]: maximum, negatives, positives, logits
+    special,  # [row tiles, column tiles] int8: which tiles have all these, and which the second alone
+    start, end, num_columns, depth, teacher_depth, diagonal, ids, kept, bias,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    IDS: tl.constexpr, COLUMNS: tl.constexpr, STORE: tl.constexpr, TOP1: tl.constexpr, FIXED: tl.constexpr,
-    LOOP: tl.constexpr,
+    COLUMNS: tl.constexpr, GUIDE: tl.constexpr,
 ):  # fmt: skip
-    """P1: partial sums of exponentials over the rows and columns of a tile; logits are in units of ln 2.
-
-    FIXED: one exponential with the fixed maximum, else two with the tile's maxima. Both are launched, one works.
-    LOOP: a program takes several tiles.
-    """
-    if (tl.load(shift + 1) > 0) != FIXED:
-        return
-    if not LOOP:
-        _sums_tile(
-            tl.program_id(0), a, b, e, a_factor, b_factor, a_class, b_class, shift, row_logit, row_parts, column_parts,
-            row_tops, column_tops, start, end, num_columns, depth, diagonal, row_stride, row_plane,
-            column_stride, column_plane, BM, BN, BK, PRECISION, IDS, COLUMNS, STORE, TOP1, FIXED,
-        )  # fmt: skip
+    """P1: partial sums of exponentials over the rows and columns of a tile; `kept` exponentials of plain tiles."""
+    PARTS: tl.constexpr = 1 if GUIDE else 2  # with a guide there are two accumulators: its tiles are half as wide
+    WIDTH: tl.constexpr = BN // PARTS
+    tiles = tl.cdiv(end - start, BM)
+    tile, tile_columns = tl.program_id(0), tl.cdiv(num_columns, BN)
+    tile_row, tile_column = tile % tiles, tile // tiles
+    row, column = start + tile_row * BM, tile_column * BN
+    keys = (a_key, b_key, end, num_columns, diagonal, ids)
+    factors, guide = (a_factor, b_factor), (ta_inverse, tb_inverse, row_threshold, column_threshold)
+    row_stride, column_stride = (end - start).to(tl.int64), num_columns.to(tl.int64)
+    strides = (row_stride, PARTS * tile_columns * row_stride, column_stride, tiles * column_stride)
+    fixed, usable = _fixed_maximum(bounds, scale, bias)
+    plain = usable
+    if GUIDE:
+        plain = False
+    elif usable:
+        plain = _is_plain(keys, row, column, BM, BN)
+    tl.store(special + tile_row * tile_columns + tile_column, 1 - plain.to(tl.int8))
+    x = _parts(_product(a, b, row, column, depth, BM, BN, BK, PRECISION), BM, BN, PARTS)
+    t = x
+    if GUIDE:
+        t = _parts(_product(ta, tb, row, column, teacher_depth, BM, BN, BK, PRECISION), BM, BN, PARTS)
+    if plain:
+        for half in tl.static_range(PARTS):
+            _plain_sums(x[half], e, factors, fixed, row_parts, column_parts, strides, row, column + half * WIDTH,
+                        tile_row, tile_column * PARTS + half, start, kept, BM, WIDTH, COLUMNS)  # fmt: skip
     else:
-        total = tl.cdiv(end - start, BM) * tl.cdiv(num_columns, BN)
-        for tile in tl.range(tl.program_id(0), total, tl.num_programs(0)):
-            _sums_tile(
-                tile, a, b, e, a_factor, b_factor, a_class, b_class, shift, row_logit, row_parts, column_parts,
-                row_tops, column_tops, start, end, num_columns, depth, diagonal, row_stride, row_plane,
-                column_stride, column_plane, BM, BN, BK, PRECISION, IDS, COLUMNS, STORE, TOP1, FIXED,
-            )  # fmt: skip
+        for half in tl.static_range(PARTS):
+            _special_sums(x[half], t[half], factors, keys, guide, row_parts, column_parts, strides, row,
+                          column + half * WIDTH, tile_row, tile_column * PARTS + half, start,
+                          BM, WIDTH, COLUMNS, GUIDE)  # fmt: skip
 
 
-@jit_for_any_size("length tiles stride plane total_stride first", "parts maximum sums")
-def combine_kernel(
-    parts, shift, maximum, sums,  # [planes, tiles, stride]; [2]; [L] float32 and [3, L] float64, added to
-    length, tiles, stride, plane, total_stride, first,
-    IDS: tl.constexpr, LOGITS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
+# ---------------------------------------------------------------------------------------------------------------------
+# between P1 and P2
+
+
+@triton.jit
+def _added_parts(
+    at, inside, fixed, parts, special, state, tiles, length, plane, special_strides, positives,
+    LOGITS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Adds the tiles' partial sums in a fixed order, in float64, relative to the running maximum."""
-    at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    inside = at < length
-    fixed = tl.load(shift + 1) > 0
-    constant = tl.load(shift)
-    top = tl.load(maximum + first + at, mask=inside, other=0.0)
-    negative = tl.load(sums + first + at, mask=inside, other=0.0)
-    positive = tl.load(sums + total_stride + first + at, mask=inside, other=0.0)
-    logit = tl.zeros((WIDTH,), tl.float64)
-    for t in tl.range(0, tiles, TILES):
-        tile = t + tl.arange(0, TILES)
+    """(maximum, negatives, positives, logits) of rows or columns, with the partial sums of some tiles added.
+
+    In a fixed order and in float64, relative to the running maximum. `state` is what there was before.
+    """
+    top, negative, positive, logit = state
+    tile_per, tile_stride, at_per, at_stride = special_strides
+    for first in tl.range(0, tiles, TILES):
+        tile = first + tl.arange(0, TILES)
         mask = (tile < tiles)[:, None] & inside[None, :]
-        where = tile.to(tl.int64)[:, None] * stride + at[None, :]
-        if fixed:
-            m = tl.zeros((TILES, WIDTH), tl.float32) + constant
-        else:
-            m = tl.load(parts + plane + where, mask=mask, other=-INF)
+        where = parts + tile.to(tl.int64)[:, None] * length + at[None, :]
+        which = (tile // tile_per * tile_stride).to(tl.int64)[:, None] + (at // at_per * at_stride)[None, :]
+        all_planes = mask & (tl.load(special + which, mask=mask, other=0) != 0)
+        m = tl.where(mask, fixed, -INF)
+        m = tl.where(all_planes, tl.load(where, mask=all_planes, other=-INF), m)
         new = tl.maximum(top, tl.max(m, 0))
         new = tl.where(new == -INF, 0.0, new)
         factor = tl.exp2(m - new[None, :]).to(tl.float64)
-        kept = tl.exp2(top - new).to(tl.float64)
-        part = tl.load(parts + where, mask=mask, other=0.0)
-        negative = negative * kept + tl.sum(part.to(tl.float64) * factor, 0)
-        if IDS:
-            part = tl.load(parts + 2 * plane + where, mask=mask, other=0.0)
-            positive = positive * kept + tl.sum(part.to(tl.float64) * factor, 0)
+        before = tl.exp2(top - new).to(tl.float64)
+        part = tl.load(where + plane, mask=mask, other=0.0)
+        negative = negative * before + tl.sum(part.to(tl.float64) * factor, 0)
+        positive = positive * before
+        if positives:
+            part = tl.load(where + 2 * plane, mask=all_planes, other=0.0)
+            positive += tl.sum(part.to(tl.float64) * factor, 0)
             if LOGITS:
-                part = tl.load(parts + 3 * plane + where, mask=mask, other=0.0)
+                part = tl.load(where + 3 * plane, mask=all_planes, other=0.0)
                 logit += tl.sum(part.to(tl.float64), 0)
         top = new
-    tl.store(maximum + first + at, top, mask=inside)
-    tl.store(sums + first + at, negative, mask=inside)
-    if IDS:
-        tl.store(sums + total_stride + first + at, positive, mask=inside)
-        if LOGITS:
-            logit += tl.load(sums + 2 * total_stride + first + at, mask=inside, other=0.0)
-            tl.store(sums + 2 * total_stride + first + at, logit, mask=inside)
+    return top, negative, positive, logit
+
+
+@triton.jit
+def _factors(
+    at, inside, fixed, usable, state, weights, debiasing, outputs, length, block, LOGITS: tl.constexpr
+):  # fmt: skip
+    """What P2 needs of rows or columns, and their terms of the loss and of dscale.
+
+    Factors: the maximum that exponentials are relative to; what multiplies those of negatives; the same of positives;
+    the positives' mean; a constant. With k positives, of which e is one, and total = Σ positives + Neg, G is
+    weight · (κ · e / total - 1/k) = weight · κ/total · (e - mean) - weight/(k · total) · (Neg + (1 - κ) · Σ positives),
+    so that nothing is lost to a difference of large numbers where a positive has all the probability. Neg is the sum
+    of the negatives and κ = 1, unless they are debiased (Chuang et al. 2020, eq. 8).
+    """
+    top, negative, positive, logit = state
+    k, weight, siblings, other_weight, hard = weights
+    scale, debias, negatives = debiasing
+    factors, terms, scale_terms = outputs
+    if usable:
+        change = tl.exp2(top - fixed).to(tl.float64)
+        negative, positive = negative * change, positive * change
+        top = tl.zeros_like(top) + fixed
+    positives = tl.maximum(k, 1.0)
+    number = negatives - k
+    lowest = number * tl.exp2(-tl.abs(scale) * LOG2E - top).to(tl.float64)
+    debiased = (negative - debias * number * positive / positives) / (1.0 - debias)
+    bound = (debias > 0) & (debiased <= lowest)
+    total = positive + tl.where(bound, lowest, debiased)
+    share = tl.where(weight > 0, weight / total, 0.0)
+    of_negatives = tl.where(bound, 0.0, share / (1.0 - debias))
+    kappa = tl.where(bound, 1.0, 1.0 - debias * number / (positives * (1.0 - debias)))
+    of_positives = tl.where(k == 1, 0.0, share * kappa)  # a single one is its own mean
+    lost = tl.where(bound, lowest, negative / (1.0 - debias))
+    factors += at
+    tl.store(factors, top, mask=inside)
+    tl.store(factors + length, of_negatives.to(tl.float32), mask=inside)
+    tl.store(factors + 2 * length, of_positives.to(tl.float32), mask=inside)
+    tl.store(factors + 3 * length, (positive / positives).to(tl.float32), mask=inside)
+    constant = (share * lost - (1.0 - hard) * weight) / positives
+    tl.store(factors + 4 * length, constant.to(tl.float32), mask=inside)
+    term = weight * (top.to(tl.float64) * LN2 + tl.log(total))
+    if LOGITS:
+        target = weight / positives + other_weight / siblings
+        term -= hard * target * logit * LN2
+    tl.store(terms + block, tl.sum(tl.where(inside & (weight > 0), term, 0.0), 0))
+    of_scale = tl.where(inside & bound, -share * lowest, 0.0)
+    tl.store(scale_terms + block, tl.sum(of_scale, 0) * tl.where(scale < 0, -1.0, 1.0))
+
+
+@triton.jit
+def _loaded(state, at, inside, length, fresh, WIDTH: tl.constexpr):
+    """(maximum, negatives, positives, logits) as they are in memory, [4, L], or at the beginning."""
+    top = tl.full((WIDTH,), -INF, tl.float32)
+    negative = tl.zeros((WIDTH,), tl.float64)
+    positive = tl.zeros((WIDTH,), tl.float64)
+    logit = tl.zeros((WIDTH,), tl.float64)
+    if fresh == 0:
+        state += at
+        top = tl.load(state, mask=inside, other=-INF).to(tl.float32)
+        negative = tl.load(state + length, mask=inside, other=0.0)
+        positive = tl.load(state + 2 * length, mask=inside, other=0.0)
+        logit = tl.load(state + 3 * length, mask=inside, other=0.0)
+    return top, negative, positive, logit
+
+
+@triton.jit
+def _keep(state, values, at, inside, length):
+    top, negative, positive, logit = values
+    state += at
+    tl.store(state, top.to(tl.float64), mask=inside)
+    tl.store(state + length, negative, mask=inside)
+    tl.store(state + 2 * length, positive, mask=inside)
+    tl.store(state + 3 * length, logit, mask=inside)
 
 
 @jit_for_any_size(
-    "length diagonal num_others hard",
-    "maximum sums logits count siblings ratio other_ratio factors terms",
+    "first_row rows row_tiles columns column_tiles first_column num_rows num_columns all_rows diagonal ids two_sided "
+    "positives fresh_rows fresh_columns finish_rows finish_columns hard debias queue_rows queue_columns bias",
+    "row_state column_state row_count column_count siblings row_queue column_queue",
 )
-def factors_kernel(
-    maximum, sums, logits,  # [L] float32, [3, L] float64, [L] float32 (the positive's, without ids)
-    count, siblings, ratio, other_ratio,  # positives of a row, rows with its id; weights (number over number) [1]
-    factors, terms,  # [5, L] float32, [L] float64
-    length, diagonal, num_others, hard,
-    IDS: tl.constexpr, LOGITS: tl.constexpr, TWO_SIDED: tl.constexpr, WIDTH: tl.constexpr,
+def combine_kernel(
+    row_parts, column_parts, special, row_state, column_state,  # of `sums_kernel`; [4, N], [4, M] float64
+    bounds, scale, row_count, column_count, siblings, numbers, row_queue, column_queue,  # see `PositiveKeys`
+    row_factors, column_factors, terms, scale_terms,  # [5, N], [5, M]; [row blocks + column blocks] float64
+    first_row, rows, row_tiles, first_column, columns, column_tiles,  # what this launch is about, and in how many parts
+    num_rows, num_columns, all_rows, diagonal,  # rows of this rank, columns of the matrix, rows of all ranks
+    ids, two_sided, positives, fresh_rows, fresh_columns, finish_rows, finish_columns,
+    hard, debias, queue_rows, queue_columns, bias,
+    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What P2 needs of a row (or column): maximum, weight/Σ; for positives that again, their mean e, a constant.
-
-    With k positives, weight·(p - 1/k) = weight/Σ · (e - mean e) - weight/Σ · (Σ negatives)/k: where p → 1/k nothing is
-    lost to a difference of large numbers, and a single positive needs the constant alone.
-    """
-    at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    inside = at < length
-    negative = tl.load(sums + at, mask=inside, other=1.0)
-    top = tl.load(maximum + at, mask=inside, other=0.0)
-    if IDS:
-        positive = tl.load(sums + length + at, mask=inside, other=1.0)
-        k = tl.load(count + at, mask=inside, other=0).to(tl.float64)
-        weight = tl.where(k > 0, tl.load(ratio), 0.0)
-    else:
-        k = tl.where(at + diagonal < num_others, 1.0, 0.0).to(tl.float64)
-        weight = k
-        x = tl.load(logits + at, mask=inside, other=0.0)
-        positive = tl.exp2(x - top).to(tl.float64)
-    total = negative + positive
-    share = weight / total
-    single = k == 1
-    k = tl.maximum(k, 1.0)
-    tl.store(factors + at, top, mask=inside)
-    tl.store(factors + length + at, share.to(tl.float32), mask=inside)
-    tl.store(factors + 2 * length + at, tl.where(single, 0.0, share).to(tl.float32), mask=inside)
-    tl.store(factors + 3 * length + at, (positive / k).to(tl.float32), mask=inside)
-    tl.store(factors + 4 * length + at, ((share * negative - (1.0 - hard) * weight) / k).to(tl.float32), mask=inside)
-    term = tl.where(weight > 0, weight * (top.to(tl.float64) * LN2 + tl.log(total)), 0.0)
-    if LOGITS:
-        target = weight / k
-        if TWO_SIDED:
-            if IDS:
-                target += tl.load(other_ratio) / tl.load(siblings + at, mask=inside, other=1).to(tl.float64)
-            else:
-                target += weight
-        logit = tl.load(sums + 2 * length + at, mask=inside, other=0.0) if IDS else x.to(tl.float64)
-        term -= tl.where(weight > 0, hard * target * logit * LN2, 0.0)
-    tl.store(terms + at, term, mask=inside)
-
-
-@triton.jit
-def _probabilities(
-    x, shift, row, column, row_factor, column_factor, i, j, end, num_columns,
-    COLUMNS: tl.constexpr, FIXED: tl.constexpr,
-):  # fmt: skip
-    """weight · P + weight · Q of a tile, from maxima and factors of `factors_kernel`."""
-    r = tl.load(row_factor + i, mask=i < end, other=0.0)
-    if COLUMNS:
-        c = tl.load(column_factor + j, mask=j < num_columns, other=0.0)
-    if FIXED:
-        if COLUMNS:
-            return tl.exp2(x - tl.load(shift)) * (r[:, None] + c[None, :])
-        else:
-            return tl.exp2(x - tl.load(shift)) * r[:, None]
-    else:
-        p = tl.exp2(x - tl.load(row + i, mask=i < end, other=0.0)[:, None]) * r[:, None]
-        if COLUMNS:
-            p += tl.exp2(x - tl.load(column + j, mask=j < num_columns, other=0.0)[None, :]) * c[None, :]
-        return p
-
-
-@triton.jit
-def _half_gradient(
-    x, t, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column,
-    ta_factor, tb_factor, teacher_row, teacher_column, losses,
-    start, end, num_columns, diagonal, num_rows, column_stride, gain, tile_row, part,
-    BM: tl.constexpr, BN: tl.constexpr,
-    IDS: tl.constexpr, COLUMNS: tl.constexpr, INVERSE: tl.constexpr, TEACHER: tl.constexpr, FIXED: tl.constexpr,
-):  # fmt: skip
-    top, left_edge = start + tile_row * BM, part * BN
-    i, j = top + tl.arange(0, BM), left_edge + tl.arange(0, BN)
-    x *= tl.load(a_factor + i, mask=i < end, other=0.0)[:, None]
-    of_column = tl.load(b_factor + j, mask=j < num_columns, other=0.0)[None, :]  # the inverse norm
-    x *= of_column
-    if TEACHER:
-        t *= tl.load(ta_factor + i, mask=i < end, other=0.0)[:, None]
-        t *= tl.load(tb_factor + j, mask=j < num_columns, other=0.0)[None, :]
-        target = _probabilities(
-            t, shift, teacher_row, teacher_column, teacher_row + num_rows, teacher_column + column_stride,
-            i, j, end, num_columns, COLUMNS, False,
+    """Adds partial sums to those of rows and columns, and where these are complete turns them into factors for P2."""
+    fixed, usable = _fixed_maximum(bounds, scale, bias)
+    tile_columns = tl.cdiv(columns, BN)
+    row_blocks, block = tl.cdiv(rows, WIDTH), tl.program_id(0)
+    ratio = tl.full((), 1.0, tl.float64)  # weight of a column, relative to that of a row
+    if ids:
+        ratio = tl.load(numbers).to(tl.float64) / tl.load(numbers + 1).to(tl.float64)
+    zero = tl.zeros((WIDTH,), tl.float64)
+    at = tl.arange(0, WIDTH)
+    if block < row_blocks:
+        at += block * WIDTH
+        inside, row = at < rows, first_row + at
+        state = _loaded(row_state, row, inside, num_rows, fresh_rows, WIDTH)
+        state = _added_parts(
+            at, inside, fixed, row_parts, special, state, row_tiles, rows, row_tiles.to(tl.int64) * rows,
+            (PARTS, 1, BM, tile_columns), positives, True, TILES, WIDTH,
         )  # fmt: skip
-        t = tl.where((i < end)[:, None] & (j < num_columns)[None, :], target * (t - x), 0.0)
+        if finish_rows:
+            k, sibling, others = zero, zero + 1.0, zero + num_columns + queue_columns
+            if ids:
+                k = tl.load(row_count + row, mask=inside, other=0).to(tl.float64)
+                sibling = tl.load(siblings + row, mask=inside, other=1).to(tl.float64)
+                others -= tl.load(row_queue + row, mask=inside & (queue_columns > 0), other=0).to(tl.float64)
+            else:
+                k = tl.where(row + diagonal < num_columns, 1.0, 0.0).to(tl.float64)
+            weights = (k, tl.where(k > 0, 1.0, 0.0).to(tl.float64), sibling, ratio * two_sided, hard)
+            _factors(row, inside, fixed, usable, state, weights, (tl.load(scale), debias, others),
+                     (row_factors, terms, scale_terms), num_rows, first_row // WIDTH + block, True)  # fmt: skip
+        else:
+            _keep(row_state, state, row, inside, num_rows)
+    else:
+        block -= row_blocks
+        at += block * WIDTH
+        inside, column = at < columns, first_column + at
+        state = _loaded(column_state, column, inside, num_columns, fresh_columns, WIDTH)
+        state = _added_parts(
+            at, inside, fixed, column_parts, special, state, column_tiles, columns, column_tiles.to(tl.int64) * columns,
+            (1, tile_columns, BN, 1), positives, False, TILES, WIDTH,
+        )  # fmt: skip
+        if finish_columns:
+            k, others = zero, zero + all_rows + queue_rows
+            if ids:
+                k = tl.load(column_count + column, mask=inside, other=0).to(tl.float64)
+                others -= tl.load(column_queue + column, mask=inside & (queue_rows > 0), other=0).to(tl.float64)
+            else:
+                k = tl.where(column < all_rows, 1.0, 0.0).to(tl.float64)
+            weights = (k, tl.where(k > 0, ratio, 0.0), k, ratio, hard)
+            _factors(column, inside, fixed, usable, state, weights, (tl.load(scale), debias, others),
+                     (column_factors, terms, scale_terms), num_columns, tl.cdiv(num_rows, WIDTH) + block, False)  # fmt: skip
+        else:
+            _keep(column_state, state, column, inside, num_columns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# P2
+
+
+@triton.jit
+def _probabilities(x, row, column, i, j, sizes, of_row, of_column, COLUMNS: tl.constexpr, GUIDE: tl.constexpr):
+    """weight · P + weight · Q of a tile, as negatives have them, from maxima and factors of `combine_kernel`."""
+    end, num_columns, num_rows, column_stride = sizes
+    p = tl.exp2(x - tl.load(row + i, mask=i < end, other=0.0)[:, None])
+    p *= tl.load(row + num_rows + i, mask=i < end, other=0.0)[:, None]
+    if GUIDE:
+        p = tl.where(of_row, 0.0, p)
+    if COLUMNS:
+        q = tl.exp2(x - tl.load(column + j, mask=j < num_columns, other=0.0)[None, :])
+        q *= tl.load(column + column_stride + j, mask=j < num_columns, other=0.0)[None, :]
+        if GUIDE:
+            q = tl.where(of_column, 0.0, q)
+        p += q
+    return p
+
+
+@triton.jit
+def _of_positives(x, factors, stride, at, inside, ROW: tl.constexpr):
+    """G of positives in one direction."""
+    maximum = tl.load(factors + at, mask=inside, other=0.0)
+    factor = tl.load(factors + 2 * stride + at, mask=inside, other=0.0)
+    mean = tl.load(factors + 3 * stride + at, mask=inside, other=0.0)
+    constant = tl.load(factors + 4 * stride + at, mask=inside, other=0.0)
+    if ROW:
+        return (tl.exp2(x - maximum[:, None]) - mean[:, None]) * factor[:, None] - constant[:, None]
+    else:
+        return (tl.exp2(x - maximum[None, :]) - mean[None, :]) * factor[None, :] - constant[None, :]
+
+
+@triton.jit
+def _plain_gradient(x, g, factors, out, fixed, row, column, sizes, top, left_edge, start, logits,
+                    BM: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """G of a half inside the matrix, without positives, under the fixed maximum; x: products, or exponentials."""
+    _, _, num_rows, column_stride = sizes
+    a_factor, b_factor = factors
+    a_out, b_out, gain = out
+    i, j = top + tl.arange(0, BM), left_edge + tl.arange(0, BN)
+    if logits:
+        x = tl.exp2(x * tl.load(a_factor + i)[:, None] * tl.load(b_factor + j)[None, :] - fixed)
+    of_row = tl.load(a_out + i) * gain
+    r = of_row * tl.load(row + num_rows + i)
+    if COLUMNS:
+        c = tl.load(column + column_stride + j)
+        x *= r[:, None] + of_row[:, None] * c[None, :]
+    else:
+        x *= r[:, None]
+    x *= tl.load(b_out + j)[None, :]
+    g.store([top - start, left_edge], x.to(g.dtype))
+
+
+@triton.jit
+def _special_gradient(
+    x, t, g, factors, out, keys, row, column, teacher, losses, sizes, top, left_edge, start, target,
+    BM: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr, TEACHER: tl.constexpr, GUIDE: tl.constexpr,
+):  # fmt: skip
+    """G of any half; with a teacher also its share of the loss."""
+    end, num_columns, num_rows, column_stride = sizes
+    a_factor, b_factor = factors
+    a_out, b_out, gain = out
+    i, j = top + tl.arange(0, BM), left_edge + tl.arange(0, BN)
+    row_inside, column_inside = i < end, j < num_columns
+    x *= tl.load(a_factor + i, mask=row_inside, other=0.0)[:, None]
+    x *= tl.load(b_factor + j, mask=column_inside, other=0.0)[None, :]
+    left, right = _keys(keys, top, left_edge, BM, BN)
+    of_row = of_column = left[:, None] != right[None, :]
+    if TEACHER:
+        ta_factor, tb_factor, teacher_row, teacher_column, weight = teacher
+        t *= tl.load(ta_factor + i, mask=row_inside, other=0.0)[:, None]
+        t *= tl.load(tb_factor + j, mask=column_inside, other=0.0)[None, :]
+        wanted = weight * _probabilities(
+            t, teacher_row, teacher_column, i, j, sizes, of_row, of_column, COLUMNS, False
+        )  # fmt: skip
+        t = tl.where(row_inside[:, None] & column_inside[None, :], wanted * (t - x), 0.0)
         # Left to be added by the host: summing the rows here too makes Triton 3.6 fail on sm_100.
         tl.store(losses + tl.arange(0, BM), tl.sum(t, 1) * LN2)
-    left, right = _keys(a_class, b_class, i, j, end, num_columns, diagonal, IDS)
-    p = _probabilities(
-        x, shift, row, column, row + num_rows, column + column_stride, i, j, end, num_columns, COLUMNS, FIXED
-    )
-    if _has_positives(left, right, top, left_edge, diagonal, BM, BN, IDS):
-        q = -tl.load(row + 4 * num_rows + i, mask=i < end, other=0.0)[:, None]
-        if COLUMNS:
-            q -= tl.load(column + 4 * column_stride + j, mask=j < num_columns, other=0.0)[None, :]
-        if IDS:  # without, all positives are single
-            factor = tl.load(row + 2 * num_rows + i, mask=i < end, other=0.0)[:, None]
-            mean = tl.load(row + 3 * num_rows + i, mask=i < end, other=0.0)[:, None]
-            maximum = tl.load(row + i, mask=i < end, other=0.0)[:, None]
-            q += (tl.exp2(x - maximum) - mean) * factor
-            if COLUMNS:
-                factor = tl.load(column + 2 * column_stride + j, mask=j < num_columns, other=0.0)[None, :]
-                mean = tl.load(column + 3 * column_stride + j, mask=j < num_columns, other=0.0)[None, :]
-                maximum = tl.load(column + j, mask=j < num_columns, other=0.0)[None, :]
-                q += (tl.exp2(x - maximum) - mean) * factor
-        p = tl.where(left[:, None] == right[None, :], q, p)
+    if GUIDE:
+        ta_factor, tb_factor, row_threshold, column_threshold, _ = teacher
+        guide = (ta_factor, tb_factor, row_threshold, column_threshold)
+        of_row, of_column = _left_out(t, guide, i, j, end, num_columns, left, right, COLUMNS)
+    p = _probabilities(x, row, column, i, j, sizes, of_row, of_column, COLUMNS, GUIDE)
+    q = _of_positives(x, row, num_rows, i, row_inside, True)
+    if COLUMNS:
+        q += _of_positives(x, column, column_stride, j, column_inside, False)
+    p = tl.where(left[:, None] == right[None, :], q * target, p)
     if TEACHER:
-        p -= target
-    if INVERSE:
-        p *= tl.load(a_inverse + i, mask=i < end, other=0.0)[:, None] * gain
-        p *= of_column
-    else:
-        p *= gain
-    g.store([tile_row * BM, left_edge], p.to(g.dtype))
-
-
-@triton.jit
-def _gradient_tile(
-    tile, a, b, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta, tb, ta_factor, tb_factor,
-    teacher_row, teacher_column, losses, start, end, num_columns, depth, teacher_depth, diagonal, num_rows,
-    column_stride, gain, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    IDS: tl.constexpr, COLUMNS: tl.constexpr, INVERSE: tl.constexpr, TEACHER: tl.constexpr, FIXED: tl.constexpr,
-):  # fmt: skip
-    tiles = tl.cdiv(end - start, BM)
-    tile_row, tile_column = tile % tiles, tile // tiles
-    top, left_edge = start + tile_row * BM, tile_column * BN
-    x = _product(a, b, top, left_edge, depth, BM, BN, BK, PRECISION)
-    if TEACHER:  # two accumulators: the tile is half as wide to begin with
-        t = _product(ta, tb, top, left_edge, teacher_depth, BM, BN, BK, PRECISION)
-        _half_gradient(
-            x, t, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta_factor, tb_factor,
-            teacher_row, teacher_column, losses + tile.to(tl.int64) * BM, start, end, num_columns, diagonal, num_rows,
-            column_stride, gain, tile_row, tile_column, BM, BN, IDS, COLUMNS, INVERSE, TEACHER, FIXED,
-        )  # fmt: skip
-    else:
-        x, y = _halves(x, BM, BN)
-        _half_gradient(
-            x, x, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta_factor, tb_factor,
-            teacher_row, teacher_column, losses, start, end, num_columns, diagonal, num_rows, column_stride, gain,
-            tile_row, 2 * tile_column, BM, BN // 2, IDS, COLUMNS, INVERSE, TEACHER, FIXED,
-        )  # fmt: skip
-        _half_gradient(
-            y, y, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta_factor, tb_factor,
-            teacher_row, teacher_column, losses, start, end, num_columns, diagonal, num_rows, column_stride, gain,
-            tile_row, 2 * tile_column + 1, BM, BN // 2, IDS, COLUMNS, INVERSE, TEACHER, FIXED,
-        )  # fmt: skip
+        p -= wanted
+    p *= tl.load(a_out + i, mask=row_inside, other=0.0)[:, None] * gain
+    p *= tl.load(b_out + j, mask=column_inside, other=0.0)[None, :]
+    g.store([top - start, left_edge], p.to(g.dtype))
 
 
 @jit_for_any_size(
-    "start end num_columns depth teacher_depth diagonal num_rows column_stride gain",
-    "a_factor b_factor a_inverse a_class b_class shift row column ta_factor tb_factor teacher_row teacher_column",
+    "start end num_columns depth teacher_depth diagonal ids kept num_rows column_stride target teacher_weight gain bias",
+    "a_factor b_factor a_out b_out a_key b_key row column ta_factor tb_factor teacher_row teacher_column",
 )
 def gradient_kernel(
     a, b, g,  # descriptors [N, D], [M, D], [chunk, M]
-    a_factor, b_factor, a_inverse, a_class, b_class, shift,
-    row, column,  # [5, N], [5, M]
-    ta, tb, ta_factor, tb_factor, teacher_row, teacher_column, losses,  # the teacher's; [tiles, BM]
-    start, end, num_columns, depth, teacher_depth, diagonal, num_rows, column_stride, gain,
+    a_factor, b_factor, a_out, b_out, a_key, b_key, bounds, scale,
+    row, column,  # [5, N], [5, M] of `combine_kernel`
+    ta, tb, ta_factor, tb_factor, teacher_row, teacher_column, losses,  # the teacher's or guide's; [tiles, BM]
+    start, end, num_columns, depth, teacher_depth, diagonal, ids, kept, num_rows, column_stride,
+    target, teacher_weight, gain, bias,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    IDS: tl.constexpr, COLUMNS: tl.constexpr, INVERSE: tl.constexpr, TEACHER: tl.constexpr, FIXED: tl.constexpr,
-    LOOP: tl.constexpr,
+    COLUMNS: tl.constexpr, TEACHER: tl.constexpr, GUIDE: tl.constexpr,
 ):  # fmt: skip
-    """P2: a tile of G = dL/dS, times both inverse norms (INVERSE), times gain; FIXED, LOOP as in `sums_kernel`.
+    """P2: G = dL/dS, times gain, the rows' a_out and the columns' b_out.
 
-    With a teacher also its share of the loss, and maxima are taken from the factors whichever way they were found.
+    kept: what P1 kept of plain tiles is in the place of G. target: 1, or 0 where positives are no part of the loss.
     """
-    if not TEACHER and (tl.load(shift + 1) > 0) != FIXED:
-        return
-    if not LOOP:
-        _gradient_tile(
-            tl.program_id(0), a, b, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta, tb,
-            ta_factor, tb_factor, teacher_row, teacher_column, losses, start, end, num_columns, depth, teacher_depth,
-            diagonal, num_rows, column_stride, gain, BM, BN, BK, PRECISION, IDS, COLUMNS, INVERSE, TEACHER, FIXED,
-        )  # fmt: skip
-    else:
-        total = tl.cdiv(end - start, BM) * tl.cdiv(num_columns, BN)
-        for tile in tl.range(tl.program_id(0), total, tl.num_programs(0)):
-            _gradient_tile(
-                tile, a, b, g, a_factor, b_factor, a_inverse, a_class, b_class, shift, row, column, ta, tb, ta_factor,
-                tb_factor, teacher_row, teacher_column, losses, start, end, num_columns, depth, teacher_depth,
-                diagonal, num_rows, column_stride, gain, BM, BN, BK, PRECISION, IDS, COLUMNS, INVERSE, TEACHER, FIXED,
-            )  # fmt: skip
-
-
-@jit_for_any_size(
-    "start end num_columns diagonal num_rows column_stride",
-    "a_inverse b_inverse shift row column",
-)
-def convert_kernel(
-    e,  # descriptor [chunk, M], read and overwritten
-    a_inverse, b_inverse, shift, row, column,
-    start, end, num_columns, diagonal, num_rows, column_stride,
-    BM: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr, INVERSE: tl.constexpr,
-):  # fmt: skip
-    """The exponentials that P1 stored become G, in place, if they were formed with the fixed maximum."""
-    if tl.load(shift + 1) == 0:
-        return
+    PARTS: tl.constexpr = 1 if TEACHER or GUIDE else 2  # a second accumulator takes the registers of half a tile
+    WIDTH: tl.constexpr = BN // PARTS
     tiles = tl.cdiv(end - start, BM)
-    tile_row, tile_column = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    i, j = start + tile_row * BM + tl.arange(0, BM), tile_column * BN + tl.arange(0, BN)
-    p = e.load([tile_row * BM, tile_column * BN]).to(tl.float32)
-    factor = tl.load(row + num_rows + i, mask=i < end, other=0.0)[:, None]
-    subtract = tl.load(row + 4 * num_rows + i, mask=i < end, other=0.0)[:, None]
-    if COLUMNS:
-        factor += tl.load(column + column_stride + j, mask=j < num_columns, other=0.0)[None, :]
-        subtract += tl.load(column + 4 * column_stride + j, mask=j < num_columns, other=0.0)[None, :]
-    p = tl.where((i + diagonal)[:, None] == j[None, :], -subtract, p * factor)
-    if INVERSE:
-        p *= tl.load(a_inverse + i, mask=i < end, other=0.0)[:, None]
-        p *= tl.load(b_inverse + j, mask=j < num_columns, other=0.0)[None, :]
-    e.store([tile_row * BM, tile_column * BN], p.to(e.dtype))
+    tile = tl.program_id(0)
+    top, left_edge = start + tile % tiles * BM, tile // tiles * BN
+    keys = (a_key, b_key, end, num_columns, diagonal, ids)
+    factors, out, sizes = (a_factor, b_factor), (a_out, b_out, gain), (end, num_columns, num_rows, column_stride)
+    fixed, plain = _fixed_maximum(bounds, scale, bias)
+    if TEACHER or GUIDE:
+        plain = False
+    elif plain:
+        plain = _is_plain(keys, top, left_edge, BM, BN)
+    if plain & (kept != 0):
+        for half in tl.static_range(PARTS):
+            edge = left_edge + half * WIDTH
+            e = g.load([top - start, edge]).to(tl.float32)
+            _plain_gradient(e, g, factors, out, fixed, row, column, sizes, top, edge, start, False,
+                            BM, WIDTH, COLUMNS)  # fmt: skip
+    else:
+        x = _parts(_product(a, b, top, left_edge, depth, BM, BN, BK, PRECISION), BM, BN, PARTS)
+        t = x
+        teacher = (ta_factor, tb_factor, teacher_row, teacher_column, teacher_weight)
+        if TEACHER or GUIDE:
+            t = _parts(_product(ta, tb, top, left_edge, teacher_depth, BM, BN, BK, PRECISION), BM, BN, PARTS)
+            losses += tile.to(tl.int64) * BM
+        if plain:
+            for half in tl.static_range(PARTS):
+                _plain_gradient(x[half], g, factors, out, fixed, row, column, sizes, top, left_edge + half * WIDTH,
+                                start, True, BM, WIDTH, COLUMNS)  # fmt: skip
+        else:
+            for half in tl.static_range(PARTS):
+                _special_gradient(x[half], t[half], g, factors, out, keys, row, column, teacher, losses, sizes, top,
+                                  left_edge + half * WIDTH, start, target, BM, WIDTH, COLUMNS, TEACHER, GUIDE)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# after P3 and P4
 
 
 @triton.jit
-def _half_sigmoid(
-    x, g, a_factor, b_factor, a_inverse, a_class, b_class, bias, losses, bias_gradients,
-    start, end, num_columns, diagonal, gain, tile_row, part, share, BM: tl.constexpr, BN: tl.constexpr,
-    IDS: tl.constexpr, INVERSE: tl.constexpr, GRADIENT: tl.constexpr,
-):  # fmt: skip
-    top, left_edge = start + tile_row * BM, part * BN
-    i, j = top + tl.arange(0, BM), left_edge + tl.arange(0, BN)
-    x *= tl.load(a_factor + i, mask=i < end, other=0.0)[:, None]
-    of_column = tl.load(b_factor + j, mask=j < num_columns, other=0.0)[None, :]  # the inverse norm
-    x = x * of_column + tl.load(bias)
-    left, right = _keys(a_class, b_class, i, j, end, num_columns, diagonal, IDS)
-    has_positives = _has_positives(left, right, top, left_edge, diagonal, BM, BN, IDS)
-    if has_positives:
-        x = tl.where(left[:, None] == right[None, :], -x, x)
-    inside = (i < end)[:, None] & (j < num_columns)[None, :]
-    # -log σ(-x) = max(x, 0) + log(1 + y), y = exp(-|x|); the series keeps small y from rounding away in 1 + y.
-    y = tl.exp2(-tl.abs(x) * LOG2E)
-    term = tl.maximum(x, 0.0) + tl.where(y < 0.01, y * (1.0 - y * (0.5 - y * 0.33333334)), tl.log(1.0 + y))
-    tl.store(losses + share, tl.sum(tl.sum(tl.where(inside, term, 0.0), 1), 0))
-    if GRADIENT:
-        p = tl.where(x >= 0, 1.0, y) / (1.0 + y)
-        if has_positives:
-            p = tl.where(left[:, None] == right[None, :], -p, p)
-        tl.store(bias_gradients + share, tl.sum(tl.sum(tl.where(inside, p, 0.0), 1), 0))
-        if INVERSE:
-            p *= tl.load(a_inverse + i, mask=i < end, other=0.0)[:, None] * gain
-            p *= of_column
-        else:
-            p *= gain
-        g.store([tile_row * BM, left_edge], p.to(g.dtype))
+def _through_norm(block, raw, x, inverse, scale, number, out, along, rows, depth, stride, x_stride, factor, normalize,
+                  unit, gain, write, ROWS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+    """A block of rows back through the normalisation, and its share of ⟨x, raw⟩."""
+    i = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_inside = i < rows
+    inside = row_inside[:, None]
+    dots = tl.zeros((ROWS, DEPTH), tl.float32)
+    for k in tl.range(0, depth, DEPTH):
+        at = k + tl.arange(0, DEPTH)[None, :]
+        mask = inside & (at < depth)
+        gradient = tl.load(raw + i[:, None] * stride + at, mask=mask, other=0.0)
+        dots += gradient * tl.load(x + i[:, None] * x_stride + at, mask=mask, other=0.0).to(tl.float32)
+    dot = tl.sum(dots, 1)
+    tl.store(along + block, tl.sum(dot.to(tl.float64), 0) / gain)
+    if write:
+        of_row = tl.load(inverse + i, mask=row_inside, other=0.0)
+        alpha = tl.load(scale).to(tl.float64) * factor / number / gain
+        after = tl.where(unit, of_row, 1.0) * alpha.to(tl.float32)
+        part = dot * normalize * tl.where(unit, 1.0, of_row * of_row)
+        for k in tl.range(0, depth, DEPTH):
+            at = k + tl.arange(0, DEPTH)[None, :]
+            mask = inside & (at < depth)
+            gradient = tl.load(raw + i[:, None] * stride + at, mask=mask, other=0.0)
+            value = tl.load(x + i[:, None] * x_stride + at, mask=mask, other=0.0).to(tl.float32)
+            gradient = (gradient - value * part[:, None]) * after[:, None]
+            tl.store(out + i[:, None] * depth + at, gradient.to(out.dtype.element_ty), mask=mask)
 
 
 @jit_for_any_size(
-    "start end num_columns depth diagonal gain",
-    "a_factor b_factor a_inverse a_class b_class bias losses bias_gradients",
+    "a_rows b_rows depth a_stride b_stride raw_a_stride raw_b_stride first_block factor normalize unit gain number ids "
+    "write_a write_b",
+    "raw_a raw_b a b a_inverse b_inverse scale numbers da db along",
+)
+def finish_kernel(
+    raw_a, raw_b, a, b, a_inverse, b_inverse, scale, numbers, da, db,  # G·B and Gᵀ·A float32; embeddings; gradients
+    along,  # [blocks] float64: shares of Σ ⟨x, raw⟩, a's blocks from first_block on, then those of b
+    a_rows, b_rows, depth, a_stride, b_stride, raw_a_stride, raw_b_stride, first_block,
+    factor, normalize, unit, gain, number, ids, write_a, write_b,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the embeddings: alpha · after · (raw - x · square · ⟨x, raw⟩), alpha = scale · factor / number.
+
+    `number` of positive rows is in `numbers` with ids. unit: x are unit rows that were multiplied, else raw is already
+    what the rows themselves get.
+    """
+    count = tl.zeros((), tl.float64) + number
+    if ids:
+        count = tl.load(numbers).to(tl.float64)
+    blocks = tl.cdiv(a_rows, ROWS)
+    block = tl.program_id(0)
+    if block < blocks:
+        _through_norm(block, raw_a, a, a_inverse, scale, count, da, along + first_block, a_rows, depth, raw_a_stride,
+                      a_stride, factor, normalize, unit, gain, write_a, ROWS, DEPTH)  # fmt: skip
+    else:
+        _through_norm(block - blocks, raw_b, b, b_inverse, scale, count, db, along + first_block + blocks, b_rows,
+                      depth, raw_b_stride, b_stride, factor, normalize, unit, gain, write_b, ROWS, DEPTH)  # fmt: skip
+
+
+@triton.jit
+def _sum(values, first, last, BLOCK: tl.constexpr):
+    """In float64 and a fixed order."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in tl.range(first, last, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(values + at, mask=at < last, other=0.0).to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@jit_for_any_size("row_terms all_terms first_along last_along half number ids add finish", "terms along totals")
+def total_kernel(
+    terms, scale_terms, along, totals, numbers, loss, scale_gradient,  # totals [4] float64: of rows, columns; dscale's
+    row_terms, all_terms, first_along, last_along, half, number, ids, add, finish, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The loss and dscale from their terms (add), by way of totals that ranks may add up (finish)."""
+    if add:
+        rows, columns = _sum(terms, 0, row_terms, BLOCK), _sum(terms, row_terms, all_terms, BLOCK)
+        of_rows = _sum(along, first_along, last_along, BLOCK) + _sum(scale_terms, 0, row_terms, BLOCK)
+        of_columns = _sum(scale_terms, row_terms, all_terms, BLOCK)
+    else:
+        rows, columns = tl.load(totals), tl.load(totals + 2)
+        of_rows, of_columns = tl.load(totals + 1), tl.load(totals + 3)
+    if finish:
+        count = tl.zeros((), tl.float64) + number
+        if ids:
+            count = tl.load(numbers).to(tl.float64)
+        tl.store(loss, ((rows + columns) * half / count).to(tl.float32))
+        tl.store(scale_gradient, (of_rows + of_columns) * half / count)
+    else:
+        tl.store(totals, rows)
+        tl.store(totals + 1, of_rows)
+        tl.store(totals + 2, columns)
+        tl.store(totals + 3, of_columns)
+
+
+@jit_for_any_size("a_size b_size", "da db scaled_a scaled_b")
+def upstream_kernel(
+    da, db, dscale, dbias, upstream, scaled_a, scaled_b, scaled_scale, scaled_bias,
+    a_size, b_size, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients times the upstream gradient, which no dtype of theirs rounds."""
+    factor = tl.load(upstream).to(tl.float32)
+    blocks = tl.cdiv(a_size, BLOCK)
+    block = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    if block < blocks:
+        at = at + block.to(tl.int64) * BLOCK
+        value = tl.load(da + at, mask=at < a_size).to(tl.float32) * factor
+        tl.store(scaled_a + at, value.to(scaled_a.dtype.element_ty), mask=at < a_size)
+    else:
+        at = at + (block - blocks).to(tl.int64) * BLOCK
+        value = tl.load(db + at, mask=at < b_size).to(tl.float32) * factor
+        tl.store(scaled_b + at, value.to(scaled_b.dtype.element_ty), mask=at < b_size)
+    if block == 0:
+        tl.store(scaled_scale, (tl.load(dscale) * tl.load(upstream).to(tl.float64)).to(scaled_scale.dtype.element_ty))
+        tl.store(scaled_bias, (tl.load(dbias) * tl.load(upstream).to(tl.float64)).to(scaled_bias.dtype.element_ty))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in-batch top-1, and thresholds of a guide
+
+
+@jit_for_any_size(
+    "start end num_columns depth diagonal ids num_rows all_columns", "a_factor b_factor a_key b_key rows columns"
+)
+def best_kernel(
+    a, b, a_factor, b_factor, a_key, b_key, rows, columns,  # [2, N], [2, M], from -inf
+    start, end, num_columns, depth, diagonal, ids, num_rows, all_columns,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The largest logit of each row and column, and the largest of its positives; the same in any order."""
+    tiles = tl.cdiv(end - start, BM)
+    tile = tl.program_id(0)
+    top, left_edge = start + tile % tiles * BM, tile // tiles * BN
+    x = _halves(_product(a, b, top, left_edge, depth, BM, BN, BK, PRECISION), BM, BN)
+    keys = (a_key, b_key, end, num_columns, diagonal, ids)
+    for half in tl.static_range(2):
+        edge = left_edge + half * (BN // 2)
+        i, j = top + tl.arange(0, BM), edge + tl.arange(0, BN // 2)
+        row_inside, column_inside = i < end, j < num_columns
+        s = x[half] * tl.load(a_factor + i, mask=row_inside, other=0.0)[:, None]
+        s = s * tl.load(b_factor + j, mask=column_inside, other=0.0)[None, :] + 0.0  # no -0.0, whose bits are lowest
+        s = tl.where(row_inside[:, None] & column_inside[None, :], s, -INF)
+        left, right = _keys(keys, top, edge, BM, BN // 2)
+        best = tl.where(left[:, None] == right[None, :], s, -INF)
+        tl.atomic_max(rows + i, tl.max(s, 1), mask=row_inside)
+        tl.atomic_max(rows + num_rows + i, tl.max(best, 1), mask=row_inside)
+        tl.atomic_max(columns + j, tl.max(s, 0), mask=column_inside)
+        tl.atomic_max(columns + all_columns + j, tl.max(best, 0), mask=column_inside)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SigLIP
+
+
+@triton.jit
+def _sigmoid_half(
+    x, g, factors, out, keys, shift, losses, bias_gradients, top, left_edge, start, share, gradient,
+    BM: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    a_factor, b_factor = factors
+    a_out, b_out, gain = out
+    _, _, end, num_columns, _, _ = keys
+    i, j = top + tl.arange(0, BM), left_edge + tl.arange(0, BN)
+    row_inside, column_inside = i < end, j < num_columns
+    x *= tl.load(a_factor + i, mask=row_inside, other=0.0)[:, None]
+    x = x * tl.load(b_factor + j, mask=column_inside, other=0.0)[None, :] + shift
+    if not PLAIN:
+        left, right = _keys(keys, top, left_edge, BM, BN)
+        inside = row_inside[:, None] & column_inside[None, :]
+        x = tl.where(left[:, None] == right[None, :], -x, x)
+    # -log σ(-x) = max(x, 0) + log(1 + y), y = exp(-|x|); the series keeps small y from rounding away in 1 + y.
+    y = tl.exp2(-tl.abs(x) * LOG2E)
+    term = tl.maximum(x, 0.0) + tl.where(y < 0.01, y * (1.0 - y * (0.5 - y * 0.33333334)), tl.log(1.0 + y))
+    p = tl.where(x >= 0, 1.0, y) / (1.0 + y)
+    if not PLAIN:
+        term = tl.where(inside, term, 0.0)
+        p = tl.where(left[:, None] == right[None, :], -p, p)
+        p = tl.where(inside, p, 0.0)
+    tl.store(losses + share, tl.sum(tl.sum(term, 1), 0))
+    tl.store(bias_gradients + share, tl.sum(tl.sum(p, 1), 0))
+    if gradient:
+        p *= tl.load(a_out + i, mask=row_inside, other=0.0)[:, None] * gain
+        p *= tl.load(b_out + j, mask=column_inside, other=0.0)[None, :]
+        g.store([top - start, left_edge], p.to(g.dtype))
+
+
+@jit_for_any_size(
+    "start end num_columns depth diagonal ids gradient gain",
+    "a_factor b_factor a_out b_out a_key b_key bias losses bias_gradients",
 )
 def sigmoid_kernel(
     a, b, g,  # descriptors [N, D], [M, D], [chunk, M]
-    a_factor, b_factor, a_inverse, a_class, b_class, bias,
+    a_factor, b_factor, a_out, b_out, a_key, b_key, bias,
     losses, bias_gradients,  # [half tiles]
-    start, end, num_columns, depth, diagonal, gain,
+    start, end, num_columns, depth, diagonal, ids, gradient, gain,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    IDS: tl.constexpr, INVERSE: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """SigLIP in one pass: a tile's share of the loss and of dbias, and its G."""
     tiles = tl.cdiv(end - start, BM)
     tile = tl.program_id(0)
-    tile_row, tile_column = tile % tiles, tile // tiles
-    x = _product(a, b, start + tile_row * BM, tile_column * BN, depth, BM, BN, BK, PRECISION)
-    x, y = _halves(x, BM, BN)
-    _half_sigmoid(
-        x, g, a_factor, b_factor, a_inverse, a_class, b_class, bias, losses, bias_gradients, start, end,
-        num_columns, diagonal, gain, tile_row, 2 * tile_column, 2 * tile, BM, BN // 2, IDS, INVERSE, GRADIENT,
-    )  # fmt: skip
-    _half_sigmoid(
-        y, g, a_factor, b_factor, a_inverse, a_class, b_class, bias, losses, bias_gradients, start, end,
-        num_columns, diagonal, gain, tile_row, 2 * tile_column + 1, 2 * tile + 1, BM, BN // 2, IDS, INVERSE, GRADIENT,
-    )  # fmt: skip
-
-
-@jit_for_any_size(
-    "num_rows depth stride",
-    "after square alpha out along",
-)
-def finish_kernel(
-    raw, x, after, square, alpha, out, along,  # [R, D] float32, [R, D]; [R], [R], [1]; [R, D], [R]
-    num_rows, depth, stride, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """out = alpha · after · (raw - x · square · ⟨x, raw⟩) and along = ⟨x, raw⟩: back through the normalisation."""
-    stride = tl.multiple_of(stride, 16)
-    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = (i < num_rows)[:, None]
-    dots = tl.zeros((ROWS, DEPTH), tl.float32)
-    for k in tl.range(0, depth, DEPTH):
-        at = k + tl.arange(0, DEPTH)
-        mask = inside & (at < depth)[None, :]
-        gradient = tl.load(raw + i[:, None] * stride + at[None, :], mask=mask, other=0.0)
-        value = tl.load(x + i[:, None] * stride + at[None, :], mask=mask, other=0.0).to(tl.float32)
-        dots += gradient * value
-    dot = tl.sum(dots, 1)
-    tl.store(along + i, dot, mask=i < num_rows)
-    factor = tl.load(alpha)
-    if NORMALIZE:
-        part = dot * tl.load(square + i, mask=i < num_rows, other=0.0)
-        factor = factor * tl.load(after + i, mask=i < num_rows, other=0.0)[:, None]
-    for k in tl.range(0, depth, DEPTH):
-        at = k + tl.arange(0, DEPTH)
-        mask = inside & (at < depth)[None, :]
-        gradient = tl.load(raw + i[:, None] * stride + at[None, :], mask=mask, other=0.0)
-        if NORMALIZE:
-            value = tl.load(x + i[:, None] * stride + at[None, :], mask=mask, other=0.0).to(tl.float32)
-            gradient -= value * part[:, None]
-        tl.store(out + i[:, None] * depth + at[None, :], (gradient * factor).to(out.dtype.element_ty), mask=mask)
+    top, left_edge = start + tile % tiles * BM, tile // tiles * BN
+    keys = (a_key, b_key, end, num_columns, diagonal, ids)
+    factors, out = (a_factor, b_factor), (a_out, b_out, gain)
+    plain = _is_plain(keys, top, left_edge, BM, BN)
+    shift = tl.load(bias)
+    x = _halves(_product(a, b, top, left_edge, depth, BM, BN, BK, PRECISION), BM, BN)
+    if plain:
+        for half in tl.static_range(2):
+            _sigmoid_half(x[half], g, factors, out, keys, shift, losses, bias_gradients, top,
+                          left_edge + half * (BN // 2), start, 2 * tile + half, gradient, BM, BN // 2, True)  # fmt: skip
+    else:
+        for half in tl.static_range(2):
+            _sigmoid_half(x[half], g, factors, out, keys, shift, losses, bias_gradients, top,
+                          left_edge + half * (BN // 2), start, 2 * tile + half, gradient, BM, BN // 2, False)  # fmt: skip
