@@ -42,6 +42,7 @@ from fastclap.kernels.contrastive.shared import (
     Ids,
     LabelSmoothing,
     Need,
+    QueueRows,
     Ranks,
     Results,
     Teacher,
@@ -519,12 +520,15 @@ def info_nce(
     scale: Tensor,
     ids: Ids | None,  # [N], [M]
     teacher: Teacher | None,
+    queue: QueueRows | None,
     contrast: Contrast,
     ranks: Ranks,
     need: Need,
     top1: bool,
 ) -> Results:
     """InfoNCE of the rows, with both directions also of the columns; its gradients (da, db, dscale); in-batch top-1."""
+    if queue is not None or contrast.debias or contrast.guide_margin is not None:
+        raise ValueError("backend='triton' has no queue, debias or guide_margin yet; use backend='torch'")
     two_sided, normalize, teacher_weight = contrast.direction == "both", contrast.normalize, contrast.teacher_weight
     positives = PositiveKeys(ids, ranks, a.device)
     operands = Operands(a, b, scale, normalize, ranks)
