@@ -227,14 +227,14 @@ def _fitted(gradient: Tensor | None, of: Any) -> Tensor | None:
 
 
 def _info_nce(
-    a: Tensor, b: Tensor, scale: Tensor, ids: Any, teacher: Any, contrast: Any, group: Any, agree_once: bool,
-    backend: str, need: Any, top1: bool,
+    a: Tensor, b: Tensor, scale: Tensor, ids: Any, teacher: Any, queue: Any, contrast: Any, group: Any,
+    agree_once: bool, backend: str, need: Any, top1: bool,
 ) -> Results:  # fmt: skip
     """In place of the loss of an eager call: its operator."""
     inputs = (a, b, scale, *(ids or (None, None)), *(teacher or (None, None, None)))
     with torch.no_grad():
         loss, *gradients, shares = torch.ops.fastclap.info_nce(
-            *inputs, contrast.key, "", agree_once, backend, list(need)[:3], top1
+            *inputs, contrast.key, "", agree_once, backend, list(need)[:3], top1, *(queue or ())
         )
     return loss, tuple(gradients), shares if top1 else None
 

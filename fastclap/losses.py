@@ -8,20 +8,24 @@ argument on one rank is an error on all of them and not a hang; `agree_once` lea
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastclap.kernels.contrastive import operator
 from fastclap.kernels.contrastive.shared import (
     Contrast,
     Ids,
+    Need,
+    QueueRows,
     Teacher,
+    agree,
     info_nce_reference,
+    prefix_weights,
     reject,
     sigmoid_loss_reference,
 )
@@ -57,9 +61,15 @@ def info_nce(  # type: ignore[misc]
     label_smoothing: float = 0.0,
     normalize: bool = True,
     direction: str = "both",
+    guide_margin: float | None = None,
+    guide_relative: bool = False,
+    debias: float = 0.0,
+    queue: EmbeddingQueue | QueueRows | None = None,
+    matryoshka: Sequence[int] | Mapping[int, float] = (),
     process_group: dist.ProcessGroup | None = None,
     agree_once: bool = False,
     backend: str = "auto",
+    keep_exponentials: bool | None = None,
     return_top1: bool = False,
     check_finite: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -69,6 +79,17 @@ def info_nce(  # type: ignore[misc]
     (1/k on each of its k positives; with label smoothing ε, (1-ε)·target + ε/M), averaged over the rows that have a
     positive; b→a is the same on Sᵀ; "both" is their mean. A row or column without a positive takes part only as a
     negative. With a teacher each direction becomes (1-λ)·cross-entropy + λ·KL(P_teacher‖P).
+
+    A row's loss is so log(Σ_positives exp S + Neg) - Σ_j target_j·S_j, with Neg = Σ exp S over all other columns. Three
+    options change Neg, each for rows and, with rows and columns exchanged, for columns:
+
+    * a guide (GISTEmbed, Solatorio 2024, arXiv 2402.16829) leaves out columns that the teacher finds closer to the row
+      than the closest of its positives, which are probably no negatives;
+    * debiasing (Chuang et al. 2020, arXiv 2007.00224, eq. 8) takes off what the negatives owe to positives among them:
+      with n negatives and the prior τ, max((Neg - τ·n·mean_positives exp S) / (1-τ), n·exp(-|logit_scale|));
+    * a queue (cross-batch memory, Wang et al. 2020, arXiv 1912.06798) adds embeddings of earlier batches.
+
+    Matryoshka prefixes (Kusupati et al. 2022, arXiv 2205.13147) sum the loss over several widths of the embeddings.
 
     Args:
         a: [N, D] embeddings, float16, bfloat16, float32 or float64. Sums and exponentials are in float32 (float64 for
@@ -84,6 +105,20 @@ def info_nce(  # type: ignore[misc]
         label_smoothing: ε in [0, 1).
         normalize: scale rows to unit length first (the teacher's too), as torch.nn.functional.normalize does.
         direction: "both", "a_to_b" or "b_to_a".
+        guide_margin: makes the teacher a guide. A column that is no positive is left out of a row's loss where their
+            cosine by the teacher (always of unit rows; scale_t does not matter) is above the largest of the row's
+            positives less the margin. Any finite number: with a negative one only columns that are closer by so much
+            are left out. Cannot be combined with teacher_weight, label_smoothing, debias or queue.
+        guide_relative: the margin is a share of the cosine of the positive, below 1: above cosine·(1 - margin).
+        debias: τ in [0, 1), how probable it is that a negative is a positive. Needs normalize.
+        queue: an `EmbeddingQueue`, or its `rows()`: a [Qa, D] and b [Qb, D], and integer a_ids [Qa] and b_ids [Qb]
+            if the call has ids; constants, on the device of a and the same on every rank. The entries of b are further
+            negatives of every row, those of a of every column, except for what has their own id. Label smoothing and
+            teacher concern the batch alone. Under torch.compile give `rows()`, taken outside of the graph: a queue that still
+            fills up would have it compiled anew at every step.
+        matryoshka: widths, at most D and each of them once: the loss is the sum of those of a[:, :width], b[:, :width]
+            and the queue's likewise, each prefix normalised by itself, with the whole teacher. A mapping gives every
+            width its weight in the sum, a sequence 1. The full width counts only if it is among them.
         process_group: a, b, ids and teacher are then this rank's rows, row counts may differ between ranks, and ids
             have one meaning on all ranks (without ids each rank needs as many rows of a as of b). Every rank gets
             the loss of the whole batch. The gradients of a and b are multiplied by the number of ranks, and that of
@@ -97,7 +132,9 @@ def info_nce(  # type: ignore[misc]
         backend: "triton" for the fused kernels (compute capability 8.0 and later; on a CPU only in Triton's
             interpreter), "torch" for the same algorithm in plain torch, "auto" for the former where it runs and else
             the latter, "reference" for the definition with the whole matrix in memory.
-        return_top1: also return in-batch top-1.
+        keep_exponentials: whether the Triton engine keeps a matrix of N×M exponentials between its passes, where it
+            can, instead of forming them twice; None lets it decide from the shapes. Other backends ignore it.
+        return_top1: also return in-batch top-1, over the batch's columns alone and all of them, of the widest prefix.
         check_finite: look for NaN and infinity in a and b first (waits for the GPU).
 
     Returns:
@@ -111,20 +148,129 @@ def info_nce(  # type: ignore[misc]
             the loss is NaN if no row has a positive: to raise, the host would have to wait for the GPU.
     """
     try:
-        contrast = Contrast(teacher_weight, label_smoothing, normalize, direction)
+        prefixes = prefix_weights(matryoshka) if matryoshka else ()
+        contrast = Contrast(
+            teacher_weight, label_smoothing, normalize, direction, prefixes, guide_margin, guide_relative, debias,
+            keep_exponentials,
+        )  # fmt: skip
         scalars = {"logit_scale": logit_scale}
         ids = _checked_ids(a, b, a_ids, b_ids, scalars, process_group, backend, check_finite)
-        teacher = _checked_teacher(teacher, teacher_weight, a, b)
+        teacher = _checked_teacher(teacher, contrast, a, b)
+        rows = None if queue is None else _checked_queue(queue, contrast, a, ids)
+        if prefixes and prefixes[-1][0] > a.shape[1]:
+            raise ValueError(f"matryoshka has width {prefixes[-1][0]} and the embeddings have {a.shape[1]} features")
         if return_top1 and backend == "reference":
             raise ValueError("backend='reference' has no in-batch top-1; use another backend")
     except (TypeError, ValueError) as error:
         reject(error, process_group, agree_once)
     if backend == "reference":
-        return info_nce_reference(a, b, logit_scale, ids, teacher, contrast)
+        return info_nce_reference(a, b, logit_scale, ids, teacher, rows, contrast)
     loss, top1 = operator.info_nce(
-        a, b, logit_scale, ids, teacher, contrast, process_group, backend, return_top1, agree_once
+        a, b, logit_scale, ids, teacher, rows, contrast, process_group, backend, return_top1, agree_once
     )
     return loss if top1 is None else (loss, top1)
+
+
+class EmbeddingQueue(nn.Module):
+    """The last embeddings of earlier batches, as further negatives of `info_nce` (XBM, arXiv 1912.06798; MoCo).
+
+    Everything is in its state_dict; it has no parameters. Entries are what was pushed, not normalised.
+
+    Args:
+        size: how many rows of a, and how many of b, it holds at most.
+        dim: features of a row.
+        dtype: that rows are kept in.
+        ids: whether rows have ids: needed exactly if the loss is given ids.
+
+    Raises:
+        ValueError: size or dim is below 1.
+    """
+
+    a: Tensor
+    b: Tensor
+    a_ids: Tensor | None
+    b_ids: Tensor | None
+
+    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32, ids: bool = False) -> None:
+        super().__init__()
+        if size < 1 or dim < 1:
+            raise ValueError(f"a queue needs size and dim from 1 up, got size={size} and dim={dim}")
+        self.size = size
+        self._pushed = [0, 0]  # rows of a and of b so far; known here so that nobody asks the device
+        for name in ("a", "b"):
+            self.register_buffer(name, torch.zeros(size, dim, dtype=dtype))
+            self.register_buffer(f"{name}_ids", torch.zeros(size, dtype=torch.int64) if ids else None)
+
+    def rows(self) -> QueueRows:
+        """The entries so far, in no particular order: views of the buffers, which the next `push` writes to."""
+        filled_a, filled_b = (min(count, self.size) for count in self._pushed)
+        if self.a_ids is None or self.b_ids is None:
+            return QueueRows(self.a[:filled_a], self.b[:filled_b])
+        return QueueRows(self.a[:filled_a], self.b[:filled_b], self.a_ids[:filled_a], self.b_ids[:filled_b])
+
+    @torch.no_grad()
+    def push(
+        self,
+        a: Tensor,  # [N, D]
+        b: Tensor,  # [M, D]
+        a_ids: Tensor | None = None,  # [N]
+        b_ids: Tensor | None = None,  # [M]
+        process_group: dist.ProcessGroup | None = None,
+        agree_once: bool = False,
+    ) -> None:
+        """Takes a batch in, in place of the oldest entries. Of more rows than it holds it keeps the last.
+
+        Call it after the loss of the batch, whose own rows would be negatives of themselves otherwise.
+
+        Args:
+            process_group: a, b and ids are this rank's rows; every rank's queue gets those of all ranks.
+            agree_once: as in `info_nce`.
+
+        Raises:
+            TypeError, ValueError: an argument is unusable, ids are given to a queue without ids or not given to one
+                with ids, or ranks disagree.
+        """
+        try:
+            ids = _checked_ids(a, b, a_ids, b_ids, {}, None, "auto", False)
+            if (ids is not None) != (self.a_ids is not None):
+                raise ValueError(f"this queue has {'no ids' if ids else 'ids'}: make it with ids={ids is not None}")
+            if a.shape[1] != self.a.shape[1]:
+                raise ValueError(f"the queue has {self.a.shape[1]} features and the batch has {a.shape[1]}")
+        except (TypeError, ValueError) as error:
+            reject(error, process_group, agree_once)
+        ranks = agree(
+            process_group,
+            "EmbeddingQueue.push",
+            a,
+            b,
+            ids,
+            None,
+            None,
+            Contrast(),
+            Need(False, False, False),
+            agree_once,
+        )
+        for side, (name, x, count) in enumerate((("a", a, ranks.a_rows), ("b", b, ranks.b_rows))):
+            buffer = getattr(self, name)
+            self._write(buffer, ranks.gather(x.detach().to(buffer), count), self._pushed[side])
+            if ids is not None:
+                buffer = getattr(self, f"{name}_ids")
+                self._write(buffer, ranks.gather(ids[side].to(buffer), count), self._pushed[side])
+            self._pushed[side] += sum(count)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self._pushed)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._pushed = state.tolist()
+
+    def _write(self, buffer: Tensor, rows: Tensor, pushed: int) -> None:
+        """Row t of all that were ever pushed goes to slot t mod size."""
+        pushed += max(0, len(rows) - self.size)
+        rows, at = rows[-self.size :], pushed % self.size
+        head = rows[: self.size - at]
+        buffer[at : at + len(head)] = head
+        buffer[: len(rows) - len(head)] = rows[len(head) :]
 
 
 def sigmoid_loss(
@@ -255,11 +401,13 @@ def _checked_ids(
     return a_ids, b_ids
 
 
-def _checked_teacher(teacher: Teacher | None, weight: float, a: Tensor, b: Tensor) -> Teacher | None:
-    """The teacher, if it has a weight."""
+def _checked_teacher(teacher: Teacher | None, contrast: Contrast, a: Tensor, b: Tensor) -> Teacher | None:
+    """The teacher, if it has a weight or guides."""
+    weight, guides = contrast.teacher_weight, contrast.guide_margin is not None
     if teacher is None:
-        if weight > 0:
-            raise ValueError(f"teacher_weight={weight} needs teacher=(a_t, b_t, scale_t)")
+        if weight > 0 or guides:
+            option = f"guide_margin={contrast.guide_margin}" if guides else f"teacher_weight={weight}"
+            raise ValueError(f"{option} needs teacher=(a_t, b_t, scale_t)")
         return None
     if not isinstance(teacher, (tuple, list)) or len(teacher) != 3:
         raise TypeError("teacher must be a tuple (a_t, b_t, scale_t)")
@@ -271,7 +419,32 @@ def _checked_teacher(teacher: Teacher | None, weight: float, a: Tensor, b: Tenso
         if x.device != own.device:
             raise ValueError(f"{name} is on {x.device} and {own_name} on {own.device}; move them to one device")
     _check_scalar("teacher scale_t", scale)
-    return (a_t, b_t, scale) if weight > 0 else None
+    return (a_t, b_t, scale) if weight > 0 or guides else None
+
+
+def _checked_queue(
+    queue: EmbeddingQueue | QueueRows, contrast: Contrast, a: Tensor, ids: Ids | None
+) -> QueueRows | None:
+    """The queue's entries, if there are any."""
+    if not isinstance(queue, (EmbeddingQueue, QueueRows)):
+        raise TypeError(f"queue must be an EmbeddingQueue or its rows(), got {type(queue).__name__}")
+    if contrast.guide_margin is not None:
+        raise ValueError("guide_margin cannot be combined with a queue, whose entries the teacher has not seen")
+    rows = queue.rows() if isinstance(queue, EmbeddingQueue) else queue
+    for name, x, entry_ids in (("a", rows.a, rows.a_ids), ("b", rows.b, rows.b_ids)):
+        if x.dim() != 2 or not x.is_floating_point() or x.shape[1] != a.shape[1]:
+            raise ValueError(
+                f"the queue's {name} must be floating-point rows of {a.shape[1]} features like the batch, "
+                f"got {x.dtype} of shape {list(x.shape)}"
+            )
+        if x.device != a.device:
+            raise ValueError(f"the queue is on {x.device} and a on {a.device}; move them to one device")
+        if (ids is None) != (entry_ids is None):
+            has, lacks = ("the queue", "the call") if ids is None else ("the call", "the queue")
+            raise ValueError(f"{has} has ids and {lacks} has none; give a_ids and b_ids to both, or to neither")
+        if entry_ids is not None and tuple(entry_ids.shape) != (len(x),):
+            raise ValueError(f"the queue's {name}_ids must have shape [{len(x)}], got {list(entry_ids.shape)}")
+    return rows if len(rows.a) or len(rows.b) else None
 
 
 def _check_embeddings(**pair: Tensor) -> None:

@@ -18,6 +18,7 @@ Eager calls go through an autograd.Function. Under torch.compile the same arithm
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +28,18 @@ from torch import Tensor
 
 from fastclap.kernels import dispatch
 from fastclap.kernels.contrastive import torch_engine
-from fastclap.kernels.contrastive.shared import Contrast, Gradients, Ids, Need, Results, Teacher, agree, reject
+from fastclap.kernels.contrastive.shared import (
+    Contrast,
+    Gradients,
+    Ids,
+    Need,
+    QueueRows,
+    Ranks,
+    Results,
+    Teacher,
+    agree,
+    reject,
+)
 
 
 def info_nce(
@@ -36,6 +48,7 @@ def info_nce(
     logit_scale: float | Tensor,
     ids: Ids | None,  # [N], [M]
     teacher: Teacher | None,
+    queue: QueueRows | None,
     contrast: Contrast,
     group: dist.ProcessGroup | None,
     backend: str,
@@ -53,12 +66,12 @@ def info_nce(
         t = (None, None, None) if teacher is None else (teacher[0], teacher[1], _graph_scalar(teacher[2], a))
         results = torch.ops.fastclap.info_nce(
             *inputs, *(ids or (None, None)), *t, contrast.key, "" if group is None else group.group_name, agree_once,
-            backend, list(_need(*inputs)[:3]), top1,
+            backend, list(_need(*inputs)[:3]), top1, *(queue or (None, None, None, None)),
         )  # fmt: skip
         return results[0], results[4] if top1 else None
     inputs = (a, b, torch.as_tensor(logit_scale))
     need = _need(*inputs)
-    results = _info_nce(*inputs, ids, teacher, contrast, group, agree_once, backend, need, top1)
+    results = _info_nce(*inputs, ids, teacher, queue, contrast, group, agree_once, backend, need, top1)
     return _WithGradients.apply(*inputs, results) if any(need) else results[0], results[2]
 
 
@@ -119,6 +132,7 @@ def _info_nce(
     scale: Tensor,
     ids: Ids | None,
     teacher: Teacher | None,
+    queue: QueueRows | None,
     contrast: Contrast,
     group: dist.ProcessGroup | None,
     agree_once: bool,
@@ -127,18 +141,56 @@ def _info_nce(
     top1: bool,
 ) -> Results:
     engine = _engine(a, b, backend, group, agree_once)
-    ranks = agree(group, "info_nce", a, b, ids, teacher, contrast, need, agree_once)
+    ranks = agree(group, "info_nce", a, b, ids, teacher, queue, contrast, need, agree_once)
     transposed = contrast.direction == "b_to_a"  # engines know the rows, and both directions
     if transposed:
         a, b, ranks, need = b, a, ranks.transposed(), Need(need.b, need.a, need.scale)
         ids = None if ids is None else (ids[1], ids[0])
         teacher = None if teacher is None else (teacher[1], teacher[0], teacher[2])
+        queue = None if queue is None else queue.transposed()
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False), torch.cuda.device_of(a):
-        loss, gradients, shares = engine.info_nce(a, b, scale, ids, teacher, contrast, ranks, need, top1)
+        compute = functools.partial(_prefixes, engine) if contrast.matryoshka else engine.info_nce
+        loss, gradients, shares = compute(a, b, scale, ids, teacher, queue, contrast, ranks, need, top1)
         if transposed:
             gradients = (gradients[1], gradients[0], gradients[2]) if gradients else ()
             shares = None if shares is None else shares.flip(0)
         return loss, gradients, shares
+
+
+def _prefixes(
+    engine: ModuleType,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    ids: Ids | None,
+    teacher: Teacher | None,
+    queue: QueueRows | None,
+    contrast: Contrast,
+    ranks: Ranks,
+    need: Need,
+    top1: bool,
+) -> Results:
+    """The weighted sum over the first features of a and b (Kusupati et al. 2022, arXiv 2205.13147), by an engine.
+
+    Gradients are summed in float32 or wider. In-batch top-1 is that of the widest.
+    """
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    da, db = (torch.zeros_like(x, dtype=dtype) if wanted else None for x, wanted in zip((a, b), need, strict=False))
+    losses, dscales, shares = [], [], None
+    for width, weight in contrast.matryoshka:
+        widest = width == contrast.matryoshka[-1][0]
+        entries = None if queue is None else queue.cut(width)
+        loss, gradients, shares = engine.info_nce(
+            a[:, :width], b[:, :width], scale, ids, teacher, entries, contrast, ranks, need, top1 and widest
+        )
+        losses.append(weight * loss)
+        for total, gradient in zip((da, db), gradients, strict=False):
+            if total is not None:
+                total[:, :width].add_(gradient, alpha=weight)
+        if need.scale:
+            dscales.append(weight * gradients[2])
+    dscale = torch.stack(dscales).sum(0) if dscales else None
+    return torch.stack(losses).sum(), (da, db, dscale) if any(need) else (), shares
 
 
 def _sigmoid_loss(
@@ -154,7 +206,7 @@ def _sigmoid_loss(
     need: Need,
 ) -> Results:
     engine = _engine(a, b, backend, group, agree_once)
-    ranks = agree(group, "sigmoid_loss", a, b, ids, None, Contrast(normalize=normalize), need, agree_once)
+    ranks = agree(group, "sigmoid_loss", a, b, ids, None, None, Contrast(normalize=normalize), need, agree_once)
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False), torch.cuda.device_of(a):
         return engine.sigmoid_loss(a, b, scale, bias, ids, normalize, ranks, need)
 
@@ -226,6 +278,10 @@ def info_nce_op(
     backend: str,
     need: list[bool],
     top1: bool,
+    queue_a: Tensor | None = None,
+    queue_b: Tensor | None = None,
+    queue_a_ids: Tensor | None = None,
+    queue_b_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What torch.compile sees of `info_nce`: (loss, da, db, dscale, top-1), empty where not needed.
 
@@ -234,9 +290,12 @@ def info_nce_op(
     teacher = None
     if teacher_a is not None and teacher_b is not None and teacher_scale is not None:
         teacher = (teacher_a, teacher_b, teacher_scale)
+    queue = None
+    if queue_a is not None and queue_b is not None:
+        queue = QueueRows(queue_a, queue_b, queue_a_ids, queue_b_ids)
     loss, gradients, shares = _info_nce(
-        a, b, logit_scale, _pair(a_ids, b_ids), teacher, Contrast.from_key(contrast), _resolve(group), agree_once,
-        backend, Need(*need), top1,
+        a, b, logit_scale, _pair(a_ids, b_ids), teacher, queue, Contrast.from_key(contrast), _resolve(group),
+        agree_once, backend, Need(*need), top1,
     )  # fmt: skip
     loss, da, db, dscale = _graph_outputs(loss, gradients, 3, _gradient_dtype(a, b))
     return loss, da, db, dscale, loss.new_empty(0) if shares is None else shares
@@ -303,7 +362,7 @@ def _fake_outputs(a: Tensor, b: Tensor, need: list[bool]) -> list[Tensor]:
 
 @info_nce_op.register_fake
 def _(a: Tensor, b: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    *_, need, top1 = others
+    need, top1 = others[10:12]
     results = _fake_outputs(a, b, need)
     shares = a.new_empty(2, dtype=torch.float32) if top1 else a.new_empty(0, dtype=results[0].dtype)
     return (*results, shares)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -23,40 +23,140 @@ Gradients = tuple["Tensor | None", ...]
 Results = tuple[Tensor, Gradients, "Tensor | None"]  # the loss, the gradients that are needed, in-batch top-1
 
 
+class QueueRows(NamedTuple):
+    """Embeddings of earlier batches, the same on every rank: constants that serve as further negatives.
+
+    Attributes:
+        a: [Qa, D], further negatives of the columns.
+        b: [Qb, D], further negatives of the rows.
+        a_ids, b_ids: integer [Qa] and [Qb]; an entry is no negative of what has its id.
+    """
+
+    a: Tensor
+    b: Tensor
+    a_ids: Tensor | None = None
+    b_ids: Tensor | None = None
+
+    def transposed(self) -> QueueRows:
+        """That of b and a."""
+        return QueueRows(self.b, self.a, self.b_ids, self.a_ids)
+
+    def cut(self, width: int) -> QueueRows:
+        """The first `width` features of every entry."""
+        return QueueRows(self.a[:, :width], self.b[:, :width], self.a_ids, self.b_ids)
+
+
 @dataclass(frozen=True)
 class Contrast:
     """The options that define an InfoNCE, as `fastclap.losses.info_nce` explains them.
 
+    Attributes:
+        matryoshka: widths with their weights, in ascending order (`prefix_weights`).
+        keep_exponentials: not what is computed but how, and so the only one that need not be the same on all ranks.
+
     Raises:
-        TypeError, ValueError: an option is none of its values.
+        TypeError, ValueError: an option is none of its values, or cannot be combined with another.
     """
 
     teacher_weight: float = 0.0
     label_smoothing: float = 0.0
     normalize: bool = True
     direction: str = "both"
+    matryoshka: tuple[tuple[int, float], ...] = ()
+    guide_margin: float | None = None
+    guide_relative: bool = False
+    debias: float = 0.0
+    keep_exponentials: bool | None = None
 
     def __post_init__(self) -> None:
         if self.direction not in DIRECTIONS:
             raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {self.direction!r}")
         for name, value, below in (
             ("label_smoothing", self.label_smoothing, 1.0),
+            ("debias", self.debias, 1.0),
             ("teacher_weight", self.teacher_weight, math.inf),
         ):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
             if not (0 <= value <= 1 and value < below):
                 raise ValueError(f"{name} must be in [0, 1{')' if below == 1 else ']'}, got {value}")
+        if self.debias and not self.normalize:
+            raise ValueError("debias needs normalize=True: what it keeps of negatives at least is known of unit rows")
+        if self.keep_exponentials not in (None, True, False):
+            raise TypeError(f"keep_exponentials must be True, False or None, got {self.keep_exponentials!r}")
+        if self.guide_margin is not None:
+            self._check_guide(self.guide_margin)
+        elif self.guide_relative:
+            raise ValueError("guide_relative says how guide_margin is meant; give guide_margin too")
+        if self.matryoshka:
+            self._check_prefixes()
+
+    def _check_guide(self, margin: float) -> None:
+        if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+            raise TypeError(f"guide_margin must be a number or None, got {type(margin).__name__}")
+        if not isinstance(self.guide_relative, bool):
+            raise TypeError(f"guide_relative must be True or False, got {self.guide_relative!r}")
+        if not math.isfinite(margin):
+            raise ValueError(f"guide_margin must be finite, got {margin}")
+        if self.guide_relative and margin >= 1:
+            raise ValueError(f"guide_margin must be below 1 with guide_relative, a share of the cosine, got {margin}")
+        for name, value in (
+            ("teacher_weight", self.teacher_weight),
+            ("label_smoothing", self.label_smoothing),
+            ("debias", self.debias),
+        ):
+            if value:
+                raise ValueError(
+                    f"guide_margin cannot be combined with {name}={value}, which counts on every column being there; "
+                    f"leave out one of them"
+                )
+
+    def _check_prefixes(self) -> None:
+        seen = []
+        for width, weight in self.matryoshka:
+            if isinstance(width, bool) or not isinstance(width, int):
+                raise TypeError(f"matryoshka must have whole numbers as widths, got {width!r}")
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise TypeError(f"matryoshka must have numbers as weights, got {weight!r} for width {width}")
+            if width < 1 or width in seen:
+                raise ValueError(f"matryoshka must have widths from 1 up, each of them once, got {width}")
+            if not (0 < weight < math.inf):
+                raise ValueError(f"matryoshka must have weights that are positive and finite, got {weight} for {width}")
+            seen.append(width)
 
     @property
     def key(self) -> str:
         """What `from_key` makes an equal one of. Its conversions are those that torch.compile follows."""
-        return f"{float(self.teacher_weight)} {float(self.label_smoothing)} {bool(self.normalize)} {self.direction}"
+        prefixes = ",".join([f"{int(width)}:{float(weight)}" for width, weight in self.matryoshka])
+        margin = "None" if self.guide_margin is None else f"{float(self.guide_margin)}"
+        return (
+            f"{float(self.teacher_weight)} {float(self.label_smoothing)} {bool(self.normalize)} {self.direction} "
+            f"{margin} {bool(self.guide_relative)} {float(self.debias)} {self.keep_exponentials} {prefixes}"
+        )
 
     @classmethod
     def from_key(cls, key: str) -> Contrast:
-        weight, smoothing, normalize, direction = key.split()
-        return cls(float(weight), float(smoothing), normalize == "True", direction)
+        weight, smoothing, normalize, direction, margin, relative, debias, keep, prefixes = key.split(" ")
+        pairs = [pair.split(":") for pair in prefixes.split(",")] if prefixes else []
+        return cls(
+            float(weight), float(smoothing), normalize == "True", direction,
+            tuple((int(width), float(of_width)) for width, of_width in pairs),
+            None if margin == "None" else float(margin), relative == "True", float(debias),
+            None if keep == "None" else keep == "True",
+        )  # fmt: skip
+
+
+def prefix_weights(matryoshka: Sequence[int] | Mapping[int, float]) -> tuple[tuple[int, float], ...]:
+    """`Contrast.matryoshka` of what `fastclap.losses.info_nce` takes: widths alone have the weight 1.
+
+    Raises:
+        TypeError: it is neither widths nor widths with weights.
+    """
+    if isinstance(matryoshka, Mapping):
+        return tuple(sorted(matryoshka.items()))
+    if not isinstance(matryoshka, (list, tuple, range)):
+        raise TypeError(f"matryoshka must be a sequence of widths, or a mapping to weights, got {matryoshka!r}")
+    return tuple([(width, 1.0) for width in sorted(matryoshka)])
 
 
 class Need(NamedTuple):
@@ -85,38 +185,84 @@ def info_nce_reference(
     logit_scale: float | Tensor,
     ids: Ids | None,  # [N], [M]
     teacher: Teacher | None,
+    queue: QueueRows | None,
     contrast: Contrast,
 ) -> Tensor:
     """InfoNCE with the whole matrix in memory, in the dtype of its inputs; the oracle in float64. See `info_nce`."""
-    smoothing, weight = contrast.label_smoothing, contrast.teacher_weight
+    if contrast.matryoshka:
+        whole, losses = replace(contrast, matryoshka=()), []
+        for width, weight in contrast.matryoshka:
+            entries = None if queue is None else queue.cut(width)
+            loss = info_nce_reference(a[:, :width], b[:, :width], logit_scale, ids, teacher, entries, whole)
+            losses.append(weight * loss)
+        return torch.stack(losses).sum()
 
     def logits(left: Tensor, right: Tensor, scale: float | Tensor) -> Tensor:
         if contrast.normalize:
             left, right = F.normalize(left, dim=1, eps=NORM_EPS), F.normalize(right, dim=1, eps=NORM_EPS)
         return scale * (left @ right.t())
 
-    def one_direction(log_p: Tensor, mask: Tensor, teacher_logits: Tensor | None) -> Tensor:
-        count = mask.sum(1)
-        target = mask.to(log_p.dtype) / count.clamp_min(1)[:, None]
-        target = (1 - smoothing) * target + smoothing / mask.shape[1]
-        loss = -(target * log_p).sum(1)
-        if teacher_logits is not None:
-            log_teacher = teacher_logits.log_softmax(1)
-            divergence = (log_teacher.exp() * (log_teacher - log_p)).sum(1)
-            loss = (1 - weight) * loss + weight * divergence
-        return loss[count > 0].mean()
-
     s = logits(a, b, logit_scale)
     mask = _positive_mask(a.shape[0], b.shape[0], ids).to(s.device)
-    t = None
-    if teacher is not None:
+    t = cosines = None
+    if contrast.guide_margin is not None and teacher is not None:
+        a_t, b_t = (F.normalize(x.detach().to(s.dtype), dim=1, eps=NORM_EPS) for x in teacher[:2])
+        cosines = a_t @ b_t.t()
+    elif teacher is not None:
         t = logits(teacher[0].detach(), teacher[1].detach(), teacher[2]).to(s.dtype)
+    further = [(s.new_zeros(len(x), 0), mask.new_zeros(len(x), 0)) for x in (a, b)]  # logits, which are left out
+    if queue is not None:
+        further = []
+        for side, (x, rows, entry_ids) in enumerate(((a, queue.b, queue.b_ids), (b, queue.a, queue.a_ids))):
+            s_q = logits(x, rows.detach().to(x.dtype), logit_scale)
+            same = torch.zeros_like(s_q, dtype=torch.bool)
+            if ids is not None and entry_ids is not None:
+                same = ids[side].to(s.device)[:, None] == entry_ids.to(s.device)
+            further.append((s_q, same))
     losses = []
     if contrast.direction != "b_to_a":
-        losses.append(one_direction(s.log_softmax(1), mask, t))
+        losses.append(_reference_direction(s, mask, t, cosines, *further[0], logit_scale, contrast))
     if contrast.direction != "a_to_b":
-        losses.append(one_direction(s.t().log_softmax(1), mask.t(), None if t is None else t.t()))
+        t, cosines = (None if x is None else x.t() for x in (t, cosines))
+        losses.append(_reference_direction(s.t(), mask.t(), t, cosines, *further[1], logit_scale, contrast))
     return torch.stack(losses).mean()
+
+
+def _reference_direction(
+    s: Tensor,  # [N, M]
+    mask: Tensor,  # bool [N, M], the positives
+    teacher_logits: Tensor | None,  # [N, M]
+    cosines: Tensor | None,  # [N, M], of the guide
+    further: Tensor,  # [N, Q], logits of the queue's entries
+    same: Tensor,  # bool [N, Q], entries that are left out
+    scale: float | Tensor,
+    contrast: Contrast,
+) -> Tensor:
+    """The mean over the rows that have a positive."""
+    smoothing, weight, prior = contrast.label_smoothing, contrast.teacher_weight, contrast.debias
+    count = mask.sum(1)
+    left_out = mask.new_zeros(mask.shape)
+    if cosines is not None and contrast.guide_margin is not None:
+        best = cosines.masked_fill(~mask, -math.inf).amax(1, keepdim=True).masked_fill(count[:, None] == 0, math.inf)
+        margin = contrast.guide_margin
+        left_out = (cosines > (best * (1 - margin) if contrast.guide_relative else best - margin)) & ~mask
+    positives = s.masked_fill(~mask, -math.inf)
+    negatives = torch.cat([s.masked_fill(mask | left_out, -math.inf), further.masked_fill(same, -math.inf)], 1)
+    largest = torch.maximum(positives.amax(1), negatives.amax(1)).detach()
+    positive, negative = ((x - largest[:, None]).exp().sum(1) for x in (positives, negatives))
+    if prior:
+        num = (~mask).sum(1) + (~same).sum(1)
+        unbiased = (negative - prior * num * positive / count.clamp_min(1)) / (1 - prior)
+        negative = torch.maximum(unbiased, num * torch.exp(-torch.as_tensor(scale).reshape(()).abs() - largest))
+    log_p = s - ((positive + negative).log() + largest)[:, None]
+    target = mask.to(s.dtype) / count.clamp_min(1)[:, None]
+    target = (1 - smoothing) * target + smoothing / mask.shape[1]
+    loss = -(target * log_p).sum(1)
+    if teacher_logits is not None:
+        log_teacher = teacher_logits.log_softmax(1)
+        divergence = (log_teacher.exp() * (log_teacher - log_p)).sum(1)
+        loss = (1 - weight) * loss + weight * divergence
+    return loss[count > 0].mean()
 
 
 def sigmoid_loss_reference(
@@ -210,7 +356,8 @@ class Ranks:
 AGREED = (
     "loss or agree_once", "embedding size", "dtype of a", "dtype of b", "use of ids", "normalize", "direction",
     "label_smoothing", "teacher_weight", "teacher's embedding size", "teacher's dtypes",
-    "need for gradients of a, b, logit_scale, logit_bias",
+    "need for gradients of a, b, logit_scale, logit_bias", "matryoshka", "guide_margin or guide_relative", "debias",
+    "the queue's sizes or dtypes",
 )  # fmt: skip
 
 
@@ -221,6 +368,7 @@ def agree(
     b: Tensor,
     ids: Ids | None,
     teacher: Teacher | None,
+    queue: QueueRows | None,
     contrast: Contrast,
     need: Need,
     once: bool,
@@ -241,6 +389,8 @@ def agree(
         contrast.direction, float(contrast.label_smoothing), float(contrast.teacher_weight),
         0 if teacher is None else teacher[0].shape[1],
         None if teacher is None else f"{teacher[0].dtype} and {teacher[1].dtype}", tuple(map(bool, need)),
+        contrast.matryoshka, (contrast.guide_margin, bool(contrast.guide_relative)), float(contrast.debias),
+        None if queue is None else tuple((len(x), x.dtype) for x in queue[:2]),
     )  # fmt: skip
     signature, agreed = (a.shape[0], b.shape[0], *values), _agreed_once(group)
     if once and signature in agreed:
