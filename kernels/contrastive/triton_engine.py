@@ -540,8 +540,8 @@ class TiledSoftmax:
         )  # fmt: skip
         self._combine(
             row_parts, column_parts, special, (first_row + at.start, rows, parts),
-            (first_column or 0, columns if two_sided else 0, row_tiles), fresh, done,
-            positives=int(first_column is not None), rows_are_columns=rows_are_columns,
+            (first_column or 0, columns, row_tiles), fresh, done, two_sided,
+            int(first_column is not None), rows_are_columns,
         )  # fmt: skip
 
     def _combine(
@@ -553,6 +553,7 @@ class TiledSoftmax:
         columns: tuple[int, int, int],
         fresh: tuple[int, int],
         done: tuple[int, int],
+        with_columns: bool,
         positives: int = 1,
         rows_are_columns: bool = False,
     ) -> None:
@@ -560,11 +561,11 @@ class TiledSoftmax:
         blocks, operands, keys, launch = self.blocks, self.operands, self.blocks.positives, self.blocks.launch
         second, width = self.guide is not None, COMBINED["WIDTH"]
         state, num_rows = (self._column_state, self.num_columns) if rows_are_columns else (self._row_state, self.num_rows)
-        combine_kernel[(-(-rows[1] // width) + -(-columns[1] // width),)](
+        combine_kernel[(-(-rows[1] // width) + (-(-columns[1] // width) if with_columns else 0),)](
             row_parts, column_parts, special, state, self._column_state,
             operands.bounds, operands.scale, keys.row_count, keys.column_count, keys.siblings, keys.numbers,
             keys.row_queue, keys.column_queue, self.row, self.column, self.terms, self.scale_terms,
-            *rows, columns[1], columns[2], columns[0], num_rows, self.num_columns, operands.ranks.num_rows,
+            *rows, *columns, num_rows, self.num_columns, operands.ranks.num_rows,
             keys.diagonal, keys.ids, int(blocks.two_sided), positives, *fresh, *done,
             self.hard, self.debias, *self._queue, operands.bias,
             BM=launch.tile.rows, BN=launch.width(second), PARTS=1 if second else 2, **COMBINED,
@@ -580,7 +581,8 @@ class TiledSoftmax:
             state[0] = maximum
             ranks.all_reduce(state[1:])
         nothing = self.row
-        self._combine(nothing, nothing, nothing.view(torch.int8), (0, self.num_rows, 0), (0, columns, 0), (0, 0), (1, 1))
+        self._combine(nothing, nothing, nothing.view(torch.int8), (0, self.num_rows, 0), (0, columns, 0), (0, 0), (1, 1),
+                      self.blocks.two_sided)
 
 
 class EmbeddingGradients:
@@ -918,14 +920,10 @@ def times_upstream(gradients: Sequence[Tensor | None], upstream: Tensor, like: S
         upstream: a number on the same device.
         like: tensors of the dtypes and shapes that are wanted.
     """
-    found = [None if g is None else torch.empty_like(x, dtype=x.dtype) for g, x in zip(gradients, like, strict=True)]
-    any_found = next(x for x in found if x is not None)
-    given, wanted = (
-        [any_found if x is None else x for x in (*values, *[None] * (4 - len(values)))] for values in (gradients, found)
-    )
-    sizes = [0 if g is None else g.numel() for g in gradients[:2]]
-    block = UPSTREAM["BLOCK"]
-    upstream_kernel[(max(1, sum(-(-size // block) for size in sizes)),)](*given, upstream, *wanted, *sizes, **UPSTREAM)
+    found = [None if g is None else torch.empty_like(x) for g, x in zip(gradients, like, strict=True)]
+    da, db, *scalars = gradients
+    first, second = (da if da is not None else db), (db if db is not None else da)
+    ...
     return found
 
 

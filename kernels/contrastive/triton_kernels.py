@@ -180,7 +180,7 @@ def _special_sums(x, t, factors, keys, guide, row_parts, column_parts, strides, 
     x *= tl.load(b_factor + j, mask=column_inside, other=0.0)[None, :]
     x = tl.where(row_inside[:, None] & column_inside[None, :], x, -INF)
     left, right = _keys(keys, row, column, BM, BN)
-    row_x = column_x = x
+    row_x, column_x = x, x
     if GUIDE:
         of_row, of_column = _left_out(t, guide, i, j, end, num_columns, left, right, COLUMNS)
         row_x, column_x = tl.where(of_row, -INF, x), tl.where(of_column, -INF, x)
@@ -504,7 +504,8 @@ def _special_gradient(
     x *= tl.load(a_factor + i, mask=row_inside, other=0.0)[:, None]
     x *= tl.load(b_factor + j, mask=column_inside, other=0.0)[None, :]
     left, right = _keys(keys, top, left_edge, BM, BN)
-    of_row = of_column = left[:, None] != right[None, :]
+    of_row = left[:, None] != right[None, :]
+    of_column = of_row
     if TEACHER:
         ta_factor, tb_factor, teacher_row, teacher_column, weight = teacher
         t *= tl.load(ta_factor + i, mask=row_inside, other=0.0)[:, None]
