@@ -147,6 +147,11 @@ def _aligned_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.d
     return torch.empty(rows, -(-columns // 16) * 16, dtype=dtype, device=device)[:, :columns]
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """A vector as tiles read it, in pairs."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def _multiply(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
     """left @ right with float32 accumulation and result, added to `total` if there is one."""
     if left.dtype == torch.float32 or left.device.type != "cuda":
@@ -249,8 +254,8 @@ class Operands:
         self.scale = _on_device(scale, self.device)
         self.bounds = constants.bounds if constants else torch.zeros(3, dtype=torch.int32, device=self.device)
         num_rows, num_columns = len(a), len(b)
-        factors = torch.empty(2 * num_rows + num_columns, device=self.device)
-        self.a_factor, self.a_inverse, b_inverse = factors.split([num_rows, num_rows, num_columns])
+        factors = torch.empty(num_columns + 2 * num_rows, device=self.device)
+        b_inverse, self.a_factor, self.a_inverse = factors.split([num_columns, num_rows, num_rows])
         rows_kernel[(triton.cdiv(max(num_rows, num_columns), ROWS["ROWS"]),)](
             self.a, self.local_b, self.scale, self.a_factor, self.a_inverse, b_inverse, self.bounds,
             num_rows, num_columns, self.depth, self.a.stride(0), self.local_b.stride(0), NORM_EPS, units,
@@ -285,33 +290,25 @@ class Launch:
         self.tile = INTERPRETER_TILE if arch == 0 else for_architecture(TILES, arch)[dtype]
         self.precision = precision
 
-    def constants(self, second: bool = False) -> dict[str, Any]:
-        """Constants and options; `second`: there is a second accumulator, which takes the registers of half a tile."""
-        limit = {"maxnreg": self.tile.registers} if self.tile.registers else {}
-        return {
-            "BM": self.tile.rows,
-            "BN": self.width(second),
-            "BK": self.tile.depth,
-            "PRECISION": self.precision,
-            "num_warps": self.tile.warps,
-            "num_stages": self.tile.stages,
-            **limit,
-        }
+    def constants(self) -> dict[str, Any]:
+        """Constants and options of a matrix kernel."""
+        tile = self.tile
+        sizes = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PRECISION": self.precision}
+        limit = {"maxnreg": tile.registers} if tile.registers else {}
+        return {**sizes, "num_warps": tile.warps, "num_stages": tile.stages, **limit}
 
-    def width(self, second: bool = False) -> int:
-        """Columns of a tile."""
-        return self.tile.columns // 2 if second else self.tile.columns
-
-    def tiles(self, rows: int, columns: int, second: bool = False) -> tuple[int, int]:
+    def tiles(self, rows: int, columns: int) -> tuple[int, int]:
         """Of rows and of columns."""
-        return -(-rows // self.tile.rows), -(-columns // self.width(second))
+        return -(-rows // self.tile.rows), -(-columns // self.tile.columns)
 
     def left(self, x: Tensor) -> TensorDescriptor:
-        """Rows of A as a tile reads them."""
+        """Rows as a tile reads them."""
         return TensorDescriptor(x, x.shape, x.stride(), [self.tile.rows, self.tile.depth])
 
-    def right(self, x: Tensor, second: bool = False) -> TensorDescriptor:
-        return TensorDescriptor(x, x.shape, x.stride(), [self.width(second), self.tile.depth])
+    def right(self, x: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
+        """Columns as a tile, and as half a tile reads them."""
+        depth, width = self.tile.depth, self.tile.columns
+        return tuple(TensorDescriptor(x, x.shape, x.stride(), [n, depth]) for n in (width, width // 2))  # type: ignore[return-value]
 
     def halves(self, x: Tensor) -> TensorDescriptor:
         """A chunk of S or G, as the halves of a tile are stored."""
@@ -371,9 +368,8 @@ class Blocks:
         at = own if columns is None else columns
         b = o.local_b if columns is None else o.b[at]
         b_key = keys.b_key[at] if keys.ids else keys.b_key
-        return Block(
-            o.a, b, o.a_factor, o.b_inverse[at], o.a_out, o.b_out[at], keys.a_key, b_key, keys.diagonal - at.start
-        )
+        factor, out = _aligned(o.b_inverse[at]), _aligned(o.b_out[at])
+        return Block(o.a, b, o.a_factor, factor, o.a_out, out, keys.a_key, b_key, keys.diagonal - at.start)
 
     def beside(self) -> Block:
         """This rank's rows against the queue's entries of B."""
@@ -393,7 +389,8 @@ class Blocks:
         key = keys.b_key[own] if keys.ids else keys.b_key
         factor = inverse * (o.scale * LOG2E.value)
         return Block(
-            o.local_b, queue.a, factor, queue.a_inverse, o.b_out[own], out, key, keys.queue_a_key, NOT_PAIRED
+            o.local_b, queue.a, factor, _aligned(queue.a_inverse), o.b_out[own], _aligned(out), key, keys.queue_a_key,
+            NOT_PAIRED,
         )
 
 
@@ -415,7 +412,7 @@ def _best(operands: Operands, factor: Tensor, positives: PositiveKeys, launch: L
     ranks, num_rows, device = operands.ranks, len(operands.a), operands.device
     rows = torch.full((2, num_rows), -math.inf, device=device)
     columns = torch.full((2, ranks.num_columns), -math.inf, device=device)
-    a, b = launch.left(operands.a), launch.right(operands.b)
+    a, (b, _) = launch.left(operands.a), launch.right(operands.b)
     for at in launch.chunks(num_rows):
         best_kernel[(math.prod(launch.tiles(at.stop - at.start, ranks.num_columns)),)](
             a, b, factor, operands.b_inverse, positives.a_key, positives.b_key, rows, columns, at.start, at.stop,
@@ -462,7 +459,7 @@ class TiledSoftmax:
         self.row_blocks = -(-num_rows // COMBINED["WIDTH"])
         self.all_blocks = self.row_blocks + (-(-num_columns // COMBINED["WIDTH"]) if blocks.two_sided else 0)
         self.row = torch.empty(5, num_rows, device=device)
-        self.column = torch.empty(5, num_columns, device=device)
+        self.column = _aligned_matrix(5, num_columns, torch.float32, device)
         self.terms, self.scale_terms = torch.empty(2, self.all_blocks, dtype=torch.float64, device=device)
         self._row_state = torch.empty(4, num_rows, dtype=torch.float64, device=device)
         self._column_state = torch.empty(4, num_columns, dtype=torch.float64, device=device)
@@ -513,33 +510,29 @@ class TiledSoftmax:
         `fresh`, `done`: whether rows, and columns, have no sums yet, and whether they will have no more.
         """
         launch, operands, guide = self.blocks.launch, self.operands, self.guide
-        rows, columns, device, second = at.stop - at.start, len(block.columns), operands.device, guide is not None
+        rows, columns, device = at.stop - at.start, len(block.columns), operands.device
         two_sided = self.blocks.two_sided and first_column is not None
-        row_tiles, column_tiles = launch.tiles(rows, columns, second)
-        parts = column_tiles * (1 if second else 2)
-        row_parts = torch.empty(4, parts, rows, device=device)
+        row_tiles, column_tiles = launch.tiles(rows, columns)
+        row_parts = torch.empty(4, 2 * column_tiles, rows, device=device)
         column_parts = torch.empty(3, row_tiles, columns, device=device) if two_sided else row_parts
         special = torch.empty(row_tiles, column_tiles, dtype=torch.int8, device=device)
         kept = self.kept if first_column is not None else None
-        a, b = launch.left(block.rows), launch.right(block.columns, second)
-        ta, tb, ta_inverse, tb_inverse, teacher_depth = a, b, block.row_factor, block.column_factor, 0
-        row_threshold, column_threshold = block.row_factor, block.column_factor
+        a, (b, half_b) = launch.left(block.rows), launch.right(block.columns)
+        ta, tb, of_guide, teacher_depth = a, half_b, (block.row_factor,) * 4, 0
         if guide is not None:
-            g = guide.operands
-            at_columns = slice(first_column, (first_column or 0) + columns)
-            ta, tb = launch.left(g.a), launch.right(g.b[at_columns], second)
-            ta_inverse, tb_inverse, teacher_depth = g.a_inverse, g.b_inverse[at_columns], g.depth
-            row_threshold, column_threshold = guide.row, guide.column[at_columns]
+            g, part = guide.operands, slice(first_column, (first_column or 0) + columns)
+            ta, (_, tb), teacher_depth = launch.left(g.a), launch.right(g.b[part]), g.depth
+            of_guide = (g.a_inverse, g.b_inverse[part], guide.row, guide.column[part])
         sums_kernel[(row_tiles * column_tiles,)](
-            a, b, launch.halves(block.rows if kept is None else kept[at]),
+            a, b, half_b, launch.halves(block.rows if kept is None else kept[at]),
             block.row_factor, block.column_factor, block.row_key, block.column_key, operands.bounds, operands.scale,
-            ta, tb, ta_inverse, tb_inverse, row_threshold, column_threshold, row_parts, column_parts, special,
+            ta, tb, *of_guide, row_parts, column_parts, special,
             at.start, at.stop, columns, operands.depth, teacher_depth, block.diagonal, self.blocks.positives.ids,
             int(kept is not None), operands.bias,
-            COLUMNS=two_sided, GUIDE=second, **launch.constants(second),
+            COLUMNS=two_sided, GUIDE=guide is not None, **launch.constants(),
         )  # fmt: skip
         self._combine(
-            row_parts, column_parts, special, (first_row + at.start, rows, parts),
+            row_parts, column_parts, special, (first_row + at.start, rows, 2 * column_tiles),
             (first_column or 0, columns, row_tiles), fresh, done, two_sided,
             int(first_column is not None), rows_are_columns,
         )  # fmt: skip
@@ -559,16 +552,15 @@ class TiledSoftmax:
     ) -> None:
         """`rows`, `columns`: the first, how many, and in how many parts."""
         blocks, operands, keys, launch = self.blocks, self.operands, self.blocks.positives, self.blocks.launch
-        second, width = self.guide is not None, COMBINED["WIDTH"]
+        width = COMBINED["WIDTH"]
         state, num_rows = (self._column_state, self.num_columns) if rows_are_columns else (self._row_state, self.num_rows)
         combine_kernel[(-(-rows[1] // width) + (-(-columns[1] // width) if with_columns else 0),)](
             row_parts, column_parts, special, state, self._column_state,
             operands.bounds, operands.scale, keys.row_count, keys.column_count, keys.siblings, keys.numbers,
             keys.row_queue, keys.column_queue, self.row, self.column, self.terms, self.scale_terms,
-            *rows, *columns, num_rows, self.num_columns, operands.ranks.num_rows,
+            *rows, *columns, num_rows, self.num_columns, self.column.stride(0), operands.ranks.num_rows,
             keys.diagonal, keys.ids, int(blocks.two_sided), positives, *fresh, *done,
-            self.hard, self.debias, *self._queue, operands.bias,
-            BM=launch.tile.rows, BN=launch.width(second), PARTS=1 if second else 2, **COMBINED,
+            self.hard, self.debias, *self._queue, operands.bias, launch.tile.rows, launch.tile.columns, **COMBINED,
         )  # fmt: skip
 
     def _reduce(self) -> None:
@@ -717,30 +709,27 @@ def _write_gradient(
 ) -> Tensor | None:
     """P2 of rows `at` of a block into g; `row`: factors of all its rows. Returns the teacher's share of the loss."""
     launch, operands, guide, keys = softmax.blocks.launch, softmax.operands, softmax.guide, softmax.blocks.positives
-    columns, second = len(block.columns), distillation is not None or guide is not None
-    tiles = math.prod(launch.tiles(at.stop - at.start, columns, second))
-    a, b = launch.left(block.rows), launch.right(block.columns, second)
-    ta, tb, ta_factor, tb_factor, teacher_depth = a, b, block.row_factor, block.column_factor, 0
-    teacher_row, teacher_column, losses = row, row, row
-    if guide is not None or distillation is not None:
-        other = guide.operands if guide is not None else distillation.operands  # type: ignore[union-attr]
-        ta, tb, tb_factor, teacher_depth = launch.left(other.a), launch.right(other.b, True), other.b_inverse, other.depth
-        ta_factor = other.a_inverse if guide is not None else other.a_factor
+    columns = len(block.columns)
+    tiles = math.prod(launch.tiles(at.stop - at.start, columns))
+    a, (b, half_b) = launch.left(block.rows), launch.right(block.columns)
+    ta, tb, of_teacher, losses, teacher_depth = a, half_b, (block.row_factor,) * 4, row, 0
     if guide is not None:
-        teacher_row, teacher_column = guide.row, guide.column
+        other = guide.operands
+        of_teacher = (other.a_inverse, other.b_inverse, guide.row, guide.column)
     elif distillation is not None:
-        teacher_row, teacher_column = distillation.softmax.row, distillation.softmax.column
-        losses = torch.empty(tiles, launch.tile.rows, device=g.device)
-    kept = softmax.kept is not None and target > 0
+        other, t = distillation.operands, distillation.softmax
+        of_teacher = (other.a_factor, other.b_inverse, t.row, t.column)
+        losses = torch.empty(2 * tiles, launch.tile.rows, device=g.device)
+    if guide is not None or distillation is not None:
+        ta, (_, tb), teacher_depth = launch.left(other.a), launch.right(other.b), other.depth
     gradient_kernel[(tiles,)](
-        a, b, launch.halves(g),
+        a, b, half_b, launch.halves(g),
         block.row_factor, block.column_factor, block.row_out, block.column_out, block.row_key, block.column_key,
-        operands.bounds, operands.scale, row, softmax.column,
-        ta, tb, ta_factor, tb_factor, teacher_row, teacher_column, losses,
-        at.start, at.stop, columns, operands.depth, teacher_depth, block.diagonal, keys.ids, int(kept),
-        row.stride(0), softmax.num_columns, target, 0.0 if distillation is None else distillation.weight,
-        operands.gain, operands.bias,
-        COLUMNS=two_sided, TEACHER=distillation is not None, GUIDE=guide is not None, **launch.constants(second),
+        operands.bounds, operands.scale, row, softmax.column, ta, tb, *of_teacher, losses,
+        at.start, at.stop, columns, operands.depth, teacher_depth, block.diagonal, keys.ids,
+        int(softmax.kept is not None and target > 0), row.stride(0), softmax.column.stride(0),
+        target, 0.0 if distillation is None else distillation.weight, operands.gain, operands.bias,
+        COLUMNS=two_sided, TEACHER=distillation is not None, GUIDE=guide is not None, **launch.constants(),
     )  # fmt: skip
     return None if distillation is None else losses.sum(dtype=torch.float64)
 
@@ -891,7 +880,7 @@ def sigmoid_loss(
         shares = torch.empty(2, 2 * tiles, device=device)
         g = buffer[:rows]
         sigmoid_kernel[(tiles,)](
-            left, right, launch.halves(g), operands.a_factor, operands.b_inverse, operands.a_out, operands.b_out,
+            left, *right, launch.halves(g), operands.a_factor, operands.b_inverse, operands.a_out, operands.b_out,
             keys.a_key, keys.b_key, shift, shares[0], shares[1],
             at.start, at.stop, num_columns, operands.depth, keys.diagonal, keys.ids, int(products), operands.gain,
             **launch.constants(),
@@ -935,21 +924,17 @@ def compilations(arch: int) -> Iterator[Compilation]:
         for precision in ("tf32x3", "tf32") if dtype == torch.float32 else ("tf32",):
             label = f"{name} {precision}" if dtype == torch.float32 else name
             launch = Launch(arch, dtype, precision)
+            constants = launch.constants()
             for columns, guide in product(both, both):
-                flags = {"COLUMNS": columns, "GUIDE": guide}
-                yield _compilation("sums", sums_kernel, label, name, launch.constants(guide), flags)
+                yield _compilation("sums", sums_kernel, label, name, constants, {"COLUMNS": columns, "GUIDE": guide})
             for columns, (teacher, guide) in product(both, ((False, False), (True, False), (False, True))):
                 flags = {"COLUMNS": columns, "TEACHER": teacher, "GUIDE": guide}
-                yield _compilation("gradient", gradient_kernel, label, name, launch.constants(teacher or guide), flags)
-            yield _compilation("sigmoid", sigmoid_kernel, label, name, launch.constants(), {})
-            yield _compilation("best", best_kernel, label, name, launch.constants(), {})
+                yield _compilation("gradient", gradient_kernel, label, name, constants, flags)
+            yield _compilation("sigmoid", sigmoid_kernel, label, name, constants, {})
+            yield _compilation("best", best_kernel, label, name, constants, {})
         yield _compilation("rows", rows_kernel, name, name, ROWS, {})
         yield _compilation("finish", finish_kernel, name, name, FINISHED, {})
-    for width, parts in sorted({(t.columns // d, p) for t in TILES[arch].values() for d, p in ((1, 2), (2, 1))}):
-        rows = sorted({t.rows for t in TILES[arch].values() if t.columns in (width, 2 * width)})
-        for height in rows:
-            constants = {"BM": height, "BN": width, "PARTS": parts, **COMBINED}
-            yield _compilation("combine", combine_kernel, f"{height}x{width} {parts}", "fp32", constants, {})
+    yield _compilation("combine", combine_kernel, "", "fp32", COMBINED, {})
     yield _compilation("total", total_kernel, "", "fp32", TOTAL, {})
     for given, wanted in (("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "fp16")):
         yield _compilation("upstream", upstream_kernel, f"{given} to {wanted}", given, UPSTREAM, {"to": wanted})
@@ -970,6 +955,7 @@ def _compilation(
                 "column_queue")  # fmt: skip
     doubles = ("row_state", "column_state", "terms", "scale_terms", "along", "totals", "scale_gradient", "dscale",
                "dbias")  # fmt: skip
+    types |= {"bias": "*fp32"} if kind == "sigmoid" else {}
     types |= dict.fromkeys(integers, "*i32") | dict.fromkeys(doubles, "*fp64") | {"special": "*i8"}
     if kind == "rows":
         types |= {"a": f"*{dtype}", "b": f"*{dtype}"} | {"normalize": "i32"}
@@ -980,10 +966,9 @@ def _compilation(
         types |= dict.fromkeys(("da", "db"), f"*{dtype}") | dict.fromkeys(("scaled_a", "scaled_b"), f"*{to}")
     elif "BK" in constants:
         left = f"tensordesc<{dtype}[{constants['BM']}, {constants['BK']}]>"
-        right = f"tensordesc<{dtype}[{constants['BN']}, {constants['BK']}]>"
-        second = flags.get("TEACHER") or flags.get("GUIDE")
-        chunk = f"tensordesc<{dtype}[{constants['BM']}, {constants['BN'] // (1 if second else 2)}]>"
-        types |= {"a": left, "ta": left, "b": right, "tb": right, "g": chunk, "e": chunk}
+        right, half = (f"tensordesc<{dtype}[{constants['BN'] // n}, {constants['BK']}]>" for n in (1, 2))
+        chunk = f"tensordesc<{dtype}[{constants['BM']}, {constants['BN'] // 2}]>"
+        types |= {"a": left, "ta": left, "b": right, "half_b": half, "tb": half, "g": chunk, "e": chunk}
     signature, attrs = signature_and_attrs(function, types, constexprs)
     name = " ".join([kind, *label.split(), *(flag.lower() for flag, value in flags.items() if value)])
     return Compilation(name, function, signature, constexprs, attrs, warps, stages, "BK" in constants, maxnreg)

@@ -99,16 +99,6 @@ def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _parts(x, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr):
-    """A tile, or its halves."""
-    if PARTS == 1:
-        return (x,)
-    else:
-        left, right = _halves(x, BM, BN)
-        return (left, right)
-
-
-@triton.jit
 def _keys(keys, row, column, BM: tl.constexpr, BN: tl.constexpr):
     """Keys of the rows and columns from there on that are equal for positives."""
     a_key, b_key, end, num_columns, diagonal, ids = keys
@@ -157,14 +147,14 @@ def _plain_sums(x, e, factors, fixed, row_parts, column_parts, strides, row, col
                 BM: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """Of a half inside the matrix, without positives, under the fixed maximum: one exponential, no mask."""
     a_factor, b_factor = factors
-    i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
-    x = tl.exp2(x * tl.load(a_factor + i)[:, None] * tl.load(b_factor + j)[None, :] - fixed)
+    row_stride, row_plane, column_stride, column_plane = strides
+    x *= tl.load(a_factor + row + tl.arange(0, BM))[:, None]
+    x = tl.exp2(x * tl.load(b_factor + column + tl.arange(0, BN))[None, :] - fixed)
     if kept:
         e.store([row - start, column], x.to(e.dtype))
-    row_stride, row_plane, column_stride, column_plane = strides
-    tl.store(row_parts + row_plane + part * row_stride + (i - start), tl.sum(x, 1))
+    tl.store(row_parts + row_plane + part * row_stride + (row - start) + tl.arange(0, BM), tl.sum(x, 1))
     if COLUMNS:
-        tl.store(column_parts + column_plane + tile_row * column_stride + j, tl.sum(x, 0))
+        tl.store(column_parts + column_plane + tile_row * column_stride + column + tl.arange(0, BN), tl.sum(x, 0))
 
 
 @triton.jit
@@ -185,73 +175,71 @@ def _special_sums(x, t, factors, keys, guide, row_parts, column_parts, strides, 
         of_row, of_column = _left_out(t, guide, i, j, end, num_columns, left, right, COLUMNS)
         row_x, column_x = tl.where(of_row, -INF, x), tl.where(of_column, -INF, x)
 
-    row_parts += part * row_stride + (i - start)
+    at = row_parts + part * row_stride + (row - start) + tl.arange(0, BM)
     maximum = tl.max(row_x, 1)
-    tl.store(row_parts, maximum, mask=row_inside)
+    tl.store(at, maximum, mask=row_inside)
     maximum = tl.where(maximum == -INF, 0.0, maximum)  # a half without columns
     y = tl.exp2(row_x - maximum[:, None])
     positive = tl.where(left[:, None] == right[None, :], y, 0.0)
-    tl.store(row_parts + row_plane, tl.sum(y - positive, 1), mask=row_inside)
-    tl.store(row_parts + 2 * row_plane, tl.sum(positive, 1), mask=row_inside)
+    tl.store(at + row_plane, tl.sum(y - positive, 1), mask=row_inside)
+    tl.store(at + 2 * row_plane, tl.sum(positive, 1), mask=row_inside)
     logit = tl.sum(tl.where(left[:, None] == right[None, :], x, 0.0), 1)
-    tl.store(row_parts + 3 * row_plane, logit, mask=row_inside)
+    tl.store(at + 3 * row_plane, logit, mask=row_inside)
     if COLUMNS:
-        column_parts += tile_row * column_stride + j
+        at = column_parts + tile_row * column_stride + column + tl.arange(0, BN)
         maximum = tl.max(column_x, 0)
-        tl.store(column_parts, maximum, mask=column_inside)
+        tl.store(at, maximum, mask=column_inside)
         maximum = tl.where(maximum == -INF, 0.0, maximum)
         y = tl.exp2(column_x - maximum[None, :])
         positive = tl.where(left[:, None] == right[None, :], y, 0.0)
-        tl.store(column_parts + column_plane, tl.sum(y - positive, 0), mask=column_inside)
-        tl.store(column_parts + 2 * column_plane, tl.sum(positive, 0), mask=column_inside)
+        tl.store(at + column_plane, tl.sum(y - positive, 0), mask=column_inside)
+        tl.store(at + 2 * column_plane, tl.sum(positive, 0), mask=column_inside)
 
 
 @jit_for_any_size(
     "start end num_columns depth teacher_depth diagonal ids kept bias",
-    "a_factor b_factor a_key b_key ta_inverse tb_inverse row_threshold column_threshold",
+    "a_factor a_key b_key ta_inverse tb_inverse row_threshold column_threshold",
 )
 def sums_kernel(
-    a, b, e,  # descriptors [N, D], [M, D], [chunk, M]
+    a, b, half_b, e,  # descriptors [N, D], [M, D] of the columns of a tile and of half of one, [chunk, M]
     a_factor, b_factor,  # [N] scale · log2(e) / norm, [M] 1 / norm
     a_key, b_key, bounds, scale,  # [N], [M] int32, with ids; [3], [1]
-    ta, tb, ta_inverse, tb_inverse, row_threshold, column_threshold,  # the guide's
-    row_parts, column_parts,  # [4, parts, chunk], [3, row tiles, M]: maximum, negatives, positives, logits
+    ta, tb, ta_inverse, tb_inverse, row_threshold, column_threshold,  # the guide's; tb of half a tile
+    row_parts, column_parts,  # [4, half tiles, chunk], [3, row tiles, M]: maximum, negatives, positives, logits
     special,  # [row tiles, column tiles] int8: which tiles have all these, and which the second alone
     start, end, num_columns, depth, teacher_depth, diagonal, ids, kept, bias,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr, GUIDE: tl.constexpr,
 ):  # fmt: skip
     """P1: partial sums of exponentials over the rows and columns of a tile; `kept` exponentials of plain tiles."""
-    PARTS: tl.constexpr = 1 if GUIDE else 2  # with a guide there are two accumulators: its tiles are half as wide
-    WIDTH: tl.constexpr = BN // PARTS
-    tiles = tl.cdiv(end - start, BM)
-    tile, tile_columns = tl.program_id(0), tl.cdiv(num_columns, BN)
+    HALF: tl.constexpr = BN // 2
+    tiles, tile_columns, tile = tl.cdiv(end - start, BM), tl.cdiv(num_columns, BN), tl.program_id(0)
     tile_row, tile_column = tile % tiles, tile // tiles
     row, column = start + tile_row * BM, tile_column * BN
     keys = (a_key, b_key, end, num_columns, diagonal, ids)
     factors, guide = (a_factor, b_factor), (ta_inverse, tb_inverse, row_threshold, column_threshold)
     row_stride, column_stride = (end - start).to(tl.int64), num_columns.to(tl.int64)
-    strides = (row_stride, PARTS * tile_columns * row_stride, column_stride, tiles * column_stride)
-    fixed, usable = _fixed_maximum(bounds, scale, bias)
-    plain = usable
+    strides = (row_stride, 2 * tile_columns * row_stride, column_stride, tiles * column_stride)
+    fixed, plain = _fixed_maximum(bounds, scale, bias)
     if GUIDE:
-        plain = False
-    elif usable:
+        plain = tile < 0
+    elif plain:
         plain = _is_plain(keys, row, column, BM, BN)
     tl.store(special + tile_row * tile_columns + tile_column, 1 - plain.to(tl.int8))
-    x = _parts(_product(a, b, row, column, depth, BM, BN, BK, PRECISION), BM, BN, PARTS)
-    t = x
-    if GUIDE:
-        t = _parts(_product(ta, tb, row, column, teacher_depth, BM, BN, BK, PRECISION), BM, BN, PARTS)
     if plain:
-        for half in tl.static_range(PARTS):
-            _plain_sums(x[half], e, factors, fixed, row_parts, column_parts, strides, row, column + half * WIDTH,
-                        tile_row, tile_column * PARTS + half, start, kept, BM, WIDTH, COLUMNS)  # fmt: skip
+        x = _halves(_product(a, b, row, column, depth, BM, BN, BK, PRECISION), BM, BN)
+        for half in tl.static_range(2):
+            _plain_sums(x[half], e, factors, fixed, row_parts, column_parts, strides, row, column + half * HALF,
+                        tile_row, 2 * tile_column + half, start, kept, BM, HALF, COLUMNS)  # fmt: skip
     else:
-        for half in tl.static_range(PARTS):
-            _special_sums(x[half], t[half], factors, keys, guide, row_parts, column_parts, strides, row,
-                          column + half * WIDTH, tile_row, tile_column * PARTS + half, start,
-                          BM, WIDTH, COLUMNS, GUIDE)  # fmt: skip
+        for half in tl.range(2, num_stages=1):
+            edge = column + half * HALF
+            s = _product(a, half_b, row, edge, depth, BM, HALF, BK, PRECISION)
+            t = s
+            if GUIDE:
+                t = _product(ta, tb, row, edge, teacher_depth, BM, HALF, BK, PRECISION)
+            _special_sums(s, t, factors, keys, guide, row_parts, column_parts, strides, row, edge, tile_row,
+                          2 * tile_column + half, start, BM, HALF, COLUMNS, GUIDE)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,11 +337,10 @@ def _loaded(state, at, inside, length, fresh, WIDTH: tl.constexpr):
     positive = tl.zeros((WIDTH,), tl.float64)
     logit = tl.zeros((WIDTH,), tl.float64)
     if fresh == 0:
-        state += at
-        top = tl.load(state, mask=inside, other=-INF).to(tl.float32)
-        negative = tl.load(state + length, mask=inside, other=0.0)
-        positive = tl.load(state + 2 * length, mask=inside, other=0.0)
-        logit = tl.load(state + 3 * length, mask=inside, other=0.0)
+        top = tl.load(state + at, mask=inside, other=-INF).to(tl.float32)
+        negative = tl.load(state + length + at, mask=inside, other=0.0)
+        positive = tl.load(state + 2 * length + at, mask=inside, other=0.0)
+        logit = tl.load(state + 3 * length + at, mask=inside, other=0.0)
     return top, negative, positive, logit
 
 
@@ -368,23 +355,24 @@ def _keep(state, values, at, inside, length):
 
 
 @jit_for_any_size(
-    "first_row rows row_tiles columns column_tiles first_column num_rows num_columns all_rows diagonal ids two_sided "
-    "positives fresh_rows fresh_columns finish_rows finish_columns hard debias queue_rows queue_columns bias",
+    "first_row rows row_tiles columns column_tiles first_column num_rows num_columns column_stride all_rows diagonal ids two_sided "
+    "positives fresh_rows fresh_columns finish_rows finish_columns hard debias queue_rows queue_columns bias tile_height "
+    "tile_width",
     "row_state column_state row_count column_count siblings row_queue column_queue",
 )
 def combine_kernel(
     row_parts, column_parts, special, row_state, column_state,  # of `sums_kernel`; [4, N], [4, M] float64
     bounds, scale, row_count, column_count, siblings, numbers, row_queue, column_queue,  # see `PositiveKeys`
-    row_factors, column_factors, terms, scale_terms,  # [5, N], [5, M]; [row blocks + column blocks] float64
+    row_factors, column_factors, terms, scale_terms,  # [5, N], [5, column_stride]; [row blocks + column blocks] float64
     first_row, rows, row_tiles, first_column, columns, column_tiles,  # what this launch is about, and in how many parts
-    num_rows, num_columns, all_rows, diagonal,  # rows of this rank, columns of the matrix, rows of all ranks
+    num_rows, num_columns, column_stride, all_rows, diagonal,  # rows of this rank, columns of the matrix, rows of all ranks
     ids, two_sided, positives, fresh_rows, fresh_columns, finish_rows, finish_columns,
     hard, debias, queue_rows, queue_columns, bias,
-    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
+    tile_height, tile_width, TILES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Adds partial sums to those of rows and columns, and where these are complete turns them into factors for P2."""
     fixed, usable = _fixed_maximum(bounds, scale, bias)
-    tile_columns = tl.cdiv(columns, BN)
+    tile_columns = tl.cdiv(columns, tile_width)
     row_blocks, block = tl.cdiv(rows, WIDTH), tl.program_id(0)
     ratio = tl.full((), 1.0, tl.float64)  # weight of a column, relative to that of a row
     if ids:
@@ -397,7 +385,7 @@ def combine_kernel(
         state = _loaded(row_state, row, inside, num_rows, fresh_rows, WIDTH)
         state = _added_parts(
             at, inside, fixed, row_parts, special, state, row_tiles, rows, row_tiles.to(tl.int64) * rows,
-            (PARTS, 1, BM, tile_columns), positives, True, TILES, WIDTH,
+            (2, 1, tile_height, tile_columns), positives, True, TILES, WIDTH,
         )  # fmt: skip
         if finish_rows:
             k, sibling, others = zero, zero + 1.0, zero + num_columns + queue_columns
@@ -419,7 +407,7 @@ def combine_kernel(
         state = _loaded(column_state, column, inside, num_columns, fresh_columns, WIDTH)
         state = _added_parts(
             at, inside, fixed, column_parts, special, state, column_tiles, columns, column_tiles.to(tl.int64) * columns,
-            (1, tile_columns, BN, 1), positives, False, TILES, WIDTH,
+            (1, tile_columns, tile_width, 1), positives, False, TILES, WIDTH,
         )  # fmt: skip
         if finish_columns:
             k, others = zero, zero + all_rows + queue_rows
@@ -430,7 +418,7 @@ def combine_kernel(
                 k = tl.where(column < all_rows, 1.0, 0.0).to(tl.float64)
             weights = (k, tl.where(k > 0, ratio, 0.0), k, ratio, hard)
             _factors(column, inside, fixed, usable, state, weights, (tl.load(scale), debias, others),
-                     (column_factors, terms, scale_terms), num_columns, tl.cdiv(num_rows, WIDTH) + block, False)  # fmt: skip
+                     (column_factors, terms, scale_terms), column_stride, tl.cdiv(num_rows, WIDTH) + block, False)  # fmt: skip
         else:
             _keep(column_state, state, column, inside, num_columns)
 
@@ -476,17 +464,15 @@ def _plain_gradient(x, g, factors, out, fixed, row, column, sizes, top, left_edg
     _, _, num_rows, column_stride = sizes
     a_factor, b_factor = factors
     a_out, b_out, gain = out
-    i, j = top + tl.arange(0, BM), left_edge + tl.arange(0, BN)
+    i, j = top + tl.arange(0, BM), tl.arange(0, BN)
     if logits:
-        x = tl.exp2(x * tl.load(a_factor + i)[:, None] * tl.load(b_factor + j)[None, :] - fixed)
+        x *= tl.load(a_factor + i)[:, None]
+        x = tl.exp2(x * tl.load(b_factor + left_edge + j)[None, :] - fixed)
     of_row = tl.load(a_out + i) * gain
-    r = of_row * tl.load(row + num_rows + i)
+    factor = (of_row * tl.load(row + num_rows + i))[:, None]
     if COLUMNS:
-        c = tl.load(column + column_stride + j)
-        x *= r[:, None] + of_row[:, None] * c[None, :]
-    else:
-        x *= r[:, None]
-    x *= tl.load(b_out + j)[None, :]
+        factor += of_row[:, None] * tl.load(column + column_stride + left_edge + j)[None, :]
+    x = x * factor * tl.load(b_out + left_edge + j)[None, :]
     g.store([top - start, left_edge], x.to(g.dtype))
 
 
@@ -534,13 +520,13 @@ def _special_gradient(
 
 @jit_for_any_size(
     "start end num_columns depth teacher_depth diagonal ids kept num_rows column_stride target teacher_weight gain bias",
-    "a_factor b_factor a_out b_out a_key b_key row column ta_factor tb_factor teacher_row teacher_column",
+    "a_factor a_out a_key b_key row ta_factor tb_factor teacher_row teacher_column",
 )
 def gradient_kernel(
-    a, b, g,  # descriptors [N, D], [M, D], [chunk, M]
+    a, b, half_b, g,  # descriptors as those of `sums_kernel`
     a_factor, b_factor, a_out, b_out, a_key, b_key, bounds, scale,
     row, column,  # [5, N], [5, M] of `combine_kernel`
-    ta, tb, ta_factor, tb_factor, teacher_row, teacher_column, losses,  # the teacher's or guide's; [tiles, BM]
+    ta, tb, ta_factor, tb_factor, teacher_row, teacher_column, losses,  # the teacher's or guide's; [half tiles, BM]
     start, end, num_columns, depth, teacher_depth, diagonal, ids, kept, num_rows, column_stride,
     target, teacher_weight, gain, bias,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -550,39 +536,38 @@ def gradient_kernel(
 
     kept: what P1 kept of plain tiles is in the place of G. target: 1, or 0 where positives are no part of the loss.
     """
-    PARTS: tl.constexpr = 1 if TEACHER or GUIDE else 2  # a second accumulator takes the registers of half a tile
-    WIDTH: tl.constexpr = BN // PARTS
-    tiles = tl.cdiv(end - start, BM)
-    tile = tl.program_id(0)
+    HALF: tl.constexpr = BN // 2
+    tiles, tile = tl.cdiv(end - start, BM), tl.program_id(0)
     top, left_edge = start + tile % tiles * BM, tile // tiles * BN
+    column_stride = tl.multiple_of(column_stride, 16)
     keys = (a_key, b_key, end, num_columns, diagonal, ids)
     factors, out, sizes = (a_factor, b_factor), (a_out, b_out, gain), (end, num_columns, num_rows, column_stride)
     fixed, plain = _fixed_maximum(bounds, scale, bias)
     if TEACHER or GUIDE:
-        plain = False
+        plain = tile < 0
     elif plain:
         plain = _is_plain(keys, top, left_edge, BM, BN)
     if plain & (kept != 0):
-        for half in tl.static_range(PARTS):
-            edge = left_edge + half * WIDTH
+        for half in tl.range(2, num_stages=1):
+            edge = left_edge + half * HALF
             e = g.load([top - start, edge]).to(tl.float32)
             _plain_gradient(e, g, factors, out, fixed, row, column, sizes, top, edge, start, False,
-                            BM, WIDTH, COLUMNS)  # fmt: skip
+                            BM, HALF, COLUMNS)  # fmt: skip
+    elif plain:
+        x = _halves(_product(a, b, top, left_edge, depth, BM, BN, BK, PRECISION), BM, BN)
+        for half in tl.static_range(2):
+            _plain_gradient(x[half], g, factors, out, fixed, row, column, sizes, top, left_edge + half * HALF,
+                            start, True, BM, HALF, COLUMNS)  # fmt: skip
     else:
-        x = _parts(_product(a, b, top, left_edge, depth, BM, BN, BK, PRECISION), BM, BN, PARTS)
-        t = x
         teacher = (ta_factor, tb_factor, teacher_row, teacher_column, teacher_weight)
-        if TEACHER or GUIDE:
-            t = _parts(_product(ta, tb, top, left_edge, teacher_depth, BM, BN, BK, PRECISION), BM, BN, PARTS)
-            losses += tile.to(tl.int64) * BM
-        if plain:
-            for half in tl.static_range(PARTS):
-                _plain_gradient(x[half], g, factors, out, fixed, row, column, sizes, top, left_edge + half * WIDTH,
-                                start, True, BM, WIDTH, COLUMNS)  # fmt: skip
-        else:
-            for half in tl.static_range(PARTS):
-                _special_gradient(x[half], t[half], g, factors, out, keys, row, column, teacher, losses, sizes, top,
-                                  left_edge + half * WIDTH, start, target, BM, WIDTH, COLUMNS, TEACHER, GUIDE)  # fmt: skip
+        for half in tl.range(2, num_stages=1):
+            edge = left_edge + half * HALF
+            s = _product(a, half_b, top, edge, depth, BM, HALF, BK, PRECISION)
+            t = s
+            if TEACHER or GUIDE:
+                t = _product(ta, tb, top, edge, teacher_depth, BM, HALF, BK, PRECISION)
+            _special_gradient(s, t, g, factors, out, keys, row, column, teacher, losses + (2 * tile + half) * BM,
+                              sizes, top, edge, start, target, BM, HALF, COLUMNS, TEACHER, GUIDE)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -723,8 +708,8 @@ def best_kernel(
     tiles = tl.cdiv(end - start, BM)
     tile = tl.program_id(0)
     top, left_edge = start + tile % tiles * BM, tile // tiles * BN
-    x = _halves(_product(a, b, top, left_edge, depth, BM, BN, BK, PRECISION), BM, BN)
     keys = (a_key, b_key, end, num_columns, diagonal, ids)
+    x = _halves(_product(a, b, top, left_edge, depth, BM, BN, BK, PRECISION), BM, BN)
     for half in tl.static_range(2):
         edge = left_edge + half * (BN // 2)
         i, j = top + tl.arange(0, BM), edge + tl.arange(0, BN // 2)
@@ -778,29 +763,31 @@ def _sigmoid_half(
 
 @jit_for_any_size(
     "start end num_columns depth diagonal ids gradient gain",
-    "a_factor b_factor a_out b_out a_key b_key bias losses bias_gradients",
+    "a_factor a_out a_key b_key bias losses bias_gradients",
 )
 def sigmoid_kernel(
-    a, b, g,  # descriptors [N, D], [M, D], [chunk, M]
+    a, b, half_b, g,  # descriptors as those of `sums_kernel`
     a_factor, b_factor, a_out, b_out, a_key, b_key, bias,
     losses, bias_gradients,  # [half tiles]
     start, end, num_columns, depth, diagonal, ids, gradient, gain,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """SigLIP in one pass: a tile's share of the loss and of dbias, and its G."""
+    HALF: tl.constexpr = BN // 2
     tiles = tl.cdiv(end - start, BM)
     tile = tl.program_id(0)
     top, left_edge = start + tile % tiles * BM, tile // tiles * BN
     keys = (a_key, b_key, end, num_columns, diagonal, ids)
     factors, out = (a_factor, b_factor), (a_out, b_out, gain)
-    plain = _is_plain(keys, top, left_edge, BM, BN)
     shift = tl.load(bias)
-    x = _halves(_product(a, b, top, left_edge, depth, BM, BN, BK, PRECISION), BM, BN)
-    if plain:
+    if _is_plain(keys, top, left_edge, BM, BN):
+        x = _halves(_product(a, b, top, left_edge, depth, BM, BN, BK, PRECISION), BM, BN)
         for half in tl.static_range(2):
             _sigmoid_half(x[half], g, factors, out, keys, shift, losses, bias_gradients, top,
-                          left_edge + half * (BN // 2), start, 2 * tile + half, gradient, BM, BN // 2, True)  # fmt: skip
+                          left_edge + half * HALF, start, 2 * tile + half, gradient, BM, HALF, True)  # fmt: skip
     else:
-        for half in tl.static_range(2):
-            _sigmoid_half(x[half], g, factors, out, keys, shift, losses, bias_gradients, top,
-                          left_edge + half * (BN // 2), start, 2 * tile + half, gradient, BM, BN // 2, False)  # fmt: skip
+        for half in tl.range(2, num_stages=1):
+            edge = left_edge + half * HALF
+            s = _product(a, half_b, top, edge, depth, BM, HALF, BK, PRECISION)
+            _sigmoid_half(s, g, factors, out, keys, shift, losses, bias_gradients, top, edge, start,
+                          2 * tile + half, gradient, BM, HALF, False)  # fmt: skip
