@@ -901,21 +901,13 @@ def sigmoid_loss(
     return loss.float(), (*a_b, dscale, dbias if need.bias else None), None
 
 
-def times_upstream(gradients: Sequence[Tensor | None], upstream: Tensor, like: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients (da, db, dscale, dbias), of which the last may be missing, times the upstream gradient.
-
-    Args:
-        gradients: of the loss, as the functions above give them.
-        upstream: a number on the same device.
-        like: tensors of the dtypes and shapes that are wanted.
-    """
-    found = [None if g is None else torch.empty_like(x) for g, x in zip(gradients, like, strict=True)]
-    da, db, *scalars = gradients
-    first, second = (da if da is not None else db), (db if db is not None else da)
-    ...
-    return found
-
-
+def times_upstream(
+    da: Tensor | None, db: Tensor | None, dscale: Tensor | None, upstream: Tensor, like: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradients of a loss times the upstream gradient, in the shapes and dtypes of `like` (a, b, scale)."""
+    found = [None if g is None else torch.empty_like(x) for g, x in zip((da, db, dscale), like, strict=True)]
+    if dscale is None:
+        dscale = upstream
 def compilations(arch: int) -> Iterator[Compilation]:
     """Every (kernel, configuration, dtype, flags) that the launchers may pick on an architecture."""
     both = (False, True)

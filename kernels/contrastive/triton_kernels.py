@@ -669,27 +669,24 @@ def total_kernel(
         tl.store(totals + 3, of_columns)
 
 
-@jit_for_any_size("a_size b_size", "da db scaled_a scaled_b")
+@jit_for_any_size("a_size b_size", "da db dscale scaled_a scaled_b scaled_scale")
 def upstream_kernel(
-    da, db, dscale, dbias, upstream, scaled_a, scaled_b, scaled_scale, scaled_bias,
-    a_size, b_size, BLOCK: tl.constexpr,
+    da, db, dscale, upstream, scaled_a, scaled_b, scaled_scale, a_size, b_size, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Gradients times the upstream gradient, which no dtype of theirs rounds."""
+    """Gradients times the upstream gradient, which no dtype of theirs rounds; dscale [1] float64."""
     factor = tl.load(upstream).to(tl.float32)
-    blocks = tl.cdiv(a_size, BLOCK)
-    block = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
+    blocks, block = tl.cdiv(a_size, BLOCK), tl.program_id(0).to(tl.int64)
     if block < blocks:
-        at = at + block.to(tl.int64) * BLOCK
+        at = block * BLOCK + tl.arange(0, BLOCK)
         value = tl.load(da + at, mask=at < a_size).to(tl.float32) * factor
         tl.store(scaled_a + at, value.to(scaled_a.dtype.element_ty), mask=at < a_size)
     else:
-        at = at + (block - blocks).to(tl.int64) * BLOCK
+        at = (block - blocks) * BLOCK + tl.arange(0, BLOCK)
         value = tl.load(db + at, mask=at < b_size).to(tl.float32) * factor
         tl.store(scaled_b + at, value.to(scaled_b.dtype.element_ty), mask=at < b_size)
     if block == 0:
-        tl.store(scaled_scale, (tl.load(dscale) * tl.load(upstream).to(tl.float64)).to(scaled_scale.dtype.element_ty))
-        tl.store(scaled_bias, (tl.load(dbias) * tl.load(upstream).to(tl.float64)).to(scaled_bias.dtype.element_ty))
+        value = tl.load(dscale) * tl.load(upstream).to(tl.float64)
+        tl.store(scaled_scale, value.to(scaled_scale.dtype.element_ty))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
