@@ -151,7 +151,7 @@ class QueueLogits:
         if ids is not None:
             self._same = PositivePairs(ids, Ranks(None, 0, (x.shape[0],), (entries.shape[0],)))
             self.count -= self._same.row_count
-        self._buffer = x.new_empty(self.chunks[0].stop, entries.shape[0], dtype=dtype)
+        self._buffer = self.entries.new_empty(self.chunks[0].stop, entries.shape[0])
 
     def chunk(self, at: slice) -> Tensor:
         """The rows `at` of the logits; the next chunk takes its memory."""

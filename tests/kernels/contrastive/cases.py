@@ -26,7 +26,8 @@ def ids(n: int, m: int, groups: int, seed: int = 0) -> dict[str, Tensor]:
     """Ids of which some have no partner, some have several, and at least one pair matches."""
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randint(-groups, groups, (rows,), generator=generator) * 2**40 for rows in (n, m))
-    b[0] = a[0]
+    if n and m:
+        b[0] = a[0]
     return {"a_ids": a, "b_ids": b}
 
 
