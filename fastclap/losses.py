@@ -114,8 +114,8 @@ def info_nce(  # type: ignore[misc]
         queue: an `EmbeddingQueue`, or its `rows()`: a [Qa, D] and b [Qb, D], and integer a_ids [Qa] and b_ids [Qb]
             if the call has ids; constants, on the device of a and the same on every rank. The entries of b are further
             negatives of every row, those of a of every column, except for what has their own id. Label smoothing and
-            teacher concern the batch alone. Under torch.compile give `rows()`, taken outside of the graph: a queue that still
-            fills up would have it compiled anew at every step.
+            teacher concern the batch alone. Under torch.compile give `rows()`, taken outside of the graph: a queue that
+            still fills up would have it compiled anew at every step.
         matryoshka: widths, at most D and each of them once: the loss is the sum of those of a[:, :width], b[:, :width]
             and the queue's likewise, each prefix normalised by itself, with the whole teacher. A mapping gives every
             width its weight in the sum, a sequence 1. The full width counts only if it is among them.

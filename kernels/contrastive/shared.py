@@ -251,7 +251,7 @@ def _reference_direction(
     largest = torch.maximum(positives.amax(1), negatives.amax(1)).detach()
     positive, negative = ((x - largest[:, None]).exp().sum(1) for x in (positives, negatives))
     if prior:
-        num = (~mask).sum(1) + (~same).sum(1)
+        num = ((~mask).sum(1) + (~same).sum(1)).to(s.dtype)
         unbiased = (negative - prior * num * positive / count.clamp_min(1)) / (1 - prior)
         negative = torch.maximum(unbiased, num * torch.exp(-torch.as_tensor(scale).reshape(()).abs() - largest))
     log_p = s - ((positive + negative).log() + largest)[:, None]

@@ -151,13 +151,13 @@ class QueueLogits:
         if ids is not None:
             self._same = PositivePairs(ids, Ranks(None, 0, (x.shape[0],), (entries.shape[0],)))
             self.count -= self._same.row_count
-        self._buffer = x.new_empty(self.chunks[0].stop, entries.shape[0], dtype=dtype)
+        self._buffer = self.entries.new_empty(self.chunks[0].stop, entries.shape[0])
 
     def chunk(self, at: slice) -> Tensor:
         """The rows `at` of the logits; the next chunk takes its memory."""
         x = self.logits.chunk(at, self._buffer)
         if self._same is not None:
-            x.index_put_(self._same.pairs(at, x.device), x.new_tensor(LEFT_OUT))
+            x.index_put_(self._same.pairs(at, x.device), x.new_full((), LEFT_OUT))
         return x
 
 
@@ -195,7 +195,7 @@ class Guide:
     def views(self, x: Tensor, at: slice, pairs: Pairs) -> Views:
         """The chunk x [c, M] of logits without what is left out."""
         t = self.cosines.chunk(at, self._buffer)
-        t.index_put_(pairs, t.new_tensor(-math.inf))
+        t.index_put_(pairs, t.new_full((), -math.inf))
         rows = x.masked_fill(t > self.row_threshold[at, None], LEFT_OUT)
         return rows, x.masked_fill(t > self.column_threshold, LEFT_OUT)
 
@@ -265,7 +265,7 @@ class Sums:
         total, held, _ = self._debiased(at)
         share, prior = self.weight[at] / total, self.debias.prior
         taken_off = prior / (1 - prior) * self.debias.negatives[at] / self.debias.positives[at]
-        return share * (~held / (1 - prior)), share * (1 - taken_off * ~held)
+        return share.masked_fill(held, 0.0) / (1 - prior), share * (1 - taken_off.masked_fill_(held, 0.0))
 
     def bound_gradient(self, at: slice = slice(None)) -> Tensor:
         """The gradient of the scale through the lower bound of the negatives, where it holds."""

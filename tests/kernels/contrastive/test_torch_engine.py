@@ -16,7 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastclap.kernels.contrastive import torch_engine
 from fastclap.losses import info_nce, sigmoid_loss
 from fastclap.testing import assert_close_rel
-from tests.kernels.contrastive.cases import OPTIONS, SCALES, embeddings, evaluate, ids, teacher
+from tests.kernels.contrastive.cases import (
+    CONTRASTS,
+    OPTIONS,
+    SCALES,
+    converted,
+    embeddings,
+    evaluate,
+    ids,
+    queue,
+    teacher,
+)
 
 SHAPES = ((1, 1), (2, 3), (3, 1), (127, 127), (127, 300), (1000, 1023), (1023, 127), (2000, 1000))
 
@@ -68,6 +78,107 @@ def test_info_nce_without_normalisation_and_with_large_logits(option: str) -> No
         # Norms of about 5: logits up to 2,500 at scale 100, whose rounding alone is 1e-4 of the probabilities.
         options = {**OPTIONS[option](*shape), "normalize": False}
         check(info_nce, [a, b, torch.tensor(scale)], options, (scale, alignment), tol=3e-4 if scale > 50 else 3e-5)
+
+
+@pytest.mark.parametrize("option", CONTRASTS)
+@pytest.mark.parametrize("shape", ((2, 3), (3, 1), (127, 300), (401, 130)), ids=str)
+def test_other_contrasts_match_float64(shape: tuple[int, int], option: str) -> None:
+    options = CONTRASTS[option](*shape)
+    for scale, alignment in itertools.product(SCALES, (0.0, 0.9)):
+        inputs = [*embeddings(*shape, alignment), torch.tensor(scale)]
+        tol = 3e-5 if (scale > 50 and alignment) or max(shape) <= 3 or "matryoshka" in options else 1e-5
+        check(info_nce, inputs, options, (scale, alignment), tol)
+        check_in_float64(inputs, options, (scale, alignment))
+
+
+def check_in_float64(inputs: list[Tensor], options: dict[str, Any], label: object) -> None:
+    """As closely as float64 knows a loss that has converged: logits of 100 are rounded to 1e-14."""
+    expected = evaluate(info_nce, inputs, torch.float64, "reference", options)
+    for name, value in evaluate(info_nce, inputs, torch.float64, "torch", options).items():
+        assert (value - expected[name]).norm() < 1e-10 * expected[name].norm() + 2e-13, f"{label}: {name}"
+
+
+@pytest.mark.parametrize("option", [name for name in CONTRASTS if "debias" not in CONTRASTS[name](9, 9)])
+def test_other_contrasts_without_normalisation_and_with_large_logits(option: str) -> None:
+    shape = (150, 203)
+    options = {**CONTRASTS[option](*shape), "normalize": False}
+    for scale, alignment in itertools.product(SCALES, (0.0, 0.9)):
+        inputs = [*embeddings(*shape, alignment), torch.tensor(scale)]
+        check(info_nce, inputs, options, (scale, alignment), tol=3e-4 if scale > 50 else 3e-5)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    n=st.integers(2, 80),
+    m=st.integers(2, 80),
+    scale=st.sampled_from((*SCALES, -7.0)),
+    direction=st.sampled_from(("both", "a_to_b", "b_to_a")),
+    groups=st.sampled_from((0, 2, 30)),
+    smoothing=st.sampled_from((0.0, 0.15)),
+    with_teacher=st.booleans(),
+    debias=st.sampled_from((0.0, 0.003, 0.2)),
+    entries=st.sampled_from(((0, 0), (1, 70), (33, 0), (90, 5))),
+    matryoshka=st.sampled_from(((), (1,), (24, 5), {9: 0.2, 10: 3.0})),
+)
+def test_contrasts_in_any_combination(
+    n: int,
+    m: int,
+    scale: float,
+    direction: str,
+    groups: int,
+    smoothing: float,
+    with_teacher: bool,
+    debias: float,
+    entries: tuple[int, int],
+    matryoshka: Any,
+) -> None:
+    options: dict[str, Any] = {
+        "direction": direction,
+        "label_smoothing": smoothing,
+        "debias": debias,
+        "matryoshka": matryoshka,
+        **queue(*entries, groups),
+        **(ids(n, m, groups) if groups else {}),
+        **(teacher(n, m) if with_teacher else {}),
+    }
+    check_in_float64([*embeddings(n, m, 0.5), torch.tensor(scale)], options, "combination")
+
+
+def test_debiased_gradient_keeps_its_digits_near_perfect_alignment() -> None:
+    """So rare a positive among the negatives that their lower bound does not hold: 1 - p is about 1e-5."""
+    a, b = embeddings(200, 200, 0.999, dim=64)
+    for options in ({"debias": 1e-12}, {"debias": 1e-12, **queue(50, 40, dim=64)}):
+        inputs = [a, b, torch.tensor(25.0)]
+        check(info_nce, inputs, options, "aligned")
+        naive = evaluate(info_nce, inputs, torch.float32, "reference", options)
+        expected = evaluate(info_nce, inputs, torch.float64, "reference", options)
+        error = (naive["gradient of a"] - expected["gradient of a"]).norm() / expected["gradient of a"].norm()
+        assert error > 1e-4
+
+
+def test_a_queue_that_outweighs_the_batch() -> None:
+    """The largest logit of every row is that of an entry, 200 above its positive: maxima come from the queue."""
+    a, b = embeddings(70, 70, 0.0)
+    a, b = a.abs(), -b.abs()
+    entries = queue(66, 130)["queue"]
+    options = {"queue": entries._replace(a=-entries.a.abs(), b=entries.b.abs())}
+    for scale in (25.0, 100.0):
+        check(info_nce, [a, b, torch.tensor(scale)], options, scale, tol=3e-5)
+        check_in_float64([a, b, torch.tensor(scale)], options, scale)
+
+
+def test_a_guide_that_leaves_the_best_logits_out() -> None:
+    """What is left out is 200 above the rest, which would underflow beside it."""
+    a, b = embeddings(70, 70, 0.0)
+    a, b = a.abs(), -b.abs()
+    b[1::2] = a[::2]  # row 2i is closest to column 2i + 1, for the guide too
+    a_t = torch.eye(70)
+    b_t = 0.5 * torch.eye(70) + torch.eye(70).roll(1, 0)  # to row i column i + 1 is closer than column i
+    options = {"teacher": (a_t, b_t, torch.tensor(1.0)), "guide_margin": 0.01}
+    for direction in ("both", "a_to_b"):
+        inputs = [a, b, torch.tensor(100.0)]
+        check(info_nce, inputs, {**options, "direction": direction}, direction, tol=3e-5)
+        check_in_float64(inputs, {**options, "direction": direction}, direction)
 
 
 def test_gradient_keeps_its_digits_near_perfect_alignment() -> None:
@@ -210,8 +321,10 @@ def test_zero_rows_give_finite_values() -> None:
 def test_nothing_uninitialised_is_read_and_runs_are_bit_identical(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *shape: self.new_full(shape, float("nan")))
     monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, float("nan")))
-    options = OPTIONS["everything"](150, 203)
-    for scale in (14.3, 100.0):
+    for scale, options in itertools.product(
+        (14.3, 100.0),
+        (OPTIONS["everything"](150, 203), *(CONTRASTS[x](150, 203) for x in ("guide, ids", "everything"))),
+    ):
         inputs = [*embeddings(150, 203, 0.5), torch.tensor(scale)]
         first, second = (evaluate(info_nce, inputs, torch.float32, "torch", options) for _ in range(2))
         for name, value in first.items():
@@ -232,13 +345,15 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("option", ("plain", "ids", "everything"))
+@pytest.mark.parametrize("option", ("plain", "ids", "everything", "guide, ids", "debias", "long queue", "matryoshka"))
 def test_no_tensor_is_larger_than_a_chunk(option: str) -> None:
     n, m, dim = 1000, 900, 24
     inputs = [x.requires_grad_() for x in (*embeddings(n, m, 0.0, dim), torch.tensor(14.3))]
+    cases = {**CONTRASTS, **OPTIONS, "long queue": lambda n, m: {**queue(1100, 1300, 300), **ids(n, m, 300)}}
+    options = cases[option](n, m)
     with LargestTensor() as largest:
-        info_nce(*inputs, **OPTIONS[option](n, m)).backward()
-    assert largest.numel == torch_engine.MIN_CHUNK_ROWS * m
+        info_nce(*inputs, **options).backward()
+    assert largest.numel == torch_engine.MIN_CHUNK_ROWS * (1300 if option == "long queue" else m)
 
 
 class Multiplications(TorchDispatchMode):
@@ -274,6 +389,11 @@ def test_work_done_is_that_which_is_needed(monkeypatch: pytest.MonkeyPatch) -> N
     assert products(lambda: info_nce(a, b, scale)) == 2
     assert products(lambda: info_nce(ag, bg, scale, direction="a_to_b")) == 3
     assert products(lambda: sigmoid_loss(ag, bg, scale, -10.0)) == 3
+    # An entry's logits are formed twice and multiplied once: it wants no gradient.
+    assert products(lambda: info_nce(ag, bg, scale, **queue(100, 30))) == pytest.approx(3 + 3 * (0.5 + 0.1))
+    assert products(lambda: info_nce(ag, b, scale, direction="a_to_b", **queue(100, 30))) == pytest.approx(2 + 3 * 0.1)
+    assert products(lambda: info_nce(a, b, 14.3, **queue(100, 30)), backward=False) == pytest.approx(1.6)
+    assert products(lambda: info_nce(ag, bg, scale, matryoshka=(6, 12))) == pytest.approx(3 * (0.25 + 0.5))
     assert products(lambda: info_nce(a, b, 14.3), backward=False) == 1
     with torch.no_grad():
         assert products(lambda: info_nce(ag, bg, scale), backward=False) == 1
@@ -283,10 +403,11 @@ def test_work_done_is_that_which_is_needed(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_partial_gradients_equal_the_full_ones(wanted: tuple[bool, ...]) -> None:
     inputs = [*embeddings(100, 130, 0.5), torch.tensor(14.3)]
-    for loss, options in ((info_nce, {"label_smoothing": 0.1}), (info_nce, {"direction": "b_to_a"})):
-        expected = evaluate(loss, inputs, torch.float64, "reference", options)
+    everything = [CONTRASTS[x](100, 130) for x in ("everything", "everything, prefixes, one way", "matryoshka, guide")]
+    for options in ({"label_smoothing": 0.1}, {"direction": "b_to_a"}, *everything):
+        expected = evaluate(info_nce, inputs, torch.float64, "reference", options)
         leaves = [x.clone().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
-        (2.5 * loss(*leaves, **options)).backward()
+        (2.5 * info_nce(*leaves, **options)).backward()
         for name, leaf, want in zip(("a", "b", "logit_scale"), leaves, wanted, strict=True):
             assert (leaf.grad is not None) == want
             if leaf.grad is not None:
@@ -311,3 +432,20 @@ def test_non_finite_embeddings_give_a_non_finite_loss() -> None:
     a[2, 3] = float("nan")
     assert info_nce(a, b, 14.3).isnan()
     assert info_nce(a, b, 14.3, normalize=False).isnan()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("option", ("queue, ids", "matryoshka", "everything"))
+def test_other_contrasts_of_half_precision_inputs(option: str, dtype: torch.dtype) -> None:
+    """Prefixes' gradients are added up in float32 and rounded once: 2^-9 for bfloat16."""
+    options = converted(CONTRASTS[option](120, 90), dtype)
+    inputs = [*(x.to(dtype) for x in embeddings(120, 90, 0.5)), torch.tensor(14.3)]
+    expected = evaluate(info_nce, inputs, torch.float64, "reference", options)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    value = info_nce(*leaves, **options)
+    (2.5 * 256 * value).backward()
+    assert value.dtype == torch.float32
+    assert_close_rel("loss", expected["loss"], value, 1e-5)
+    for name, leaf in zip(("a", "b", "logit_scale"), leaves, strict=True):
+        assert leaf.grad is not None and leaf.grad.dtype == leaf.dtype
+        assert_close_rel(f"gradient of {name}", expected[f"gradient of {name}"] * 256, leaf.grad, 2e-3)
