@@ -238,10 +238,18 @@ def _multiply_by_upstream(ctx: Any, upstream: Tensor | None, *_: Tensor | None) 
             "all derivatives"
         )
     found: list[Tensor | None] = [None] * ctx.num_inputs
-    if upstream is not None:
-        for index, (gradient, (shape, dtype, device)) in enumerate(zip(ctx.saved_tensors, ctx.like, strict=True)):
-            if gradient is not None:
-                found[index] = (gradient * upstream.to(gradient.dtype)).to(device, dtype).reshape(shape)
+    if upstream is None:
+        return tuple(found)
+    gradients: list[Tensor | None] = [*ctx.saved_tensors]
+    if dispatch.on_gpu(upstream) and not dispatch.why_only_torch(upstream):
+        from fastclap.kernels.contrastive import triton_engine
+
+        gradients[:3] = triton_engine.times_upstream(gradients[:3], upstream, [dtype for _, dtype, _ in ctx.like[:3]])
+        gradients[3:] = [None if g is None else g * upstream for g in gradients[3:]]
+    else:  # in float32, in which the upstream gradient is
+        gradients = [None if g is None else g.to(torch.promote_types(g.dtype, upstream.dtype)) * upstream for g in gradients]
+    for index, (gradient, (shape, dtype, device)) in enumerate(zip(gradients, ctx.like, strict=True)):
+        found[index] = None if gradient is None else gradient.to(device, dtype).reshape(shape)
     return tuple(found)
 
 

@@ -358,9 +358,12 @@ class Blocks:
     ) -> None:
         self.operands, self.positives, self.launch, self.two_sided = operands, positives, launch, two_sided
         self.queue: Operands | None = None
+        self.queue_rows, self.queue_columns = (0, 0) if queue is None else (len(queue.a), len(queue.b))
         if queue is not None:
-            o, one = operands, Ranks(None, 0, (len(queue.a),), (len(queue.b),))
-            self.queue = Operands(queue.a, queue.b, o.scale, o.normalize, one, o.a.dtype, constants=o)
+            # A side without entries is never read, but has to be something.
+            o, sides = operands, (queue.a if len(queue.a) else queue.b, queue.b if len(queue.b) else queue.a)
+            one = Ranks(None, 0, (len(sides[0]),), (len(sides[1]),))
+            self.queue = Operands(*sides, o.scale, o.normalize, one, o.a.dtype, constants=o)
 
     def part(self, columns: slice | None) -> Block:
         """Columns of the matrix; None: this rank's own, which are there before the others'."""
@@ -463,7 +466,6 @@ class TiledSoftmax:
         self.terms, self.scale_terms = torch.empty(2, self.all_blocks, dtype=torch.float64, device=device)
         self._row_state = torch.empty(4, num_rows, dtype=torch.float64, device=device)
         self._column_state = torch.empty(4, num_columns, dtype=torch.float64, device=device)
-        self._queue = (len(blocks.queue.a), len(blocks.queue.local_b)) if blocks.queue is not None else (0, 0)
         whole = ranks.group is None and blocks.queue is None  # sums are complete with the last tile
         for at in launch.chunks(num_rows):
             everything = operands is not blocks.operands or ranks.group is None or kept is not None or at.start > 0
@@ -478,9 +480,9 @@ class TiledSoftmax:
                 fresh = (int(index == 0), int(at.start == 0))
                 done = (int(whole), int(whole and at.stop == num_rows))
                 self._add(block, at, first, fresh, done)
-            if blocks.queue is not None:
+            if blocks.queue_columns:
                 self._add(blocks.beside(), at, None, (0, 0), (0, 0))
-        if blocks.queue is not None and blocks.two_sided:
+        if blocks.queue_rows and blocks.two_sided:
             own, block = ranks.own_columns, blocks.below()
             for at in launch.chunks(len(block.rows)):
                 self._add(block, at, None, (0, 0), (0, 0), first_row=own.start, rows_are_columns=True)
@@ -560,7 +562,7 @@ class TiledSoftmax:
             keys.row_queue, keys.column_queue, self.row, self.column, self.terms, self.scale_terms,
             *rows, *columns, num_rows, self.num_columns, self.column.stride(0), operands.ranks.num_rows,
             keys.diagonal, keys.ids, int(blocks.two_sided), positives, *fresh, *done,
-            self.hard, self.debias, *self._queue, operands.bias, launch.tile.rows, launch.tile.columns, **COMBINED,
+            self.hard, self.debias, blocks.queue_rows, blocks.queue_columns, operands.bias, launch.tile.rows, launch.tile.columns, **COMBINED,
         )  # fmt: skip
 
     def _reduce(self) -> None:
@@ -762,6 +764,7 @@ def info_nce(
     operands = Operands(a, b, scale, contrast.normalize, ranks, dtype)
     launch, device = _launch(operands), a.device
     positives = PositiveKeys(ids, queue, ranks, operands.bounds)
+    queue = None if queue is None or not len(queue.a) + len(queue.b) else queue
     blocks = Blocks(operands, positives, queue, launch, two_sided)
     ranks.all_reduce(operands.bounds, maximum=True)
     guide = Guide(teacher, contrast, blocks) if teacher is not None and contrast.guide_margin is not None else None
@@ -799,11 +802,11 @@ def info_nce(
             share = _write_gradient(softmax, main, at, g, two_sided, softmax.row, 1.0, distillation)
             shares += [] if share is None else [share]
             if gradients is not None:
-                raw = gradients.beside(softmax, at) if queue is not None else None
+                raw = gradients.beside(softmax, at) if blocks.queue_columns else None
                 correction = None if smoothing is None else smoothing.row_gradient(at)
                 gradients.add(at, g, correction, raw, last=alone and at.stop == num_rows)
         if gradients is not None and not alone:
-            below = gradients.below(softmax) if queue is not None and two_sided else None
+            below = gradients.below(softmax) if blocks.queue_rows and two_sided else None
             if need.b:
                 gradients.finish_columns(None if smoothing is None else smoothing.column_gradient(), below)
 
@@ -901,13 +904,25 @@ def sigmoid_loss(
     return loss.float(), (*a_b, dscale, dbias if need.bias else None), None
 
 
-def times_upstream(
-    da: Tensor | None, db: Tensor | None, dscale: Tensor | None, upstream: Tensor, like: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The gradients of a loss times the upstream gradient, in the shapes and dtypes of `like` (a, b, scale)."""
-    found = [None if g is None else torch.empty_like(x) for g, x in zip((da, db, dscale), like, strict=True)]
-    if dscale is None:
-        dscale = upstream
+def times_upstream(gradients: Gradients, upstream: Tensor, wanted: Sequence[torch.dtype]) -> list[Tensor | None]:
+    """Gradients of a loss (da, db, dscale), as above, times the upstream gradient, in the dtypes wanted; one launch."""
+    found = [None if g is None else torch.empty_like(g, dtype=x) for g, x in zip(gradients, wanted, strict=True)]
+    sizes = [0 if g is None else g.numel() for g in gradients[:2]]
+    scale_wanted = gradients[2] is not None
+    # An absent one of a pair is replaced by the other, so that there are no further forms of the kernel.
+    given, written = [*gradients], [*found]
+    for values in (given, written):
+        values[0], values[1] = values[0] if sizes[0] else values[1], values[1] if sizes[1] else values[0]
+    scalar = given[2] if scale_wanted else torch.empty((), dtype=torch.float64, device=upstream.device)
+    out = written[2] if scale_wanted else torch.empty((), device=upstream.device)
+    block = UPSTREAM["BLOCK"]
+    upstream_kernel[(max(1, -(-sizes[0] // block) + -(-sizes[1] // block)),)](
+        scalar if given[0] is None else given[0], scalar if given[1] is None else given[1], scalar, upstream,
+        out if written[0] is None else written[0], out if written[1] is None else written[1], out, *sizes, **UPSTREAM,
+    )  # fmt: skip
+    return found
+
+
 def compilations(arch: int) -> Iterator[Compilation]:
     """Every (kernel, configuration, dtype, flags) that the launchers may pick on an architecture."""
     both = (False, True)
