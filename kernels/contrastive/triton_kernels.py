@@ -592,8 +592,8 @@ def _through_norm(block, raw, x, inverse, scale, number, out, along, rows, depth
     if write:
         of_row = tl.load(inverse + i, mask=row_inside, other=0.0)
         alpha = tl.load(scale).to(tl.float64) * factor / number / gain
-        after = tl.where(unit, of_row, 1.0) * alpha.to(tl.float32)
-        part = dot * normalize * tl.where(unit, 1.0, of_row * of_row)
+        after = tl.where(unit != 0, of_row, 1.0) * alpha.to(tl.float32)
+        part = dot * normalize * tl.where(unit != 0, 1.0, of_row * of_row)
         for k in tl.range(0, depth, DEPTH):
             at = k + tl.arange(0, DEPTH)[None, :]
             mask = inside & (at < depth)
@@ -685,8 +685,8 @@ def upstream_kernel(
         value = tl.load(db + at, mask=at < b_size).to(tl.float32) * factor
         tl.store(scaled_b + at, value.to(scaled_b.dtype.element_ty), mask=at < b_size)
     if block == 0:
-        value = tl.load(dscale) * tl.load(upstream).to(tl.float64)
-        tl.store(scaled_scale, value.to(scaled_scale.dtype.element_ty))
+        of_scale = tl.load(dscale) * tl.load(upstream).to(tl.float64)
+        tl.store(scaled_scale, of_scale.to(scaled_scale.dtype.element_ty))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
