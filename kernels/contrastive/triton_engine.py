@@ -614,6 +614,8 @@ class EmbeddingGradients:
         if self.need.b:
             self._raw_b = _multiply(g.t(), self.a_rows[at], self._raw_b)
         if not self.by_rows:
+            if last:
+                self._through_norms(slice(0, 0), None, True)
             return
         raw = _multiply(g, self.b_rows, raw)
         if correction is not None:

@@ -302,13 +302,15 @@ def _factors(
         change = tl.exp2(top - fixed).to(tl.float64)
         negative, positive = negative * change, positive * change
         top = tl.zeros_like(top) + fixed
+    top = tl.where(inside, top, 0.0)
     positives = tl.maximum(k, 1.0)
     number = negatives - k
     lowest = number * tl.exp2(-tl.abs(scale) * LOG2E - top).to(tl.float64)
     debiased = (negative - debias * number * positive / positives) / (1.0 - debias)
     bound = (debias > 0) & (debiased <= lowest)
-    total = positive + tl.where(bound, lowest, debiased)
-    share = tl.where(weight > 0, weight / total, 0.0)
+    weight = tl.where(inside, weight, 0.0)
+    total = tl.where(weight > 0, positive + tl.where(bound, lowest, debiased), 1.0)
+    share = weight / total
     of_negatives = tl.where(bound, 0.0, share / (1.0 - debias))
     kappa = tl.where(bound, 1.0, 1.0 - debias * number / (positives * (1.0 - debias)))
     of_positives = tl.where(k == 1, 0.0, share * kappa)  # a single one is its own mean
@@ -324,8 +326,8 @@ def _factors(
     if LOGITS:
         target = weight / positives + other_weight / siblings
         term -= hard * target * logit * LN2
-    tl.store(terms + block, tl.sum(tl.where(inside & (weight > 0), term, 0.0), 0))
-    of_scale = tl.where(inside & bound, -share * lowest, 0.0)
+    tl.store(terms + block, tl.sum(tl.where(weight > 0, term, 0.0), 0))
+    of_scale = tl.where(bound, -share * lowest, 0.0)
     tl.store(scale_terms + block, tl.sum(of_scale, 0) * tl.where(scale < 0, -1.0, 1.0))
 
 

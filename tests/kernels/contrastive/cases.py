@@ -89,13 +89,14 @@ CONTRASTS: dict[str, Callable[[int, int], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def converted(options: dict[str, Any], dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
-    """The options with their embeddings in a dtype, and all tensors on a device."""
+def converted(options: dict[str, Any], dtype: torch.dtype | None, device: str = "cpu") -> dict[str, Any]:
+    """The options with their embeddings in a dtype (None: their own), and all tensors on a device."""
     found = dict(options)
     for name, value in options.items():
         if name in ("teacher", "queue"):
             parts = [
-                x.to(device, dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x for x in value
+                x.to(device, dtype if dtype and x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
+                for x in value
             ]
             found[name] = QueueRows(*parts) if name == "queue" else tuple(parts)
         elif isinstance(value, Tensor):

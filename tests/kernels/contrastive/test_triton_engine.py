@@ -21,7 +21,7 @@ from fastclap.kernels.contrastive import torch_engine
 from fastclap.kernels.contrastive.shared import Contrast
 from fastclap.losses import info_nce, sigmoid_loss
 from fastclap.testing import assert_close_rel
-from tests.kernels.contrastive.cases import OPTIONS, SCALES, embeddings, evaluate, ids, teacher
+from tests.kernels.contrastive.cases import CONTRASTS, OPTIONS, SCALES, converted, embeddings, evaluate, ids, teacher
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
@@ -73,7 +73,7 @@ def storable(engine: str, dtype: torch.dtype, option: str) -> bool:
     """Whether the engine can keep the exponentials (torch: the logits) from the first pass to the second."""
     if engine == "torch":
         return option not in ("a_to_b", "b_to_a", "everything, one way")  # those have one pass
-    return dtype != torch.float16 and option in ("plain", "label smoothing", "a_to_b")
+    return dtype != torch.float16 and not any(x in option for x in ("teacher", "everything", "guide"))
 
 
 def is_small(shape: tuple[int, int]) -> bool:
@@ -115,11 +115,11 @@ def cases() -> Iterator[Any]:
             )
 
 
-def store(monkeypatch: pytest.MonkeyPatch, stored: bool) -> None:
-    """Both engines keep what they can from the first pass to the second, or nothing; torch's in several chunks."""
-    monkeypatch.setattr("fastclap.kernels.contrastive.triton_engine.stores_exponentials", lambda *_: stored)
+def keep(monkeypatch: pytest.MonkeyPatch, stored: bool) -> dict[str, Any]:
+    """The option under which both engines keep what they can from the first pass to the second, or nothing."""
     monkeypatch.setattr(torch_engine, "KEEP_BYTES", (1 << 30) * stored)
-    monkeypatch.setattr(torch_engine, "GPU_CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(torch_engine, "GPU_CHUNK_BYTES", 1 << 20)  # several chunks
+    return {"keep_exponentials": stored}
 
 
 @pytest.fixture(autouse=True)
@@ -128,13 +128,7 @@ def highest_precision() -> None:
 
 
 def on_device(options: dict[str, Any]) -> dict[str, Any]:
-    moved = {}
-    for name, value in options.items():
-        if isinstance(value, tuple):
-            moved[name] = tuple(x.to(DEVICE) for x in value)
-        else:
-            moved[name] = value.to(DEVICE) if isinstance(value, Tensor) else value
-    return moved
+    return converted(options, None, DEVICE)
 
 
 def run(
@@ -170,8 +164,7 @@ def check(
 ) -> dict[str, Tensor]:
     """Value and gradients against float64 ones, which a GPU computes as well where there is one."""
     rounded = [(x.to(dtype) if x.dim() == 2 else x).to(DEVICE) for x in inputs]
-    if "teacher" in options:
-        options = {**options, "teacher": tuple(x.to(dtype) for x in options["teacher"])}
+    options = converted(options, dtype)
     expected = evaluate(loss, rounded, torch.float64, "reference", on_device(options))
     # A power of two, which no dtype rounds, that takes float16 gradients out of their subnormals.
     largest = max(expected[f"gradient of {name}"].abs().max().item() for name in "ab") / 2.5
@@ -222,12 +215,13 @@ def test_info_nce_matches_float64(
     monkeypatch: pytest.MonkeyPatch, engine: str, option: str, shape: tuple[int, int], chosen: list[Choice]
 ) -> None:
     for dtype, stored, scale, alignment, width in chosen:
-        store(monkeypatch, stored)
+        kept = keep(monkeypatch, stored)
         inputs = [*embeddings(*shape, alignment, dim=width), torch.tensor(scale)]
         # A logit of 90 is itself rounded to 4e-6, and few rows average no error out.
         exact = 6e-5 if scale > 50 or max(shape) <= 3 else 2e-5
         tol = tolerance(dtype, scale, width, engine, exact)
-        check(info_nce, inputs, OPTIONS[option](*shape), (scale, alignment, width, stored), dtype, tol, engine)
+        options = {**OPTIONS[option](*shape), **kept}
+        check(info_nce, inputs, options, (scale, alignment, width, stored), dtype, tol, engine)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU all choices meet")
@@ -255,10 +249,10 @@ def test_every_two_choices_meet_in_the_interpreter() -> None:
 @pytest.mark.parametrize("stored", (False, True), ids=("exponentials formed twice", "exponentials stored"))
 @pytest.mark.parametrize("option", ("plain", "ids", "label smoothing", "a_to_b"))
 def test_both_forms_give_the_same(monkeypatch: pytest.MonkeyPatch, stored: bool, option: str) -> None:
-    store(monkeypatch, stored)
+    kept = keep(monkeypatch, stored)
     for dtype in DTYPES:
         inputs = [*embeddings(70, 53, 0.5), torch.tensor(14.3)]
-        check(info_nce, inputs, OPTIONS[option](70, 53), option, dtype)
+        check(info_nce, inputs, {**OPTIONS[option](70, 53), **kept}, option, dtype)
 
 
 def test_without_normalisation_and_with_large_logits() -> None:
@@ -329,7 +323,7 @@ def test_sigmoid_loss_matches_float64(
     shape: tuple[int, int],
     chosen: list[tuple[torch.dtype, str, float, int]],
 ) -> None:
-    store(monkeypatch, False)
+    keep(monkeypatch, False)
     for dtype, option, scale, width in chosen:
         inputs = [*embeddings(*shape, 0.5, dim=width), torch.tensor(scale), torch.tensor([-10.0])]
         if option == "not normalised":
@@ -361,14 +355,10 @@ def test_partial_gradients_equal_the_full_ones(wanted: tuple[bool, ...]) -> None
 def test_no_gradient_no_teacher_and_teacher_without_gradient() -> None:
     a, b = (x.to(DEVICE) for x in embeddings(50, 70, 0.5))
     for options in ({}, teacher(50, 70), {"direction": "a_to_b"}):
-        expected = info_nce(a.double(), b.double(), 9.0, backend="reference", **_double(on_device(options)))
+        expected = info_nce(a.double(), b.double(), 9.0, backend="reference", **converted(options, torch.float64, DEVICE))
         value = info_nce(a, b, 9.0, backend="triton", **on_device(options))
         assert not value.requires_grad
         assert_close_rel("loss", expected, value, 1e-5)
-
-
-def _double(options: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(x.double() for x in v) if isinstance(v, tuple) else v for k, v in options.items()}
 
 
 def poisoned_cases() -> Iterator[Any]:
@@ -381,11 +371,11 @@ def poisoned_cases() -> Iterator[Any]:
 def test_uninitialised_memory_is_never_read_and_runs_are_bit_identical(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, option: str, stored: bool
 ) -> None:
-    store(monkeypatch, stored)
+    options = {**OPTIONS[option](70, 53), **keep(monkeypatch, stored)}
     empty, new_empty = torch.empty, Tensor.new_empty
 
     def poisoned(x: Tensor) -> Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-(2**30))
+        return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min)
 
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: poisoned(empty(*shape, **options)))
     monkeypatch.setattr(
@@ -395,7 +385,7 @@ def test_uninitialised_memory_is_never_read_and_runs_are_bit_identical(
         Tensor, "new_empty", lambda self, *shape, **options: poisoned(new_empty(self, *shape, **options))
     )
     inputs = [*embeddings(70, 53, 0.5), torch.tensor(14.3)]
-    first, second = (run(info_nce, inputs, dtype, OPTIONS[option](70, 53)) for _ in range(2))
+    first, second = (run(info_nce, inputs, dtype, options) for _ in range(2))
     for name, value in first.items():
         assert value.isfinite().all(), name
         assert torch.equal(value, second[name]), name
@@ -488,11 +478,11 @@ def test_a_scale_may_be_a_number_or_on_the_host(dtype: torch.dtype, engine: str)
 @pytest.mark.parametrize("stored", (False, True), ids=("exponentials formed twice", "exponentials stored"))
 def test_tf32_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch, stored: bool, option: str) -> None:
     """TF32 rounds embeddings, and in the products of the gradients G, to 2^-12 on average."""
-    store(monkeypatch, stored)
+    kept = keep(monkeypatch, stored)
     torch.set_float32_matmul_precision("high")
     try:
         inputs = [*embeddings(1000, 1023, 0.5, dim=768), torch.tensor(14.3)]
-        check(info_nce, inputs, OPTIONS[option](1000, 1023), option, tol=2e-3)
+        check(info_nce, inputs, {**OPTIONS[option](1000, 1023), **kept}, option, tol=2e-3)
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -506,10 +496,10 @@ def test_a_cuda_graph_replays_forward_and_backward(
 ) -> None:
     if stored and not storable("triton", dtype, option):
         pytest.skip("this option stores no exponentials")
-    store(monkeypatch, stored)
+    kept = keep(monkeypatch, stored)
     a, b = (x.to("cuda", dtype).requires_grad_() for x in embeddings(1000, 1000, 0.5, dim=64))
     scale = torch.tensor(14.3, device="cuda", requires_grad=True)
-    leaves, options = (a, b, scale), on_device(OPTIONS[option](1000, 1000))
+    leaves, options = (a, b, scale), {**on_device(OPTIONS[option](1000, 1000)), **kept}
 
     def step() -> tuple[Tensor, ...]:
         loss = info_nce(*leaves, **options)
@@ -577,12 +567,12 @@ def test_autocast_rounds_embeddings_as_matmul_does(engine: str) -> None:
 @pytest.mark.parametrize("stored", (False, True), ids=("exponentials formed twice", "exponentials stored"))
 def test_more_than_two_billion_logits(monkeypatch: pytest.MonkeyPatch, stored: bool) -> None:
     """Rows 0 and -1 of a batch whose exponentials number 2^31 and more, against a softmax of those rows."""
-    store(monkeypatch, stored)
+    kept = keep(monkeypatch, stored)
     n = 47_000
     generator = torch.Generator(device="cuda").manual_seed(0)
     a, b = (torch.randn(n, 64, device="cuda", generator=generator).bfloat16() for _ in range(2))
     x = a.clone().requires_grad_()
-    info_nce(x, b, 14.3, direction="a_to_b").backward()
+    info_nce(x, b, 14.3, direction="a_to_b", **kept).backward()
     assert x.grad is not None
     for rows in (slice(0, 2), slice(n - 2, n)):
         part = a[rows].double().requires_grad_()
