@@ -60,7 +60,7 @@ TIMED_ROWS = TIMED_DIM = 16
 WARM_UP = 30  # calls
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
 WITHOUT_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
-WITHOUT_KERNEL |= {"detach", "detach_", "_local_scalar_dense", "resize_", "set_"}
+WITHOUT_KERNEL |= {"detach", "detach_", "_local_scalar_dense", "promote_types", "resize_", "set_"}
 CPU = torch.device("cpu")
 
 Call = Callable[[], object]
@@ -234,11 +234,11 @@ def forms() -> dict[str, Form]:
         "fastclap, ids": Form(_with_ids),
         "fastclap, forward only": Form(_plain, backward=False),
         "fastclap, sigmoid": Form(lambda a, b, scale: sigmoid_loss(a, b, scale, peers.SIGMOID_BIAS, backend="triton")),
-        "materialised": Form(peers.materialised, ours=False),
         "materialised sigmoid": Form(peers.materialised_sigmoid, ours=False),
     }
-    with contextlib.suppress(ModuleNotFoundError):
-        found["open_clip"] = Form(peers._open_clip(CPU, False), ours=False)
+    for peer in peers.info_nce_peers(CPU, peers.SCALE):
+        if peer.name in ("materialised", "open_clip") and peer.run is not None:
+            found[peer.name] = Form(peer.run, ours=False)
     return found
 
 

@@ -246,7 +246,12 @@ def info_nce_peers(device: torch.device, scale: float) -> list[Peer]:
         load("open_clip, compiled", "open-clip-torch", 6, "ClipLoss, compiled", lambda: _open_clip(device, True)),
         load("inf_cl", "inf-cl", 10, f"cal_flash_loss, {both}", lambda: _inf_cl(device)),
         load(
-            *("memeff", "memeff", 5, "MemoryEfficientCLIPLoss(stable=False); the temperature is a constant"),
+            *(
+                "memeff",
+                "memeff",
+                5,
+                "MemoryEfficientCLIPLoss(stable=False); the temperature is a constant; sm_100 beyond D = 512: 4 passes",
+            ),
             lambda: _memeff(device, scale),
             scale_gradient=False,
         ),
