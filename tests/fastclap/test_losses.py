@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastclap
 from fastclap.drop_in.open_clip import ClipLoss, SigLipLoss
+from fastclap.kernels.contrastive import torch_engine
 from fastclap.kernels.contrastive.shared import Contrast, QueueRows
 from fastclap.losses import EmbeddingQueue, info_nce, sigmoid_loss
 from fastclap.testing import assert_close_rel
@@ -423,6 +424,20 @@ def test_a_queue_in_a_compiled_graph() -> None:
         if step == 3:
             assert_close_rel("full", expected, compiled(a, b, 5.0, queue=module), 1e-6)
         module.push(*batch)
+
+
+@pytest.mark.parametrize("keep", (None, True, False))
+def test_engines_are_told_whether_to_keep_exponentials(monkeypatch: pytest.MonkeyPatch, keep: bool | None) -> None:
+    told, engine = [], torch_engine.info_nce
+
+    def listening(*arguments: Any) -> Any:
+        told.extend(x.keep_exponentials for x in arguments if isinstance(x, Contrast))
+        return engine(*arguments)
+
+    monkeypatch.setattr(torch_engine, "info_nce", listening)
+    a, b = pair()
+    value = info_nce(a, b, 5.0, keep_exponentials=keep)
+    assert told == [keep] and torch.equal(value, info_nce(a, b, 5.0))
 
 
 def test_a_contrast_comes_back_from_its_key() -> None:

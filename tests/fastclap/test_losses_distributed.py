@@ -85,7 +85,18 @@ def check_disagreements(results: list[dict[str, Any]]) -> None:
             assert "rejected" not in messages[1], name
         elif name != "no positive":
             assert "ranks disagree on" in messages[0] and "[1]" in messages[0], f"{name}: {messages[0]}"
-    assert "a must be" in told[1]["integers"]
+    assert "a must be" in told[1]["integers"] and "matryoshka has width 5" in told[1]["width"]
+    for name, what in (
+        ("debias", "debias"),
+        ("guide", "guide_margin or guide_relative"),
+        ("matryoshka", "matryoshka"),
+        ("queue", "the queue's sizes or dtypes"),
+        ("no queue", "the queue's sizes or dtypes"),
+        ("push of another size", "embedding size"),
+        ("push and loss", "loss or agree_once"),
+    ):
+        for rank in range(4):
+            assert f"ranks disagree on {what}: rank {rank} has" in told[rank][name], name
 
 
 def check_queues(ranks: ModuleType, results: list[dict[str, Any]]) -> None:
