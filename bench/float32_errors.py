@@ -287,7 +287,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary = markdown(header, held)
     print(summary)
     if args.out is not None:
-        args.out.write_text(f"{summary}\n{markdown(COLUMNS, rows)}", encoding="utf-8")
+        command = f"python -m bench.float32_errors --chip {args.chip} --rows {args.rows} --seeds {args.seeds}"
+        command += f" --depths {' '.join(map(str, args.depths))}"
+        page = [f"`{command}`, torch {torch.__version__}. Emulated: no GPU has measured this.", "", summary, ""]
+        args.out.write_text("\n".join([*page, markdown(COLUMNS, rows), ""]), encoding="utf-8")
     return 0
 
 

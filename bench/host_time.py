@@ -8,15 +8,16 @@ turns into a library when this runs). Tensors are the CPU's and pass for a GPU's
 PYTHONPATH=CHECKOUT python bench/host_time.py.
 
 Counted for every number of rows, in a forward and backward pass: launches of Triton kernels; TMA descriptors that the
-driver encodes; products; other operations of torch that launch a kernel; and those that do not (views, empty tensors).
+driver encodes; products; other operations of torch that launch a kernel (a sort several); and those that do not (views,
+empty tensors).
 The forms of torch and of others do the same for every number of rows, so theirs are counted at `TIMED_ROWS`.
 
 Timed are `TIMED_ROWS` rows, on which a CPU's arithmetic takes next to nothing: what is left is what torch and Python do
 before a kernel would start. The time holds for every number of rows with the same counts. It is that of this CPU, so
-it compares forms and versions, and each line of counts says how it would grow. Not in it: what torch and the driver do
-below an operation's call to launch it on a GPU (which is alike for all forms: it is per operation), and the device.
-A product of ours multiplies one number by one and leaves its result empty; peers' products are of `TIMED_ROWS` rows.
-Each form's scale is on the CPU; for that ours has one operation more than with a scale on the GPU.
+it compares forms and versions; one launch and one operation are timed beside them as a measure. Not in it: the device,
+and what a GPU's driver and libraries do to launch an operation of torch, or a kernel, which every form pays for each. A
+product of ours multiplies one number by one and leaves its result empty; peers' products are of `TIMED_ROWS` rows. The
+scale is on the CPU; for that ours has one operation more, and reads it once, than with a scale on the GPU.
 
 A first call is the first of a process, with an empty cache of Triton's: the seconds are those of compiling its kernels
 and their launchers, one after the other unless the engine does it otherwise.
@@ -59,7 +60,7 @@ TIMED_ROWS = TIMED_DIM = 16
 WARM_UP = 30  # calls
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
 WITHOUT_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
-WITHOUT_KERNEL |= {"detach", "detach_", "_local_scalar_dense", "resize_", "set_"}
+WITHOUT_KERNEL |= {"detach", "detach_", "_local_scalar_dense", "promote_types", "resize_", "set_"}
 CPU = torch.device("cpu")
 
 Call = Callable[[], object]
@@ -233,11 +234,11 @@ def forms() -> dict[str, Form]:
         "fastclap, ids": Form(_with_ids),
         "fastclap, forward only": Form(_plain, backward=False),
         "fastclap, sigmoid": Form(lambda a, b, scale: sigmoid_loss(a, b, scale, peers.SIGMOID_BIAS, backend="triton")),
-        "materialised": Form(peers.materialised, ours=False),
         "materialised sigmoid": Form(peers.materialised_sigmoid, ours=False),
     }
-    with contextlib.suppress(ModuleNotFoundError):
-        found["open_clip"] = Form(peers._open_clip(CPU, False), ours=False)
+    for peer in peers.info_nce_peers(CPU, peers.SCALE):
+        if peer.name in ("materialised", "open_clip") and peer.run is not None:
+            found[peer.name] = Form(peer.run, ours=False)
     return found
 
 

@@ -246,11 +246,19 @@ def info_nce_peers(device: torch.device, scale: float) -> list[Peer]:
         load("open_clip, compiled", "open-clip-torch", 6, "ClipLoss, compiled", lambda: _open_clip(device, True)),
         load("inf_cl", "inf-cl", 10, f"cal_flash_loss, {both}", lambda: _inf_cl(device)),
         load(
-            *("memeff", "memeff", 5, "MemoryEfficientCLIPLoss(stable=False); the temperature is a constant"),
+            *(
+                "memeff",
+                "memeff",
+                5,
+                "MemoryEfficientCLIPLoss(stable=False); the temperature is a constant; sm_100 beyond D = 512: 4 passes",
+            ),
             lambda: _memeff(device, scale),
             scale_gradient=False,
         ),
-        load("quack", "quack-kernels", 6, f"chunked_linear_cross_entropy, {both}", lambda: _quack(device)),
+        load(
+            *("quack", "quack-kernels", 6, f"chunked_linear_cross_entropy, {both}; needs N a multiple of 8"),
+            lambda: _quack(device),
+        ),
         load(
             *("cut-cross-entropy", "cut-cross-entropy", 8, f"{both}; skips gradients below its default threshold"),
             lambda: _cut_cross_entropy(device, exact=False),
@@ -259,7 +267,10 @@ def info_nce_peers(device: torch.device, scale: float) -> list[Peer]:
             *("cut-cross-entropy, exact", "cut-cross-entropy", 8, f"{both}; filter_eps=None"),
             lambda: _cut_cross_entropy(device, exact=True),
         ),
-        load("liger-kernel", "liger-kernel", 6, f"fused linear cross-entropy, {both}", lambda: _liger(device)),
+        load(
+            *("liger-kernel", "liger-kernel", 6, f"fused linear cross-entropy, {both}; adds chunks in their own dtype"),
+            lambda: _liger(device),
+        ),
     ]
 
 
@@ -275,7 +286,10 @@ def sigmoid_peers(device: torch.device) -> list[Peer]:
         load("fastclap torch", "fastclap", 3, "in plain torch", lambda: ours("torch")),
         load("materialised, compiled", "torch", 3, "one matrix", lambda: _compiled(materialised_sigmoid, device)),
         load("materialised", "torch", 3, "eager", lambda: materialised_sigmoid),
-        load("siglip-kernel", "siglip-kernel", 3, "fused_siglip_loss", lambda: _siglip_kernel(device)),
+        load(
+            *("siglip-kernel", "siglip-kernel", 3, "fused_siglip_loss, which takes chunks for 16-bit embeddings"),
+            lambda: _siglip_kernel(device),
+        ),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Contrastive losses for dual encoders: InfoNCE, SigLIP and the tag loss.
+"""Contrastive losses for dual encoders: InfoNCE with its queue of earlier embeddings, SigLIP and the tag loss.
 
 The arguments are checked here, with messages meant for the caller; the arithmetic is in `kernels/contrastive`, which
 never holds the N×M matrix of logits. With a process group the ranks exchange their shapes first, so that a wrong
@@ -109,13 +109,14 @@ def info_nce(  # type: ignore[misc]
             cosine by the teacher (always of unit rows; scale_t does not matter) is above the largest of the row's
             positives less the margin. Any finite number: with a negative one only columns that are closer by so much
             are left out. Cannot be combined with teacher_weight, label_smoothing, debias or queue.
-        guide_relative: the margin is a share of the cosine of the positive, below 1: above cosine·(1 - margin).
+        guide_relative: the margin is a share of the positive's cosine, below 1: what is above cosine·(1 - margin) is
+            left out.
         debias: τ in [0, 1), how probable it is that a negative is a positive. Needs normalize.
         queue: an `EmbeddingQueue`, or its `rows()`: a [Qa, D] and b [Qb, D], and integer a_ids [Qa] and b_ids [Qb]
             if the call has ids; constants, on the device of a and the same on every rank. The entries of b are further
-            negatives of every row, those of a of every column, except for what has their own id. Label smoothing and
-            teacher concern the batch alone. Under torch.compile give `rows()`, taken outside of the graph: a queue that
-            still fills up would have it compiled anew at every step.
+            negatives of every row, those of a of every column, except (with ids) for what has their own. Label
+            smoothing and teacher concern the batch alone. Under torch.compile give `rows()`, taken outside of the
+            graph: a queue that still fills up would have it compiled anew at every step.
         matryoshka: widths, at most D and each of them once: the loss is the sum of those of a[:, :width], b[:, :width]
             and the queue's likewise, each prefix normalised by itself, with the whole teacher. A mapping gives every
             width its weight in the sum, a sequence 1. The full width counts only if it is among them.
@@ -134,7 +135,7 @@ def info_nce(  # type: ignore[misc]
             the latter, "reference" for the definition with the whole matrix in memory.
         keep_exponentials: whether the Triton engine keeps a matrix of N×M exponentials between its passes, where it
             can, instead of forming them twice; None lets it decide from the shapes. Other backends ignore it.
-        return_top1: also return in-batch top-1, over the batch's columns alone and all of them, of the widest prefix.
+        return_top1: also return in-batch top-1: among all columns of the batch and no entries, of the widest prefix.
         check_finite: look for NaN and infinity in a and b first (waits for the GPU).
 
     Returns:

@@ -82,7 +82,7 @@ class Contrast:
                 raise ValueError(f"{name} must be in [0, 1{')' if below == 1 else ']'}, got {value}")
         if self.debias and not self.normalize:
             raise ValueError("debias needs normalize=True: what it keeps of negatives at least is known of unit rows")
-        if self.keep_exponentials not in (None, True, False):
+        if self.keep_exponentials is not None and not isinstance(self.keep_exponentials, bool):
             raise TypeError(f"keep_exponentials must be True, False or None, got {self.keep_exponentials!r}")
         if self.guide_margin is not None:
             self._check_guide(self.guide_margin)

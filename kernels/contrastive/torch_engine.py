@@ -269,8 +269,7 @@ class Sums:
 
     def bound_gradient(self, at: slice = slice(None)) -> Tensor:
         """The gradient of the scale through the lower bound of the negatives, where it holds."""
-        if self.debias is None:
-            return self.total.new_zeros(())
+        assert self.debias is not None
         total, held, least = self._debiased(at)
         return -(self.weight[at] * held * least / total).sum() * self.debias.scale.sign()
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from bench.run import Record, Row, Run, Settings
 from fastclap.kernels.log_mel.torch_engine import log_mel_reference
 from fastclap.testing import assert_close_rel
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SCALE = 14.3
 
 
@@ -43,6 +46,56 @@ def test_linear_cross_entropies_become_the_symmetric_loss() -> None:
     inputs = timing.embeddings(40, 16, SCALE, CPU, torch.float32)
     found = peers.errors(run, peers.reference("info_nce", *inputs), *inputs)
     assert all(error is not None and error < 1e-5 for error in found.values())
+
+
+def _same(stand_in: mock.Mock) -> mock.Mock:
+    return stand_in
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "make", "taking_tensors", "forward"),
+    [
+        ("inf_cl", "cal_flash_loss", lambda: peers._inf_cl(GPU), _same, None),
+        (
+            *("memeff", "MemoryEfficientCLIPLoss", lambda: peers._memeff(GPU, SCALE)),
+            *(lambda stand_in: stand_in.return_value, "self image_features text_features"),
+        ),
+        ("quack.linear_cross_entropy", "chunked_linear_cross_entropy", lambda: peers._quack(GPU), _same, None),
+        ("cut_cross_entropy", "linear_cross_entropy", lambda: peers._cut_cross_entropy(GPU, exact=True), _same, None),
+        ("cut_cross_entropy", "linear_cross_entropy", lambda: peers._cut_cross_entropy(GPU, exact=False), _same, None),
+        (
+            *("liger_kernel.ops.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction"),
+            *(lambda: peers._liger(GPU), lambda stand_in: stand_in.apply, "ctx _input weight target"),
+        ),
+        ("siglip_kernel", "fused_siglip_loss", lambda: peers._siglip_kernel(GPU), _same, None),
+    ],
+)
+def test_calls_fit_the_installed_package(
+    module: str,
+    name: str,
+    make: Callable[[], peers.Loss],
+    taking_tensors: Callable[[mock.Mock], mock.Mock],
+    forward: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a package that is there, by its signatures: what it computes needs a GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))  # asked for at an import
+    try:
+        package = importlib.import_module(module)
+    except Exception as error:  # absent, or in want of a GPU
+        pytest.skip(f"{module} cannot be imported: {error}")
+    real = getattr(package, name)
+    stand_in = mock.create_autospec(real)
+    called = taking_tensors(stand_in)
+    called.return_value = (torch.tensor(2.0),) if name.startswith("Liger") else torch.tensor(2.0)
+    monkeypatch.setattr(package, name, stand_in)
+    assert make()(*timing.embeddings(8, 32, SCALE, CPU, torch.bfloat16)).item() == 2
+    assert called.call_count == (1 if module in ("memeff", "siglip_kernel") else 2)
+    for call in called.call_args_list:
+        if forward is not None:  # the signature of a class says nothing of what its forward takes
+            names = forward.split()
+            assert list(inspect.signature(real.forward).parameters)[: len(names)] == names
+            assert len(call.args) == len(names) - 1 and not call.kwargs
 
 
 def test_absent_packages_are_named_as_pip_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fastclap.drop_in.open_clip import ClipLoss, SigLipLoss
 from fastclap.grad_cache import GradCache
 from fastclap.kernels.contrastive import shared, torch_engine
-from fastclap.losses import info_nce, sigmoid_loss
+from fastclap.kernels.contrastive.shared import QueueRows
+from fastclap.losses import EmbeddingQueue, info_nce, sigmoid_loss
 
 WORLD = 4
 DIM = 12
@@ -76,6 +77,12 @@ def loss_cases() -> dict[str, dict[str, Any]]:
     ids = dict(zip(("a_ids", "b_ids"), crossing_ids(total_a, total_b, 50), strict=True))
     teacher = (*tensors((total_a, 5), (total_b, 5), seed=7), 9.0)
     everything = {**ids, "label_smoothing": 0.1, "teacher": teacher, "teacher_weight": 0.4}
+    entries = tensors((9, DIM), (130, DIM), seed=4)
+    queue = {"queue": QueueRows(*entries)}
+    queue_with_ids = {"queue": QueueRows(*entries, *crossing_ids(9, 130, 50))}
+    guide = {"teacher": teacher, "guide_margin": 0.05}
+    together = {**everything, **queue_with_ids, "debias": 0.02}
+    large = {"normalize": False}
     pair_ids = dict(zip(("a_ids", "b_ids"), crossing_ids(73, 8, 6), strict=True))
     return {
         "four ranks, ids": {**uneven, "options": ids},
@@ -87,6 +94,37 @@ def loss_cases() -> dict[str, dict[str, Any]]:
         "two ranks, uneven diagonal": {"world": 2, "a_rows": (2, 70), "b_rows": (2, 70), "options": {}},
         "two ranks, a to b": {"world": 2, "a_rows": (2, 5), "b_rows": (2, 5), "options": {"direction": "a_to_b"}},
         "two ranks, ids": {"world": 2, "a_rows": (3, 70), "b_rows": (6, 2), "options": pair_ids},
+        # "torch": not for the Triton engine.
+        "four ranks, guide, ids": {**uneven, "options": {**guide, **ids}, "torch": True},
+        "four ranks, guide, online maxima": {
+            **uneven, "options": {**guide, **ids, **large, "guide_relative": True}, "scale": 200.0, "torch": True,
+        },
+        "four ranks, debias, ids": {**uneven, "options": {**ids, "debias": 0.1}, "torch": True},
+        "four ranks, queue, ids": {**uneven, "options": {**ids, **queue_with_ids}, "torch": True},
+        "four ranks, queue, online maxima": {
+            **uneven, "options": {**ids, **queue_with_ids, **large}, "scale": 200.0, "torch": True,
+        },
+        "four ranks, debias and queue, float32": {
+            **uneven, "options": together, "torch": True, "dtype": torch.float32, "tol": 2e-5,
+        },
+        "four ranks, debias and queue": {**uneven, "options": together, "torch": True},
+        "four ranks, debias and queue, one way": {
+            **uneven, "options": {**together, "direction": "b_to_a"}, "torch": True,
+        },
+        "four ranks, matryoshka": {**uneven, "options": {**ids, "matryoshka": {4: 0.5, DIM: 2.0}}},
+        "four ranks, debias and queue, prefixes": {
+            **uneven, "options": {**together, "matryoshka": (3, 9)}, "torch": True,
+        },
+        "four ranks, diagonal, debias and queue": {
+            "world": 4, "a_rows": EVEN, "b_rows": EVEN, "options": {**queue, "debias": 0.05}, "torch": True,
+        },
+        "two ranks, uneven diagonal, guide": {
+            "world": 2, "a_rows": (2, 70), "b_rows": (2, 70), "torch": True,
+            "options": {"teacher": (*tensors((72, 5), (72, 5), seed=7), 1.0), "guide_margin": 0.1},
+        },
+        "two ranks, a to b, queue": {
+            "world": 2, "a_rows": (2, 5), "b_rows": (2, 5), "options": {**queue, "direction": "a_to_b"}, "torch": True,
+        },
         "four ranks, sigmoid": {**uneven, "options": ids, "loss": "sigmoid_loss"},
         "two ranks, sigmoid, diagonal": {
             "world": 2, "a_rows": (3, 4), "b_rows": (3, 4), "options": {}, "loss": "sigmoid_loss",
@@ -121,6 +159,17 @@ def run_case(case: dict[str, Any], rank: int, group: dist.ProcessGroup, backend:
     value = loss(*leaves, process_group=group, backend=backend, **options)
     value.backward()
     return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def queue_after_pushes(rank: int, group: dist.ProcessGroup | None) -> list[Tensor | None]:
+    """The buffers of a queue of 20 after uneven batches of four ranks (with a group), or of all of them in one."""
+    queue = EmbeddingQueue(20, DIM, torch.float64, ids=True)
+    for step, rows in enumerate(((1, 2, 3, 1), (4, 1, 1, 5), (1, 9, 9, 9))):
+        total = sum(rows)
+        own = slice(0, total) if group is None else slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+        batch = [x[own] for x in (*tensors((total, DIM), (total, DIM), seed=step), *crossing_ids(total, total, 9))]
+        queue.push(*batch, process_group=group)
+    return [queue.a, queue.b, queue.a_ids, queue.b_ids, queue.get_extra_state()]
 
 
 def model_batch(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -218,6 +267,19 @@ def disagreements(rank: int) -> dict[str, str]:
         "use of ids": lambda: info_nce(a, b, 5.0, process_group=group, **(ids if odd else {})),
         "teacher": lambda: info_nce(a, b, 5.0, process_group=group, **(teacher if odd else {})),
         "label_smoothing": lambda: info_nce(a, b, 5.0, label_smoothing=0.1 * odd, process_group=group),
+        "debias": lambda: info_nce(a, b, 5.0, debias=0.1 * odd, process_group=group),
+        "guide": lambda: info_nce(
+            a, b, 5.0, teacher=(a, b, 1.0), guide_margin=0.1, guide_relative=odd, process_group=group
+        ),
+        "matryoshka": lambda: info_nce(a, b, 5.0, matryoshka=(2, 3 + odd), process_group=group),
+        "queue": lambda: info_nce(a, b, 5.0, queue=QueueRows(a, b[odd:]), process_group=group),
+        "no queue": lambda: info_nce(a, b, 5.0, queue=None if odd else QueueRows(a, b), process_group=group),
+        "width": lambda: info_nce(a, b, 5.0, matryoshka=(4 + odd,), process_group=group),
+        "push": lambda: EmbeddingQueue(5, 4 + odd).push(a, b, process_group=group),
+        "push of another size": lambda: EmbeddingQueue(5, 4 - odd).push(a[:, odd:], b[:, odd:], process_group=group),
+        "push and loss": lambda: (
+            EmbeddingQueue(5, 4).push(a, b, process_group=group) if odd else info_nce(a, b, 5.0, process_group=group)
+        ),
         "loss": lambda: (
             sigmoid_loss(a, b, 5.0, 0.0, process_group=group) if odd else info_nce(a, b, 5.0, process_group=group)
         ),
@@ -310,11 +372,12 @@ def worker(rank: int, folder: Path, triton: bool) -> None:
     groups, fresh = {2: dist.new_group([0, 1]), 4: dist.group.WORLD}, dist.new_group([0, 1])
     results: dict[str, Any] = {}
     for name, case in loss_cases().items():
-        if rank < case["world"] and not (triton and "dtype" in case):  # float32 is that of all cases then
-            how = {**case, "dtype": torch.float32} if triton else case
+        if rank < case["world"] and not (triton and ("dtype" in case or "torch" in case)):
+            how = {**case, "dtype": torch.float32} if triton else case  # all cases are float32 then
             results[name] = run_case(how, rank, groups[case["world"]], "triton" if triton else "auto")
     if not triton:
         results |= {"told": disagreements(rank), "open_clip": open_clip_modes(rank)}
+        results["queue"] = queue_after_pushes(rank, dist.group.WORLD)
         if rank < 2:
             results["exchanges"] = exchanges(rank, groups[2], fresh)
         for world, group in groups.items():

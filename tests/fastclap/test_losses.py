@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from torch import Tensor
 
 import fastclap
 from fastclap.drop_in.open_clip import ClipLoss, SigLipLoss
+from fastclap.kernels.contrastive import torch_engine
 from fastclap.kernels.contrastive.shared import Contrast, QueueRows
 from fastclap.losses import EmbeddingQueue, info_nce, sigmoid_loss
 from fastclap.testing import assert_close_rel
 from tests.kernels.contrastive.cases import CONTRASTS, converted, embeddings, evaluate, guide, queue
 
 BACKENDS = ("torch", "reference")
+TOGETHER = ("everything", "everything, prefixes, one way")
 
 
 def pair(n: int = 6, m: int = 6, dim: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -72,54 +74,51 @@ def cosine(x: list[float], y: list[float]) -> float:
     return sum(p * q for p, q in zip(x, y, strict=True)) / math.hypot(*x) / math.hypot(*y)
 
 
-def by_definition(a: Tensor, b: Tensor, scale: float, **options: Any) -> float:
+def by_definition(a: Tensor, b: Tensor, scale: float, options: dict[str, Any]) -> float:
     """InfoNCE of the rows of a and then of those of b, pair by pair in plain Python, as the papers write it."""
-    widths = options.pop("matryoshka", None)
-    if widths is not None:
+    queue = options.get("queue", QueueRows(a[:0], b[:0]))
+    if "matryoshka" in options:
+        widths = options["matryoshka"]
         weights = widths if isinstance(widths, Mapping) else dict.fromkeys(widths, 1.0)
-        total = 0.0
-        for width, weight in weights.items():
-            if "queue" in options:
-                old = options["queue"]
-                options["queue"] = old._replace(a=old.a[:, :width], b=old.b[:, :width])
-            total += weight * by_definition(a[:, :width], b[:, :width], scale, **options)
-            if "queue" in options:
-                options["queue"] = old
-        return total
-    direction, q = options.get("direction", "both"), options.get("queue", QueueRows(a[:0], b[:0]))
-    keys = [
-        options[name].tolist() if name in options else list(range(len(x))) for name, x in (("a_ids", a), ("b_ids", b))
-    ]
-    q_keys = [[object()] * len(x) if own is None else own.tolist() for x, own in ((q.a, q.a_ids), (q.b, q.b_ids))]
-    teacher = options.get("teacher")
-    sides = {
-        "a_to_b": (a, b, keys, q.b, q_keys[1], None if teacher is None else teacher[:2]),
-        "b_to_a": (b, a, keys[::-1], q.a, q_keys[0], None if teacher is None else teacher[1::-1]),
-    }
-    losses = [one_way(*(side), scale, options) for name, side in sides.items() if direction in ("both", name)]
+        whole = {name: value for name, value in options.items() if name != "matryoshka"}
+        return sum(
+            weight * by_definition(a[:, :d], b[:, :d], scale, {**whole, "queue": queue.cut(d)})
+            for d, weight in weights.items()
+        )
+    a_keys, b_keys = (
+        options[name].tolist() if name in options else range(len(x)) for name, x in (("a_ids", a), ("b_ids", b))
+    )
+    a_t, b_t, _ = options.get("teacher", (a, b, 1.0))
+    losses = []
+    if options.get("direction") != "b_to_a":
+        losses.append(one_way(a, b, a_keys, b_keys, queue.b, queue.b_ids, a_t, b_t, scale, options))
+    if options.get("direction") != "a_to_b":
+        losses.append(one_way(b, a, b_keys, a_keys, queue.a, queue.a_ids, b_t, a_t, scale, options))
     return sum(losses) / len(losses)
 
 
 def one_way(
-    rows: Tensor, columns: Tensor, keys: list[list[Any]], entries: Tensor, entry_keys: list[Any], teacher: Any,
+    rows: Tensor, columns: Tensor, row_keys: Sequence[int], column_keys: Sequence[int],
+    entries: Tensor, entry_ids: Tensor | None, teacher_rows: Tensor, teacher_columns: Tensor,
     scale: float, options: dict[str, Any],
 ) -> float:  # fmt: skip
-    x, y, z = rows.tolist(), columns.tolist(), entries.tolist()
+    x, y, z, x_t, y_t = (part.tolist() for part in (rows, columns, entries, teacher_rows, teacher_columns))
+    entry_keys = [None] * len(z) if entry_ids is None else entry_ids.tolist()
     prior, smoothing, weight = (options.get(name, 0.0) for name in ("debias", "label_smoothing", "teacher_weight"))
     losses = []
     for i, row in enumerate(x):
-        positives = [j for j in range(len(y)) if keys[0][i] == keys[1][j]]
+        positives = [j for j in range(len(y)) if row_keys[i] == column_keys[j]]
         if not positives:
             continue
         logits = [scale * cosine(row, column) for column in y]
         negatives = [j for j in range(len(y)) if j not in positives]
+        cosines = [cosine(x_t[i], other) for other in y_t]
         if "guide_margin" in options:
-            cosines = [cosine(teacher[0][i].tolist(), other.tolist()) for other in teacher[1]]
             best, margin = max(cosines[j] for j in positives), options["guide_margin"]
             allowed = best * (1 - margin) if options.get("guide_relative") else best - margin
             negatives = [j for j in negatives if cosines[j] <= allowed]
         against = [math.exp(logits[j]) for j in negatives]
-        against += [math.exp(scale * cosine(row, z[q])) for q in range(len(z)) if entry_keys[q] != keys[0][i]]
+        against += [math.exp(scale * cosine(row, z[q])) for q in range(len(z)) if entry_keys[q] != row_keys[i]]
         of_positives = [math.exp(logits[j]) for j in positives]
         negative = sum(against)
         if prior:
@@ -129,7 +128,7 @@ def one_way(
         target = [smoothing / len(y) + (1 - smoothing) * (j in positives) / len(positives) for j in range(len(y))]
         loss = sum(t * (log_total - s) for t, s in zip(target, logits, strict=True))
         if weight:
-            t_logits = [options["teacher"][2] * cosine(teacher[0][i].tolist(), other.tolist()) for other in teacher[1]]
+            t_logits = [float(options["teacher"][2]) * t for t in cosines]
             t_total = math.log(sum(math.exp(t) for t in t_logits))
             divergence = sum(
                 math.exp(t - t_total) * (t - t_total - s + log_total) for t, s in zip(t_logits, logits, strict=True)
@@ -144,8 +143,7 @@ def test_contrasts_follow_their_definitions(option: str) -> None:
     for n, m, scale in ((9, 13, 4.0), (12, 8, -3.0)):
         options = converted(CONTRASTS[option](n, m), torch.float64)
         a, b = (x.double() for x in embeddings(n, m, 0.5))
-        plain = {**options, "teacher": (*options["teacher"][:2], 20.0)} if "teacher" in options else options
-        expected = by_definition(a, b, scale, **plain)
+        expected = by_definition(a, b, scale, options)
         for backend in BACKENDS:
             assert info_nce(a, b, scale, backend=backend, **options).item() == pytest.approx(expected, rel=1e-12)
 
@@ -170,7 +168,7 @@ def test_the_definitions_cases_reach_what_they_are_for() -> None:
     assert info_nce(a, b, 4.0) < same < other
 
 
-@pytest.mark.parametrize("option", CONTRASTS)
+@pytest.mark.parametrize("option", ("guide, ids", "relative guide, b_to_a", "debias, ids", "queue, ids", *TOGETHER))
 def test_reference_has_the_derivatives_of_its_definition(option: str) -> None:
     options = converted(CONTRASTS[option](6, 5), torch.float64)
     leaves = [x.double().requires_grad_() for x in (*embeddings(6, 5, 0.5), torch.tensor(5.0))]
@@ -403,7 +401,7 @@ def test_loss_is_part_of_a_compiled_graph() -> None:
     assert_close_rel("teacher", expected, with_teacher(a, b, 14.3, teacher=teacher, teacher_weight=0.4), 1e-6)
 
 
-@pytest.mark.parametrize("option", CONTRASTS)
+@pytest.mark.parametrize("option", ("guide, ids", "debias", "queue of one side", "matryoshka, weights", *TOGETHER))
 def test_other_contrasts_are_part_of_a_compiled_graph(option: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda *x, **options: info_nce(*x, **options), backend="aot_eager", fullgraph=True)
@@ -426,6 +424,20 @@ def test_a_queue_in_a_compiled_graph() -> None:
         if step == 3:
             assert_close_rel("full", expected, compiled(a, b, 5.0, queue=module), 1e-6)
         module.push(*batch)
+
+
+@pytest.mark.parametrize("keep", (None, True, False))
+def test_engines_are_told_whether_to_keep_exponentials(monkeypatch: pytest.MonkeyPatch, keep: bool | None) -> None:
+    told, engine = [], torch_engine.info_nce
+
+    def listening(*arguments: Any) -> Any:
+        told.extend(x.keep_exponentials for x in arguments if isinstance(x, Contrast))
+        return engine(*arguments)
+
+    monkeypatch.setattr(torch_engine, "info_nce", listening)
+    a, b = pair()
+    value = info_nce(a, b, 5.0, keep_exponentials=keep)
+    assert told == [keep] and torch.equal(value, info_nce(a, b, 5.0))
 
 
 def test_a_contrast_comes_back_from_its_key() -> None:
@@ -467,14 +479,15 @@ def test_operators_are_registered_properly(dtype: torch.dtype) -> None:
         for given in ((None, None), ids):
             arguments = (*tensors, *given, None, None, None, contrast, "", False, "torch", need, True)
             torch.library.opcheck(torch.ops.fastclap.info_nce, arguments)
-        others = converted({**guide(5, 7), **queue(3, 4, 2, dim=5)}, dtype)
-        arguments = (*tensors, *ids, None, None, None, other.key, "", False, "torch", need, True, *others["queue"])
-        torch.library.opcheck(torch.ops.fastclap.info_nce, arguments)
-        arguments = (*tensors, None, None, *others["teacher"], guided.key, "", False, "torch", need, True)
-        torch.library.opcheck(torch.ops.fastclap.info_nce, arguments)
         torch.library.opcheck(
             torch.ops.fastclap.sigmoid_loss, (*tensors, bias.detach(), *ids, True, "", False, "torch", [*need, False])
         )
+    tensors = [x.detach().requires_grad_() for x in (a, b, scale)]
+    others = converted({**guide(5, 7), **queue(3, 4, 2, dim=5)}, dtype)
+    arguments = (*tensors, *ids, None, None, None, other.key, "", False, "torch", needs[0], True, *others["queue"])
+    torch.library.opcheck(torch.ops.fastclap.info_nce, arguments)
+    arguments = (*tensors, None, None, *others["teacher"], guided.key, "", False, "torch", needs[0], True)
+    torch.library.opcheck(torch.ops.fastclap.info_nce, arguments)
 
 
 def test_top1_counts_the_positives_that_win() -> None:

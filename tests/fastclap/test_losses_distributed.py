@@ -30,7 +30,8 @@ def load_script() -> ModuleType:
 def check_losses(ranks: ModuleType, results: list[dict[str, Any]], atleast: float = 0.0) -> None:
     for name, case in ranks.loss_cases().items():
         if name not in results[0]:
-            assert atleast and "dtype" in case, name  # the Triton engine runs every case in float32
+            # The Triton engine runs every case in float32, and not those of the torch engine.
+            assert atleast and ("dtype" in case or "torch" in case), name
             continue
         leaves = [x.requires_grad_() for x in ranks.case_inputs(case)]
         loss = sigmoid_loss if case.get("loss") == "sigmoid_loss" else info_nce
@@ -79,12 +80,31 @@ def check_disagreements(results: list[dict[str, Any]]) -> None:
     for name in told[0]:
         messages = [t[name] for t in told]
         assert all(message.startswith(("ValueError", "TypeError")) for message in messages), f"{name}: {messages}"
-        if name in ("integers", "empty", "rows"):
+        if name in ("integers", "empty", "rows", "width", "push"):
             assert "rank(s) [1] rejected" in messages[0], name
             assert "rejected" not in messages[1], name
         elif name != "no positive":
             assert "ranks disagree on" in messages[0] and "[1]" in messages[0], f"{name}: {messages[0]}"
-    assert "a must be" in told[1]["integers"]
+    assert "a must be" in told[1]["integers"] and "matryoshka has width 5" in told[1]["width"]
+    for name, what in (
+        ("debias", "debias"),
+        ("guide", "guide_margin or guide_relative"),
+        ("matryoshka", "matryoshka"),
+        ("queue", "the queue's sizes or dtypes"),
+        ("no queue", "the queue's sizes or dtypes"),
+        ("push of another size", "embedding size"),
+        ("push and loss", "loss or agree_once"),
+    ):
+        for rank in range(4):
+            assert f"ranks disagree on {what}: rank {rank} has" in told[rank][name], name
+
+
+def check_queues(ranks: ModuleType, results: list[dict[str, Any]]) -> None:
+    """Every rank's queue is that of one process with all rows."""
+    expected = ranks.queue_after_pushes(0, None)
+    assert expected[-1].tolist() == [46, 46]
+    for rank, result in enumerate(results):
+        assert all(map(torch.equal, expected, result["queue"])), rank
 
 
 def check_exchanges(results: list[dict[str, Any]]) -> None:
@@ -152,6 +172,7 @@ def test_ranks_match_one_process(tmp_path: Path) -> None:
     check_models(ranks, results)
     check_open_clip_modes(results)
     check_disagreements(results)
+    check_queues(ranks, results)
     check_exchanges(results)
 
 
