@@ -28,8 +28,9 @@ free: results are bit-identical from run to run.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -64,7 +65,7 @@ from fastclap.kernels.contrastive.triton_kernels import (
     upstream_kernel,
 )
 from fastclap.kernels.offline import Compilation, signature_and_attrs
-from fastclap.kernels.triton_tools import LOG2E, PRECISIONS, TYPE_NAMES, for_architecture
+from fastclap.kernels.triton_tools import LOG2E, PRECISIONS, TYPE_NAMES, for_architecture, launch
 
 HALF_GAIN = 4096.0  # of G in float16: the target becomes 4096, probabilities down to 1e-11 stay non-zero
 KEPT_BYTES = 256 << 20  # of exponentials that are kept without being asked
@@ -132,24 +133,30 @@ def _on_device(value: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((1,), float(value), dtype=torch.float32, device=device)
 
 
+def _aligned_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised matrix whose rows start at multiples of 16 bytes, as descriptors need."""
+    found = torch.empty(rows, -(-columns // 16) * 16, dtype=dtype, device=device)
+    return found if found.shape[1] == columns else found[:, :columns]
+
+
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, D] in that dtype as descriptors need it: rows that begin at multiples of 16 bytes and are contiguous."""
+    """[N, D] in that dtype, as descriptors need it."""
     x = x.detach().to(dtype)
     step = x.stride(0) * x.element_size()
     if x.stride(1) == 1 and step % 16 == 0 and x.data_ptr() % 16 == 0 and step > 0:
         return x
-    rows = _aligned_matrix(x.shape[0], x.shape[1], dtype, x.device)
-    return rows.copy_(x)
+    return _aligned_matrix(x.shape[0], x.shape[1], dtype, x.device).copy_(x)
 
 
-def _aligned_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised matrix whose rows start at multiples of 16 bytes, as descriptors need."""
-    return torch.empty(rows, -(-columns // 16) * 16, dtype=dtype, device=device)[:, :columns]
+def _at(x: Tensor, at: slice) -> Tensor:
+    """x[at]; all of it costs the host nothing."""
+    return x if at.stop - at.start == x.shape[0] else x[at]
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """A vector as tiles read it, in pairs."""
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+def _vector(x: Tensor, at: slice) -> Tensor:
+    """x[at] as tiles read a vector of columns, several at a time."""
+    part = _at(x, at)
+    return part if part.data_ptr() % 16 == 0 else part.clone()
 
 
 def _multiply(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
@@ -165,51 +172,45 @@ def _multiply(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tenso
 class PositiveKeys:
     """Which pairs are positives, on the device: keys to compare and counts to weight by. Nothing waits for the host.
 
-    Without ids row i's positive is column i + diagonal and there are no tensors at all.
+    Without ids row i's positive is column i + diagonal, and the tensors are never read.
 
     Attributes:
+        number: of rows, and of columns, with a positive, without ids.
+        numbers: int32 [2], the two with ids.
         a_key, b_key: int32 [N], [M], classes that are equal where ids are.
         row_count, column_count: int32 [N], [M], positives of each.
         siblings: int32 [N], rows with the row's id.
-        numbers: int32 [2], rows and columns with a positive; `number`: without ids, where the two are equal.
         queue_a_key, queue_b_key: int32 [Qa], [Qb], classes of the queue's entries.
         row_queue, column_queue: int32 [N], [M], entries of the other side with the id of a row, or column.
     """
 
-    def __init__(self, ids: Ids | None, queue: QueueRows | None, ranks: Ranks, unused: Tensor) -> None:
-        self.ids, self.diagonal = int(ids is not None), ranks.own_rows.start
+    def __init__(self, ids: Ids | None, queue: QueueRows | None, ranks: Ranks, unread: Tensor) -> None:
+        self.ids, self.diagonal, self.ranks = int(ids is not None), ranks.own_rows.start, ranks
         self.number = float(min(ranks.num_rows, ranks.num_columns))
-        self.a_key = self.b_key = self.row_count = self.column_count = self.siblings = self.numbers = unused
-        self.queue_a_key = self.queue_b_key = self.row_queue = self.column_queue = unused
-        self.ranks = ranks
+        self.numbers = self.a_key = self.b_key = self.row_count = self.column_count = self.siblings = unread
+        self.queue_a_key = self.queue_b_key = self.row_queue = self.column_queue = unread
         if ids is None:
             return
-        parts = [ranks.gather(ids[0].to(unused.device, torch.int64, non_blocking=True), ranks.a_rows)]
-        parts.append(ranks.gather(ids[1].to(unused.device, torch.int64, non_blocking=True), ranks.b_rows))
+        parts = [x.to(unread.device, torch.int64, non_blocking=True) for x in ids]
+        parts = [ranks.gather(x, rows) for x, rows in zip(parts, (ranks.a_rows, ranks.b_rows), strict=True)]
         if queue is not None and queue.a_ids is not None and queue.b_ids is not None:
-            parts += [x.to(unused.device, torch.int64) for x in (queue.a_ids, queue.b_ids)]
+            parts += [x.to(unread.device, torch.int64) for x in (queue.a_ids, queue.b_ids)]
         values, order = torch.cat(parts).sort()
         steps = torch.zeros_like(values)
         torch.cumsum(values[1:] != values[:-1], 0, out=steps[1:])
-        classes = torch.empty_like(steps).scatter_(0, order, steps).split([len(part) for part in parts])
+        a, b, *of_queue = torch.empty_like(steps).scatter_(0, order, steps).split([len(part) for part in parts])
 
         def count(among: Tensor, of: Tensor) -> Tensor:
-            found = torch.zeros(len(values), dtype=torch.int32, device=unused.device)
+            found = torch.zeros(len(values), dtype=torch.int32, device=unread.device)
             return found.scatter_add_(0, among, torch.ones_like(among, dtype=torch.int32))[of]
 
-        a, b = classes[:2]
-        own = ranks.own_rows
-        row_count, self.column_count = count(b, a), count(a, b)
+        own, row_count, self.column_count = ranks.own_rows, count(b, a), count(a, b)
         self.row_count, self.siblings = row_count[own], count(a, a[own])
         self.numbers = torch.stack([(x > 0).sum() for x in (row_count, self.column_count)]).int()
         self.a_key, self.b_key = a[own].int(), b.int()
-        if len(classes) == 4:
-            self.queue_a_key, self.queue_b_key = classes[2].int(), classes[3].int()
-            self.row_queue, self.column_queue = count(classes[3], a[own]), count(classes[2], b)
-
-    def numbers_of_positives(self) -> tuple[Tensor | float, Tensor | float]:
-        """Rows and columns, of all ranks, that have a positive."""
-        return (self.numbers[0], self.numbers[1]) if self.ids else (self.number, self.number)
+        if of_queue:
+            self.queue_a_key, self.queue_b_key = (x.int() for x in of_queue)
+            self.row_queue, self.column_queue = count(of_queue[1], a[own]), count(of_queue[0], b)
 
     def weights(self, rows: bool) -> Tensor:
         """Weight of each row of this rank, or of each column, in its direction's mean, relative to that of a row."""
@@ -244,33 +245,31 @@ class Operands:
         ranks: Ranks,
         dtype: torch.dtype,
         units: float = LOG2E.value,
-        constants: Operands | None = None,
+        beside: Operands | None = None,
     ) -> None:
-        """`constants`: the operands whose bounds are also to hold for these, which are equal on all ranks."""
-        self.ranks, self.normalize, self.depth, self.device = ranks, normalize, a.shape[1], a.device
+        """`beside`: operands whose bounds are to hold for these as well, which are equal on all ranks."""
+        self.ranks, self.normalize, self.depth, self.device, self.dtype = ranks, normalize, a.shape[1], a.device, dtype
         self.unit = normalize and dtype == torch.float16
         self.gain = HALF_GAIN if dtype == torch.float16 else 1.0
-        self.a, self.local_b = _rows(a, dtype), _rows(b, dtype)
-        self.scale = _on_device(scale, self.device)
-        self.bounds = constants.bounds if constants else torch.zeros(3, dtype=torch.int32, device=self.device)
-        num_rows, num_columns = len(a), len(b)
-        factors = torch.empty(num_columns + 2 * num_rows, device=self.device)
-        b_inverse, self.a_factor, self.a_inverse = factors.split([num_columns, num_rows, num_rows])
-        rows_kernel[(triton.cdiv(max(num_rows, num_columns), ROWS["ROWS"]),)](
-            self.a, self.local_b, self.scale, self.a_factor, self.a_inverse, b_inverse, self.bounds,
-            num_rows, num_columns, self.depth, self.a.stride(0), self.local_b.stride(0), NORM_EPS, units,
-            int(normalize), int(constants is None), **ROWS,
+        self.a, self.local_b, self.scale = _rows(a, dtype), _rows(b, dtype), _on_device(scale, a.device)
+        self.bounds = beside.bounds if beside else torch.zeros(3, dtype=torch.int32, device=a.device)
+        rows, columns = a.shape[0], b.shape[0]
+        factors = torch.empty(columns + 2 * rows, device=a.device)
+        b_inverse, self.a_factor, self.a_inverse = factors.split([columns, rows, rows])
+        launch(
+            rows_kernel, -(-max(rows, columns) // ROWS["ROWS"]), dtype,
+            self.a, self.local_b, self.scale, self.a_factor, self.a_inverse, b_inverse, self.bounds, rows, columns,
+            self.depth, self.a.stride(0), self.local_b.stride(0), NORM_EPS, units, int(normalize), int(not beside),
+            **ROWS,
         )  # fmt: skip
-        self._b: Tensor | None = None
-        if constants is not None:
-            self.b_inverse, self._b = b_inverse, self.local_b
-            return
         self._finish_gather = ranks.start_gather(self.local_b, ranks.b_rows)
+        self._b = self.local_b if ranks.group is None else None
         self.b_inverse = ranks.gather(b_inverse, ranks.b_rows)
         self.a_out, self.b_out = self.a_inverse, self.b_inverse
         if self.unit:
-            ones = torch.ones(max(num_rows, ranks.num_columns), device=self.device)
-            self.a_out, self.b_out = ones[:num_rows], ones[: ranks.num_columns]
+            self.a_out, self.b_out = torch.ones_like(self.a_inverse), torch.ones_like(self.b_inverse)
+        if beside is None:
+            ranks.all_reduce(self.bounds, maximum=True)
         # The fixed maximum: sums stay below 2^126.
         self.bias = 126.0 - math.ceil(math.log2(max(ranks.num_rows, ranks.num_columns)))
 
@@ -286,153 +285,178 @@ class Launch:
     """What all matrix kernels of one call share: a tile and how many rows are worked on at a time."""
 
     def __init__(self, arch: int, dtype: torch.dtype, precision: str = "tf32", chunk: int = 0) -> None:
-        self.arch, self.chunk = arch, chunk
-        self.tile = INTERPRETER_TILE if arch == 0 else for_architecture(TILES, arch)[dtype]
-        self.precision = precision
-
-    def constants(self) -> dict[str, Any]:
-        """Constants and options of a matrix kernel."""
-        tile = self.tile
-        sizes = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PRECISION": self.precision}
+        self.arch, self.dtype, self.chunk = arch, dtype, chunk
+        self.tile = tile = INTERPRETER_TILE if arch == 0 else for_architecture(TILES, arch)[dtype]
+        sizes = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PRECISION": precision}
         limit = {"maxnreg": tile.registers} if tile.registers else {}
-        return {**sizes, "num_warps": tile.warps, "num_stages": tile.stages, **limit}
+        self.options = {"num_warps": tile.warps, "num_stages": tile.stages, **limit}
+        self.constants = sizes
+
+    @classmethod
+    def of(cls, operands: Operands) -> Launch:
+        index = operands.device.index
+        arch, multiprocessors = dispatch.architecture(index), dispatch.multiprocessors(index)
+        dtype = operands.dtype
+        precision = PRECISIONS[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "tf32"
+        row_bytes = operands.ranks.num_columns * dtype.itemsize
+        return cls(arch, dtype, precision, chunk_rows(arch, multiprocessors, operands.depth, row_bytes))
+
+    def __call__(self, kernel: Any, tiles: tuple[int, int], *args: Any, **flags: bool) -> None:
+        """A matrix kernel, a program a tile."""
+        launch(kernel, tiles[0] * tiles[1], self.dtype, *args, **self.constants, **flags, **self.options)
 
     def tiles(self, rows: int, columns: int) -> tuple[int, int]:
         """Of rows and of columns."""
         return -(-rows // self.tile.rows), -(-columns // self.tile.columns)
 
-    def left(self, x: Tensor) -> TensorDescriptor:
-        """Rows as a tile reads them."""
-        return TensorDescriptor(x, x.shape, x.stride(), [self.tile.rows, self.tile.depth])
-
-    def right(self, x: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
-        """Columns as a tile, and as half a tile reads them."""
-        depth, width = self.tile.depth, self.tile.columns
-        return tuple(TensorDescriptor(x, x.shape, x.stride(), [n, depth]) for n in (width, width // 2))  # type: ignore[return-value]
+    def described(self, x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+        return TensorDescriptor(x, x.shape, x.stride(), [rows, columns or self.tile.depth])
 
     def halves(self, x: Tensor) -> TensorDescriptor:
         """A chunk of S or G, as the halves of a tile are stored."""
-        return TensorDescriptor(x, x.shape, x.stride(), [self.tile.rows, self.tile.columns // 2])
+        return self.described(x, self.tile.rows, self.tile.columns // 2)
+
+    def operands(self, a: Tensor, b: Tensor) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]:
+        """Rows of A as a tile reads them; those of B as a tile, and as half a tile reads them."""
+        tile = self.tile
+        return self.described(a, tile.rows), self.described(b, tile.columns), self.described(b, tile.columns // 2)
 
     def chunks(self, rows: int) -> Iterator[slice]:
         for start in range(0, rows, self.chunk):
             yield slice(start, min(start + self.chunk, rows))
 
 
-def _launch(operands: Operands) -> Launch:
-    a, index = operands.a, operands.device.index
-    arch, multiprocessors = dispatch.architecture(index), dispatch.multiprocessors(index)
-    precision = PRECISIONS[torch.get_float32_matmul_precision()] if a.dtype == torch.float32 else "tf32"
-    chunk = chunk_rows(arch, multiprocessors, operands.depth, operands.ranks.num_columns * a.element_size())
-    return Launch(arch, a.dtype, precision, chunk)
-
-
-@dataclass(frozen=True)
 class Block:
-    """A rectangle of the matrix of logits, or one beside it: rows and columns with their factors and keys.
+    """A rectangle of the matrix of logits, or one beside it.
 
     Attributes:
         rows, columns: embeddings [R, D], [C, D].
-        row_factor, column_factor: what makes logits of their products.
-        row_out, column_out: what G carries.
-        row_key, column_key: classes, with ids.
+        first: where its columns begin in the matrix; None: they are the queue's.
+        factors: what makes logits of products, of rows and of columns.
+        out: what G carries.
+        keys: classes, with ids.
         diagonal: row i is paired with column i + diagonal, without.
     """
 
-    rows: Tensor
-    columns: Tensor
-    row_factor: Tensor
-    column_factor: Tensor
-    row_out: Tensor
-    column_out: Tensor
-    row_key: Tensor
-    column_key: Tensor
-    diagonal: int
+    def __init__(
+        self,
+        launch: Launch,
+        rows: Tensor,
+        columns: Tensor,
+        first: int | None,
+        factors: tuple[Tensor, Tensor],
+        out: tuple[Tensor, Tensor],
+        keys: tuple[Tensor, Tensor],
+        diagonal: int = NOT_PAIRED,
+    ) -> None:
+        self.rows, self.columns, self.first, self.num_columns = rows, columns, first, columns.shape[0]
+        self.factors, self.out, self.keys, self.diagonal = factors, out, keys, diagonal
+        self.described = launch.operands(rows, columns)
 
 
 class Blocks:
     """The matrix of this rank's rows and all columns, and the queue's blocks beside and below it."""
 
     def __init__(
-        self, operands: Operands, positives: PositiveKeys, queue: QueueRows | None, launch: Launch, two_sided: bool
+        self, operands: Operands, keys: PositiveKeys, queue: QueueRows | None, launch: Launch, two_sided: bool
     ) -> None:
-        self.operands, self.positives, self.launch, self.two_sided = operands, positives, launch, two_sided
-        self.queue: Operands | None = None
-        self.queue_rows, self.queue_columns = (0, 0) if queue is None else (len(queue.a), len(queue.b))
+        self.operands, self.keys, self.launch, self.two_sided = operands, keys, launch, two_sided
+        self.queue_rows, self.queue_columns = (0, 0) if queue is None else (queue.a.shape[0], queue.b.shape[0])
         if queue is not None:
             # A side without entries is never read, but has to be something.
-            o, sides = operands, (queue.a if len(queue.a) else queue.b, queue.b if len(queue.b) else queue.a)
-            one = Ranks(None, 0, (len(sides[0]),), (len(sides[1]),))
-            self.queue = Operands(*sides, o.scale, o.normalize, one, o.a.dtype, constants=o)
+            sides = (queue.a if self.queue_rows else queue.b, queue.b if self.queue_columns else queue.a)
+            one, o = Ranks(None, 0, (len(sides[0]),), (len(sides[1]),)), operands
+            self.queue = Operands(*sides, o.scale, o.normalize, one, o.dtype, beside=o)
+
+    @functools.cached_property
+    def all(self) -> Block:
+        """The matrix."""
+        return self.part(slice(0, self.operands.ranks.num_columns))
 
     def part(self, columns: slice | None) -> Block:
         """Columns of the matrix; None: this rank's own, which are there before the others'."""
-        o, keys, own = self.operands, self.positives, self.operands.ranks.own_columns
-        at = own if columns is None else columns
-        b = o.local_b if columns is None else o.b[at]
-        b_key = keys.b_key[at] if keys.ids else keys.b_key
-        factor, out = _aligned(o.b_inverse[at]), _aligned(o.b_out[at])
-        return Block(o.a, b, o.a_factor, factor, o.a_out, out, keys.a_key, b_key, keys.diagonal - at.start)
+        o, keys, at = self.operands, self.keys, columns or self.operands.ranks.own_columns
+        return Block(
+            self.launch, o.a, o.local_b if columns is None else _at(o.b, at), at.start,
+            (o.a_factor, _vector(o.b_inverse, at)), (o.a_out, _vector(o.b_out, at)),
+            (keys.a_key, _at(keys.b_key, at) if keys.ids else keys.b_key), keys.diagonal - at.start,
+        )  # fmt: skip
 
+    @functools.cached_property
     def beside(self) -> Block:
         """This rank's rows against the queue's entries of B."""
-        o, keys, queue = self.operands, self.positives, self.queue
-        assert queue is not None
-        out = torch.ones_like(queue.b_inverse) if o.unit else queue.b_inverse
-        return Block(
-            o.a, queue.local_b, o.a_factor, queue.b_inverse, o.a_out, out, keys.a_key, keys.queue_b_key, NOT_PAIRED
-        )
+        o, q, keys = self.operands, self.queue, self.keys
+        factors, out = (o.a_factor, q.b_inverse), (o.a_out, q.b_out)
+        return Block(self.launch, o.a, q.local_b, None, factors, out, (keys.a_key, keys.queue_b_key))
 
+    @functools.cached_property
     def below(self) -> Block:
         """This rank's columns, in the place of rows, against the queue's entries of A."""
-        o, keys, queue, own = self.operands, self.positives, self.queue, self.operands.ranks.own_columns
-        assert queue is not None
-        inverse = o.b_inverse[own]
-        out = torch.ones_like(queue.a_inverse) if o.unit else queue.a_inverse
+        o, q, keys, own = self.operands, self.queue, self.keys, self.operands.ranks.own_columns
+        every = slice(0, q.a.shape[0])
+        factors = o.b_inverse[own] * (o.scale * LOG2E.value), _vector(q.a_inverse, every)
+        out = o.b_out[own], _vector(q.a_out, every)
         key = keys.b_key[own] if keys.ids else keys.b_key
-        factor = inverse * (o.scale * LOG2E.value)
-        return Block(
-            o.local_b, queue.a, factor, _aligned(queue.a_inverse), o.b_out[own], _aligned(out), key, keys.queue_a_key,
-            NOT_PAIRED,
-        )
+        return Block(self.launch, o.local_b, q.a, None, factors, out, (key, keys.queue_a_key))
 
 
-class Guide:
-    """A teacher's cosines, and above which of them a column is no negative of a row, and a row none of a column."""
+@dataclass(frozen=True)
+class Second:
+    """A teacher's or guide's part of tiles.
 
-    def __init__(self, teacher: Teacher, contrast: Contrast, blocks: Blocks) -> None:
-        o, launch = blocks.operands, blocks.launch
-        self.operands = Operands(teacher[0], teacher[1], 1.0, True, o.ranks, o.a.dtype)
-        margin = float(contrast.guide_margin or 0.0)
-        self.row, self.column = (
+    Attributes:
+        row, column: a teacher's factors; a guide's cosines above which a column is no negative of a row, and
+            a row none of a column.
+        row_factor: what makes its logits, or its cosines, of products.
+        weight: a teacher's.
+    """
+
+    operands: Operands
+    row_factor: Tensor
+    row: Tensor
+    column: Tensor
+    weight: float = 0.0
+
+    @classmethod
+    def guide(cls, teacher: Teacher, contrast: Contrast, blocks: Blocks) -> Second:
+        o, margin = blocks.operands, float(contrast.guide_margin or 0.0)
+        operands = Operands(teacher[0], teacher[1], 1.0, True, o.ranks, o.dtype)
+        row, column = (
             best[1] * (1.0 - margin) if contrast.guide_relative else best[1] - margin
-            for best in _best(self.operands, self.operands.a_inverse, blocks.positives, launch)
+            for best in _best(operands, operands.a_inverse, blocks)
         )
+        return cls(operands, operands.a_inverse, row, column)
+
+    def described(self, columns: slice, launch: Launch) -> tuple[Any, ...]:
+        """The arguments of a tile's kernel."""
+        o = self.operands
+        a, _, half_b = launch.operands(o.a, _at(o.b, columns))
+        return a, half_b, self.row_factor, _at(o.b_inverse, columns), self.row, self.column
 
 
-def _best(operands: Operands, factor: Tensor, positives: PositiveKeys, launch: Launch) -> tuple[Tensor, Tensor]:
+def _best(operands: Operands, factor: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """[2, N] and [2, M]: the largest entry of each row, and column, and the largest of its positives."""
-    ranks, num_rows, device = operands.ranks, len(operands.a), operands.device
-    rows = torch.full((2, num_rows), -math.inf, device=device)
-    columns = torch.full((2, ranks.num_columns), -math.inf, device=device)
-    a, (b, _) = launch.left(operands.a), launch.right(operands.b)
+    ranks, keys, launch, device = operands.ranks, blocks.keys, blocks.launch, operands.device
+    num_rows, num_columns = operands.a.shape[0], ranks.num_columns
+    rows, columns = (torch.full((2, n), -math.inf, device=device) for n in (num_rows, num_columns))
+    a, b, _ = launch.operands(operands.a, operands.b)
     for at in launch.chunks(num_rows):
-        best_kernel[(math.prod(launch.tiles(at.stop - at.start, ranks.num_columns)),)](
-            a, b, factor, operands.b_inverse, positives.a_key, positives.b_key, rows, columns, at.start, at.stop,
-            ranks.num_columns, operands.depth, positives.diagonal, positives.ids, num_rows, ranks.num_columns,
-            **launch.constants(),
+        launch(
+            best_kernel, launch.tiles(at.stop - at.start, num_columns),
+            a, b, factor, operands.b_inverse, keys.a_key, keys.b_key, rows, columns,
+            at.start, at.stop, num_columns, operands.depth, keys.diagonal, keys.ids, num_rows,
         )  # fmt: skip
     return rows, ranks.all_reduce(columns, maximum=True)
 
 
-def _top1(operands: Operands, positives: PositiveKeys, launch: Launch, two_sided: bool) -> Tensor:
+def _top1(blocks: Blocks) -> Tensor:
     """Share of the rows (and columns) whose best match is one of their positives, [2] float32."""
-    rows, columns = _best(operands, operands.a_factor, positives, launch)
-    of_rows, of_columns = positives.numbers_of_positives()
-    hits = operands.ranks.all_reduce((rows[1] >= rows[0]).sum(dtype=torch.float64)) / of_rows
-    if not two_sided:
-        return torch.stack([hits, torch.full_like(hits, math.nan)]).float()
-    return torch.stack([hits, (columns[1] >= columns[0]).sum(dtype=torch.float64) / of_columns]).float()
+    keys, ranks = blocks.keys, blocks.operands.ranks
+    rows, columns = _best(blocks.operands, blocks.operands.a_factor, blocks)
+    numbers = keys.numbers if keys.ids else (keys.number, keys.number)
+    of_rows = ranks.all_reduce((rows[1] >= rows[0]).sum(dtype=torch.float64)) / numbers[0]
+    of_columns = (columns[1] >= columns[0]).sum(dtype=torch.float64) / (numbers[1] if blocks.two_sided else math.nan)
+    return torch.stack([of_rows, of_columns]).float()
 
 
 class TiledSoftmax:
@@ -440,7 +464,7 @@ class TiledSoftmax:
 
     Attributes:
         row, column: float32 [5, N], [5, M] of `combine_kernel`.
-        terms, scale_terms: float64, a number a block of rows, then of columns: of the loss, and of dscale.
+        terms: float64 [2, blocks of rows and then of columns], of the loss and of dscale.
         kept: [N, M], the exponentials of plain tiles; None: they are not kept.
     """
 
@@ -450,133 +474,134 @@ class TiledSoftmax:
         hard: float,
         debias: float = 0.0,
         kept: Tensor | None = None,
-        guide: Guide | None = None,
-        operands: Operands | None = None,
+        guide: Second | None = None,
     ) -> None:
-        """`operands`: others than those of the blocks, a teacher's."""
         self.blocks, self.hard, self.debias, self.kept, self.guide = blocks, hard, debias, kept, guide
-        self.operands = operands = operands or blocks.operands
-        ranks, device, launch = operands.ranks, operands.device, blocks.launch
-        num_rows, num_columns = len(operands.a), ranks.num_columns
-        self.num_rows, self.num_columns = num_rows, num_columns
-        self.row_blocks = -(-num_rows // COMBINED["WIDTH"])
-        self.all_blocks = self.row_blocks + (-(-num_columns // COMBINED["WIDTH"]) if blocks.two_sided else 0)
-        self.row = torch.empty(5, num_rows, device=device)
-        self.column = _aligned_matrix(5, num_columns, torch.float32, device)
-        self.terms, self.scale_terms = torch.empty(2, self.all_blocks, dtype=torch.float64, device=device)
-        self._row_state = torch.empty(4, num_rows, dtype=torch.float64, device=device)
-        self._column_state = torch.empty(4, num_columns, dtype=torch.float64, device=device)
-        whole = ranks.group is None and blocks.queue is None  # sums are complete with the last tile
-        for at in launch.chunks(num_rows):
-            everything = operands is not blocks.operands or ranks.group is None or kept is not None or at.start > 0
-            # Only the first chunk can overlap with the arrival of the other ranks' rows.
-            own = ranks.own_columns
-            parts: list[slice | None] = [slice(0, num_columns)]
-            if not everything:
-                parts = [None, slice(0, own.start), slice(own.stop, num_columns)]
-            for index, part in enumerate(p for p in parts if p is None or p.stop > p.start):
-                block = self._block(part)
-                first = own.start if part is None else part.start
-                fresh = (int(index == 0), int(at.start == 0))
-                done = (int(whole), int(whole and at.stop == num_rows))
-                self._add(block, at, first, fresh, done)
+        self.operands, launch, ranks = blocks.operands, blocks.launch, blocks.operands.ranks
+        self.num_rows, self.num_columns = self.operands.a.shape[0], ranks.num_columns
+        width, device = COMBINED["WIDTH"], self.operands.device
+        self.row_blocks, column_blocks = -(-self.num_rows // width), -(-self.num_columns // width)
+        self.row = torch.empty(5, self.num_rows, device=device)
+        self.column = _aligned_matrix(5, self.num_columns, torch.float32, device)
+        self.terms = torch.empty(2, self.row_blocks + column_blocks * blocks.two_sided, dtype=torch.float64, device=device)
+        whole = ranks.group is None and not blocks.queue_rows + blocks.queue_columns  # complete with the last tile
+        self._row_state = self._column_state = self.terms
+        if not whole or self.num_rows > launch.chunk:
+            self._row_state = torch.empty(4, self.num_rows, dtype=torch.float64, device=device)
+            self._column_state = torch.empty(4, self.num_columns, dtype=torch.float64, device=device)
+        for at in launch.chunks(self.num_rows):
+            for index, block in enumerate(self._parts(at)):
+                fresh, done = (index == 0, at.start == 0), (whole, whole and at.stop == self.num_rows)
+                self._add(block, at, fresh, done)
             if blocks.queue_columns:
-                self._add(blocks.beside(), at, None, (0, 0), (0, 0))
+                self._add(blocks.beside, at)
         if blocks.queue_rows and blocks.two_sided:
-            own, block = ranks.own_columns, blocks.below()
-            for at in launch.chunks(len(block.rows)):
-                self._add(block, at, None, (0, 0), (0, 0), first_row=own.start, rows_are_columns=True)
+            for at in launch.chunks(blocks.below.rows.shape[0]):
+                self._add(blocks.below, at, below=True)
         if not whole:
             self._reduce()
 
-    def _block(self, part: slice | None) -> Block:
-        if self.operands is self.blocks.operands:
-            return self.blocks.part(part)
-        o, keys = self.operands, self.blocks.positives
-        return Block(
-            o.a, o.b, o.a_factor, o.b_inverse, o.a_inverse, o.b_inverse, keys.a_key, keys.b_key, keys.diagonal
-        )
+    def _parts(self, at: slice) -> Iterator[Block]:
+        """Blocks that make up the rows `at`. Only the first chunk can overlap with the other ranks' rows' arrival."""
+        ranks, own = self.operands.ranks, self.operands.ranks.own_columns
+        if ranks.group is None or at.start > 0 or self.kept is not None or self.guide is not None:
+            yield self.blocks.all
+            return
+        yield self.blocks.part(None)
+        for part in (slice(0, own.start), slice(own.stop, self.num_columns)):
+            if part.stop > part.start:
+                yield self.blocks.part(part)
 
     def _add(
         self,
         block: Block,
         at: slice,
-        first_column: int | None,
-        fresh: tuple[int, int],
-        done: tuple[int, int],
-        first_row: int = 0,
-        rows_are_columns: bool = False,
+        fresh: tuple[bool, bool] = (False, False),
+        done: tuple[bool, bool] = (False, False),
+        below: bool = False,
     ) -> None:
-        """Rows `at` of a block; `first_column`: where its columns begin in the matrix, None for those of the queue.
-
-        `fresh`, `done`: whether rows, and columns, have no sums yet, and whether they will have no more.
-        """
-        launch, operands, guide = self.blocks.launch, self.operands, self.guide
-        rows, columns, device = at.stop - at.start, len(block.columns), operands.device
-        two_sided = self.blocks.two_sided and first_column is not None
-        row_tiles, column_tiles = launch.tiles(rows, columns)
-        row_parts = torch.empty(4, 2 * column_tiles, rows, device=device)
-        column_parts = torch.empty(3, row_tiles, columns, device=device) if two_sided else row_parts
-        special = torch.empty(row_tiles, column_tiles, dtype=torch.int8, device=device)
-        kept = self.kept if first_column is not None else None
-        a, (b, half_b) = launch.left(block.rows), launch.right(block.columns)
-        ta, tb, of_guide, teacher_depth = a, half_b, (block.row_factor,) * 4, 0
+        """Rows `at` of a block. `fresh`, `done`: whether rows, and columns, have no sums yet, and will have no more."""
+        launch, operands, guide, device = self.blocks.launch, self.operands, self.guide, self.operands.device
+        rows, columns, in_matrix = at.stop - at.start, block.num_columns, block.first is not None
+        tiles, two_sided = launch.tiles(rows, columns), self.blocks.two_sided and in_matrix
+        row_parts = torch.empty(4, 2 * tiles[1], rows, device=device)
+        column_parts = torch.empty(3, tiles[0], columns, device=device) if two_sided else row_parts
+        special = torch.empty(tiles, dtype=torch.int8, device=device)
+        kept = self.kept if in_matrix else None
+        a, _, half_b = block.described
+        second = (a, half_b, *(block.factors[0],) * 4)
         if guide is not None:
-            g, part = guide.operands, slice(first_column, (first_column or 0) + columns)
-            ta, (_, tb), teacher_depth = launch.left(g.a), launch.right(g.b[part]), g.depth
-            of_guide = (g.a_inverse, g.b_inverse[part], guide.row, guide.column[part])
-        sums_kernel[(row_tiles * column_tiles,)](
-            a, b, half_b, launch.halves(block.rows if kept is None else kept[at]),
-            block.row_factor, block.column_factor, block.row_key, block.column_key, operands.bounds, operands.scale,
-            ta, tb, *of_guide, row_parts, column_parts, special,
-            at.start, at.stop, columns, operands.depth, teacher_depth, block.diagonal, self.blocks.positives.ids,
-            int(kept is not None), operands.bias,
-            COLUMNS=two_sided, GUIDE=guide is not None, **launch.constants(),
+            second = guide.described(slice(0, columns), launch)
+        launch(
+            sums_kernel, tiles, *block.described, launch.halves(block.rows if kept is None else _at(kept, at)), *block.factors, *block.keys,
+            operands.bounds, operands.scale, *second, row_parts, column_parts, special,
+            at.start, at.stop, columns, operands.depth, guide.operands.depth if guide else 0, block.diagonal,
+            self.blocks.keys.ids, int(kept is not None), operands.bias, COLUMNS=two_sided, GUIDE=guide is not None,
         )  # fmt: skip
-        self._combine(
-            row_parts, column_parts, special, (first_row + at.start, rows, 2 * column_tiles),
-            (first_column or 0, columns, row_tiles), fresh, done, two_sided,
-            int(first_column is not None), rows_are_columns,
-        )  # fmt: skip
+        first_row = operands.ranks.own_columns.start + at.start if below else at.start
+        part = (first_row, rows, 2 * tiles[1], block.first or 0, columns, tiles[0])
+        self._combine((row_parts, column_parts, special), part, two_sided, fresh, done, in_matrix, below)
 
     def _combine(
         self,
-        row_parts: Tensor,
-        column_parts: Tensor,
-        special: Tensor,
-        rows: tuple[int, int, int],
-        columns: tuple[int, int, int],
-        fresh: tuple[int, int],
-        done: tuple[int, int],
+        parts: tuple[Tensor, Tensor, Tensor],
+        part: tuple[int, ...],
         with_columns: bool,
-        positives: int = 1,
-        rows_are_columns: bool = False,
+        fresh: tuple[bool, bool] = (False, False),
+        done: tuple[bool, bool] = (True, True),
+        positives: bool = True,
+        below: bool = False,
     ) -> None:
-        """`rows`, `columns`: the first, how many, and in how many parts."""
-        blocks, operands, keys, launch = self.blocks, self.operands, self.blocks.positives, self.blocks.launch
+        """`part`: the first row, how many, in how many parts; the same of columns. below: these rows are columns."""
+        blocks, o, keys, tile = self.blocks, self.operands, self.blocks.keys, self.blocks.launch.tile
         width = COMBINED["WIDTH"]
-        state, num_rows = (self._column_state, self.num_columns) if rows_are_columns else (self._row_state, self.num_rows)
-        combine_kernel[(-(-rows[1] // width) + (-(-columns[1] // width) if with_columns else 0),)](
-            row_parts, column_parts, special, state, self._column_state,
-            operands.bounds, operands.scale, keys.row_count, keys.column_count, keys.siblings, keys.numbers,
-            keys.row_queue, keys.column_queue, self.row, self.column, self.terms, self.scale_terms,
-            *rows, *columns, num_rows, self.num_columns, self.column.stride(0), operands.ranks.num_rows,
-            keys.diagonal, keys.ids, int(blocks.two_sided), positives, *fresh, *done,
-            self.hard, self.debias, blocks.queue_rows, blocks.queue_columns, operands.bias, launch.tile.rows, launch.tile.columns, **COMBINED,
+        launch(
+            combine_kernel, -(-part[1] // width) + (-(-part[4] // width) if with_columns else 0), None,
+            *parts, self._column_state if below else self._row_state, self._column_state, o.bounds, o.scale,
+            keys.row_count, keys.column_count, keys.siblings, keys.numbers, keys.row_queue, keys.column_queue,
+            self.row, self.column, self.terms, *part, self.num_columns if below else self.num_rows, self.num_columns,
+            self.column.stride(0), o.ranks.num_rows, self.terms.shape[1], keys.diagonal, keys.ids,
+            int(blocks.two_sided), int(positives), *map(int, fresh), *map(int, done),
+            self.hard, self.debias, blocks.queue_rows, blocks.queue_columns, o.bias, tile.rows, tile.columns,
+            **COMBINED,
         )  # fmt: skip
 
     def _reduce(self) -> None:
         """Adds the columns' sums of all ranks, and turns all sums into factors."""
-        ranks, state = self.operands.ranks, self._column_state
-        columns = self.num_columns if self.blocks.two_sided else 0
-        if columns and ranks.group is not None:
+        ranks, state, nothing = self.operands.ranks, self._column_state, self.row
+        if self.blocks.two_sided and ranks.group is not None:
             maximum = ranks.all_reduce(state[0].clone(), maximum=True)
             state[1:] *= torch.exp2(state[0] - maximum)
             state[0] = maximum
             ranks.all_reduce(state[1:])
-        nothing = self.row
-        self._combine(nothing, nothing, nothing.view(torch.int8), (0, self.num_rows, 0), (0, columns, 0), (0, 0), (1, 1),
-                      self.blocks.two_sided)
+        part = (0, self.num_rows, 0, 0, self.num_columns, 0)
+        self._combine((nothing, nothing, nothing.view(torch.int8)), part, self.blocks.two_sided)
+
+    def write_gradient(
+        self, block: Block, at: slice, g: Tensor, row: Tensor, teacher: Second | None = None
+    ) -> Tensor | None:
+        """P2 of rows `at` of a block into g. Returns the teacher's share of the loss, [half tiles, rows of a tile].
+
+        `row`: factors of all rows of the block.
+        """
+        launch, operands, second = self.blocks.launch, self.operands, self.guide or teacher
+        columns, in_matrix = block.num_columns, block.first is not None
+        tiles = launch.tiles(at.stop - at.start, columns)
+        losses, (a, _, half_b) = row, block.described
+        arguments: tuple[Any, ...] = (a, half_b, *(block.factors[0],) * 4)
+        if second is not None:
+            arguments = second.described(slice(0, columns), launch)
+        if teacher is not None:
+            losses = torch.empty(2 * tiles[0] * tiles[1], launch.tile.rows, device=g.device)
+        launch(
+            gradient_kernel, tiles, *block.described, launch.halves(g), *block.factors, *block.out, *block.keys,
+            operands.bounds, operands.scale, row, self.column, *arguments, losses,
+            at.start, at.stop, columns, operands.depth, second.operands.depth if second else 0, block.diagonal,
+            self.blocks.keys.ids, int(self.kept is not None and in_matrix), row.stride(0), self.column.stride(0),
+            float(in_matrix), second.weight if second else 0.0, operands.gain, operands.bias,
+            COLUMNS=self.blocks.two_sided and in_matrix, TEACHER=teacher is not None, GUIDE=self.guide is not None,
+        )  # fmt: skip
+        return None if teacher is None else losses
 
 
 class EmbeddingGradients:
@@ -588,69 +613,88 @@ class EmbeddingGradients:
         """`unit`: factor of the loss, without the number of rows: those that have a positive (`by_ids`), or all."""
         self.operands, self.need, self.launch, self.unit, self.keys = operands, need, launch, unit, keys
         self._ids = int(keys.ids and by_ids)
-        self.along_queue: list[Tensor] = []  # what the queue adds to dscale and `along` has not
         self.by_rows = need.a or (need.scale and not need.b)  # one of the two products also gives dscale
-        self.num_rows, depth, device = len(operands.a), operands.depth, operands.device
-        self.a_rows, self.b_rows = operands.a, operands.b
+        self.a_rows, self.b_rows, own = operands.a, operands.b, operands.ranks.own_columns
         if operands.unit:
             self.a_rows = (operands.a * operands.a_inverse[:, None]).to(torch.float16)
             self.b_rows = (operands.b * operands.b_inverse[:, None]).to(torch.float16)
         # bfloat16 gradients keep their dtype; float16 ones would underflow before a loss scale reaches them.
-        dtype = torch.bfloat16 if operands.a.dtype == torch.bfloat16 else torch.float32
-        own = operands.ranks.own_columns
-        self.a_blocks, self.b_blocks = -(-self.num_rows // FINISHED["ROWS"]), -(-(own.stop - own.start) // FINISHED["ROWS"])
-        self.along = torch.empty(self.a_blocks + self.b_blocks, dtype=torch.float64, device=device)
-        self.a = torch.empty(self.num_rows, depth, dtype=dtype, device=device) if need.a else None
-        self.b = torch.empty(own.stop - own.start, depth, dtype=dtype, device=device) if need.b else None
+        dtype = torch.bfloat16 if operands.dtype == torch.bfloat16 else torch.float32
+        shapes = ((operands.a.shape[0], operands.depth), (own.stop - own.start, operands.depth))
+        self.a, self.b = (
+            torch.empty(shape, dtype=dtype, device=operands.device) if wanted else None
+            for shape, wanted in zip(shapes, need, strict=False)
+        )
+        self._blocks = tuple(-(-rows // FINISHED["ROWS"]) for rows, _ in shapes)
+        self.along = torch.empty(sum(self._blocks), dtype=torch.float64, device=operands.device)
+        self.along_queue: list[Tensor] = []  # what the queue adds to dscale and `along` has not
         self._raw_b: Tensor | None = None
-
-    def add(self, at: slice, g: Tensor, correction: Tensor | None = None, raw: Tensor | None = None,
-            last: bool = False) -> None:  # fmt: skip
-        """Adds a chunk of G; `raw` [c, D] belongs to its G·B, `correction` likewise, for unit rows.
-
-        `last`: nothing will be added to Gᵀ·A by others, so that its way back can begin along with the rows'.
-        """
-        operands = self.operands
-        if self.need.b:
-            self._raw_b = _multiply(g.t(), self.a_rows[at], self._raw_b)
-        if not self.by_rows:
-            if last:
-                self._through_norms(slice(0, 0), None, True)
-            return
-        raw = _multiply(g, self.b_rows, raw)
-        if correction is not None:
-            raw += correction * (operands.gain if operands.unit else operands.gain * operands.a_inverse[at, None])
-        self._through_norms(at, raw, last and self.need.b)
-
-    def _through_norms(self, at: slice, raw_a: Tensor | None, with_b: bool) -> None:
-        """Rows `at` of A, and all of B."""
-        operands, keys, own = self.operands, self.keys, self.operands.ranks.own_columns
-        raw_b = self._raw_b if with_b else None
-        rows_a, rows_b = 0 if raw_a is None else len(raw_a), 0 if raw_b is None else len(raw_b)
-        raw = raw_a if raw_a is not None else raw_b
-        assert raw is not None
-        any_gradient = self.a if self.a is not None else self.b if self.b is not None else raw
-        a, b = self.a_rows[at], self.b_rows[own]
-        finish_kernel[(-(-rows_a // FINISHED["ROWS"]) + -(-rows_b // FINISHED["ROWS"]),)](
-            raw_a if raw_a is not None else raw, raw_b if raw_b is not None else raw, a, b,
-            operands.a_inverse[at], operands.b_inverse[own], operands.scale, keys.numbers,
-            any_gradient if self.a is None else self.a[at], any_gradient if self.b is None else self.b, self.along,
-            rows_a, rows_b, operands.depth, a.stride(0), b.stride(0), raw.stride(0), raw.stride(0),
-            at.start // FINISHED["ROWS"] if raw_a is not None else self.a_blocks,
-            self.unit * operands.ranks.size, float(operands.normalize), int(operands.unit), operands.gain, keys.number,
-            self._ids, int(self.need.a), int(self.need.b), **FINISHED,
-        )  # fmt: skip
 
     @property
     def blocks_of_scale(self) -> tuple[int, int]:
         """Of `along`, those whose sum is dscale."""
-        return (0, self.a_blocks) if self.by_rows else (self.a_blocks, self.a_blocks + self.b_blocks)
+        return (0, self._blocks[0]) if self.by_rows else (self._blocks[0], sum(self._blocks))
+
+    def add(
+        self,
+        at: slice,
+        g: Tensor,
+        correction: Tensor | None = None,
+        raw: Tensor | None = None,
+        last: bool = False,
+    ) -> None:
+        """Adds a chunk of G; `raw` [c, D] belongs to its G·B, `correction` likewise, for unit rows.
+
+        `last`: nothing else will be added to Gᵀ·A, so that its way back can begin along with the rows'.
+        """
+        a, with_b = _at(self.a_rows, at), last and self.need.b
+        if self.need.b:
+            self._raw_b = _multiply(g.t(), a, self._raw_b)
+        if self.by_rows:
+            raw = _multiply(g, self.b_rows, raw)
+            if correction is not None:
+                raw += self._corrected(correction, self.operands.a_inverse[at])
+            self._through_norms(at, a, raw, with_b)
+        elif with_b:
+            self._through_norms(slice(0, 0), a, None, True)
+
+    def _corrected(self, correction: Tensor, inverse: Tensor) -> Tensor:
+        return correction * (self.operands.gain if self.operands.unit else self.operands.gain * inverse[:, None])
+
+    def _through_norms(self, at: slice, a: Tensor, raw_a: Tensor | None, with_b: bool) -> None:
+        """Rows `at` of A, which are `a`, and all of B."""
+        o, keys, own = self.operands, self.keys, self.operands.ranks.own_columns
+        raw_b, b = self._raw_b if with_b else None, _at(self.b_rows, own)
+        rows = 0 if raw_a is None else raw_a.shape[0], 0 if raw_b is None else raw_b.shape[0]
+        blocks = [-(-n // FINISHED["ROWS"]) for n in rows]
+        da, db = None if self.a is None else _at(self.a, at), self.b
+        raw = raw_a if raw_a is not None else raw_b  # stands for what is absent
+        unwritten = da if da is not None else db if db is not None else raw
+        first = at.start // FINISHED["ROWS"] if raw_a is not None else self._blocks[0]
+        launch(
+            finish_kernel, sum(blocks), (o.dtype, unwritten.dtype),  # type: ignore[union-attr]
+            raw if raw_a is None else raw_a, raw if raw_b is None else raw_b, a, b, _at(o.a_inverse, at),
+            _at(o.b_inverse, own), o.scale, keys.numbers, unwritten if da is None else da,
+            unwritten if db is None else db, self.along, *rows, o.depth, a.stride(0), b.stride(0), first,
+            self.unit * o.ranks.size, float(o.normalize), int(o.unit), o.gain, keys.number, self._ids,
+            int(self.need.a), int(self.need.b), **FINISHED,
+        )  # fmt: skip
+
+    def finish_columns(self, correction: Tensor | None = None, below: Tensor | None = None) -> None:
+        """B's way back; `below` [own rows, D] is what the queue's entries add to Gᵀ·A of this rank's columns."""
+        raw, ranks = self._raw_b, self.operands.ranks
+        assert raw is not None
+        if correction is not None:
+            raw += self._corrected(correction, self.operands.b_inverse)
+        raw = ranks.scatter_sum(raw, ranks.b_rows)
+        self._raw_b = raw if below is None else raw + below
+        self._through_norms(slice(0, 0), self.a_rows, None, True)
 
     def beside(self, softmax: TiledSoftmax, at: slice) -> Tensor | None:
         """G·B of rows `at` and the queue's entries of B."""
         if not (self.by_rows or self.need.scale):
             return None
-        raw = self._of_queue(softmax, softmax.blocks.beside(), at, softmax.row)
+        raw = self._of_queue(softmax, softmax.blocks.beside, at, softmax.row)
         if not self.by_rows:
             self._add_along(raw, self.a_rows[at])
         return raw
@@ -659,11 +703,9 @@ class EmbeddingGradients:
         """Gᵀ·A of this rank's columns and the queue's entries of A."""
         if not (self.need.b or self.need.scale):
             return None
-        block, own = softmax.blocks.below(), self.operands.ranks.own_columns
-        found = [
-            self._of_queue(softmax, block, at, softmax.column[:, own]) for at in self.launch.chunks(len(block.rows))
-        ]
-        raw = torch.cat(found)
+        block, own = softmax.blocks.below, self.operands.ranks.own_columns
+        factors = softmax.column[:, own]
+        raw = torch.cat([self._of_queue(softmax, block, at, factors) for at in self.launch.chunks(len(block.rows))])
         if self.by_rows:
             self._add_along(raw, self.b_rows[own])
         return raw
@@ -671,71 +713,14 @@ class EmbeddingGradients:
     def _of_queue(self, softmax: TiledSoftmax, block: Block, at: slice, factors: Tensor) -> Tensor:
         entries = block.columns
         if self.operands.unit:
-            entries = (entries * block.column_factor[:, None]).to(torch.float16)
+            entries = (entries * block.factors[1][:, None]).to(torch.float16)
         g = _aligned_matrix(at.stop - at.start, len(entries), entries.dtype, entries.device)
-        _write_gradient(softmax, block, at, g, False, factors, target=0.0)
+        softmax.write_gradient(block, at, g, factors)
         return _multiply(g, entries)
 
     def _add_along(self, raw: Tensor, x: Tensor) -> None:
         if self.need.scale:
             self.along_queue.append((raw * x).sum(dtype=torch.float64) / self.operands.gain)
-
-    def finish_columns(self, correction: Tensor | None, queue: Tensor | None) -> None:
-        """B's way back; `queue` [own rows, D] is what the queue's entries add to Gᵀ·A of this rank's columns."""
-        operands, ranks = self.operands, self.operands.ranks
-        raw = self._raw_b
-        assert raw is not None
-        if correction is not None:
-            raw += correction * (operands.gain if operands.unit else operands.gain * operands.b_inverse[:, None])
-        raw = ranks.scatter_sum(raw, ranks.b_rows)
-        self._raw_b = raw if queue is None else raw + queue
-        self._through_norms(slice(0, 0), None, True)
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """A teacher's part of P2: what its tiles are made of, and where their shares of the loss go."""
-
-    operands: Operands
-    softmax: TiledSoftmax
-    weight: float
-
-
-def _write_gradient(
-    softmax: TiledSoftmax,
-    block: Block,
-    at: slice,
-    g: Tensor,
-    two_sided: bool,
-    row: Tensor,
-    target: float = 1.0,
-    distillation: Distillation | None = None,
-) -> Tensor | None:
-    """P2 of rows `at` of a block into g; `row`: factors of all its rows. Returns the teacher's share of the loss."""
-    launch, operands, guide, keys = softmax.blocks.launch, softmax.operands, softmax.guide, softmax.blocks.positives
-    columns = len(block.columns)
-    tiles = math.prod(launch.tiles(at.stop - at.start, columns))
-    a, (b, half_b) = launch.left(block.rows), launch.right(block.columns)
-    ta, tb, of_teacher, losses, teacher_depth = a, half_b, (block.row_factor,) * 4, row, 0
-    if guide is not None:
-        other = guide.operands
-        of_teacher = (other.a_inverse, other.b_inverse, guide.row, guide.column)
-    elif distillation is not None:
-        other, t = distillation.operands, distillation.softmax
-        of_teacher = (other.a_factor, other.b_inverse, t.row, t.column)
-        losses = torch.empty(2 * tiles, launch.tile.rows, device=g.device)
-    if guide is not None or distillation is not None:
-        ta, (_, tb), teacher_depth = launch.left(other.a), launch.right(other.b), other.depth
-    gradient_kernel[(tiles,)](
-        a, b, half_b, launch.halves(g),
-        block.row_factor, block.column_factor, block.row_out, block.column_out, block.row_key, block.column_key,
-        operands.bounds, operands.scale, row, softmax.column, ta, tb, *of_teacher, losses,
-        at.start, at.stop, columns, operands.depth, teacher_depth, block.diagonal, keys.ids,
-        int(softmax.kept is not None and target > 0), row.stride(0), softmax.column.stride(0),
-        target, 0.0 if distillation is None else distillation.weight, operands.gain, operands.bias,
-        COLUMNS=two_sided, TEACHER=distillation is not None, GUIDE=guide is not None, **launch.constants(),
-    )  # fmt: skip
-    return None if distillation is None else losses.sum(dtype=torch.float64)
 
 
 def keeps_exponentials(contrast: Contrast, dtype: torch.dtype, num_bytes: int) -> bool:
@@ -761,98 +746,86 @@ def info_nce(
     top1: bool,
 ) -> Results:
     """InfoNCE of the rows, with both directions also of the columns; its gradients (da, db, dscale); in-batch top-1."""
-    two_sided, weight = contrast.direction == "both", contrast.teacher_weight
-    dtype, num_rows, num_columns = torch.promote_types(a.dtype, b.dtype), len(a), ranks.num_columns
-    operands = Operands(a, b, scale, contrast.normalize, ranks, dtype)
-    launch, device = _launch(operands), a.device
-    positives = PositiveKeys(ids, queue, ranks, operands.bounds)
+    two_sided, weight, normalize = contrast.direction == "both", contrast.teacher_weight, contrast.normalize
+    dtype, num_rows, num_columns = torch.promote_types(a.dtype, b.dtype), a.shape[0], ranks.num_columns
     queue = None if queue is None or not len(queue.a) + len(queue.b) else queue
-    blocks = Blocks(operands, positives, queue, launch, two_sided)
-    ranks.all_reduce(operands.bounds, maximum=True)
-    guide = Guide(teacher, contrast, blocks) if teacher is not None and contrast.guide_margin is not None else None
-    kept = None
+    operands = Operands(a, b, scale, normalize, ranks, dtype)
+    keys, launch = PositiveKeys(ids, queue, ranks, operands.bounds), Launch.of(operands)
+    blocks = Blocks(operands, keys, queue, launch, two_sided)
+    kept = guide = smoothing = distilled = student = None
     if any(need) and keeps_exponentials(contrast, dtype, num_rows * num_columns * dtype.itemsize):
-        kept = _aligned_matrix(num_rows, num_columns, dtype, device)
+        kept = _aligned_matrix(num_rows, num_columns, dtype, a.device)
+    if teacher is not None and contrast.guide_margin is not None:
+        guide = Second.guide(teacher, contrast, blocks)
     hard, smooth = (1 - weight) * (1 - contrast.label_smoothing), (1 - weight) * contrast.label_smoothing
     softmax = TiledSoftmax(blocks, hard, contrast.debias, kept, guide)
-
-    smoothing = distillation = None
     if smooth:
         a_hat, b_hat = a.detach().float(), operands.b.float()
-        if contrast.normalize:
+        if normalize:
             a_hat, b_hat = a_hat * operands.a_inverse[:, None], b_hat * operands.b_inverse[:, None]
-        row_weight = positives.weights(rows=True).double()
-        column_weight = positives.weights(rows=False).double() * (1.0 if two_sided else 0.0)
+        row_weight = keys.weights(rows=True).double()
+        column_weight = keys.weights(rows=False).double() * (1.0 if two_sided else 0.0)
         smoothing = LabelSmoothing(a_hat, b_hat, operands.scale[0], ranks, row_weight, column_weight, smooth)
     if teacher is not None and weight:
-        other = Operands(teacher[0], teacher[1], teacher[2], contrast.normalize, ranks, dtype)
-        ranks.all_reduce(other.bounds, maximum=True)
-        alone = Blocks(operands, positives, None, launch, two_sided)
-        distillation = Distillation(other, TiledSoftmax(alone, 0.0, operands=other), weight)
+        other = Operands(*teacher, normalize, ranks, dtype)
+        distilled = TiledSoftmax(Blocks(other, keys, None, launch, two_sided), 0.0)
+        student = Second(other, other.a_factor, distilled.row, distilled.column, weight)
 
     unit = 0.5 if two_sided else 1.0
-    gradients = EmbeddingGradients(operands, launch, need, unit, positives) if any(need) else None
-    shares: list[Tensor] = []  # of the teacher's part of the loss
-    if gradients is not None or distillation is not None:
-        main = blocks.part(slice(0, num_columns))
+    gradients = EmbeddingGradients(operands, launch, need, unit, keys) if any(need) else None
+    # What else belongs to the loss of rows, to their dscale, and to the loss of columns.
+    extras: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    if gradients is not None or student is not None:
+        alone = ranks.group is None and smoothing is None and queue is None
         buffer = kept
         if buffer is None:
-            buffer = _aligned_matrix(min(launch.chunk, num_rows), num_columns, dtype, device)
-        alone = ranks.group is None and smoothing is None and queue is None
+            buffer = _aligned_matrix(min(launch.chunk, num_rows), num_columns, dtype, a.device)
         for at in launch.chunks(num_rows):
-            g = buffer[at] if kept is not None else buffer[: at.stop - at.start]
-            share = _write_gradient(softmax, main, at, g, two_sided, softmax.row, 1.0, distillation)
-            shares += [] if share is None else [share]
+            g = _at(buffer, at if kept is not None else slice(0, at.stop - at.start))
+            share = softmax.write_gradient(blocks.all, at, g, softmax.row, student)
+            if share is not None:
+                extras[0].append(share.sum(dtype=torch.float64))
             if gradients is not None:
                 raw = gradients.beside(softmax, at) if blocks.queue_columns else None
                 correction = None if smoothing is None else smoothing.row_gradient(at)
                 gradients.add(at, g, correction, raw, last=alone and at.stop == num_rows)
         if gradients is not None and not alone:
             below = gradients.below(softmax) if blocks.queue_rows and two_sided else None
+            extras[1].extend(gradients.along_queue)
             if need.b:
                 gradients.finish_columns(None if smoothing is None else smoothing.column_gradient(), below)
-
-    extras: dict[int, list[Tensor]] = {0: shares, 1: [] if gradients is None else gradients.along_queue, 2: []}
     if smoothing is not None:
         extras[0].append(smoothing.loss())
-    if distillation is not None:
-        of_rows = distillation.softmax.row_blocks
-        for index, terms in ((0, distillation.softmax.terms[:of_rows]), (2, distillation.softmax.terms[of_rows:])):
-            extras[index].append(-weight * terms.sum())
+    if distilled is not None:
+        for found, terms in zip(extras[::2], distilled.terms[0].tensor_split([distilled.row_blocks]), strict=True):
+            found.append(-weight * terms.sum())
     loss, dscale = _totals(softmax, gradients, unit, extras)
-    best = _top1(operands, positives, launch, two_sided) if top1 else None
+    best = _top1(blocks) if top1 else None
     if gradients is None:
         return loss, (), best
     return loss, (gradients.a, gradients.b, dscale if need.scale else None), best
 
 
 def _totals(
-    softmax: TiledSoftmax, gradients: EmbeddingGradients | None, unit: float, extras: dict[int, list[Tensor]]
+    softmax: TiledSoftmax, gradients: EmbeddingGradients | None, unit: float, extras: Sequence[Sequence[Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """The loss and dscale; `extras`: what else belongs to rows, to their dscale, and to columns."""
-    keys, ranks, device = softmax.blocks.positives, softmax.operands.ranks, softmax.operands.device
+    """The loss and dscale, from all parts of them."""
+    keys, ranks, device, terms = softmax.blocks.keys, softmax.operands.ranks, softmax.operands.device, softmax.terms
     loss, dscale = torch.empty((), device=device), torch.empty((), dtype=torch.float64, device=device)
-    along, first, last = softmax.terms, 0, 0
-    if gradients is not None:
-        along, (first, last) = gradients.along, gradients.blocks_of_scale
-
-    def launch(add: int, finish: int) -> None:
-        total_kernel[(1,)](
-            softmax.terms, softmax.scale_terms, along, totals, keys.numbers, loss, dscale,
-            softmax.row_blocks, softmax.all_blocks, first, last, unit, keys.number, keys.ids, add, finish, **TOTAL,
-        )  # fmt: skip
-
-    if ranks.group is None and not any(extras.values()):
-        totals = dscale
-        launch(1, 1)
-        return loss, dscale
-    totals = torch.empty(4, dtype=torch.float64, device=device)
-    launch(1, 0)
-    for index, values in extras.items():
-        for value in values:
-            totals[index] += value
-    ranks.all_reduce(totals[:2])
-    launch(0, 1)
+    along, totals, span = (terms, dscale, (0, 0)) if gradients is None else (
+        gradients.along, dscale, gradients.blocks_of_scale
+    )  # fmt: skip
+    alone = ranks.group is None and not any(extras)
+    if not alone:
+        totals = torch.empty(4, dtype=torch.float64, device=device)
+    arguments = (terms, along, totals, keys.numbers, loss, dscale, softmax.row_blocks, terms.shape[1], *span, unit)
+    launch(total_kernel, 1, None, *arguments, keys.number, keys.ids, 1, int(alone), **TOTAL)
+    if not alone:
+        for total, values in zip(totals, extras, strict=False):
+            for value in values:
+                total += value
+        ranks.all_reduce(totals[:2])
+        launch(total_kernel, 1, None, *arguments, keys.number, keys.ids, 0, 1, **TOTAL)
     return loss, dscale
 
 
@@ -869,60 +842,53 @@ def sigmoid_loss(
     """SigLIP's loss and its gradients (da, db, dscale, dbias), in one pass."""
     device, dtype = a.device, torch.promote_types(a.dtype, b.dtype)
     operands = Operands(a, b, scale, normalize, ranks, dtype, units=1.0)
-    keys = PositiveKeys(ids, None, ranks, operands.bounds)
+    keys, launch = PositiveKeys(ids, None, ranks, operands.bounds), Launch.of(operands)
     keys.number = float(ranks.num_rows)
-    launch = _launch(operands)
-    num_rows, num_columns = len(a), ranks.num_columns
+    block, num_rows, num_columns = Blocks(operands, keys, None, launch, True).all, a.shape[0], ranks.num_columns
     products = need.a or need.b or need.scale
     gradients = EmbeddingGradients(operands, launch, need, 1.0, keys, by_ids=False) if products else None
     shift = _on_device(bias, device)
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # the loss and dbias
-    left, right = launch.left(operands.a), launch.right(operands.b)
     buffer = _aligned_matrix(min(launch.chunk, num_rows), num_columns, dtype, device) if products else operands.a
     for at in launch.chunks(num_rows):
-        rows = at.stop - at.start
-        tiles = math.prod(launch.tiles(rows, num_columns))
-        shares = torch.empty(2, 2 * tiles, device=device)
-        g = buffer[:rows]
-        sigmoid_kernel[(tiles,)](
-            left, *right, launch.halves(g), operands.a_factor, operands.b_inverse, operands.a_out, operands.b_out,
-            keys.a_key, keys.b_key, shift, shares[0], shares[1],
-            at.start, at.stop, num_columns, operands.depth, keys.diagonal, keys.ids, int(products), operands.gain,
-            **launch.constants(),
+        tiles, g = launch.tiles(at.stop - at.start, num_columns), _at(buffer, slice(0, at.stop - at.start))
+        shares = torch.empty(2, 2 * tiles[0] * tiles[1], device=device)
+        launch(
+            sigmoid_kernel, tiles, *block.described, launch.halves(g), *block.factors, *block.out, *block.keys,
+            shift, shares, at.start, at.stop, num_columns, operands.depth, block.diagonal, keys.ids, int(products),
+            operands.gain,
         )  # fmt: skip
         totals += shares.sum(1, dtype=torch.float64)
         if gradients is not None:
             gradients.add(at, g, last=ranks.group is None and at.stop == num_rows)
     if gradients is not None and need.b and ranks.group is not None:
-        gradients.finish_columns(None, None)
-    factor = 1.0 / ranks.num_rows
+        gradients.finish_columns()
+    factor, dscale = 1.0 / ranks.num_rows, None
     loss, dbias = ranks.all_reduce(totals) * factor
-    dscale = None
     if gradients is not None and need.scale:
         dscale = ranks.all_reduce(gradients.along[slice(*gradients.blocks_of_scale)].sum()) * factor
     if not any(need):
         return loss.float(), (), None
-    a_b = (None, None) if gradients is None else (gradients.a, gradients.b)
-    return loss.float(), (*a_b, dscale, dbias if need.bias else None), None
+    da, db = (None, None) if gradients is None else (gradients.a, gradients.b)
+    return loss.float(), (da, db, dscale, dbias if need.bias else None), None
 
 
-def times_upstream(gradients: Gradients, upstream: Tensor, wanted: Sequence[torch.dtype]) -> list[Tensor | None]:
+def times_upstream(gradients: Sequence[Tensor | None], upstream: Tensor, dtypes: Sequence[torch.dtype]) -> Gradients:
     """Gradients of a loss (da, db, dscale), as above, times the upstream gradient, in the dtypes wanted; one launch."""
-    found = [None if g is None else torch.empty_like(g, dtype=x) for g, x in zip(gradients, wanted, strict=True)]
-    sizes = [0 if g is None else g.numel() for g in gradients[:2]]
-    scale_wanted = gradients[2] is not None
-    # An absent one of a pair is replaced by the other, so that there are no further forms of the kernel.
-    given, written = [*gradients], [*found]
-    for values in (given, written):
-        values[0], values[1] = values[0] if sizes[0] else values[1], values[1] if sizes[1] else values[0]
-    scalar = given[2] if scale_wanted else torch.empty((), dtype=torch.float64, device=upstream.device)
-    out = written[2] if scale_wanted else torch.empty((), device=upstream.device)
+    found = [None if g is None else torch.empty_like(g, dtype=x) for g, x in zip(gradients, dtypes, strict=True)]
+    (da, db, dscale), (a, b, scale) = gradients, found
+    # What is absent is never read or written, but has to be something of the dtypes that there are otherwise.
+    if dscale is None or scale is None:
+        dscale, scale = (torch.empty((), dtype=x, device=upstream.device) for x in (torch.float64, torch.float32))
+    sizes = [0 if g is None else g.numel() for g in (da, db)]
+    da, a = (db, b) if da is None else (da, a)
+    db, b = (da, a) if db is None else (db, b)
+    da, db, a, b = (scale if x is None else x for x in (da, db, a, b))
     block = UPSTREAM["BLOCK"]
-    upstream_kernel[(max(1, -(-sizes[0] // block) + -(-sizes[1] // block)),)](
-        scalar if given[0] is None else given[0], scalar if given[1] is None else given[1], scalar, upstream,
-        out if written[0] is None else written[0], out if written[1] is None else written[1], out, *sizes, **UPSTREAM,
-    )  # fmt: skip
-    return found
+    form = (*(x.dtype for x in (da, a, b, scale, upstream)), max(sizes) >= 1 << 31)
+    programs = max(1, sum(-(-size // block) for size in sizes))
+    launch(upstream_kernel, programs, form, da, db, dscale, upstream, a, b, scale, *sizes, **UPSTREAM)
+    return tuple(found)
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
@@ -933,7 +899,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
         for precision in ("tf32x3", "tf32") if dtype == torch.float32 else ("tf32",):
             label = f"{name} {precision}" if dtype == torch.float32 else name
             launch = Launch(arch, dtype, precision)
-            constants = launch.constants()
+            constants = {**launch.constants, **launch.options}
             for columns, guide in product(both, both):
                 yield _compilation("sums", sums_kernel, label, name, constants, {"COLUMNS": columns, "GUIDE": guide})
             for columns, (teacher, guide) in product(both, ((False, False), (True, False), (False, True))):

@@ -28,7 +28,9 @@ def _maximum_of_bits(pointer, x):
     tl.atomic_max(pointer, tl.max(bits, 0))
 
 
-@jit_for_any_size("num_rows num_columns depth a_stride b_stride eps units normalize pairs")
+@jit_for_any_size(
+    "num_rows num_columns depth a_stride b_stride eps units normalize pairs", "scale a_factor a_inverse"
+)
 def rows_kernel(
     a, b, scale, a_factor, a_inverse, b_inverse, bounds,  # [N, D], [M, D], [1]; [N], [N], [M]; [3] int32, from 0
     num_rows, num_columns, depth, a_stride, b_stride, eps, units, normalize, pairs,
@@ -198,7 +200,7 @@ def _special_sums(x, t, factors, keys, guide, row_parts, column_parts, strides, 
 
 @jit_for_any_size(
     "start end num_columns depth teacher_depth diagonal ids kept bias",
-    "a_factor a_key b_key ta_inverse tb_inverse row_threshold column_threshold",
+    "a_factor a_key b_key scale ta_inverse tb_inverse row_threshold column_threshold",
 )
 def sums_kernel(
     a, b, half_b, e,  # descriptors [N, D], [M, D] of the columns of a tile and of half of one, [chunk, M]
@@ -357,17 +359,17 @@ def _keep(state, values, at, inside, length):
 
 
 @jit_for_any_size(
-    "first_row rows row_tiles columns column_tiles first_column num_rows num_columns column_stride all_rows diagonal ids two_sided "
+    "first_row rows row_tiles columns column_tiles first_column num_rows num_columns column_stride all_rows blocks diagonal ids two_sided "
     "positives fresh_rows fresh_columns finish_rows finish_columns hard debias queue_rows queue_columns bias tile_height "
     "tile_width",
-    "row_state column_state row_count column_count siblings row_queue column_queue",
+    "scale row_state column_state row_count column_count siblings row_queue column_queue",
 )
 def combine_kernel(
     row_parts, column_parts, special, row_state, column_state,  # of `sums_kernel`; [4, N], [4, M] float64
     bounds, scale, row_count, column_count, siblings, numbers, row_queue, column_queue,  # see `PositiveKeys`
-    row_factors, column_factors, terms, scale_terms,  # [5, N], [5, column_stride]; [row blocks + column blocks] float64
-    first_row, rows, row_tiles, first_column, columns, column_tiles,  # what this launch is about, and in how many parts
-    num_rows, num_columns, column_stride, all_rows, diagonal,  # rows of this rank, columns of the matrix, rows of all ranks
+    row_factors, column_factors, terms,  # [5, N], [5, column_stride]; [2, row blocks + column blocks] float64
+    first_row, rows, row_tiles, first_column, columns, column_tiles,  # of this launch, and in how many parts
+    num_rows, num_columns, column_stride, all_rows, blocks, diagonal,  # of this rank, the matrix, all ranks; terms
     ids, two_sided, positives, fresh_rows, fresh_columns, finish_rows, finish_columns,
     hard, debias, queue_rows, queue_columns, bias,
     tile_height, tile_width, TILES: tl.constexpr, WIDTH: tl.constexpr,
@@ -399,7 +401,7 @@ def combine_kernel(
                 k = tl.where(row + diagonal < num_columns, 1.0, 0.0).to(tl.float64)
             weights = (k, tl.where(k > 0, 1.0, 0.0).to(tl.float64), sibling, ratio * two_sided, hard)
             _factors(row, inside, fixed, usable, state, weights, (tl.load(scale), debias, others),
-                     (row_factors, terms, scale_terms), num_rows, first_row // WIDTH + block, True)  # fmt: skip
+                     (row_factors, terms, terms + blocks), num_rows, first_row // WIDTH + block, True)  # fmt: skip
         else:
             _keep(row_state, state, row, inside, num_rows)
     else:
@@ -420,7 +422,7 @@ def combine_kernel(
                 k = tl.where(column < all_rows, 1.0, 0.0).to(tl.float64)
             weights = (k, tl.where(k > 0, ratio, 0.0), k, ratio, hard)
             _factors(column, inside, fixed, usable, state, weights, (tl.load(scale), debias, others),
-                     (column_factors, terms, scale_terms), column_stride, tl.cdiv(num_rows, WIDTH) + block, False)  # fmt: skip
+                     (column_factors, terms, terms + blocks), column_stride, tl.cdiv(num_rows, WIDTH) + block, False)  # fmt: skip
         else:
             _keep(column_state, state, column, inside, num_columns)
 
@@ -522,7 +524,7 @@ def _special_gradient(
 
 @jit_for_any_size(
     "start end num_columns depth teacher_depth diagonal ids kept num_rows column_stride target teacher_weight gain bias",
-    "a_factor a_out a_key b_key row ta_factor tb_factor teacher_row teacher_column",
+    "a_factor a_out a_key b_key scale row ta_factor tb_factor teacher_row teacher_column",
 )
 def gradient_kernel(
     a, b, half_b, g,  # descriptors as those of `sums_kernel`
@@ -577,7 +579,7 @@ def gradient_kernel(
 
 
 @triton.jit
-def _through_norm(block, raw, x, inverse, scale, number, out, along, rows, depth, stride, x_stride, factor, normalize,
+def _through_norm(block, raw, x, inverse, scale, number, out, along, rows, depth, x_stride, factor, normalize,
                   unit, gain, write, ROWS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
     """A block of rows back through the normalisation, and its share of ⟨x, raw⟩."""
     i = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -587,7 +589,7 @@ def _through_norm(block, raw, x, inverse, scale, number, out, along, rows, depth
     for k in tl.range(0, depth, DEPTH):
         at = k + tl.arange(0, DEPTH)[None, :]
         mask = inside & (at < depth)
-        gradient = tl.load(raw + i[:, None] * stride + at, mask=mask, other=0.0)
+        gradient = tl.load(raw + i[:, None] * depth + at, mask=mask, other=0.0)
         dots += gradient * tl.load(x + i[:, None] * x_stride + at, mask=mask, other=0.0).to(tl.float32)
     dot = tl.sum(dots, 1)
     tl.store(along + block, tl.sum(dot.to(tl.float64), 0) / gain)
@@ -599,21 +601,21 @@ def _through_norm(block, raw, x, inverse, scale, number, out, along, rows, depth
         for k in tl.range(0, depth, DEPTH):
             at = k + tl.arange(0, DEPTH)[None, :]
             mask = inside & (at < depth)
-            gradient = tl.load(raw + i[:, None] * stride + at, mask=mask, other=0.0)
+            gradient = tl.load(raw + i[:, None] * depth + at, mask=mask, other=0.0)
             value = tl.load(x + i[:, None] * x_stride + at, mask=mask, other=0.0).to(tl.float32)
             gradient = (gradient - value * part[:, None]) * after[:, None]
             tl.store(out + i[:, None] * depth + at, gradient.to(out.dtype.element_ty), mask=mask)
 
 
 @jit_for_any_size(
-    "a_rows b_rows depth a_stride b_stride raw_a_stride raw_b_stride first_block factor normalize unit gain number ids "
+    "a_rows b_rows depth a_stride b_stride first_block factor normalize unit gain number ids "
     "write_a write_b",
     "raw_a raw_b a b a_inverse b_inverse scale numbers da db along",
 )
 def finish_kernel(
     raw_a, raw_b, a, b, a_inverse, b_inverse, scale, numbers, da, db,  # G·B and Gᵀ·A float32; embeddings; gradients
     along,  # [blocks] float64: shares of Σ ⟨x, raw⟩, a's blocks from first_block on, then those of b
-    a_rows, b_rows, depth, a_stride, b_stride, raw_a_stride, raw_b_stride, first_block,
+    a_rows, b_rows, depth, a_stride, b_stride, first_block,
     factor, normalize, unit, gain, number, ids, write_a, write_b,
     ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -628,11 +630,10 @@ def finish_kernel(
     blocks = tl.cdiv(a_rows, ROWS)
     block = tl.program_id(0)
     if block < blocks:
-        _through_norm(block, raw_a, a, a_inverse, scale, count, da, along + first_block, a_rows, depth, raw_a_stride,
-                      a_stride, factor, normalize, unit, gain, write_a, ROWS, DEPTH)  # fmt: skip
+        _through_norm(block, raw_a, a, a_inverse, scale, count, da, along + first_block, a_rows, depth, a_stride, factor, normalize, unit, gain, write_a, ROWS, DEPTH)  # fmt: skip
     else:
         _through_norm(block - blocks, raw_b, b, b_inverse, scale, count, db, along + first_block + blocks, b_rows,
-                      depth, raw_b_stride, b_stride, factor, normalize, unit, gain, write_b, ROWS, DEPTH)  # fmt: skip
+                      depth, b_stride, factor, normalize, unit, gain, write_b, ROWS, DEPTH)  # fmt: skip
 
 
 @triton.jit
@@ -647,14 +648,14 @@ def _sum(values, first, last, BLOCK: tl.constexpr):
 
 @jit_for_any_size("row_terms all_terms first_along last_along half number ids add finish", "terms along totals")
 def total_kernel(
-    terms, scale_terms, along, totals, numbers, loss, scale_gradient,  # totals [4] float64: of rows, columns; dscale's
+    terms, along, totals, numbers, loss, scale_gradient,  # totals [4] float64: of rows, of columns
     row_terms, all_terms, first_along, last_along, half, number, ids, add, finish, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss and dscale from their terms (add), by way of totals that ranks may add up (finish)."""
     if add:
         rows, columns = _sum(terms, 0, row_terms, BLOCK), _sum(terms, row_terms, all_terms, BLOCK)
-        of_rows = _sum(along, first_along, last_along, BLOCK) + _sum(scale_terms, 0, row_terms, BLOCK)
-        of_columns = _sum(scale_terms, row_terms, all_terms, BLOCK)
+        of_rows = _sum(along, first_along, last_along, BLOCK) + _sum(terms, all_terms, all_terms + row_terms, BLOCK)
+        of_columns = _sum(terms, all_terms + row_terms, 2 * all_terms, BLOCK)
     else:
         rows, columns = tl.load(totals), tl.load(totals + 2)
         of_rows, of_columns = tl.load(totals + 1), tl.load(totals + 3)
@@ -671,7 +672,7 @@ def total_kernel(
         tl.store(totals + 3, of_columns)
 
 
-@jit_for_any_size("a_size b_size", "da db dscale scaled_a scaled_b scaled_scale")
+@jit_for_any_size("a_size b_size", "upstream da db dscale scaled_a scaled_b scaled_scale")
 def upstream_kernel(
     da, db, dscale, upstream, scaled_a, scaled_b, scaled_scale, a_size, b_size, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -696,11 +697,11 @@ def upstream_kernel(
 
 
 @jit_for_any_size(
-    "start end num_columns depth diagonal ids num_rows all_columns", "a_factor b_factor a_key b_key rows columns"
+    "start end num_columns depth diagonal ids num_rows", "a_factor b_factor a_key b_key rows columns"
 )
 def best_kernel(
     a, b, a_factor, b_factor, a_key, b_key, rows, columns,  # [2, N], [2, M], from -inf
-    start, end, num_columns, depth, diagonal, ids, num_rows, all_columns,
+    start, end, num_columns, depth, diagonal, ids, num_rows,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of each row and column, and the largest of its positives; the same in any order."""
@@ -721,7 +722,7 @@ def best_kernel(
         tl.atomic_max(rows + i, tl.max(s, 1), mask=row_inside)
         tl.atomic_max(rows + num_rows + i, tl.max(best, 1), mask=row_inside)
         tl.atomic_max(columns + j, tl.max(s, 0), mask=column_inside)
-        tl.atomic_max(columns + all_columns + j, tl.max(best, 0), mask=column_inside)
+        tl.atomic_max(columns + num_columns + j, tl.max(best, 0), mask=column_inside)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -730,7 +731,7 @@ def best_kernel(
 
 @triton.jit
 def _sigmoid_half(
-    x, g, factors, out, keys, shift, losses, bias_gradients, top, left_edge, start, share, gradient,
+    x, g, factors, out, keys, shift, shares, half_tiles, top, left_edge, start, share, gradient,
     BM: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     a_factor, b_factor = factors
@@ -752,8 +753,8 @@ def _sigmoid_half(
         term = tl.where(inside, term, 0.0)
         p = tl.where(left[:, None] == right[None, :], -p, p)
         p = tl.where(inside, p, 0.0)
-    tl.store(losses + share, tl.sum(tl.sum(term, 1), 0))
-    tl.store(bias_gradients + share, tl.sum(tl.sum(p, 1), 0))
+    tl.store(shares + share, tl.sum(tl.sum(term, 1), 0))
+    tl.store(shares + half_tiles + share, tl.sum(tl.sum(p, 1), 0))
     if gradient:
         p *= tl.load(a_out + i, mask=row_inside, other=0.0)[:, None] * gain
         p *= tl.load(b_out + j, mask=column_inside, other=0.0)[None, :]
@@ -762,12 +763,12 @@ def _sigmoid_half(
 
 @jit_for_any_size(
     "start end num_columns depth diagonal ids gradient gain",
-    "a_factor a_out a_key b_key bias losses bias_gradients",
+    "a_factor a_out a_key b_key bias shares",
 )
 def sigmoid_kernel(
     a, b, half_b, g,  # descriptors as those of `sums_kernel`
     a_factor, b_factor, a_out, b_out, a_key, b_key, bias,
-    losses, bias_gradients,  # [half tiles]
+    shares,  # [2, half tiles], of the loss and of dbias
     start, end, num_columns, depth, diagonal, ids, gradient, gain,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -778,15 +779,15 @@ def sigmoid_kernel(
     top, left_edge = start + tile % tiles * BM, tile // tiles * BN
     keys = (a_key, b_key, end, num_columns, diagonal, ids)
     factors, out = (a_factor, b_factor), (a_out, b_out, gain)
-    shift = tl.load(bias)
+    shift, half_tiles = tl.load(bias), 2 * tiles.to(tl.int64) * tl.cdiv(num_columns, BN)
     if _is_plain(keys, top, left_edge, BM, BN):
         x = _halves(_product(a, b, top, left_edge, depth, BM, BN, BK, PRECISION), BM, BN)
         for half in tl.static_range(2):
-            _sigmoid_half(x[half], g, factors, out, keys, shift, losses, bias_gradients, top,
+            _sigmoid_half(x[half], g, factors, out, keys, shift, shares, half_tiles, top,
                           left_edge + half * HALF, start, 2 * tile + half, gradient, BM, HALF, True)  # fmt: skip
     else:
         for half in tl.range(2, num_stages=1):
             edge = left_edge + half * HALF
             s = _product(a, half_b, top, edge, depth, BM, HALF, BK, PRECISION)
-            _sigmoid_half(s, g, factors, out, keys, shift, losses, bias_gradients, top, edge, start,
+            _sigmoid_half(s, g, factors, out, keys, shift, shares, half_tiles, top, edge, start,
                           2 * tile + half, gradient, BM, HALF, False)  # fmt: skip
