@@ -167,6 +167,14 @@ def test_a_queue_that_outweighs_the_batch() -> None:
         check_in_float64([a, b, torch.tensor(scale)], options, scale)
 
 
+def test_a_queue_of_much_longer_rows() -> None:
+    """Without normalisation an entry's logit of 200 overflows float32's exponential; the batch's are below 3."""
+    a, b = (x / 10 for x in embeddings(70, 90, 0.5))
+    entries = queue(30, 40)["queue"]
+    options = {"queue": entries._replace(a=30 * entries.a, b=30 * entries.b), "normalize": False}
+    check(info_nce, [a, b, torch.tensor(5.0)], options, "long rows", tol=3e-5)
+
+
 def test_a_guide_that_leaves_the_best_logits_out() -> None:
     """What is left out is 200 above the rest, which would underflow beside it."""
     a, b = embeddings(70, 70, 0.0)
