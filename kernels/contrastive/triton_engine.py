@@ -74,7 +74,7 @@ LARGEST_CHUNK_BYTES = 16 << 30  # reached by a wave of rows beyond a million col
 NOT_PAIRED = -(1 << 30)  # a diagonal on which no row meets a column
 ROWS = {"ROWS": 8, "DEPTH": 256}  # of `rows_kernel`
 FINISHED = {"ROWS": 4, "DEPTH": 256}  # of `finish_kernel`
-COMBINED = {"TILES": 64, "WIDTH": 32}  # of `combine_kernel`
+COMBINED = {"TILES": 32, "WIDTH": 32}  # of `combine_kernel`
 TOTAL, UPSTREAM = {"BLOCK": 1024}, {"BLOCK": 2048}
 
 

@@ -249,44 +249,39 @@ def sums_kernel(
 
 
 @triton.jit
-def _added_parts(
-    at, inside, fixed, parts, special, state, tiles, length, plane, special_strides, positives,
-    LOGITS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+def _added_parts(at, inside, fixed, parts, special, state, tiles, length, flags, positives, logits,
+                 TILES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """(maximum, negatives, positives, logits) of rows or columns, with the partial sums of some tiles added.
 
-    In a fixed order and in float64, relative to the running maximum. `state` is what there was before.
+    In a fixed order and in float64, relative to the running maximum. `state` is what there was before, `flags` where
+    in `special` the tile of a partial sum is.
     """
     top, negative, positive, logit = state
-    tile_per, tile_stride, at_per, at_stride = special_strides
+    tile_per, tile_stride, at_per, at_stride = flags
+    plane = tiles.to(tl.int64) * length
     for first in tl.range(0, tiles, TILES):
         tile = first + tl.arange(0, TILES)
         mask = (tile < tiles)[:, None] & inside[None, :]
         where = parts + tile.to(tl.int64)[:, None] * length + at[None, :]
         which = (tile // tile_per * tile_stride).to(tl.int64)[:, None] + (at // at_per * at_stride)[None, :]
         all_planes = mask & (tl.load(special + which, mask=mask, other=0) != 0)
-        m = tl.where(mask, fixed, -INF)
-        m = tl.where(all_planes, tl.load(where, mask=all_planes, other=-INF), m)
+        m = tl.where(all_planes, tl.load(where, mask=all_planes, other=0.0), tl.where(mask, fixed, -INF))
         new = tl.maximum(top, tl.max(m, 0))
         new = tl.where(new == -INF, 0.0, new)
         factor = tl.exp2(m - new[None, :]).to(tl.float64)
         before = tl.exp2(top - new).to(tl.float64)
-        part = tl.load(where + plane, mask=mask, other=0.0)
-        negative = negative * before + tl.sum(part.to(tl.float64) * factor, 0)
-        positive = positive * before
-        if positives:
-            part = tl.load(where + 2 * plane, mask=all_planes, other=0.0)
-            positive += tl.sum(part.to(tl.float64) * factor, 0)
-            if LOGITS:
-                part = tl.load(where + 3 * plane, mask=all_planes, other=0.0)
-                logit += tl.sum(part.to(tl.float64), 0)
+        negative = negative * before + tl.sum(tl.load(where + plane, mask=mask, other=0.0).to(tl.float64) * factor, 0)
+        counted = all_planes & (positives != 0)
+        part = tl.load(where + 2 * plane, mask=counted, other=0.0).to(tl.float64)
+        positive = positive * before + tl.sum(part * factor, 0)
+        logit += tl.sum(tl.load(where + 3 * plane, mask=counted & logits, other=0.0).to(tl.float64), 0)
         top = new
     return top, negative, positive, logit
 
 
 @triton.jit
 def _factors(
-    at, inside, fixed, usable, state, weights, debiasing, outputs, length, block, LOGITS: tl.constexpr
+    at, inside, fixed, usable, state, weights, debiasing, outputs, length, block
 ):  # fmt: skip
     """What P2 needs of rows or columns, and their terms of the loss and of dscale.
 
@@ -324,10 +319,8 @@ def _factors(
     tl.store(factors + 3 * length, (positive / positives).to(tl.float32), mask=inside)
     constant = (share * lost - (1.0 - hard) * weight) / positives
     tl.store(factors + 4 * length, constant.to(tl.float32), mask=inside)
-    term = weight * (top.to(tl.float64) * LN2 + tl.log(total))
-    if LOGITS:
-        target = weight / positives + other_weight / siblings
-        term -= hard * target * logit * LN2
+    target = weight / positives + other_weight / siblings
+    term = weight * (top.to(tl.float64) * LN2 + tl.log(total)) - hard * target * logit * LN2  # no logits of columns
     tl.store(terms + block, tl.sum(tl.where(weight > 0, term, 0.0), 0))
     of_scale = tl.where(bound, -share * lowest, 0.0)
     tl.store(scale_terms + block, tl.sum(of_scale, 0) * tl.where(scale < 0, -1.0, 1.0))
@@ -376,55 +369,40 @@ def combine_kernel(
 ):  # fmt: skip
     """Adds partial sums to those of rows and columns, and where these are complete turns them into factors for P2."""
     fixed, usable = _fixed_maximum(bounds, scale, bias)
-    tile_columns = tl.cdiv(columns, tile_width)
-    row_blocks, block = tl.cdiv(rows, WIDTH), tl.program_id(0)
+    tile_columns, row_blocks, block = tl.cdiv(columns, tile_width), tl.cdiv(rows, WIDTH), tl.program_id(0)
+    of_rows = block < row_blocks
     ratio = tl.full((), 1.0, tl.float64)  # weight of a column, relative to that of a row
     if ids:
         ratio = tl.load(numbers).to(tl.float64) / tl.load(numbers + 1).to(tl.float64)
-    zero = tl.zeros((WIDTH,), tl.float64)
-    at = tl.arange(0, WIDTH)
-    if block < row_blocks:
-        at += block * WIDTH
-        inside, row = at < rows, first_row + at
-        state = _loaded(row_state, row, inside, num_rows, fresh_rows, WIDTH)
-        state = _added_parts(
-            at, inside, fixed, row_parts, special, state, row_tiles, rows, row_tiles.to(tl.int64) * rows,
-            (2, 1, tile_height, tile_columns), positives, True, TILES, WIDTH,
-        )  # fmt: skip
-        if finish_rows:
-            k, sibling, others = zero, zero + 1.0, zero + num_columns + queue_columns
-            if ids:
-                k = tl.load(row_count + row, mask=inside, other=0).to(tl.float64)
-                sibling = tl.load(siblings + row, mask=inside, other=1).to(tl.float64)
-                others -= tl.load(row_queue + row, mask=inside & (queue_columns > 0), other=0).to(tl.float64)
-            else:
-                k = tl.where(row + diagonal < num_columns, 1.0, 0.0).to(tl.float64)
-            weights = (k, tl.where(k > 0, 1.0, 0.0).to(tl.float64), sibling, ratio * two_sided, hard)
-            _factors(row, inside, fixed, usable, state, weights, (tl.load(scale), debias, others),
-                     (row_factors, terms, terms + blocks), num_rows, first_row // WIDTH + block, True)  # fmt: skip
-        else:
-            _keep(row_state, state, row, inside, num_rows)
+    if of_rows:
+        parts, tiles, length, first, flags = row_parts, row_tiles, rows, first_row, (2, 1, tile_height, tile_columns)
+        state, stride, fresh, finish = row_state, num_rows, fresh_rows, finish_rows
+        factors, factor_stride, others = row_factors, num_rows, num_columns + queue_columns
+        counts, in_queue, from_queue, paired = row_count, row_queue, queue_columns, num_columns - diagonal
+        block_of_terms, weight = first_row // WIDTH + block, tl.full((), 1.0, tl.float64)
     else:
         block -= row_blocks
-        at += block * WIDTH
-        inside, column = at < columns, first_column + at
-        state = _loaded(column_state, column, inside, num_columns, fresh_columns, WIDTH)
-        state = _added_parts(
-            at, inside, fixed, column_parts, special, state, column_tiles, columns, column_tiles.to(tl.int64) * columns,
-            (1, tile_columns, tile_width, 1), positives, False, TILES, WIDTH,
-        )  # fmt: skip
-        if finish_columns:
-            k, others = zero, zero + all_rows + queue_rows
-            if ids:
-                k = tl.load(column_count + column, mask=inside, other=0).to(tl.float64)
-                others -= tl.load(column_queue + column, mask=inside & (queue_rows > 0), other=0).to(tl.float64)
-            else:
-                k = tl.where(column < all_rows, 1.0, 0.0).to(tl.float64)
-            weights = (k, tl.where(k > 0, ratio, 0.0), k, ratio, hard)
-            _factors(column, inside, fixed, usable, state, weights, (tl.load(scale), debias, others),
-                     (column_factors, terms, terms + blocks), column_stride, tl.cdiv(num_rows, WIDTH) + block, False)  # fmt: skip
-        else:
-            _keep(column_state, state, column, inside, num_columns)
+        parts, tiles, length, first, flags = column_parts, column_tiles, columns, first_column, (1, tile_columns, tile_width, 1)
+        state, stride, fresh, finish = column_state, num_columns, fresh_columns, finish_columns
+        factors, factor_stride, others = column_factors, column_stride, all_rows + queue_rows
+        counts, in_queue, from_queue, paired = column_count, column_queue, queue_rows, all_rows
+        block_of_terms, weight = tl.cdiv(num_rows, WIDTH) + block, ratio
+    at = block * WIDTH + tl.arange(0, WIDTH)
+    inside, index = at < length, first + at
+    sums = _loaded(state, index, inside, stride, fresh, WIDTH)
+    sums = _added_parts(at, inside, fixed, parts, special, sums, tiles, length, flags, positives, of_rows, TILES, WIDTH)
+    if finish:
+        one = tl.full((WIDTH,), 1.0, tl.float64)
+        k, sibling, negatives = tl.where(index < paired, 1.0, 0.0).to(tl.float64), one, one * others
+        if ids:
+            k = tl.load(counts + index, mask=inside, other=0).to(tl.float64)
+            sibling = tl.load(siblings + index, mask=inside & of_rows, other=1).to(tl.float64)
+            negatives -= tl.load(in_queue + index, mask=inside & (from_queue > 0), other=0).to(tl.float64)
+        weights = (k, tl.where(k > 0, weight, 0.0), sibling, ratio * two_sided, hard)
+        _factors(index, inside, fixed, usable, sums, weights, (tl.load(scale), debias, negatives),
+                 (factors, terms, terms + blocks), factor_stride, block_of_terms)  # fmt: skip
+    else:
+        _keep(state, sums, index, inside, stride)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
