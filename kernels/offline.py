@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,18 @@ def compiled_kernel(c: Compilation, arch: int) -> Any:
 
     source, backend, options = _prepared(c, arch)
     return triton.compile(source, target=backend.target, options=options)
+
+
+def compile_together(compilations: Collection[Compilation], arch: int) -> None:
+    """Compiles kernels and their launchers side by side, which at their first launches go one after the other."""
+    from triton.runtime import driver
+
+    def compile_one(c: Compilation) -> None:
+        kernel = compiled_kernel(c, arch)
+        driver.active.launcher_cls(kernel.src, kernel.metadata)
+
+    with ThreadPoolExecutor(len(compilations)) as pool:
+        list(pool.map(compile_one, compilations))
 
 
 def _prepared(c: Compilation, arch: int) -> tuple[Any, Any, dict[str, Any]]:

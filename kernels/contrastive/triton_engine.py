@@ -64,7 +64,7 @@ from fastclap.kernels.contrastive.triton_kernels import (
     total_kernel,
     upstream_kernel,
 )
-from fastclap.kernels.offline import Compilation, signature_and_attrs
+from fastclap.kernels.offline import Compilation, compile_together, signature_and_attrs
 from fastclap.kernels.triton_tools import LOG2E, PRECISIONS, TYPE_NAMES, for_architecture, launch
 
 HALF_GAIN = 4096.0  # of G in float16: the target becomes 4096, probabilities down to 1e-11 stay non-zero
@@ -293,13 +293,10 @@ class Launch:
         self.constants = sizes
 
     @classmethod
-    def of(cls, operands: Operands) -> Launch:
-        index = operands.device.index
-        arch, multiprocessors = dispatch.architecture(index), dispatch.multiprocessors(index)
-        dtype = operands.dtype
+    def of(cls, a: Tensor, dtype: torch.dtype, num_columns: int) -> Launch:
+        arch, multiprocessors = dispatch.architecture(a.device.index), dispatch.multiprocessors(a.device.index)
         precision = PRECISIONS[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "tf32"
-        row_bytes = operands.ranks.num_columns * dtype.itemsize
-        return cls(arch, dtype, precision, chunk_rows(arch, multiprocessors, operands.depth, row_bytes))
+        return cls(arch, dtype, precision, chunk_rows(arch, multiprocessors, a.shape[1], num_columns * dtype.itemsize))
 
     def __call__(self, kernel: Any, tiles: tuple[int, int], *args: Any, **flags: bool) -> None:
         """A matrix kernel, a program a tile."""
@@ -749,8 +746,12 @@ def info_nce(
     two_sided, weight, normalize = contrast.direction == "both", contrast.teacher_weight, contrast.normalize
     dtype, num_rows, num_columns = torch.promote_types(a.dtype, b.dtype), a.shape[0], ranks.num_columns
     queue = None if queue is None or not len(queue.a) + len(queue.b) else queue
+    launch = Launch.of(a, dtype, num_columns)
+    if launch.arch:
+        options = two_sided, weight > 0, contrast.guide_margin is not None, any(need)
+        _compile_ahead(launch.arch, dtype, launch.constants["PRECISION"], *options)
     operands = Operands(a, b, scale, normalize, ranks, dtype)
-    keys, launch = PositiveKeys(ids, queue, ranks, operands.bounds), Launch.of(operands)
+    keys = PositiveKeys(ids, queue, ranks, operands.bounds)
     blocks = Blocks(operands, keys, queue, launch, two_sided)
     kept = guide = smoothing = distilled = student = None
     if any(need) and keeps_exponentials(contrast, dtype, num_rows * num_columns * dtype.itemsize):
@@ -841,8 +842,9 @@ def sigmoid_loss(
 ) -> Results:
     """SigLIP's loss and its gradients (da, db, dscale, dbias), in one pass."""
     device, dtype = a.device, torch.promote_types(a.dtype, b.dtype)
+    launch = Launch.of(a, dtype, ranks.num_columns)
     operands = Operands(a, b, scale, normalize, ranks, dtype, units=1.0)
-    keys, launch = PositiveKeys(ids, None, ranks, operands.bounds), Launch.of(operands)
+    keys = PositiveKeys(ids, None, ranks, operands.bounds)
     keys.number = float(ranks.num_rows)
     block, num_rows, num_columns = Blocks(operands, keys, None, launch, True).all, a.shape[0], ranks.num_columns
     products = need.a or need.b or need.scale
@@ -889,6 +891,23 @@ def times_upstream(gradients: Sequence[Tensor | None], upstream: Tensor, dtypes:
     programs = max(1, sum(-(-size // block) for size in sizes))
     launch(upstream_kernel, programs, form, da, db, dscale, upstream, a, b, scale, *sizes, **UPSTREAM)
     return tuple(found)
+
+
+@functools.cache
+def _compile_ahead(
+    arch: int, dtype: torch.dtype, precision: str, columns: bool, teacher: bool, guide: bool, gradients: bool
+) -> None:
+    """Compiles what a call of a new kind will launch all at once."""
+    name = TYPE_NAMES[dtype]
+    label = f"{name} {precision}" if dtype == torch.float32 else name
+    flags = " columns" * columns
+    wanted = {f"rows {name}", "combine", "total", f"sums {label}{flags}{' guide' * guide}"}
+    if gradients or teacher:
+        wanted.add(f"gradient {label}{flags}{' teacher' * teacher}{' guide' * guide}")
+    if gradients:
+        out = "bf16" if dtype == torch.bfloat16 else "fp32"
+        wanted |= {f"finish {name}", f"upstream {out} to {name}"}
+    compile_together([c for c in compilations(arch) if c.name in wanted], arch)
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
