@@ -255,12 +255,12 @@ def _power_of_difference(x, y):
 
 
 @triton.jit
-def _added_parts(at, inside, fixed, usable, parts, special, state, tiles, length, flags, positives, logits,
+def _added_parts(at, inside, fixed, parts, special, state, tiles, length, flags, positives, logits,
                  TILES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """(maximum, negatives, positives, logits) of rows or columns, with the partial sums of some tiles added.
 
-    In a fixed order and in float64, relative to the fixed or else the running maximum. `state` is what there was
-    before, `flags` where in `special` the tile of a partial sum is.
+    In a fixed order and in float64, relative to the running maximum. `state` is what there was before, `flags` where
+    in `special` the tile of a partial sum is.
     """
     top, negative, positive, logit = state
     tile_per, tile_stride, at_per, at_stride = flags
@@ -273,7 +273,7 @@ def _added_parts(at, inside, fixed, usable, parts, special, state, tiles, length
         all_planes = mask & (tl.load(special + which, mask=mask, other=0) != 0)
         m = tl.where(all_planes, tl.load(where, mask=all_planes, other=0.0), tl.where(mask, fixed, -INF))
         new = tl.maximum(top, tl.max(m, 0))
-        new = tl.where(usable, fixed, tl.where(new == -INF, 0.0, new))
+        new = tl.where(new == -INF, 0.0, new)
         factor, before = _power_of_difference(m, new[None, :]), _power_of_difference(top, new)
         negative = negative * before + tl.sum(tl.load(where + plane, mask=mask, other=0.0).to(tl.float64) * factor, 0)
         counted = all_planes & (positives != 0)
@@ -285,13 +285,13 @@ def _added_parts(at, inside, fixed, usable, parts, special, state, tiles, length
 
 
 @triton.jit
-def _factors(
-    at, inside, state, weights, debiasing, outputs, length, block
-):  # fmt: skip
+def _factors(at, inside, fixed, state, weights, debiasing, outputs, length, block):
     """What P2 needs of rows or columns, and their terms of the loss and of dscale.
 
-    Factors: the maximum that exponentials are relative to; what multiplies those of negatives; the same of positives;
-    the positives' mean; a constant. With k positives, of which e is one, and total = Σ positives + Neg, G is
+    Factors: the maximum that exponentials are relative to; what multiplies those of negatives under the fixed maximum;
+    the same of positives; the positives' mean; a constant; what multiplies negatives relative to the maximum.
+
+    With k positives, of which e is one, and total = Σ positives + Neg, G is
     weight · (κ · e / total - 1/k) = weight · κ/total · (e - mean) - weight/(k · total) · (Neg + (1 - κ) · Σ positives),
     so that nothing is lost to a difference of large numbers where a positive has all the probability. Neg is the sum
     of the negatives and κ = 1, unless they are debiased (Chuang et al. 2020, eq. 8).
@@ -315,7 +315,9 @@ def _factors(
     lost = tl.where(bound, lowest, negative / (1.0 - debias))
     factors += at
     tl.store(factors, top, mask=inside)
-    tl.store(factors + length, of_negatives.to(tl.float32), mask=inside)
+    under_fixed = of_negatives * _power_of_difference(fixed, top)
+    tl.store(factors + length, under_fixed.to(tl.float32), mask=inside)
+    tl.store(factors + 5 * length, of_negatives.to(tl.float32), mask=inside)
     tl.store(factors + 2 * length, of_positives.to(tl.float32), mask=inside)
     tl.store(factors + 3 * length, (positive / positives).to(tl.float32), mask=inside)
     constant = (share * lost - (1.0 - hard) * weight) / positives
@@ -361,7 +363,7 @@ def _keep(state, values, at, inside, length):
 def combine_kernel(
     row_parts, column_parts, special, row_state, column_state,  # of `sums_kernel`; [4, N], [4, M] float64
     bounds, scale, row_count, column_count, siblings, numbers, row_queue, column_queue,  # see `PositiveKeys`
-    row_factors, column_factors, terms,  # [5, N], [5, column_stride]; [2, row blocks + column blocks] float64
+    row_factors, column_factors, terms,  # [6, N], [6, column_stride]; [2, row blocks + column blocks] float64
     first_row, rows, row_tiles, first_column, columns, column_tiles,  # of this launch, and in how many parts
     num_rows, num_columns, column_stride, all_rows, blocks, diagonal,  # of this rank, the matrix, all ranks; terms
     ids, two_sided, positives, fresh_rows, fresh_columns, finish_rows, finish_columns,
@@ -369,7 +371,7 @@ def combine_kernel(
     tile_height, tile_width, TILES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Adds partial sums to those of rows and columns, and where these are complete turns them into factors for P2."""
-    fixed, usable = _fixed_maximum(bounds, scale, bias)
+    fixed, _ = _fixed_maximum(bounds, scale, bias)
     tile_columns, row_blocks, block = tl.cdiv(columns, tile_width), tl.cdiv(rows, WIDTH), tl.program_id(0)
     of_rows = block < row_blocks
     ratio = tl.full((), 1.0, tl.float64)  # weight of a column, relative to that of a row
@@ -398,7 +400,7 @@ def combine_kernel(
     at = block * WIDTH + tl.arange(0, WIDTH)
     inside, index = at < length, first + at
     sums = _loaded(state, index, inside, stride, fresh, WIDTH)
-    sums = _added_parts(at, inside, fixed, usable, parts, special, sums, tiles, length, flags, positives, of_rows,
+    sums = _added_parts(at, inside, fixed, parts, special, sums, tiles, length, flags, positives, of_rows,
                         TILES, WIDTH)  # fmt: skip
     if finish:
         one = tl.full((WIDTH,), 1.0, tl.float64)
@@ -408,7 +410,7 @@ def combine_kernel(
             sibling = tl.load(siblings + index, mask=inside & of_rows, other=1).to(tl.float64)
             negatives -= tl.load(in_queue + index, mask=inside & (from_queue > 0), other=0).to(tl.float64)
         weights = (k, tl.where(k > 0, weight, 0.0), sibling, ratio * two_sided, hard)
-        _factors(index, inside, sums, weights, (tl.load(scale), debias, negatives),
+        _factors(index, inside, fixed, sums, weights, (tl.load(scale), debias, negatives),
                  (factors, terms, terms + blocks), factor_stride, block_of_terms)  # fmt: skip
     else:
         _keep(state, sums, index, inside, stride)
@@ -423,12 +425,12 @@ def _probabilities(x, row, column, i, j, sizes, of_row, of_column, COLUMNS: tl.c
     """weight · P + weight · Q of a tile, as negatives have them, from maxima and factors of `combine_kernel`."""
     end, num_columns, num_rows, column_stride = sizes
     p = tl.exp2(x - tl.load(row + i, mask=i < end, other=0.0)[:, None])
-    p *= tl.load(row + num_rows + i, mask=i < end, other=0.0)[:, None]
+    p *= tl.load(row + 5 * num_rows + i, mask=i < end, other=0.0)[:, None]
     if GUIDE:
         p = tl.where(of_row, 0.0, p)
     if COLUMNS:
         q = tl.exp2(x - tl.load(column + j, mask=j < num_columns, other=0.0)[None, :])
-        q *= tl.load(column + column_stride + j, mask=j < num_columns, other=0.0)[None, :]
+        q *= tl.load(column + 5 * column_stride + j, mask=j < num_columns, other=0.0)[None, :]
         if GUIDE:
             q = tl.where(of_column, 0.0, q)
         p += q
@@ -517,7 +519,7 @@ def _special_gradient(
 def gradient_kernel(
     a, b, half_b, g,  # descriptors as those of `sums_kernel`
     a_factor, b_factor, a_out, b_out, a_key, b_key, bounds, scale,
-    row, column,  # [5, N], [5, M] of `combine_kernel`
+    row, column,  # [6, N], [6, M] of `combine_kernel`
     ta, tb, ta_factor, tb_factor, teacher_row, teacher_column, losses,  # the teacher's or guide's; [half tiles, BM]
     start, end, num_columns, depth, teacher_depth, diagonal, ids, kept, num_rows, column_stride,
     target, teacher_weight, gain, bias,
