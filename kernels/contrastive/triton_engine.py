@@ -273,7 +273,7 @@ class TiledSoftmax:
     def write_gradient(
         self, block: Block, at: slice, g: Tensor, row: Tensor, teacher: Second | None = None
     ) -> Tensor | None:
-        """P2 of rows `at` of a block into g. Returns the teacher's share of the loss, [half tiles, rows of a tile].
+        """P2 of rows `at` of a block into g. Returns the teacher's share of the loss, [half tiles].
 
         `row`: factors of all rows of the block.
         """
@@ -285,7 +285,7 @@ class TiledSoftmax:
         if second is not None:
             arguments = second.described(slice(0, columns), launch)
         if teacher is not None:
-            losses = torch.empty(2 * tiles[0] * tiles[1], launch.tile.rows, device=g.device)
+            losses = torch.empty(2 * tiles[0] * tiles[1], device=g.device)
         launch(
             gradient_kernel, tiles, *block.described, launch.halves(g), *block.factors, *block.out, *block.keys,
             operands.bounds, operands.scale, row, self.column, *arguments, losses,

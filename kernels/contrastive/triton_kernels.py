@@ -125,6 +125,12 @@ def _is_plain(keys, row, column, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def _sum_of_rows(x):
+    """Of a vector; as it is, Triton 3.6 fails on sm_100."""
+    return tl.sum(tl.expand_dims(x, 0))
+
+
+@triton.jit
 def _left_out(t, guide, i, j, end, num_columns, left, right, COLUMNS: tl.constexpr):
     """Who is too much like a positive to be a negative, by the guide: of each row, and of each column."""
     ta_inverse, tb_inverse, row_threshold, column_threshold = guide
@@ -232,12 +238,13 @@ def sums_kernel(
             _plain_sums(x[half], e, factors, fixed, row_parts, column_parts, strides, row, column + half * HALF,
                         tile_row, 2 * tile_column + half, start, kept, BM, HALF, COLUMNS)  # fmt: skip
     else:
-        for half in tl.range(2, num_stages=1):
+        for half in tl.range(2, num_stages=1, disable_licm=True):
             edge = column + half * HALF
-            s = _product(a, half_b, row, edge, depth, BM, HALF, BK, PRECISION)
-            t = s
             if GUIDE:
                 t = _product(ta, tb, row, edge, teacher_depth, BM, HALF, BK, PRECISION)
+            s = _product(a, half_b, row, edge, depth, BM, HALF, BK, PRECISION)
+            if not GUIDE:
+                t = s
             _special_sums(s, t, factors, keys, guide, row_parts, column_parts, strides, row, edge, tile_row,
                           2 * tile_column + half, start, BM, HALF, COLUMNS, GUIDE)  # fmt: skip
 
@@ -493,8 +500,7 @@ def _special_gradient(
             t, teacher_row, teacher_column, i, j, sizes, of_row, of_column, COLUMNS, False
         )  # fmt: skip
         t = tl.where(row_inside[:, None] & column_inside[None, :], wanted * (t - x), 0.0)
-        # Left to be added by the host: summing the rows here too makes Triton 3.6 fail on sm_100.
-        tl.store(losses + tl.arange(0, BM), tl.sum(t, 1) * LN2)
+        tl.store(losses, _sum_of_rows(tl.sum(t, 1)) * LN2)
     if GUIDE:
         ta_factor, tb_factor, row_threshold, column_threshold, _ = teacher
         guide = (ta_factor, tb_factor, row_threshold, column_threshold)
@@ -520,7 +526,7 @@ def gradient_kernel(
     a, b, half_b, g,  # descriptors as those of `sums_kernel`
     a_factor, b_factor, a_out, b_out, a_key, b_key, bounds, scale,
     row, column,  # [6, N], [6, M] of `combine_kernel`
-    ta, tb, ta_factor, tb_factor, teacher_row, teacher_column, losses,  # the teacher's or guide's; [half tiles, BM]
+    ta, tb, ta_factor, tb_factor, teacher_row, teacher_column, losses,  # the teacher's or guide's; [half tiles]
     start, end, num_columns, depth, teacher_depth, diagonal, ids, kept, num_rows, column_stride,
     target, teacher_weight, gain, bias,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -542,7 +548,7 @@ def gradient_kernel(
     elif plain:
         plain = _is_plain(keys, top, left_edge, BM, BN)
     if plain & (kept != 0):
-        for half in tl.range(2, num_stages=1):
+        for half in tl.range(2, num_stages=1, disable_licm=True):
             edge = left_edge + half * HALF
             e = g.load([top - start, edge]).to(tl.float32)
             _plain_gradient(e, g, factors, out, fixed, row, column, sizes, top, edge, start, False,
@@ -554,13 +560,14 @@ def gradient_kernel(
                             start, True, BM, HALF, COLUMNS)  # fmt: skip
     else:
         teacher = (ta_factor, tb_factor, teacher_row, teacher_column, teacher_weight)
-        for half in tl.range(2, num_stages=1):
+        for half in tl.range(2, num_stages=1, disable_licm=True):
             edge = left_edge + half * HALF
-            s = _product(a, half_b, top, edge, depth, BM, HALF, BK, PRECISION)
-            t = s
             if TEACHER or GUIDE:
                 t = _product(ta, tb, top, edge, teacher_depth, BM, HALF, BK, PRECISION)
-            _special_gradient(s, t, g, factors, out, keys, row, column, teacher, losses + (2 * tile + half) * BM,
+            s = _product(a, half_b, top, edge, depth, BM, HALF, BK, PRECISION)
+            if not (TEACHER or GUIDE):
+                t = s
+            _special_gradient(s, t, g, factors, out, keys, row, column, teacher, losses + 2 * tile + half,
                               sizes, top, edge, start, target, BM, HALF, COLUMNS, TEACHER, GUIDE)  # fmt: skip
 
 
@@ -740,9 +747,8 @@ def _sigmoid_half(
         term, larger = tl.where(inside, term, 0.0), tl.where(inside, larger, 1.0)
         p = tl.where(left[:, None] == right[None, :], -p, p)
         p = tl.where(inside, p, 0.0)
-    of_rows = tl.sum(term, 1) + tl.log(tl.reduce(larger, 1, _times))
-    tl.store(shares + share, tl.sum(of_rows, 0))
-    tl.store(shares + half_tiles + share, tl.sum(tl.sum(p, 1), 0))
+    tl.store(shares + share, _sum_of_rows(tl.sum(term, 1) + tl.log(tl.reduce(larger, 1, _times))))
+    tl.store(shares + half_tiles + share, _sum_of_rows(tl.sum(p, 1)))
     if gradient:
         p *= tl.load(a_out + i, mask=row_inside, other=0.0)[:, None] * gain
         p *= tl.load(b_out + j, mask=column_inside, other=0.0)[None, :]
@@ -774,7 +780,7 @@ def sigmoid_kernel(
             _sigmoid_half(x[half], g, factors, out, keys, shift, shares, half_tiles, top,
                           left_edge + half * HALF, start, 2 * tile + half, gradient, BM, HALF, True)  # fmt: skip
     else:
-        for half in tl.range(2, num_stages=1):
+        for half in tl.range(2, num_stages=1, disable_licm=True):
             edge = left_edge + half * HALF
             s = _product(a, half_b, top, edge, depth, BM, HALF, BK, PRECISION)
             _sigmoid_half(s, g, factors, out, keys, shift, shares, half_tiles, top, edge, start,
