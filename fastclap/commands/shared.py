@@ -40,6 +40,8 @@ class DataFlags:
     """cuda, cuda:N, cpu, or auto (a GPU if there is one)."""
     batch_size: int = 32
     """Clips embedded at a time."""
+    width: int | None = None
+    """Columns of the embeddings to use, from the first, for a model trained with --loss.matryoshka (default: all)."""
 
 
 @dataclass(kw_only=True)
