@@ -110,8 +110,8 @@ class Step:
         them skip the step.
         """
         try:
-            settled = self.number >= self.config.loss.queue_after
-            return self.objective(batch, weight=1 / self.config.accumulate, use_queue=settled)
+            self.objective.use_queue = self.number >= self.config.loss.queue_after
+            return self.objective(batch, weight=1 / self.config.accumulate)
         except SecondPassMemoryError as error:
             # Towers that communicate by themselves wait for this rank in the middle of a layer.
             if self.config.shard:
@@ -167,6 +167,9 @@ class Objective:
             is not finite goes in as zeros, which have the cosine 0 with all others: it would make the loss of every
             batch NaN for as long as it stays.
 
+    Attributes:
+        use_queue: whether the entries of the queue are negatives.
+
     Raises:
         ConfigError: the model lacks what the loss needs.
     """
@@ -195,7 +198,7 @@ class Objective:
         self.model, self.config, self.world = model, config, world
         self._autocast_dtype, self._every_caption, self._teacher = autocast, every_caption, teacher
         self._held = held if world.group is not None else None
-        self._queue = queue
+        self._queue, self.use_queue = queue, True
         self._unqueued: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
         self.targets = Targets(torch.empty(0), None, None, 1.0)
         towers = [self.encode_audio, self.encode_text]
@@ -206,14 +209,8 @@ class Objective:
         """Clips and captions that go through the towers at once, as reduced where memory ran out; None: all."""
         return None if self._cache is None else self._cache.chunk_sizes
 
-    def __call__(self, batch: Batch, weight: float = 1.0, use_queue: bool = True) -> Tensor:
-        """Forward and backward of `weight` times the loss; returns the unweighted loss, detached, on the device.
-
-        Args:
-            batch: this rank's clips and captions, on the device.
-            weight: of the gradients.
-            use_queue: whether the entries of the queue are negatives; it receives the batch either way.
-        """
+    def __call__(self, batch: Batch, weight: float = 1.0) -> Tensor:
+        """Forward and backward of `weight` times the loss; returns the unweighted loss, detached, on the device."""
         text: dict[str, Any] = {**(batch.text or {}), "token_counts": batch.tokens}
         rows, prompt_rows = batch.text_rows, batch.prompt_rows
         if rows is None:
@@ -238,7 +235,7 @@ class Objective:
                 clip_ids = torch.tensor(batch.rows).to(rows.device, non_blocking=True)
             caption_ids = clip_ids.repeat(captions_each)
         teacher = self._teacher_embeddings(batch, audio, text, rows)
-        self.targets = Targets(rows, clip_ids, caption_ids, weight, prompt_rows, batch.tags, teacher, use_queue)
+        self.targets = Targets(rows, clip_ids, caption_ids, weight, prompt_rows, batch.tags, teacher)
         try:
             if self._cache is not None:
                 return self._cache(audio, text, no_sync=self._held) / weight
@@ -336,7 +333,7 @@ class Objective:
             guide_margin=config.guide_margin,
             guide_relative=config.guide_relative,
             debias=config.debias,
-            queue=self._queue if targets.use_queue else None,
+            queue=self._queue if self.use_queue else None,
             matryoshka=dict(zip(config.matryoshka, config.matryoshka_weights or repeat(1.0), strict=False)),
             **ids,
         )
@@ -359,7 +356,6 @@ class Targets(NamedTuple):
     prompt_rows: Tensor | None = None  # int64 [tags]: the distinct text of each prompt
     tags: Tensor | None = None  # bool [B, tags]
     teacher: tuple[Tensor, Tensor, float | Tensor] | None = None  # its embeddings [B, D], [captions, D] and its scale
-    use_queue: bool = True
 
 
 def _finite(embeddings: Tensor) -> Tensor:
