@@ -107,7 +107,8 @@ def find_checkpoint(config: TrainConfig) -> tuple[Path, dict[str, Any]] | None:
     path, state, complaints = newest
     for complaint in complaints:
         print(f"warning: skipped a damaged checkpoint: {complaint}", file=sys.stderr, flush=True)
-    before, now = _flat(state["config"]), _flat(config.to_dict())
+    # A field that is younger than the checkpoint had its default.
+    before, now = _flat(TrainConfig().to_dict()) | _flat(state["config"]), _flat(config.to_dict())
     changed = [
         f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

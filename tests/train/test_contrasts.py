@@ -313,16 +313,17 @@ def test_two_processes_have_the_loss_gradients_and_queue_of_one(tiny: Build) -> 
     assert on_ranks(2, _compare_on_a_rank, config, _losses_and_gradients(config, ALONE)) == [0, 0]
 
 
-def test_a_queue_goes_on_with_another_number_of_processes(tiny: Build) -> None:
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_queue_goes_on_with_another_number_of_processes(tiny: Build, shard: bool) -> None:
     """Two processes, then one, end with the weights and queue of one all along."""
     alone, changing = (without_dropout(tiny(name, steps=20, chunk_size=3)) for name in ("alone", "changing"))
     for config in (alone, changing):
         config.loss.queue_size, config.loss.matryoshka = 20, [8, 16]
         config.optimizer.schedule, config.optimizer.eps = "constant", 1e-3  # as in test_two_processes_train_like_one
     train(alone)
-    changing.steps = 10
+    changing.steps, changing.shard = 10, shard
     assert on_ranks(2, train, changing) == [0, 0]
-    changing.steps, changing.resume = 20, True
+    changing.steps, changing.shard, changing.resume = 20, False, True
     train(changing)
     for file in ("model", "trainer"):
         expected, found = (
