@@ -241,7 +241,9 @@ def _multiply_by_upstream(ctx: Any, upstream: Tensor | None, *_: Tensor | None) 
     if upstream is None:
         return tuple(found)
     gradients: list[Tensor | None] = [*ctx.saved_tensors]
-    if dispatch.on_gpu(upstream) and not dispatch.why_only_torch(upstream):
+    # float64 gradients come with a float64 loss.
+    why_not = dispatch.why_only_torch(upstream) or ("it is wider" if upstream.dtype != torch.float32 else None)
+    if dispatch.engine(upstream, "auto", why_not) == "triton":
         from fastclap.kernels.contrastive import triton_engine
 
         gradients[:3] = triton_engine.times_upstream(gradients[:3], upstream, [dtype for _, dtype, _ in ctx.like[:3]])
@@ -251,7 +253,9 @@ def _multiply_by_upstream(ctx: Any, upstream: Tensor | None, *_: Tensor | None) 
             None if g is None else g.to(torch.promote_types(g.dtype, upstream.dtype)) * upstream for g in gradients
         ]
     for index, (gradient, (shape, dtype, device)) in enumerate(zip(gradients, ctx.like, strict=True)):
-        found[index] = None if gradient is None else gradient.to(device, dtype).reshape(shape)
+        if gradient is not None:
+            fits = gradient.shape == shape and gradient.dtype == dtype and gradient.device == device
+            found[index] = gradient if fits else gradient.to(device, dtype).reshape(shape)
     return tuple(found)
 
 

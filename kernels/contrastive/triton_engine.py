@@ -464,7 +464,7 @@ def info_nce(
             a_hat, b_hat = a_hat * operands.a_inverse[:, None], b_hat * operands.b_inverse[:, None]
         row_weight = keys.weights(rows=True).double()
         column_weight = keys.weights(rows=False).double() * (1.0 if two_sided else 0.0)
-        smoothing = LabelSmoothing(a_hat, b_hat, operands.scale[0], ranks, row_weight, column_weight, smooth)
+        smoothing = LabelSmoothing(a_hat, b_hat, operands.scale.reshape(()), ranks, row_weight, column_weight, smooth)
     if teacher is not None and weight:
         other = Operands(*teacher, normalize, ranks, dtype)
         distilled = TiledSoftmax(Blocks(other, keys, None, launch, two_sided), 0.0)

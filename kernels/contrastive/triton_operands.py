@@ -73,9 +73,9 @@ def chunk_rows(arch: int, multiprocessors: int, depth: int, row_bytes: int = 0) 
 
 
 def on_device(value: float | Tensor, device: torch.device) -> Tensor:
-    """A scalar as a float32 [1]; those of the host are filled in, since a copy could not be captured in a graph."""
+    """A scalar as one float32; those of the host are filled in, since a copy could not be captured in a graph."""
     if isinstance(value, Tensor) and value.device == device:
-        return value.detach().to(torch.float32).reshape(1)
+        return value if value.dtype == torch.float32 else value.to(torch.float32)
     return torch.full((1,), float(value), dtype=torch.float32, device=device)
 
 
@@ -87,7 +87,7 @@ def aligned_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.de
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[N, D] in that dtype, as descriptors need it."""
-    x = x.detach().to(dtype)
+    x = x if x.dtype == dtype else x.to(dtype)
     step = x.stride(0) * x.element_size()
     if x.stride(1) == 1 and step % 16 == 0 and x.data_ptr() % 16 == 0 and step > 0:
         return x

@@ -416,6 +416,29 @@ def test_uninitialised_memory_is_never_read_and_runs_are_bit_identical(
         assert torch.equal(value, second[name]), name
 
 
+@pytest.mark.parametrize("absent", (None, 0, 1, 2, (0, 1)), ids=str)
+@pytest.mark.parametrize("dtypes", ((torch.float32, torch.float32), (torch.float32, torch.float16)), ids=str)
+def test_the_upstream_gradient_is_not_rounded(dtypes: tuple[torch.dtype, torch.dtype], absent: Any) -> None:
+    from fastclap.kernels.contrastive.triton_engine import times_upstream
+
+    given, wanted = dtypes
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=generator, dtype=given).to(DEVICE) for shape in ((70, 41), (53, 41))]
+    gradients.append(torch.tensor(0.7, dtype=torch.float64, device=DEVICE))
+    upstream = torch.tensor(1.0 / 3.0, device=DEVICE)
+    missing = absent if isinstance(absent, tuple) else (absent,)
+    passed = [None if index in missing else gradient for index, gradient in enumerate(gradients)]
+    found = times_upstream(passed, upstream, (wanted, wanted, torch.float32))
+    for index, (gradient, out) in enumerate(zip(gradients, found, strict=True)):
+        if index in missing:
+            assert out is None
+        else:
+            exact = gradient.double() * upstream.double()
+            assert out is not None and out.dtype == (torch.float32 if index == 2 else wanted)
+            assert torch.equal(out, (gradient.to(upstream.dtype) * upstream).to(out.dtype)), index
+            assert (out.double() - exact).abs().max() <= 2.0**-11 * exact.abs().max()
+
+
 def test_strided_and_mixed_inputs() -> None:
     leaves = [torch.randn(50, 48, device=DEVICE).requires_grad_(), torch.randn(24, 60, device=DEVICE).requires_grad_()]
     a, b = leaves[0][:, ::2], leaves[1].t()
