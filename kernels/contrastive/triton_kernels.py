@@ -708,6 +708,11 @@ def best_kernel(
 
 
 @triton.jit
+def _times(x, y):
+    return x * y
+
+
+@triton.jit
 def _sigmoid_half(
     x, g, factors, out, keys, shift, shares, half_tiles, top, left_edge, start, share, gradient,
     BM: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr,
@@ -723,15 +728,19 @@ def _sigmoid_half(
         left, right = _keys(keys, top, left_edge, BM, BN)
         inside = row_inside[:, None] & column_inside[None, :]
         x = tl.where(left[:, None] == right[None, :], -x, x)
-    # -log σ(-x) = max(x, 0) + log(1 + y), y = exp(-|x|); the series keeps small y from rounding away in 1 + y.
+    # -log σ(-x) = max(x, 0) + log(1 + y), y = exp(-|x|). Of larger y a row's 1 + y are multiplied, and need one logarithm;
+    # the series keeps smaller ones from rounding away in 1 + y.
     y = tl.exp2(-tl.abs(x) * LOG2E)
-    term = tl.maximum(x, 0.0) + tl.where(y < 0.01, y * (1.0 - y * (0.5 - y * 0.33333334)), tl.log(1.0 + y))
-    p = tl.where(x >= 0, 1.0, y) / (1.0 + y)
+    term = tl.maximum(x, 0.0) + tl.where(y < 0.01, y * (1.0 - y * (0.5 - y * 0.33333334)), 0.0)
+    root = tl.rsqrt(1.0 + y)  # of numbers from 1 to 2, where a division takes more care than is needed
+    p = tl.where(x >= 0, 1.0, y) * (root * root)
+    larger = tl.where(y < 0.01, 1.0, 1.0 + y)  # at most 2, and 64 in a row
     if not PLAIN:
-        term = tl.where(inside, term, 0.0)
+        term, larger = tl.where(inside, term, 0.0), tl.where(inside, larger, 1.0)
         p = tl.where(left[:, None] == right[None, :], -p, p)
         p = tl.where(inside, p, 0.0)
-    tl.store(shares + share, tl.sum(tl.sum(term, 1), 0))
+    of_rows = tl.sum(term, 1) + tl.log(tl.reduce(larger, 1, _times))
+    tl.store(shares + share, tl.sum(of_rows, 0))
     tl.store(shares + half_tiles + share, tl.sum(tl.sum(p, 1), 0))
     if gradient:
         p *= tl.load(a_out + i, mask=row_inside, other=0.0)[:, None] * gain
