@@ -247,7 +247,9 @@ def _multiply_by_upstream(ctx: Any, upstream: Tensor | None, *_: Tensor | None) 
         gradients[:3] = triton_engine.times_upstream(gradients[:3], upstream, [dtype for _, dtype, _ in ctx.like[:3]])
         gradients[3:] = [None if g is None else g * upstream for g in gradients[3:]]
     else:  # in float32, in which the upstream gradient is
-        gradients = [None if g is None else g.to(torch.promote_types(g.dtype, upstream.dtype)) * upstream for g in gradients]
+        gradients = [
+            None if g is None else g.to(torch.promote_types(g.dtype, upstream.dtype)) * upstream for g in gradients
+        ]
     for index, (gradient, (shape, dtype, device)) in enumerate(zip(gradients, ctx.like, strict=True)):
         found[index] = None if gradient is None else gradient.to(device, dtype).reshape(shape)
     return tuple(found)

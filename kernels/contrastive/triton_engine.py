@@ -277,7 +277,7 @@ class Operands:
     def b(self) -> Tensor:
         """All rows of B, [M, D]; waits (on the device) for those of the other ranks."""
         if self._b is None:
-            self._b = self._finish_gather()
+            self._b = _rows(self._finish_gather(), self.dtype)
         return self._b
 
 
@@ -480,7 +480,9 @@ class TiledSoftmax:
         self.row_blocks, column_blocks = -(-self.num_rows // width), -(-self.num_columns // width)
         self.row = torch.empty(5, self.num_rows, device=device)
         self.column = _aligned_matrix(5, self.num_columns, torch.float32, device)
-        self.terms = torch.empty(2, self.row_blocks + column_blocks * blocks.two_sided, dtype=torch.float64, device=device)
+        self.terms = torch.empty(
+            2, self.row_blocks + column_blocks * blocks.two_sided, dtype=torch.float64, device=device
+        )
         whole = ranks.group is None and not blocks.queue_rows + blocks.queue_columns  # complete with the last tile
         self._row_state = self._column_state = self.terms
         if not whole or self.num_rows > launch.chunk:

@@ -28,9 +28,7 @@ def _maximum_of_bits(pointer, x):
     tl.atomic_max(pointer, tl.max(bits, 0))
 
 
-@jit_for_any_size(
-    "num_rows num_columns depth a_stride b_stride eps units normalize pairs", "scale a_factor a_inverse"
-)
+@jit_for_any_size("num_rows num_columns depth a_stride b_stride eps units normalize pairs", "scale a_factor a_inverse")
 def rows_kernel(
     a, b, scale, a_factor, a_inverse, b_inverse, bounds,  # [N, D], [M, D], [1]; [N], [N], [M]; [3] int32, from 0
     num_rows, num_columns, depth, a_stride, b_stride, eps, units, normalize, pairs,
@@ -249,11 +247,19 @@ def sums_kernel(
 
 
 @triton.jit
-def _added_parts(at, inside, fixed, parts, special, state, tiles, length, flags, positives, logits,
+def _power_of_difference(x, y):
+    """2^(x - y) in float64; the difference, which may be 126, is not rounded to float32 before."""
+    d = tl.maximum(x.to(tl.float64) - y.to(tl.float64), -1000.0)
+    whole = tl.floor(d.to(tl.float32))
+    return (tl.exp2((d - whole.to(tl.float64)).to(tl.float32)) * tl.exp2(whole)).to(tl.float64)
+
+
+@triton.jit
+def _added_parts(at, inside, fixed, usable, parts, special, state, tiles, length, flags, positives, logits,
                  TILES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """(maximum, negatives, positives, logits) of rows or columns, with the partial sums of some tiles added.
 
-    In a fixed order and in float64, relative to the running maximum. `state` is what there was before, `flags` where
+    In a fixed order and in float64, relative to the fixed or else the running maximum. `state` is what there was before, `flags` where
     in `special` the tile of a partial sum is.
     """
     top, negative, positive, logit = state
@@ -267,9 +273,8 @@ def _added_parts(at, inside, fixed, parts, special, state, tiles, length, flags,
         all_planes = mask & (tl.load(special + which, mask=mask, other=0) != 0)
         m = tl.where(all_planes, tl.load(where, mask=all_planes, other=0.0), tl.where(mask, fixed, -INF))
         new = tl.maximum(top, tl.max(m, 0))
-        new = tl.where(new == -INF, 0.0, new)
-        factor = tl.exp2(m - new[None, :]).to(tl.float64)
-        before = tl.exp2(top - new).to(tl.float64)
+        new = tl.where(usable, fixed, tl.where(new == -INF, 0.0, new))
+        factor, before = _power_of_difference(m, new[None, :]), _power_of_difference(top, new)
         negative = negative * before + tl.sum(tl.load(where + plane, mask=mask, other=0.0).to(tl.float64) * factor, 0)
         counted = all_planes & (positives != 0)
         part = tl.load(where + 2 * plane, mask=counted, other=0.0).to(tl.float64)
@@ -281,7 +286,7 @@ def _added_parts(at, inside, fixed, parts, special, state, tiles, length, flags,
 
 @triton.jit
 def _factors(
-    at, inside, fixed, usable, state, weights, debiasing, outputs, length, block
+    at, inside, state, weights, debiasing, outputs, length, block
 ):  # fmt: skip
     """What P2 needs of rows or columns, and their terms of the loss and of dscale.
 
@@ -295,10 +300,6 @@ def _factors(
     k, weight, siblings, other_weight, hard = weights
     scale, debias, negatives = debiasing
     factors, terms, scale_terms = outputs
-    if usable:
-        change = tl.exp2(top - fixed).to(tl.float64)
-        negative, positive = negative * change, positive * change
-        top = tl.zeros_like(top) + fixed
     top = tl.where(inside, top, 0.0)
     positives = tl.maximum(k, 1.0)
     number = negatives - k
@@ -382,7 +383,13 @@ def combine_kernel(
         block_of_terms, weight = first_row // WIDTH + block, tl.full((), 1.0, tl.float64)
     else:
         block -= row_blocks
-        parts, tiles, length, first, flags = column_parts, column_tiles, columns, first_column, (1, tile_columns, tile_width, 1)
+        parts, tiles, length, first, flags = (
+            column_parts,
+            column_tiles,
+            columns,
+            first_column,
+            (1, tile_columns, tile_width, 1),
+        )
         state, stride, fresh, finish = column_state, num_columns, fresh_columns, finish_columns
         factors, factor_stride, others = column_factors, column_stride, all_rows + queue_rows
         counts, in_queue, from_queue, paired = column_count, column_queue, queue_rows, all_rows
@@ -390,7 +397,7 @@ def combine_kernel(
     at = block * WIDTH + tl.arange(0, WIDTH)
     inside, index = at < length, first + at
     sums = _loaded(state, index, inside, stride, fresh, WIDTH)
-    sums = _added_parts(at, inside, fixed, parts, special, sums, tiles, length, flags, positives, of_rows, TILES, WIDTH)
+    sums = _added_parts(at, inside, fixed, usable, parts, special, sums, tiles, length, flags, positives, of_rows, TILES, WIDTH)
     if finish:
         one = tl.full((WIDTH,), 1.0, tl.float64)
         k, sibling, negatives = tl.where(index < paired, 1.0, 0.0).to(tl.float64), one, one * others
@@ -399,7 +406,7 @@ def combine_kernel(
             sibling = tl.load(siblings + index, mask=inside & of_rows, other=1).to(tl.float64)
             negatives -= tl.load(in_queue + index, mask=inside & (from_queue > 0), other=0).to(tl.float64)
         weights = (k, tl.where(k > 0, weight, 0.0), sibling, ratio * two_sided, hard)
-        _factors(index, inside, fixed, usable, sums, weights, (tl.load(scale), debias, negatives),
+        _factors(index, inside, sums, weights, (tl.load(scale), debias, negatives),
                  (factors, terms, terms + blocks), factor_stride, block_of_terms)  # fmt: skip
     else:
         _keep(state, sums, index, inside, stride)
@@ -586,8 +593,7 @@ def _through_norm(block, raw, x, inverse, scale, number, out, along, rows, depth
 
 
 @jit_for_any_size(
-    "a_rows b_rows depth a_stride b_stride first_block factor normalize unit gain number ids "
-    "write_a write_b",
+    "a_rows b_rows depth a_stride b_stride first_block factor normalize unit gain number ids write_a write_b",
     "raw_a raw_b a b a_inverse b_inverse scale numbers da db along",
 )
 def finish_kernel(
@@ -674,9 +680,7 @@ def upstream_kernel(
 # in-batch top-1, and thresholds of a guide
 
 
-@jit_for_any_size(
-    "start end num_columns depth diagonal ids num_rows", "a_factor b_factor a_key b_key rows columns"
-)
+@jit_for_any_size("start end num_columns depth diagonal ids num_rows", "a_factor b_factor a_key b_key rows columns")
 def best_kernel(
     a, b, a_factor, b_factor, a_key, b_key, rows, columns,  # [2, N], [2, M], from -inf
     start, end, num_columns, depth, diagonal, ids, num_rows,

@@ -94,36 +94,35 @@ def loss_cases() -> dict[str, dict[str, Any]]:
         "two ranks, uneven diagonal": {"world": 2, "a_rows": (2, 70), "b_rows": (2, 70), "options": {}},
         "two ranks, a to b": {"world": 2, "a_rows": (2, 5), "b_rows": (2, 5), "options": {"direction": "a_to_b"}},
         "two ranks, ids": {"world": 2, "a_rows": (3, 70), "b_rows": (6, 2), "options": pair_ids},
-        # "torch": not for the Triton engine.
-        "four ranks, guide, ids": {**uneven, "options": {**guide, **ids}, "torch": True},
+        "four ranks, guide, ids": {**uneven, "options": {**guide, **ids}},
         "four ranks, guide, online maxima": {
-            **uneven, "options": {**guide, **ids, **large, "guide_relative": True}, "scale": 200.0, "torch": True,
+            **uneven, "options": {**guide, **ids, **large, "guide_relative": True}, "scale": 200.0,
         },
-        "four ranks, debias, ids": {**uneven, "options": {**ids, "debias": 0.1}, "torch": True},
-        "four ranks, queue, ids": {**uneven, "options": {**ids, **queue_with_ids}, "torch": True},
+        "four ranks, debias, ids": {**uneven, "options": {**ids, "debias": 0.1}},
+        "four ranks, queue, ids": {**uneven, "options": {**ids, **queue_with_ids}},
         "four ranks, queue, online maxima": {
-            **uneven, "options": {**ids, **queue_with_ids, **large}, "scale": 200.0, "torch": True,
+            **uneven, "options": {**ids, **queue_with_ids, **large}, "scale": 200.0,
         },
         "four ranks, debias and queue, float32": {
-            **uneven, "options": together, "torch": True, "dtype": torch.float32, "tol": 2e-5,
+            **uneven, "options": together, "dtype": torch.float32, "tol": 2e-5,
         },
-        "four ranks, debias and queue": {**uneven, "options": together, "torch": True},
+        "four ranks, debias and queue": {**uneven, "options": together},
         "four ranks, debias and queue, one way": {
-            **uneven, "options": {**together, "direction": "b_to_a"}, "torch": True,
+            **uneven, "options": {**together, "direction": "b_to_a"},
         },
         "four ranks, matryoshka": {**uneven, "options": {**ids, "matryoshka": {4: 0.5, DIM: 2.0}}},
         "four ranks, debias and queue, prefixes": {
-            **uneven, "options": {**together, "matryoshka": (3, 9)}, "torch": True,
+            **uneven, "options": {**together, "matryoshka": (3, 9)},
         },
         "four ranks, diagonal, debias and queue": {
-            "world": 4, "a_rows": EVEN, "b_rows": EVEN, "options": {**queue, "debias": 0.05}, "torch": True,
+            "world": 4, "a_rows": EVEN, "b_rows": EVEN, "options": {**queue, "debias": 0.05},
         },
         "two ranks, uneven diagonal, guide": {
-            "world": 2, "a_rows": (2, 70), "b_rows": (2, 70), "torch": True,
+            "world": 2, "a_rows": (2, 70), "b_rows": (2, 70),
             "options": {"teacher": (*tensors((72, 5), (72, 5), seed=7), 1.0), "guide_margin": 0.1},
         },
         "two ranks, a to b, queue": {
-            "world": 2, "a_rows": (2, 5), "b_rows": (2, 5), "options": {**queue, "direction": "a_to_b"}, "torch": True,
+            "world": 2, "a_rows": (2, 5), "b_rows": (2, 5), "options": {**queue, "direction": "a_to_b"},
         },
         "four ranks, sigmoid": {**uneven, "options": ids, "loss": "sigmoid_loss"},
         "two ranks, sigmoid, diagonal": {
@@ -372,7 +371,7 @@ def worker(rank: int, folder: Path, triton: bool) -> None:
     groups, fresh = {2: dist.new_group([0, 1]), 4: dist.group.WORLD}, dist.new_group([0, 1])
     results: dict[str, Any] = {}
     for name, case in loss_cases().items():
-        if rank < case["world"] and not (triton and ("dtype" in case or "torch" in case)):
+        if rank < case["world"] and not (triton and "dtype" in case):
             how = {**case, "dtype": torch.float32} if triton else case  # all cases are float32 then
             results[name] = run_case(how, rank, groups[case["world"]], "triton" if triton else "auto")
     if not triton:

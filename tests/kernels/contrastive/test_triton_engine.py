@@ -205,7 +205,7 @@ def admitted(name: str, inputs: list[Tensor], dtype: torch.dtype, limit: float) 
     if few and dtype != torch.float32:
         norm = 1.0 if of_scale else min(x.norm(dim=1).min().item() for x in (a, b)) / scale
         return limit * 2.5 / norm
-    if of_scale and not INTERPRETED:
+    if of_scale:
         return limit * 2.5 / (min(len(a), len(b)) * a.shape[1]) ** 0.5
     return 0.0
 
@@ -222,6 +222,29 @@ def test_info_nce_matches_float64(
         tol = tolerance(dtype, scale, width, engine, exact)
         options = {**OPTIONS[option](*shape), **kept}
         check(info_nce, inputs, options, (scale, alignment, width, stored), dtype, tol, engine)
+
+
+@pytest.mark.parametrize("option", CONTRASTS)
+def test_other_contrasts_match_float64(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    """On a GPU every dtype, shape and scale, exponentials kept and not; in the interpreter some of each."""
+    turn = list(CONTRASTS).index(option)
+    every = list(itertools.product(DTYPES, SHAPES, SCALES, (False, True)))
+    chosen = [
+        (dtype, shape, scale, kept)
+        for dtype, shape, scale, kept in every
+        if not kept or storable("triton", dtype, option)
+    ]
+    if INTERPRETED:
+        kept = storable("triton", torch.float32, option)
+        chosen = [
+            (torch.float32, SHAPES[3 + turn % 2], SCALES[turn % 3], kept and turn % 2 == 0),
+            (DTYPES[turn % 2], SHAPES[turn % 3], SCALES[(turn + 1) % 3], kept and turn % 2 == 0),
+        ]
+    for dtype, shape, scale, kept in chosen:
+        inputs = [*embeddings(*shape, 0.5), torch.tensor(scale)]
+        tol = tolerance(dtype, scale, 24, exact=6e-5 if scale > 50 or max(shape) <= 3 else 3e-5)
+        options = {**CONTRASTS[option](*shape), **keep(monkeypatch, kept)}
+        check(info_nce, inputs, options, (shape, scale, kept), dtype, tol)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU all choices meet")
@@ -355,14 +378,16 @@ def test_partial_gradients_equal_the_full_ones(wanted: tuple[bool, ...]) -> None
 def test_no_gradient_no_teacher_and_teacher_without_gradient() -> None:
     a, b = (x.to(DEVICE) for x in embeddings(50, 70, 0.5))
     for options in ({}, teacher(50, 70), {"direction": "a_to_b"}):
-        expected = info_nce(a.double(), b.double(), 9.0, backend="reference", **converted(options, torch.float64, DEVICE))
+        expected = info_nce(
+            a.double(), b.double(), 9.0, backend="reference", **converted(options, torch.float64, DEVICE)
+        )
         value = info_nce(a, b, 9.0, backend="triton", **on_device(options))
         assert not value.requires_grad
         assert_close_rel("loss", expected, value, 1e-5)
 
 
 def poisoned_cases() -> Iterator[Any]:
-    for dtype, option in itertools.product(DTYPES, ("plain", "ids", "everything")):
+    for dtype, option in itertools.product(DTYPES, ("plain", "ids", "everything", "guide", "queue, ids")):
         for stored in (False, True) if storable("triton", dtype, option) else (False,):
             yield pytest.param(dtype, option, stored, id=f"{str(dtype)[6:]}-{option}{'-stored' * stored}")
 
@@ -371,7 +396,7 @@ def poisoned_cases() -> Iterator[Any]:
 def test_uninitialised_memory_is_never_read_and_runs_are_bit_identical(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, option: str, stored: bool
 ) -> None:
-    options = {**OPTIONS[option](70, 53), **keep(monkeypatch, stored)}
+    options = {**{**OPTIONS, **CONTRASTS, **OPTIONS}[option](70, 53), **keep(monkeypatch, stored)}
     empty, new_empty = torch.empty, Tensor.new_empty
 
     def poisoned(x: Tensor) -> Tensor:
