@@ -31,7 +31,7 @@ PARTS = (
     {"operator"},
     {"triton_engine", "native"},
     {"torch_engine"},
-    {"triton_gradient_kernels"},
+    {"triton_gradient_kernels", "triton_operands"},
     {"triton_kernels"},
     {"shared", "spec"},
 )

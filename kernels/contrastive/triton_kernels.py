@@ -259,8 +259,8 @@ def _added_parts(at, inside, fixed, usable, parts, special, state, tiles, length
                  TILES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """(maximum, negatives, positives, logits) of rows or columns, with the partial sums of some tiles added.
 
-    In a fixed order and in float64, relative to the fixed or else the running maximum. `state` is what there was before, `flags` where
-    in `special` the tile of a partial sum is.
+    In a fixed order and in float64, relative to the fixed or else the running maximum. `state` is what there was
+    before, `flags` where in `special` the tile of a partial sum is.
     """
     top, negative, positive, logit = state
     tile_per, tile_stride, at_per, at_stride = flags
@@ -353,9 +353,9 @@ def _keep(state, values, at, inside, length):
 
 
 @jit_for_any_size(
-    "first_row rows row_tiles columns column_tiles first_column num_rows num_columns column_stride all_rows blocks diagonal ids two_sided "
-    "positives fresh_rows fresh_columns finish_rows finish_columns hard debias queue_rows queue_columns bias tile_height "
-    "tile_width",
+    "first_row rows row_tiles first_column columns column_tiles num_rows num_columns column_stride all_rows blocks "
+    "diagonal ids two_sided positives fresh_rows fresh_columns finish_rows finish_columns hard debias queue_rows "
+    "queue_columns bias tile_height tile_width",
     "scale row_state column_state row_count column_count siblings row_queue column_queue",
 )
 def combine_kernel(
@@ -376,7 +376,8 @@ def combine_kernel(
     if ids:
         ratio = tl.load(numbers).to(tl.float64) / tl.load(numbers + 1).to(tl.float64)
     if of_rows:
-        parts, tiles, length, first, flags = row_parts, row_tiles, rows, first_row, (2, 1, tile_height, tile_columns)
+        parts, tiles, length, first = row_parts, row_tiles, rows, first_row
+        flags = (2, 1, tile_height, tile_columns)
         state, stride, fresh, finish = row_state, num_rows, fresh_rows, finish_rows
         factors, factor_stride, others = row_factors, num_rows, num_columns + queue_columns
         counts, in_queue, from_queue, paired = row_count, row_queue, queue_columns, num_columns - diagonal
@@ -397,7 +398,8 @@ def combine_kernel(
     at = block * WIDTH + tl.arange(0, WIDTH)
     inside, index = at < length, first + at
     sums = _loaded(state, index, inside, stride, fresh, WIDTH)
-    sums = _added_parts(at, inside, fixed, usable, parts, special, sums, tiles, length, flags, positives, of_rows, TILES, WIDTH)
+    sums = _added_parts(at, inside, fixed, usable, parts, special, sums, tiles, length, flags, positives, of_rows,
+                        TILES, WIDTH)  # fmt: skip
     if finish:
         one = tl.full((WIDTH,), 1.0, tl.float64)
         k, sibling, negatives = tl.where(index < paired, 1.0, 0.0).to(tl.float64), one, one * others
@@ -508,7 +510,8 @@ def _special_gradient(
 
 
 @jit_for_any_size(
-    "start end num_columns depth teacher_depth diagonal ids kept num_rows column_stride target teacher_weight gain bias",
+    "start end num_columns depth teacher_depth diagonal ids kept num_rows column_stride target teacher_weight gain "
+    "bias",
     "a_factor a_out a_key b_key scale row ta_factor tb_factor teacher_row teacher_column",
 )
 def gradient_kernel(
@@ -563,42 +566,13 @@ def gradient_kernel(
 # after P3 and P4
 
 
-@triton.jit
-def _through_norm(block, raw, x, inverse, scale, number, out, along, rows, depth, x_stride, factor, normalize,
-                  unit, gain, write, ROWS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
-    """A block of rows back through the normalisation, and its share of ⟨x, raw⟩."""
-    i = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row_inside = i < rows
-    inside = row_inside[:, None]
-    dots = tl.zeros((ROWS, DEPTH), tl.float32)
-    for k in tl.range(0, depth, DEPTH):
-        at = k + tl.arange(0, DEPTH)[None, :]
-        mask = inside & (at < depth)
-        gradient = tl.load(raw + i[:, None] * depth + at, mask=mask, other=0.0)
-        dots += gradient * tl.load(x + i[:, None] * x_stride + at, mask=mask, other=0.0).to(tl.float32)
-    dot = tl.sum(dots, 1)
-    tl.store(along + block, tl.sum(dot.to(tl.float64), 0) / gain)
-    if write:
-        of_row = tl.load(inverse + i, mask=row_inside, other=0.0)
-        alpha = tl.load(scale).to(tl.float64) * factor / number / gain
-        after = tl.where(unit != 0, of_row, 1.0) * alpha.to(tl.float32)
-        part = dot * normalize * tl.where(unit != 0, 1.0, of_row * of_row)
-        for k in tl.range(0, depth, DEPTH):
-            at = k + tl.arange(0, DEPTH)[None, :]
-            mask = inside & (at < depth)
-            gradient = tl.load(raw + i[:, None] * depth + at, mask=mask, other=0.0)
-            value = tl.load(x + i[:, None] * x_stride + at, mask=mask, other=0.0).to(tl.float32)
-            gradient = (gradient - value * part[:, None]) * after[:, None]
-            tl.store(out + i[:, None] * depth + at, gradient.to(out.dtype.element_ty), mask=mask)
-
-
 @jit_for_any_size(
     "a_rows b_rows depth a_stride b_stride first_block factor normalize unit gain number ids write_a write_b",
     "raw_a raw_b a b a_inverse b_inverse scale numbers da db along",
 )
 def finish_kernel(
     raw_a, raw_b, a, b, a_inverse, b_inverse, scale, numbers, da, db,  # G·B and Gᵀ·A float32; embeddings; gradients
-    along,  # [blocks] float64: shares of Σ ⟨x, raw⟩, a's blocks from first_block on, then those of b
+    along,  # [blocks] float64: shares of Σ ⟨x, raw⟩, from first_block on
     a_rows, b_rows, depth, a_stride, b_stride, first_block,
     factor, normalize, unit, gain, number, ids, write_a, write_b,
     ROWS: tl.constexpr, DEPTH: tl.constexpr,
@@ -608,16 +582,37 @@ def finish_kernel(
     `number` of positive rows is in `numbers` with ids. unit: x are unit rows that were multiplied, else raw is already
     what the rows themselves get.
     """
-    count = tl.zeros((), tl.float64) + number
-    if ids:
-        count = tl.load(numbers).to(tl.float64)
-    blocks = tl.cdiv(a_rows, ROWS)
-    block = tl.program_id(0)
+    block, blocks = tl.program_id(0), tl.cdiv(a_rows, ROWS)
+    along += first_block + block
     if block < blocks:
-        _through_norm(block, raw_a, a, a_inverse, scale, count, da, along + first_block, a_rows, depth, a_stride, factor, normalize, unit, gain, write_a, ROWS, DEPTH)  # fmt: skip
+        raw, x, inverse, out, rows, stride, write = raw_a, a, a_inverse, da, a_rows, a_stride, write_a
     else:
-        _through_norm(block - blocks, raw_b, b, b_inverse, scale, count, db, along + first_block + blocks, b_rows,
-                      depth, b_stride, factor, normalize, unit, gain, write_b, ROWS, DEPTH)  # fmt: skip
+        raw, x, inverse, out, rows, stride, write = raw_b, b, b_inverse, db, b_rows, b_stride, write_b
+        block -= blocks
+    i = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    raw_at, x_at, inside = raw + i[:, None] * depth, x + i[:, None] * stride, (i < rows)[:, None]
+    dots = tl.zeros((ROWS, DEPTH), tl.float32)
+    for k in tl.range(0, depth, DEPTH):
+        at = k + tl.arange(0, DEPTH)[None, :]
+        gradient = tl.load(raw_at + at, mask=inside & (at < depth), other=0.0)
+        dots += gradient * tl.load(x_at + at, mask=inside & (at < depth), other=0.0).to(tl.float32)
+    dot = tl.sum(dots, 1)
+    tl.store(along, tl.sum(dot.to(tl.float64), 0) / gain)
+    if write:
+        count = tl.zeros((), tl.float64) + number
+        if ids:
+            count = tl.load(numbers).to(tl.float64)
+        of_row = tl.load(inverse + i, mask=i < rows, other=0.0)
+        alpha = (tl.load(scale).to(tl.float64) * factor / count / gain).to(tl.float32)
+        after = tl.where(unit != 0, of_row, 1.0) * alpha
+        part = dot * normalize * tl.where(unit != 0, 1.0, of_row * of_row)
+        for k in tl.range(0, depth, DEPTH):
+            at = k + tl.arange(0, DEPTH)[None, :]
+            mask = inside & (at < depth)
+            gradient = tl.load(raw_at + at, mask=mask, other=0.0)
+            value = tl.load(x_at + at, mask=mask, other=0.0).to(tl.float32)
+            gradient = (gradient - value * part[:, None]) * after[:, None]
+            tl.store(out + i[:, None] * depth + at, gradient.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -661,17 +656,17 @@ def upstream_kernel(
     da, db, dscale, upstream, scaled_a, scaled_b, scaled_scale, a_size, b_size, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Gradients times the upstream gradient, which no dtype of theirs rounds; dscale [1] float64."""
-    factor = tl.load(upstream).to(tl.float32)
-    blocks, block = tl.cdiv(a_size, BLOCK), tl.program_id(0).to(tl.int64)
+    block, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(a_size, BLOCK)
+    first = block == 0
     if block < blocks:
-        at = block * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(da + at, mask=at < a_size).to(tl.float32) * factor
-        tl.store(scaled_a + at, value.to(scaled_a.dtype.element_ty), mask=at < a_size)
+        gradient, scaled, size = da, scaled_a, a_size
     else:
-        at = (block - blocks) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(db + at, mask=at < b_size).to(tl.float32) * factor
-        tl.store(scaled_b + at, value.to(scaled_b.dtype.element_ty), mask=at < b_size)
-    if block == 0:
+        gradient, scaled, size = db, scaled_b, b_size
+        block -= blocks
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(gradient + at, mask=at < size).to(tl.float32) * tl.load(upstream).to(tl.float32)
+    tl.store(scaled + at, value.to(scaled.dtype.element_ty), mask=at < size)
+    if first:
         of_scale = tl.load(dscale) * tl.load(upstream).to(tl.float64)
         tl.store(scaled_scale, of_scale.to(scaled_scale.dtype.element_ty))
 
@@ -732,8 +727,8 @@ def _sigmoid_half(
         left, right = _keys(keys, top, left_edge, BM, BN)
         inside = row_inside[:, None] & column_inside[None, :]
         x = tl.where(left[:, None] == right[None, :], -x, x)
-    # -log σ(-x) = max(x, 0) + log(1 + y), y = exp(-|x|). Of larger y a row's 1 + y are multiplied, and need one logarithm;
-    # the series keeps smaller ones from rounding away in 1 + y.
+    # -log σ(-x) = max(x, 0) + log(1 + y), y = exp(-|x|). Where y is larger, a row's 1 + y are multiplied and need one
+    # logarithm; the series keeps smaller ones from rounding away in 1 + y.
     y = tl.exp2(-tl.abs(x) * LOG2E)
     term = tl.maximum(x, 0.0) + tl.where(y < 0.01, y * (1.0 - y * (0.5 - y * 0.33333334)), 0.0)
     root = tl.rsqrt(1.0 + y)  # of numbers from 1 to 2, where a division takes more care than is needed
