@@ -374,7 +374,7 @@ def _chunk_rows(device: torch.device, rows: int, dim: int) -> int:
     """As many as the engine takes at a time."""
     if device.type != "cuda":
         return max(1, rows // 4)
-    from fastclap.kernels.contrastive.triton_engine import chunk_rows
+    from fastclap.kernels.contrastive.triton_operands import chunk_rows
 
     properties = torch.cuda.get_device_properties(device)
     return min(rows, chunk_rows(10 * properties.major + properties.minor, properties.multi_processor_count, dim))
