@@ -48,6 +48,7 @@ Key = TypeVar("Key", bound=Hashable)
 FORMAT = 1
 _STATE = "state.json"
 _TRAINER = "trainer.safetensors"
+_QUEUE = "queue/"
 _TEMPORARY = ".writing-"
 _OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # AdamW's
 _BLOCK_BYTES = 1 << 30
@@ -106,7 +107,8 @@ def find_checkpoint(config: TrainConfig) -> tuple[Path, dict[str, Any]] | None:
     path, state, complaints = newest
     for complaint in complaints:
         print(f"warning: skipped a damaged checkpoint: {complaint}", file=sys.stderr, flush=True)
-    before, now = _flat(state["config"]), _flat(config.to_dict())
+    # A field that is younger than the checkpoint had its default.
+    before, now = _flat(TrainConfig().to_dict()) | _flat(state["config"]), _flat(config.to_dict())
     changed = [
         f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
@@ -302,13 +304,18 @@ def write_checkpoint(snapshot: Snapshot) -> Written:
 
 
 def _contents(step: Step) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each file by name; AdamW's state is named `step|exp_avg|exp_avg_sq/<parameter name>`."""
+    """The tensors of each file by name; AdamW's state is named `step|exp_avg|exp_avg_sq/<parameter name>`.
+
+    The queue of the loss is that of every rank, so that a run may go on with another number of them.
+    """
     weights = step.model.state_dict()
     trainer = {
         f"{key}/{name}": value
         for name, parameter in step.model.named_parameters()
         for key, value in step.optimizer.state.get(parameter, {}).items()
     }
+    if step.queue is not None:
+        trainer |= {f"{_QUEUE}{name}": value for name, value in step.queue.state_dict().items()}
     if step.average is None:
         return {WEIGHTS_FILE: weights, _TRAINER: trainer}
     return {WEIGHTS_FILE: step.average.tensors, _TRAINER: trainer | {f"weights/{n}": x for n, x in weights.items()}}
@@ -479,8 +486,10 @@ def restore_weights(path: Path, model: CLAP, averaged: bool) -> None:
 
 
 def restore_step(path: Path, step: Step) -> None:
-    """Load optimizer state and moving average of a checkpoint in place, bit for bit; sharded as the model is."""
+    """Load optimizer state, moving average and queue of a checkpoint in place, bit for bit; sharded as the model is."""
     trainer = load_state_dict_file(path / _TRAINER)
+    if step.queue is not None:
+        step.queue.load_state_dict({n.removeprefix(_QUEUE): x for n, x in trainer.items() if n.startswith(_QUEUE)})
     if step.average is not None:
         step.average.load(load_state_dict_file(path / WEIGHTS_FILE))
     for name, parameter in step.model.named_parameters():

@@ -6,6 +6,7 @@ Nothing here imports torch, so that `--help` is answered at once.
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -84,6 +85,25 @@ class LossConfig:
     """Share λ of the divergence from the teacher: (1-λ)·InfoNCE + λ·KL(teacher‖model), in each direction."""
     teacher_temperature: float | None = None
     """Temperature of the teacher's softmax, which multiplies its cosines by 1/temperature (unset: its own scale)."""
+    guide_margin: float | None = None
+    """Guide (GISTEmbed): leave out what is no positive but whose cosine, by the teacher, is above that of the positive
+    less this margin, because it may be one. Needs --loss.teacher and --loss.teacher-weight 0. A negative margin leaves
+    out only what is closer than the positive by so much (unset: no guide)."""
+    guide_relative: bool = False
+    """The margin of the guide is a share of the positive's cosine."""
+    debias: float = 0.0
+    """Prior probability that a negative is a positive, whose part is taken off the sum over the negatives (Chuang et
+    al. 2020; 0: none)."""
+    queue_size: int = 0
+    """Clips, and captions, of earlier batches that are further negatives (XBM; 0: none). Those with the caption of a
+    positive are left out, as `share_equal_captions` says, or with `data.captions pair` those of the same clip."""
+    queue_after: int = 0
+    """Steps before the queue is used, so that embeddings change slowly by then; it fills up meanwhile."""
+    matryoshka: list[int] = field(default_factory=list)
+    """Widths of the embeddings' first columns, such as 768 384 192: the loss is summed over them, and a model can then
+    be used at each. The full width counts only if it is listed. Empty: the full width alone."""
+    matryoshka_weights: list[float] | None = None
+    """Weight of each of these widths in the sum (unset: 1)."""
     tag_weight: float = 0.0
     """Weight of the multi-label tag loss, added to the contrastive one (ParaSpeechCLAP Intrinsic: 1; 0: none)."""
     tag_prompts: str | None = None
@@ -223,6 +243,10 @@ class TrainConfig:
         """
         data, loss, optimizer = self.data, self.loss, self.optimizer
         teacher, fine, valid = loss.teacher, data.fine_characters, self.valid
+        guide, widths, weights = loss.guide_margin, loss.matryoshka, loss.matryoshka_weights
+        kinds = {"guide-margin": guide is not None, "debias": loss.debias != 0, "queue-size": loss.queue_size != 0}
+        kinds["matryoshka"] = bool(widths)
+        of_info_nce = [f"--loss.{name}" for name, given in kinds.items() if given]
         rules = [
             (bool(data.train) or data.demo_clips > 0, "--data.train is empty: name at least one training manifest"),
             (self.steps >= 1, f"--steps is {self.steps}; it must be at least 1"),
@@ -291,6 +315,42 @@ class TrainConfig:
             (
                 loss.teacher_temperature is None or loss.teacher_temperature > 0,
                 f"--loss.teacher-temperature is {loss.teacher_temperature}; it must be positive",
+            ),
+            (
+                loss.kind == "info_nce" or not of_info_nce,
+                f"{' and '.join(of_info_nce)} belong to info_nce; the sigmoid loss compares every pair by itself",
+            ),
+            (
+                guide is None or (teacher is not None and loss.teacher_weight == 0),
+                "--loss.guide-margin goes by the cosines of a --loss.teacher that is not also learned from: give "
+                "--loss.teacher and --loss.teacher-weight 0",
+            ),
+            (
+                guide is None or (loss.label_smoothing == 0 and loss.debias == 0 and loss.queue_size == 0),
+                "--loss.guide-margin leaves columns out, which --loss.label-smoothing and --loss.debias count on, and "
+                "the teacher has not seen those of a --loss.queue-size: leave out one of them",
+            ),
+            (
+                guide is None or (math.isfinite(guide) and not (loss.guide_relative and guide >= 1)),
+                f"--loss.guide-margin is {guide}; it must be finite, and below 1 with --loss.guide-relative",
+            ),
+            (
+                guide is not None or not loss.guide_relative,
+                "--loss.guide-relative says how --loss.guide-margin is meant; give that too",
+            ),
+            (0 <= loss.debias < 1, f"--loss.debias is {loss.debias}; it is a probability, from 0 to below 1"),
+            (loss.queue_size >= 0, f"--loss.queue-size is {loss.queue_size}; it must not be negative"),
+            (
+                loss.queue_after == 0 or (loss.queue_after > 0 and loss.queue_size > 0),
+                f"--loss.queue-after is {loss.queue_after}; it is a number of steps, and needs --loss.queue-size",
+            ),
+            (
+                all(width >= 1 for width in widths) and len(set(widths)) == len(widths),
+                f"--loss.matryoshka is {widths}; widths are at least 1, and each is given once",
+            ),
+            (
+                weights is None or (len(weights) == len(widths) and all(0 < weight < math.inf for weight in weights)),
+                f"--loss.matryoshka-weights is {weights}; give a positive number for each of {widths}",
             ),
             (
                 valid.best is None or bool(data.valid) or data.demo_clips > 0,

@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from fastclap.data import Batch
 from fastclap.data.dataset import distinct_texts
 from fastclap.errors import ConfigError
 from fastclap.grad_cache import GradCache, SecondPassMemoryError
-from fastclap.losses import info_nce, sigmoid_loss, tag_loss
+from fastclap.losses import EmbeddingQueue, info_nce, sigmoid_loss, tag_loss
 from fastclap.models.clap import CLAP
 from fastclap.train.config import LossConfig, OptimizerConfig, TrainConfig
 from fastclap.train.distributed import Gradients, World, is_sharded, local, placed_like
@@ -54,6 +55,7 @@ class Step:
     Attributes:
         number: steps taken.
         average: the moving average of the weights; None: there is none.
+        queue: embeddings of earlier batches, the same on every rank; None: there are none.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Step:
         if config.loss.teacher == "ema" and self.average is not None:
             teacher = averaged_teacher(model, self.average)
         self.gradients = Gradients(in_order_of_arrival(model), world, sharded)
+        self.queue = build_queue(model, config, world.device) if config.loss.queue_size else None
         automatic = chunk_sizes or config.batch_size // world.size
         self.objective = Objective(
             model,
@@ -84,6 +87,7 @@ class Step:
             self.gradients.held,
             every_caption=config.shard,
             teacher=teacher,
+            queue=self.queue,
         )
 
     def __call__(self, batches: Iterable[Batch], stop: Callable[[], bool] = lambda: False) -> StepResult:
@@ -106,6 +110,7 @@ class Step:
         them skip the step.
         """
         try:
+            self.objective.use_queue = self.number >= self.config.loss.queue_after
             return self.objective(batch, weight=1 / self.config.accumulate)
         except SecondPassMemoryError as error:
             # Towers that communicate by themselves wait for this rank in the middle of a layer.
@@ -157,7 +162,16 @@ class Objective:
         held: makes the context in which gradients add up without being sent, as `Gradients.held` does.
         every_caption: encode every caption, however often it occurs: the ranks of sharded towers have to go through
             them equally often.
-        teacher: model in evaluation mode whose similarities the loss approaches; see `LossConfig`.
+        teacher: model in evaluation mode whose similarities the loss approaches, or that guides it; see `LossConfig`.
+        queue: receives the embeddings of every batch, once its loss is known. The embedding of a clip or caption that
+            is not finite goes in as zeros, which have the cosine 0 with all others: it would make the loss of every
+            batch NaN for as long as it stays.
+
+    Attributes:
+        use_queue: whether the entries of the queue are negatives.
+
+    Raises:
+        ConfigError: the model lacks what the loss needs.
     """
 
     def __init__(
@@ -171,12 +185,21 @@ class Objective:
         *,
         every_caption: bool = False,
         teacher: CLAP | None = None,
+        queue: EmbeddingQueue | None = None,
     ) -> None:
         if config.kind == "sigmoid" and model.logit_bias is None:
             raise ConfigError("--loss.kind sigmoid needs a logit bias: set --model.init-logit-bias (SigLIP uses -10)")
+        dim = model.config.head.dim
+        if any(width > dim for width in config.matryoshka):
+            raise ConfigError(
+                f"--loss.matryoshka has width {max(config.matryoshka)} and the embeddings have {dim} columns: leave it "
+                "out, or set --model.head.dim"
+            )
         self.model, self.config, self.world = model, config, world
         self._autocast_dtype, self._every_caption, self._teacher = autocast, every_caption, teacher
         self._held = held if world.group is not None else None
+        self._queue, self.use_queue = queue, True
+        self._unqueued: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
         self.targets = Targets(torch.empty(0), None, None, 1.0)
         towers = [self.encode_audio, self.encode_text]
         self._cache = GradCache(towers, chunk_size, self.loss, modules=[model]) if chunk_size else None
@@ -208,14 +231,25 @@ class Objective:
         captions_each = len(rows) // len(batch.samples)
         if captions_each > 1:  # the positives of a clip are its own captions
             clip_ids = torch.arange(len(batch.samples), device=rows.device) + (self.world.rank << 32)
+            if self._queue is not None:  # which has clips of other batches too
+                clip_ids = torch.tensor(batch.rows).to(rows.device, non_blocking=True)
             caption_ids = clip_ids.repeat(captions_each)
         teacher = self._teacher_embeddings(batch, audio, text, rows)
         self.targets = Targets(rows, clip_ids, caption_ids, weight, prompt_rows, batch.tags, teacher)
-        if self._cache is not None:
-            return self._cache(audio, text, no_sync=self._held) / weight
-        total = self.loss(self.encode_audio(**audio), self.encode_text(**text))
-        total.backward()
-        return total.detach() / weight
+        try:
+            if self._cache is not None:
+                return self._cache(audio, text, no_sync=self._held) / weight
+            total = self.loss(self.encode_audio(**audio), self.encode_text(**text))
+            total.backward()
+            return total.detach() / weight
+        finally:
+            self._push()
+
+    def _push(self) -> None:
+        """Put the embeddings of the last loss in the queue, if they are not there yet."""
+        if self._queue is not None and self._unqueued is not None:
+            entries, self._unqueued = self._unqueued, None
+            self._queue.push(*entries, process_group=self.world.group, agree_once=True)
 
     def _teacher_embeddings(
         self, batch: Batch, audio: dict[str, Any], text: dict[str, Any], rows: Tensor
@@ -288,15 +322,28 @@ class Objective:
             bias = self.model.logit_bias
             assert bias is not None  # checked at construction
             return sigmoid_loss(audio, text, scale, bias, **ids)
-        return info_nce(
+        config = self.config
+        loss = info_nce(
             audio,
             text,
             scale,
             teacher=targets.teacher,
-            teacher_weight=self.config.teacher_weight if targets.teacher is not None else 0.0,
-            label_smoothing=self.config.label_smoothing,
+            teacher_weight=config.teacher_weight if targets.teacher is not None else 0.0,
+            label_smoothing=config.label_smoothing,
+            guide_margin=config.guide_margin,
+            guide_relative=config.guide_relative,
+            debias=config.debias,
+            queue=self._queue if self.use_queue else None,
+            matryoshka=dict(zip(config.matryoshka, config.matryoshka_weights or repeat(1.0), strict=False)),
             **ids,
         )
+        if self._queue is not None:
+            self._unqueued = (_finite(audio), _finite(text), targets.clip_ids, targets.caption_ids)
+            # A single process may run out of memory in the backward pass and repeat the loss, so it waits. Of several
+            # none does, and here all of them are at the same place.
+            if self.world.group is not None:
+                self._push()
+        return loss
 
 
 class Targets(NamedTuple):
@@ -309,6 +356,18 @@ class Targets(NamedTuple):
     prompt_rows: Tensor | None = None  # int64 [tags]: the distinct text of each prompt
     tags: Tensor | None = None  # bool [B, tags]
     teacher: tuple[Tensor, Tensor, float | Tensor] | None = None  # its embeddings [B, D], [captions, D] and its scale
+
+
+def _finite(embeddings: Tensor) -> Tensor:
+    """The embeddings [n, D] as constants, with zeros for rows that are not finite."""
+    embeddings = embeddings.detach()
+    return embeddings.where(embeddings.isfinite().all(1, keepdim=True), 0.0)
+
+
+def build_queue(model: CLAP, config: TrainConfig, device: torch.device) -> EmbeddingQueue:
+    """An empty queue of the run's size; it has ids if the loss is given any."""
+    ids = config.loss.share_equal_captions or config.data.captions == "pair"
+    return EmbeddingQueue(config.loss.queue_size, model.config.head.dim, ids=ids).to(device)
 
 
 def _embeddings(encode: Callable[..., Tensor], inputs: dict[str, Any], size: int) -> Tensor:

@@ -63,6 +63,7 @@ def run(flags: Flags) -> int:
         captions=[],
         tasks=[task],
         embedding_map=flags.out is not None,
+        width=flags.width,
         batch_size=flags.batch_size,
         progress=True,
     )

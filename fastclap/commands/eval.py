@@ -42,6 +42,7 @@ def run(flags: Flags) -> int:
         tasks=[],
         captions_per_clip=flags.captions_per_clip,
         embedding_map=flags.out is not None,
+        width=flags.width,
         batch_size=flags.batch_size,
         progress=True,
     )

@@ -40,6 +40,8 @@ class DataFlags:
     """cuda, cuda:N, cpu, or auto (a GPU if there is one)."""
     batch_size: int = 32
     """Clips embedded at a time."""
+    width: int | None = None
+    """Columns of the embeddings to use, from the first, for a model trained with --loss.matryoshka (default: all)."""
 
 
 @dataclass(kw_only=True)
@@ -70,7 +72,11 @@ def load_model_and_data(flags: DataFlags, *, require_captions: bool) -> tuple[CL
     manifest = load_manifest(
         flags.data, audio_root=flags.audio_root, columns=flags.columns, require_captions=require_captions
     )
-    return CLAP.from_pretrained(flags.model, device=device), manifest
+    model = CLAP.from_pretrained(flags.model, device=device)
+    columns = model.config.head.dim
+    if flags.width is not None and not 1 <= flags.width <= columns:
+        raise ConfigError(f"--width is {flags.width}; the model's embeddings have 1 to {columns} columns to use")
+    return model, manifest
 
 
 def load_models(flags: ModelFlags, paths: Sequence[str]) -> tuple[list[CLAP], float]:

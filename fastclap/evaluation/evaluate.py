@@ -18,11 +18,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastclap import console
 from fastclap.data import BadClip, Manifest, Row
-from fastclap.errors import DataError, ModelError
+from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.evaluation.embedding import embed_clips, embed_texts
 from fastclap.evaluation.metrics import classification, prompt_ensemble, retrieval, unique_texts
 from fastclap.evaluation.projection import coordinates, even_selection, principal_components
@@ -66,6 +67,7 @@ def evaluate(
     tasks: Sequence[ClassificationTask] | None = None,
     captions_per_clip: CaptionsPerClip = "first",
     embedding_map: bool = False,
+    width: int | None = None,
     batch_size: int = 32,
     progress: bool = False,
     process_group: dist.ProcessGroup | None = None,
@@ -81,6 +83,8 @@ def evaluate(
         captions_per_clip: "first" pairs each clip with its first caption only; with "all" every caption of a clip is a
             text of its own, and a clip's rank is that of its best-ranked caption. Equal texts are one text either way.
         embedding_map: also return `embeddings`, two principal components of the clips, to draw them.
+        width: use the first columns of the embeddings alone, so many of them, scaled to unit length again: what a model
+            trained with `--loss.matryoshka` is made for. Default: all of them.
         batch_size: clips embedded at a time.
         progress: show a bar on a terminal, lines otherwise, on stderr.
         process_group: processes that share the embedding, batch by batch; every one of them calls this with the same
@@ -89,11 +93,11 @@ def evaluate(
 
     Returns:
         A JSON-able dict: `clips` (on which the figures are based), `skipped` (row, path and reason of the others),
-        `retrieval` by caption set and `classification` by column, as `fastclap.evaluation.retrieval` and
-        `fastclap.evaluation.classification` describe them, and `time` in seconds (nothing else differs between two
-        evaluations of the same model). A clip without a caption of a set has no part in that retrieval
-        (`clips_without_caption`). A clip has no part in a classification if its column names none of the classes
-        (`clips_without_class`) or several (`clips_with_several`).
+        `width` if it is given, `retrieval` by caption set and `classification` by column, as
+        `fastclap.evaluation.retrieval` and `fastclap.evaluation.classification` describe them, and `time` in seconds
+        (nothing else differs between two evaluations of the same model). A clip without a caption of a set has no part
+        in that retrieval (`clips_without_caption`). A clip has no part in a classification if its column names none of
+        the classes (`clips_without_class`) or several (`clips_with_several`).
 
         With `embedding_map` also `embeddings`, a map of at most 2,000 clips, evenly selected: `rows` (of the manifest),
         `audio` (an [x, y] for each), `variance` (the share of the shown clips' variance along x and y) and `columns`,
@@ -102,6 +106,7 @@ def evaluate(
         components are those of the clips (see `fastclap.evaluation.projection`).
 
     Raises:
+        ConfigError: `width` is not among the columns of the embeddings.
         DataError: the manifest is empty, lacks a column, captions or classes asked for, or has no readable clip.
         ModelError: an embedding is not finite.
         TrainingError: another process of the group failed.
@@ -122,10 +127,11 @@ def evaluate(
     ranks = EvaluationRanks(model, process_group)
     with _training_untouched(model):
         audio, rows, skipped = _embed_manifest(model, manifest, batch_size, progress and ranks.rank == 0, ranks)
+        audio = _cut(audio, width)
         audio_seconds = time.perf_counter() - start
         retrievals = {
             name: _retrieval(
-                model, audio, [_captions(manifest[row], name) for row in rows], name, captions_per_clip, ranks
+                model, audio, [_captions(manifest[row], name) for row in rows], name, captions_per_clip, width, ranks
             )
             for name in captions
         }
@@ -133,12 +139,15 @@ def evaluate(
         labels: dict[str, _Labels] = {}
         for task, names in zip(tasks, candidates, strict=True):
             tags = [manifest[row].tags_of(task.column) for row in rows]
-            classifications[task.column], labels[task.column] = _classification(model, audio, tags, task, names, ranks)
+            classifications[task.column], labels[task.column] = _classification(
+                model, audio, tags, task, names, width, ranks
+            )
 
         def figures() -> dict[str, Any]:
             result: dict[str, Any] = {
                 "clips": len(rows),
                 "skipped": [{"row": bad.row, "path": bad.path, "reason": bad.reason} for bad in skipped],
+                **({} if width is None else {"width": width}),
                 "retrieval": {name: compute() for name, compute in retrievals.items()},
                 "classification": {column: compute() for column, compute in classifications.items()},
             }
@@ -227,12 +236,22 @@ def _embed_manifest(
     return audio, rows, skipped
 
 
+def _cut(vectors: Tensor, width: int | None) -> Tensor:
+    """Unit vectors [n, D] as unit vectors [n, width] of their first columns."""
+    if width is None:
+        return vectors
+    if not 1 <= width <= vectors.shape[1]:
+        raise ConfigError(f"the width is {width}; the model's embeddings have 1 to {vectors.shape[1]} columns to use")
+    return F.normalize(vectors[:, :width], dim=1)
+
+
 def _retrieval(
     model: DualEncoder,
     audio: Tensor,
     captions: Sequence[Sequence[str]],
     name: str,
     captions_per_clip: CaptionsPerClip,
+    width: int | None,
     ranks: EvaluationRanks,
 ) -> Callable[[], dict[str, Any]]:
     """What computes the figures of a retrieval, with its texts embedded."""
@@ -240,7 +259,7 @@ def _retrieval(
     if not kept:
         raise DataError(f"no clip with a {name} caption can be read")
     texts, ids = unique_texts([captions[i][:1] if captions_per_clip == "first" else captions[i] for i in kept])
-    vectors = embed_texts(model, texts, ranks)
+    vectors = _cut(embed_texts(model, texts, ranks), width)
 
     def figures() -> dict[str, Any]:
         return {
@@ -260,6 +279,7 @@ def _classification(
     tags: Sequence[Sequence[str]],
     task: ClassificationTask,
     classes: Sequence[str],
+    width: int | None,
     ranks: EvaluationRanks,
 ) -> tuple[Callable[[], dict[str, Any]], _Labels]:
     """What computes the figures of a classification, with its prompts embedded, and what a map shows of it."""
@@ -270,7 +290,7 @@ def _classification(
     filled = [[fill_template(template, name) for template in task.templates] for name in classes]
     prompts = [task.prompts[name] for name in classes] if task.prompts else filled
     owner = [i for i, texts in enumerate(prompts) for _ in texts]
-    vectors = embed_texts(model, [text for texts in prompts for text in texts], ranks)
+    vectors = _cut(embed_texts(model, [text for texts in prompts for text in texts], ranks), width)
     class_emb = prompt_ensemble(vectors, owner, len(classes))
 
     def figures() -> dict[str, Any]:

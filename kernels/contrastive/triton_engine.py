@@ -154,7 +154,7 @@ class TiledSoftmax:
     """P1: sums of exponentials over all rows of a rank and all columns, and what P2 and the loss take from them.
 
     Attributes:
-        row, column: float32 [5, N], [5, M] of `combine_kernel`.
+        row, column: float32 [6, N], [6, M] of `combine_kernel`.
         terms: float64 [2, blocks of rows and then of columns], of the loss and of dscale.
         kept: [N, M], the exponentials of plain tiles; None: they are not kept.
     """
@@ -172,8 +172,8 @@ class TiledSoftmax:
         self.num_rows, self.num_columns = self.operands.a.shape[0], ranks.num_columns
         width, device = COMBINED["WIDTH"], self.operands.device
         self.row_blocks, column_blocks = -(-self.num_rows // width), -(-self.num_columns // width)
-        self.row = torch.empty(5, self.num_rows, device=device)
-        self.column = aligned_matrix(5, self.num_columns, torch.float32, device)
+        self.row = torch.empty(6, self.num_rows, device=device)
+        self.column = aligned_matrix(6, self.num_columns, torch.float32, device)
         self.terms = torch.empty(
             2, self.row_blocks + column_blocks * blocks.two_sided, dtype=torch.float64, device=device
         )
@@ -273,7 +273,7 @@ class TiledSoftmax:
     def write_gradient(
         self, block: Block, at: slice, g: Tensor, row: Tensor, teacher: Second | None = None
     ) -> Tensor | None:
-        """P2 of rows `at` of a block into g. Returns the teacher's share of the loss, [half tiles, rows of a tile].
+        """P2 of rows `at` of a block into g. Returns the teacher's share of the loss, [half tiles].
 
         `row`: factors of all rows of the block.
         """
@@ -285,7 +285,7 @@ class TiledSoftmax:
         if second is not None:
             arguments = second.described(slice(0, columns), launch)
         if teacher is not None:
-            losses = torch.empty(2 * tiles[0] * tiles[1], launch.tile.rows, device=g.device)
+            losses = torch.empty(2 * tiles[0] * tiles[1], device=g.device)
         launch(
             gradient_kernel, tiles, *block.described, launch.halves(g), *block.factors, *block.out, *block.keys,
             operands.bounds, operands.scale, row, self.column, *arguments, losses,

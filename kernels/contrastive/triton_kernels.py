@@ -125,6 +125,12 @@ def _is_plain(keys, row, column, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def _sum_of_rows(x):
+    """Of a vector; as it is, Triton 3.6 fails on sm_100."""
+    return tl.sum(tl.expand_dims(x, 0))
+
+
+@triton.jit
 def _left_out(t, guide, i, j, end, num_columns, left, right, COLUMNS: tl.constexpr):
     """Who is too much like a positive to be a negative, by the guide: of each row, and of each column."""
     ta_inverse, tb_inverse, row_threshold, column_threshold = guide
@@ -232,12 +238,13 @@ def sums_kernel(
             _plain_sums(x[half], e, factors, fixed, row_parts, column_parts, strides, row, column + half * HALF,
                         tile_row, 2 * tile_column + half, start, kept, BM, HALF, COLUMNS)  # fmt: skip
     else:
-        for half in tl.range(2, num_stages=1):
+        for half in tl.range(2, num_stages=1, disable_licm=True):
             edge = column + half * HALF
-            s = _product(a, half_b, row, edge, depth, BM, HALF, BK, PRECISION)
-            t = s
             if GUIDE:
                 t = _product(ta, tb, row, edge, teacher_depth, BM, HALF, BK, PRECISION)
+            s = _product(a, half_b, row, edge, depth, BM, HALF, BK, PRECISION)
+            if not GUIDE:
+                t = s
             _special_sums(s, t, factors, keys, guide, row_parts, column_parts, strides, row, edge, tile_row,
                           2 * tile_column + half, start, BM, HALF, COLUMNS, GUIDE)  # fmt: skip
 
@@ -255,12 +262,12 @@ def _power_of_difference(x, y):
 
 
 @triton.jit
-def _added_parts(at, inside, fixed, usable, parts, special, state, tiles, length, flags, positives, logits,
+def _added_parts(at, inside, fixed, parts, special, state, tiles, length, flags, positives, logits,
                  TILES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """(maximum, negatives, positives, logits) of rows or columns, with the partial sums of some tiles added.
 
-    In a fixed order and in float64, relative to the fixed or else the running maximum. `state` is what there was
-    before, `flags` where in `special` the tile of a partial sum is.
+    In a fixed order and in float64, relative to the running maximum. `state` is what there was before, `flags` where
+    in `special` the tile of a partial sum is.
     """
     top, negative, positive, logit = state
     tile_per, tile_stride, at_per, at_stride = flags
@@ -273,7 +280,7 @@ def _added_parts(at, inside, fixed, usable, parts, special, state, tiles, length
         all_planes = mask & (tl.load(special + which, mask=mask, other=0) != 0)
         m = tl.where(all_planes, tl.load(where, mask=all_planes, other=0.0), tl.where(mask, fixed, -INF))
         new = tl.maximum(top, tl.max(m, 0))
-        new = tl.where(usable, fixed, tl.where(new == -INF, 0.0, new))
+        new = tl.where(new == -INF, 0.0, new)
         factor, before = _power_of_difference(m, new[None, :]), _power_of_difference(top, new)
         negative = negative * before + tl.sum(tl.load(where + plane, mask=mask, other=0.0).to(tl.float64) * factor, 0)
         counted = all_planes & (positives != 0)
@@ -285,13 +292,13 @@ def _added_parts(at, inside, fixed, usable, parts, special, state, tiles, length
 
 
 @triton.jit
-def _factors(
-    at, inside, state, weights, debiasing, outputs, length, block
-):  # fmt: skip
+def _factors(at, inside, fixed, state, weights, debiasing, outputs, length, block):
     """What P2 needs of rows or columns, and their terms of the loss and of dscale.
 
-    Factors: the maximum that exponentials are relative to; what multiplies those of negatives; the same of positives;
-    the positives' mean; a constant. With k positives, of which e is one, and total = Σ positives + Neg, G is
+    Factors: the maximum that exponentials are relative to; what multiplies those of negatives under the fixed maximum;
+    the same of positives; the positives' mean; a constant; what multiplies negatives relative to the maximum.
+
+    With k positives, of which e is one, and total = Σ positives + Neg, G is
     weight · (κ · e / total - 1/k) = weight · κ/total · (e - mean) - weight/(k · total) · (Neg + (1 - κ) · Σ positives),
     so that nothing is lost to a difference of large numbers where a positive has all the probability. Neg is the sum
     of the negatives and κ = 1, unless they are debiased (Chuang et al. 2020, eq. 8).
@@ -315,7 +322,9 @@ def _factors(
     lost = tl.where(bound, lowest, negative / (1.0 - debias))
     factors += at
     tl.store(factors, top, mask=inside)
-    tl.store(factors + length, of_negatives.to(tl.float32), mask=inside)
+    under_fixed = of_negatives * _power_of_difference(fixed, top)
+    tl.store(factors + length, under_fixed.to(tl.float32), mask=inside)
+    tl.store(factors + 5 * length, of_negatives.to(tl.float32), mask=inside)
     tl.store(factors + 2 * length, of_positives.to(tl.float32), mask=inside)
     tl.store(factors + 3 * length, (positive / positives).to(tl.float32), mask=inside)
     constant = (share * lost - (1.0 - hard) * weight) / positives
@@ -361,7 +370,7 @@ def _keep(state, values, at, inside, length):
 def combine_kernel(
     row_parts, column_parts, special, row_state, column_state,  # of `sums_kernel`; [4, N], [4, M] float64
     bounds, scale, row_count, column_count, siblings, numbers, row_queue, column_queue,  # see `PositiveKeys`
-    row_factors, column_factors, terms,  # [5, N], [5, column_stride]; [2, row blocks + column blocks] float64
+    row_factors, column_factors, terms,  # [6, N], [6, column_stride]; [2, row blocks + column blocks] float64
     first_row, rows, row_tiles, first_column, columns, column_tiles,  # of this launch, and in how many parts
     num_rows, num_columns, column_stride, all_rows, blocks, diagonal,  # of this rank, the matrix, all ranks; terms
     ids, two_sided, positives, fresh_rows, fresh_columns, finish_rows, finish_columns,
@@ -369,7 +378,7 @@ def combine_kernel(
     tile_height, tile_width, TILES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Adds partial sums to those of rows and columns, and where these are complete turns them into factors for P2."""
-    fixed, usable = _fixed_maximum(bounds, scale, bias)
+    fixed, _ = _fixed_maximum(bounds, scale, bias)
     tile_columns, row_blocks, block = tl.cdiv(columns, tile_width), tl.cdiv(rows, WIDTH), tl.program_id(0)
     of_rows = block < row_blocks
     ratio = tl.full((), 1.0, tl.float64)  # weight of a column, relative to that of a row
@@ -398,7 +407,7 @@ def combine_kernel(
     at = block * WIDTH + tl.arange(0, WIDTH)
     inside, index = at < length, first + at
     sums = _loaded(state, index, inside, stride, fresh, WIDTH)
-    sums = _added_parts(at, inside, fixed, usable, parts, special, sums, tiles, length, flags, positives, of_rows,
+    sums = _added_parts(at, inside, fixed, parts, special, sums, tiles, length, flags, positives, of_rows,
                         TILES, WIDTH)  # fmt: skip
     if finish:
         one = tl.full((WIDTH,), 1.0, tl.float64)
@@ -408,7 +417,7 @@ def combine_kernel(
             sibling = tl.load(siblings + index, mask=inside & of_rows, other=1).to(tl.float64)
             negatives -= tl.load(in_queue + index, mask=inside & (from_queue > 0), other=0).to(tl.float64)
         weights = (k, tl.where(k > 0, weight, 0.0), sibling, ratio * two_sided, hard)
-        _factors(index, inside, sums, weights, (tl.load(scale), debias, negatives),
+        _factors(index, inside, fixed, sums, weights, (tl.load(scale), debias, negatives),
                  (factors, terms, terms + blocks), factor_stride, block_of_terms)  # fmt: skip
     else:
         _keep(state, sums, index, inside, stride)
@@ -423,12 +432,12 @@ def _probabilities(x, row, column, i, j, sizes, of_row, of_column, COLUMNS: tl.c
     """weight · P + weight · Q of a tile, as negatives have them, from maxima and factors of `combine_kernel`."""
     end, num_columns, num_rows, column_stride = sizes
     p = tl.exp2(x - tl.load(row + i, mask=i < end, other=0.0)[:, None])
-    p *= tl.load(row + num_rows + i, mask=i < end, other=0.0)[:, None]
+    p *= tl.load(row + 5 * num_rows + i, mask=i < end, other=0.0)[:, None]
     if GUIDE:
         p = tl.where(of_row, 0.0, p)
     if COLUMNS:
         q = tl.exp2(x - tl.load(column + j, mask=j < num_columns, other=0.0)[None, :])
-        q *= tl.load(column + column_stride + j, mask=j < num_columns, other=0.0)[None, :]
+        q *= tl.load(column + 5 * column_stride + j, mask=j < num_columns, other=0.0)[None, :]
         if GUIDE:
             q = tl.where(of_column, 0.0, q)
         p += q
@@ -491,8 +500,7 @@ def _special_gradient(
             t, teacher_row, teacher_column, i, j, sizes, of_row, of_column, COLUMNS, False
         )  # fmt: skip
         t = tl.where(row_inside[:, None] & column_inside[None, :], wanted * (t - x), 0.0)
-        # Left to be added by the host: summing the rows here too makes Triton 3.6 fail on sm_100.
-        tl.store(losses + tl.arange(0, BM), tl.sum(t, 1) * LN2)
+        tl.store(losses, _sum_of_rows(tl.sum(t, 1)) * LN2)
     if GUIDE:
         ta_factor, tb_factor, row_threshold, column_threshold, _ = teacher
         guide = (ta_factor, tb_factor, row_threshold, column_threshold)
@@ -517,8 +525,8 @@ def _special_gradient(
 def gradient_kernel(
     a, b, half_b, g,  # descriptors as those of `sums_kernel`
     a_factor, b_factor, a_out, b_out, a_key, b_key, bounds, scale,
-    row, column,  # [5, N], [5, M] of `combine_kernel`
-    ta, tb, ta_factor, tb_factor, teacher_row, teacher_column, losses,  # the teacher's or guide's; [half tiles, BM]
+    row, column,  # [6, N], [6, M] of `combine_kernel`
+    ta, tb, ta_factor, tb_factor, teacher_row, teacher_column, losses,  # the teacher's or guide's; [half tiles]
     start, end, num_columns, depth, teacher_depth, diagonal, ids, kept, num_rows, column_stride,
     target, teacher_weight, gain, bias,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -540,7 +548,7 @@ def gradient_kernel(
     elif plain:
         plain = _is_plain(keys, top, left_edge, BM, BN)
     if plain & (kept != 0):
-        for half in tl.range(2, num_stages=1):
+        for half in tl.range(2, num_stages=1, disable_licm=True):
             edge = left_edge + half * HALF
             e = g.load([top - start, edge]).to(tl.float32)
             _plain_gradient(e, g, factors, out, fixed, row, column, sizes, top, edge, start, False,
@@ -552,13 +560,14 @@ def gradient_kernel(
                             start, True, BM, HALF, COLUMNS)  # fmt: skip
     else:
         teacher = (ta_factor, tb_factor, teacher_row, teacher_column, teacher_weight)
-        for half in tl.range(2, num_stages=1):
+        for half in tl.range(2, num_stages=1, disable_licm=True):
             edge = left_edge + half * HALF
-            s = _product(a, half_b, top, edge, depth, BM, HALF, BK, PRECISION)
-            t = s
             if TEACHER or GUIDE:
                 t = _product(ta, tb, top, edge, teacher_depth, BM, HALF, BK, PRECISION)
-            _special_gradient(s, t, g, factors, out, keys, row, column, teacher, losses + (2 * tile + half) * BM,
+            s = _product(a, half_b, top, edge, depth, BM, HALF, BK, PRECISION)
+            if not (TEACHER or GUIDE):
+                t = s
+            _special_gradient(s, t, g, factors, out, keys, row, column, teacher, losses + 2 * tile + half,
                               sizes, top, edge, start, target, BM, HALF, COLUMNS, TEACHER, GUIDE)  # fmt: skip
 
 
@@ -738,9 +747,8 @@ def _sigmoid_half(
         term, larger = tl.where(inside, term, 0.0), tl.where(inside, larger, 1.0)
         p = tl.where(left[:, None] == right[None, :], -p, p)
         p = tl.where(inside, p, 0.0)
-    of_rows = tl.sum(term, 1) + tl.log(tl.reduce(larger, 1, _times))
-    tl.store(shares + share, tl.sum(of_rows, 0))
-    tl.store(shares + half_tiles + share, tl.sum(tl.sum(p, 1), 0))
+    tl.store(shares + share, _sum_of_rows(tl.sum(term, 1) + tl.log(tl.reduce(larger, 1, _times))))
+    tl.store(shares + half_tiles + share, _sum_of_rows(tl.sum(p, 1)))
     if gradient:
         p *= tl.load(a_out + i, mask=row_inside, other=0.0)[:, None] * gain
         p *= tl.load(b_out + j, mask=column_inside, other=0.0)[None, :]
@@ -772,7 +780,7 @@ def sigmoid_kernel(
             _sigmoid_half(x[half], g, factors, out, keys, shift, shares, half_tiles, top,
                           left_edge + half * HALF, start, 2 * tile + half, gradient, BM, HALF, True)  # fmt: skip
     else:
-        for half in tl.range(2, num_stages=1):
+        for half in tl.range(2, num_stages=1, disable_licm=True):
             edge = left_edge + half * HALF
             s = _product(a, half_b, top, edge, depth, BM, HALF, BK, PRECISION)
             _sigmoid_half(s, g, factors, out, keys, shift, shares, half_tiles, top, edge, start,

@@ -373,6 +373,20 @@ def test_resuming_another_configuration_is_refused(tiny: Build) -> None:
         train(tiny(steps=3, batch_size=16, resume=True))
 
 
+def test_a_field_that_is_younger_than_the_checkpoint_had_its_default(tiny: Build) -> None:
+    train(tiny(steps=3))
+    state = checkpoint.checkpoints(Path(tiny().run_dir))[-1] / "state.json"
+    saved = json.loads(state.read_text())
+    del saved["config"]["loss"]["queue_size"], saved["config"]["loss"]["debias"]
+    state.write_text(json.dumps(saved))
+    changed = tiny(steps=3, resume=True)
+    changed.loss.debias = 0.1
+    with pytest.raises(ConfigError, match=r"loss\.debias was 0\.0, now 0\.1"):
+        train(changed)
+    train(tiny(steps=4, resume=True))
+    assert checkpoint.checkpoints(Path(tiny().run_dir))[-1].name == "step-4"
+
+
 def test_a_finished_run_can_be_extended(tiny: Build) -> None:
     train(tiny(steps=4))
     train(tiny(steps=8, resume=True))

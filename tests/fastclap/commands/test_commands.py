@@ -71,6 +71,17 @@ def test_eval_and_classify_read_a_packed_folder(model: str, voices: str, tmp_pat
         assert (found[0]["clips"], found[0][figures]) == (found[1]["clips"], found[1][figures])
 
 
+def test_eval_and_classify_use_the_first_columns(model: str, voices: str, capfd: Any) -> None:
+    for command, figures in (("eval", "retrieval"), ("classify", "classification")):
+        found = []
+        for flags in ([], ["--width", "3"]):
+            assert main([command, "--model", model, "--data", voices, "--json", *flags]) == 0
+            found.append(json.loads(capfd.readouterr().out))
+        assert found[1]["width"] == 3 and found[0][figures] != found[1][figures]
+        error = error_line(capfd, command, "--model", model, "--data", voices, "--width", "17")
+        assert "--width is 17; the model's embeddings have 1 to 16 columns to use" in error
+
+
 def test_eval_prints_a_table_and_writes_a_report(model: str, voices: str, tmp_path: Path, capfd: Any) -> None:
     out = tmp_path / "report"
     assert main(["eval", "--model", model, "--data", voices, "--captions", "both", "--out", str(out)]) == 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.data import Manifest, load_manifest
-from fastclap.errors import DataError, ModelError
+from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.evaluation import ClassificationTask, evaluate, evaluate_classification, evaluate_retrieval
 from fastclap.evaluation.projection import even_selection
 from fastclap.models.clap import CLAP
@@ -324,3 +324,35 @@ def test_several_templates_are_the_prompts_they_fill(known: Any, manifest: Manif
     result = by_templates["classification"]["classification_tag"]
     assert result.pop("templates") == ["{}", "so {}"] and by_prompts.pop("templates") is None
     assert result == by_prompts
+
+
+def test_the_first_columns_alone(tiny_clap: CLAP, manifest: Manifest) -> None:
+    """The figures of a model whose embeddings are its first columns at unit length, in every part of an evaluation."""
+
+    class Narrow:
+        sampling_rate, device = tiny_clap.sampling_rate, tiny_clap.device
+
+        def embed_batch(self, audio: Tensor, lengths: Sequence[int]) -> Tensor:
+            return nn.functional.normalize(tiny_clap.embed_batch(audio, lengths)[:, :5], dim=1)
+
+        def embed_text(self, texts: Sequence[str]) -> Tensor:
+            return nn.functional.normalize(tiny_clap.embed_text(texts)[:, :5], dim=1)
+
+        def modules(self) -> list[nn.Module]:
+            return []
+
+        def eval(self) -> None:
+            tiny_clap.eval()
+
+    tasks = [ClassificationTask("sex", ["{}"])]
+    narrow: Any = Narrow()
+    found = evaluate(tiny_clap, manifest, tasks=tasks, embedding_map=True, width=5)
+    expected = evaluate(narrow, manifest, tasks=tasks, embedding_map=True)
+    whole = evaluate(tiny_clap, manifest, tasks=tasks, embedding_map=True)
+    assert found.pop("width") == 5 and "width" not in whole
+    for result in (found, expected, whole):
+        del result["time"]
+    assert found == expected != whole
+    for width in (0, 17):
+        with pytest.raises(ConfigError, match=rf"the width is {width}; the model's embeddings have 1 to 16 columns"):
+            evaluate(tiny_clap, manifest, tasks=tasks, width=width)

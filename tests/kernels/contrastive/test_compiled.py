@@ -15,27 +15,29 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 MODULE = "contrastive.triton_engine"
 MOST_USED = (
-    "sums bf16 columns fixed",
-    "sums bf16 columns store fixed",
-    "sums bf16 ids columns",
-    "sums fp32 tf32x3 columns fixed",
-    "gradient bf16 columns inverse fixed",
-    "gradient bf16 columns fixed",
-    "gradient bf16 ids columns inverse fixed",
-    "gradient fp32 tf32x3 columns inverse",
-    "gradient bf16 columns inverse teacher",
-    "convert bf16 columns inverse",
-    "sigmoid bf16 inverse gradient",
-    "combine ids logits",
-    "factors ids logits two_sided",
+    "sums bf16 columns",
+    "sums bf16",
+    "sums bf16 columns guide",
+    "sums fp32 tf32x3 columns",
+    "gradient bf16 columns",
+    "gradient fp32 tf32x3 columns",
+    "gradient bf16 columns teacher",
+    "gradient bf16 columns guide",
+    "sigmoid bf16",
+    "best bf16",
+    "combine",
     "rows bf16",
-    "finish bf16 normalize",
+    "finish bf16",
+    "total",
+    "upstream bf16 to bf16",
 )
+MOST_COMPILATIONS = 60  # of an architecture
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_compilation_has_a_name_of_its_own_and_covers_the_launchers_choices(arch: int) -> None:
-    assert set(MOST_USED) <= set(compilations(MODULE, arch))
+    found = compilations(MODULE, arch)
+    assert set(MOST_USED) <= set(found) and len(found) <= MOST_COMPILATIONS
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -47,7 +49,7 @@ def test_most_used_kernels_compile_without_a_problem(name: str, arch: int) -> No
     assert compiled.loop_spills == 0
 
 
-@pytest.mark.parametrize("name", ["sums bf16 columns fixed", "gradient bf16 columns inverse fixed"])
+@pytest.mark.parametrize("name", ["sums bf16 columns", "gradient bf16 columns", "sigmoid bf16"])
 def test_two_programs_share_a_hopper_multiprocessor(name: str) -> None:
     """One's exponentials hide behind the other's matrix products."""
     assert compile_offline(compilations(MODULE, 90)[name], 90).programs == 2
