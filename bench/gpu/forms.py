@@ -239,12 +239,12 @@ def _losses() -> Iterator[KernelForm]:
     yield _loss_form("loss one direction", bf16, direction="a_to_b")
     for dtype, tf32 in ((bf16, False), (fp32, True)):
         yield _loss_form("loss teacher", dtype, "ids", "teacher", tf32=tf32, teacher_weight=0.5)
-        yield _loss_form("loss guide", dtype, "teacher", tf32=tf32, guide_margin=0.05)
-    yield _loss_form("loss guide of ids", bf16, "ids", "teacher", guide_margin=0.05)
+        yield _loss_form("loss guide of ids", dtype, "ids", "teacher", tf32=tf32, guide_margin=0.05)
+        yield _loss_form("loss queue of ids", dtype, "ids", "queue", tf32=tf32)
+        yield _loss_form("loss matryoshka", dtype, tf32=tf32, matryoshka=(DIM, DIM // 3, 16))
+    yield _loss_form("loss guide", bf16, "teacher", guide_margin=0.05)
     yield _loss_form("loss debias", bf16, debias=0.01)
     yield _loss_form("loss queue", bf16, "queue")
-    yield _loss_form("loss queue of ids", bf16, "ids", "queue")
-    yield _loss_form("loss matryoshka", bf16, matryoshka=(DIM, DIM // 3, 16))
     yield _loss_form("loss top-1", bf16, return_top1=True)
     yield _loss_form("loss top-1 of ids", bf16, "ids", return_top1=True)
     for also in ((), ("ids",)):
