@@ -67,10 +67,10 @@ def test_time_of_the_loss(machine: Machine) -> None:
 
 @each_machine
 def test_small_batches_of_the_loss_are_bound_by_the_host(machine: Machine) -> None:
-    assert predictions.loss_cell(FORMS[FOUR], 256, 768, machine) == "0.39 (0.023)"
+    assert predictions.loss_cell(FORMS[FOUR], 256, 768, machine) == "0.37 (0.023)"
     assert predictions.loss_cell(FORMS[MATERIALISED], 256, 768, machine).startswith("0.29 (0.03")
     # as the page says, where they meet
-    assert predictions.device_ms(FORMS[MATERIALISED], 4600, 768, machine) < FORMS[FOUR].host_ms
+    assert predictions.device_ms(FORMS[MATERIALISED], 4400, 768, machine) < FORMS[FOUR].host_ms
     assert predictions.device_ms(FORMS[MATERIALISED], 5200, 768, machine) > FORMS[FOUR].host_ms
     assert predictions.device_ms(FORMS[FOUR], 8192, 768, machine) > FORMS[FOUR].host_ms
 
