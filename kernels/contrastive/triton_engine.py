@@ -312,7 +312,7 @@ class EmbeddingGradients:
             self.a_rows = (operands.a * operands.a_inverse[:, None]).to(torch.float16)
             self.b_rows = (operands.b * operands.b_inverse[:, None]).to(torch.float16)
         # bfloat16 gradients keep their dtype; float16 ones would underflow before a loss scale reaches them.
-        dtype = torch.bfloat16 if operands.dtype == torch.bfloat16 else torch.float32
+        self._dtype = dtype = torch.bfloat16 if operands.dtype == torch.bfloat16 else torch.float32
         shapes = ((operands.a.shape[0], operands.depth), (own.stop - own.start, operands.depth))
         self.a, self.b = (
             torch.empty(shape, dtype=dtype, device=operands.device) if wanted else None
@@ -361,11 +361,13 @@ class EmbeddingGradients:
         rows = 0 if raw_a is None else raw_a.shape[0], 0 if raw_b is None else raw_b.shape[0]
         blocks = [-(-n // FINISHED["ROWS"]) for n in rows]
         da, db = None if self.a is None else taken(self.a, at), self.b
-        raw = raw_a if raw_a is not None else raw_b  # stands for what is absent
-        unwritten = da if da is not None else db if db is not None else raw
+        # What stands for what is absent.
+        raw, unwritten = raw_a if raw_a is not None else raw_b, da if da is not None else db
+        if unwritten is None:
+            unwritten = torch.empty(1, dtype=self._dtype, device=o.device)
         first = at.start // FINISHED["ROWS"] if raw_a is not None else self._blocks[0]
         launch(
-            finish_kernel, sum(blocks), (o.dtype, unwritten.dtype),  # type: ignore[union-attr]
+            finish_kernel, sum(blocks), o.dtype,
             raw if raw_a is None else raw_a, raw if raw_b is None else raw_b, a, b, taken(o.a_inverse, at),
             taken(o.b_inverse, own), o.scale, keys.numbers, unwritten if da is None else da,
             unwritten if db is None else db, self.along, *rows, o.depth, a.stride(0), b.stride(0), first,

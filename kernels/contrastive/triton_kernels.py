@@ -520,7 +520,7 @@ def _special_gradient(
 @jit_for_any_size(
     "start end num_columns depth teacher_depth diagonal ids kept num_rows column_stride target teacher_weight gain "
     "bias",
-    "a_factor a_out a_key b_key scale row ta_factor tb_factor teacher_row teacher_column",
+    "a_factor a_out a_key b_key scale row ta_factor tb_factor teacher_row teacher_column losses",
 )
 def gradient_kernel(
     a, b, half_b, g,  # descriptors as those of `sums_kernel`
