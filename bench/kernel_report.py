@@ -195,10 +195,9 @@ compiled by Triton {version("triton")} for GPUs that need not be there. Nothing 
 
 A row is a kernel on an architecture. Registers and stack are those of a thread, shared memory that of a program, each
 from the smallest to the largest of the forms; programs/SM is how many fit a multiprocessor. *Matrix instruction*: the
-one found, "in n" where only n of the forms multiply matrices. *Issue / tensor*, of
-the losses' kernels in bf16 on sm_{machine_code.ARCH}: the cycles in which a tile inside the matrix issues instructions, over those of
-its products on the tensor cores, at D = {machine_code.DIM} (`bench.machine_code`). *Verdict*: ok, or the worst of the forms with a
-problem.
+one found, "in n" where only n of the forms multiply matrices. *Issue / tensor*, of the losses' kernels in bf16 on
+sm_{machine_code.ARCH}: the cycles in which a tile inside the matrix issues instructions, over those of its products on the tensor
+cores, at D = {machine_code.DIM} (`bench.machine_code`). *Verdict*: ok, or the worst of the forms with a problem.
 
 {markdown(SUMMARY_COLUMNS, summary_rows(results))}
 """  # noqa: E501
