@@ -65,7 +65,7 @@ def main() -> None:
     record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     record |= {
         "data": arguments.name,
-        "hardware": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "hardware": f"{processor()}, {os.cpu_count()} cores, threads used: {torch.get_num_threads()}",
         "versions": {"fastclap": fastclap.__version__, "python": platform.python_version(), "torch": torch.__version__},
         "commands": {name: " ".join(command(name, "SEED", "FOLDER", arguments.flags)) for name in RUNS},
     }
@@ -128,7 +128,8 @@ def page(record: dict[str, Any]) -> str:
         "",
         f"Written by `python -m bench.contrasts` on {record['data']}; {record['hardware']}; {versions}. Seeds "
         f"{', '.join(seeds)}: mean ± standard deviation, in per cent. Retrieval is the mean of both directions. In "
-        "brackets the mean difference from the plain run of the same seed, and in how many of the seeds it is above 0.",
+        "brackets the mean difference from the plain run of the same seed, and in how many of the seeds it is above 0. "
+        "The seconds of a training are those of a machine that may have done other things besides.",
         "",
         f"| run | {' | '.join(FIGURES)} | seconds |",
         "| --- " * (len(FIGURES) + 2) + "|",
