@@ -65,8 +65,8 @@ FOUR, THREE, MATERIALISED, OPEN_CLIP = (
     *("materialised, compiled", "open_clip, compiled"),
 )
 FORMS = {
-    FOUR: FormCost(((1029, 73), (884, 85)), 2, 0, 0, OURS_OPERATIONS, OURS_HOST_MS),
-    THREE: FormCost(((1123, 73),), 2, 4, 2, OURS_OPERATIONS, OURS_HOST_MS),
+    FOUR: FormCost(((1028, 73), (884, 85)), 2, 0, 0, OURS_OPERATIONS, OURS_HOST_MS),
+    THREE: FormCost(((1122, 73),), 2, 4, 2, OURS_OPERATIONS, OURS_HOST_MS),
     MATERIALISED: FormCost((), 3, 25, 4, 15, MATERIALISED_HOST_MS),
     OPEN_CLIP: FormCost((), 6, 32, 8, 20, MATERIALISED_HOST_MS),
 }

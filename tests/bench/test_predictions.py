@@ -34,9 +34,9 @@ def test_figures_are_one_where_they_are_alike() -> None:
 
 def test_p1_and_p2_are_bound_by_the_l2_cache_and_siglip_by_its_instructions() -> None:
     one, two = FORMS[FOUR].issued
-    # 8 warps over 4 schedulers issue 2 · (1029 + 73·D/64), the tensor cores take 8·D.
+    # 8 warps over 4 schedulers issue 2 · (1028 + 73·D/64), the tensor cores take 8·D.
     shares = [predictions.issue_to_tensor(one, dim) for dim in (512, 768, 1024)]
-    assert shares == pytest.approx([0.788, 0.620, 0.536], abs=1e-3)
+    assert shares == pytest.approx([0.787, 0.620, 0.536], abs=1e-3)
     by_l2 = 128 * 128 * 2 / (2 * 128 * 2) * 8.1  # flops of a step of one in depth, over its bytes of A and B
     for issued in (one, two, *FORMS[THREE].issued):
         rates = [predictions.pass_tflops(issued, dim, H100) for dim in (512, 768, 1024)]
