@@ -30,6 +30,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import inspect
 import json
 import os
 import subprocess
@@ -223,6 +224,24 @@ def _ids(rows: int) -> Tensor:
     return torch.arange(rows) // 2
 
 
+def _with_guide(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    rows = _more_rows(a.shape[0], a.shape[1])
+    return info_nce(a, b, scale, teacher=(rows, rows, 1.0), guide_margin=0.05, backend="triton")
+
+
+def _with_queue(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    from fastclap.kernels.contrastive.shared import QueueRows  # of checkouts that have queues
+
+    rows = _more_rows(a.shape[0], a.shape[1])
+    return info_nce(a, b, scale, queue=QueueRows(rows, rows), backend="triton")
+
+
+@functools.cache
+def _more_rows(rows: int, dim: int) -> Tensor:
+    """Of a guide, or of a queue."""
+    return timing.embeddings(rows, dim, 1.0, CPU, torch.bfloat16, seed=1)[0].detach()
+
+
 def _plain(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return info_nce(a, b, scale, backend="triton")
 
@@ -236,6 +255,10 @@ def forms() -> dict[str, Form]:
         "fastclap, sigmoid": Form(lambda a, b, scale: sigmoid_loss(a, b, scale, peers.SIGMOID_BIAS, backend="triton")),
         "materialised sigmoid": Form(peers.materialised_sigmoid, ours=False),
     }
+    options = inspect.signature(info_nce).parameters  # another checkout may lack some
+    for option, call in (("guide_margin", _with_guide), ("queue", _with_queue)):
+        if option in options:
+            found[f"fastclap, {option.partition('_')[0]}"] = Form(call)
     for peer in peers.info_nce_peers(CPU, peers.SCALE):
         if peer.name in ("materialised", "open_clip") and peer.run is not None:
             found[peer.name] = Form(peer.run, ours=False)

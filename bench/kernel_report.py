@@ -22,8 +22,17 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from bench import machine_code
 from bench.tables import markdown
-from fastclap.kernels.offline import ARCHITECTURES, MATRIX_INSTRUCTION, compile_offline, operator_name, problems
+from fastclap.kernels.offline import (
+    ARCHITECTURES,
+    MATRIX_INSTRUCTION,
+    Compilation,
+    _cuobjdump,
+    compile_offline,
+    operator_name,
+    problems,
+)
 
 MODULES = (  # each offers compilations(arch)
     "fastclap.kernels.contrastive.triton_engine",
@@ -37,18 +46,21 @@ MODULES = (  # each offers compilations(arch)
 )
 COLUMNS = (
     *("kernel", "arch", "matrix instructions", "registers", "stack B", "spill B"),
-    *("shared B", "programs/SM", "verdict"),
+    *("shared B", "programs/SM", "issue / tensor", "verdict"),
 )
 SUMMARY_COLUMNS = (
     *("kernel", "arch", "forms", "matrix instruction", "registers", "stack B"),
-    *("shared B", "programs/SM", "verdict"),
+    *("shared B", "programs/SM", "issue / tensor", "verdict"),
 )
 OK = "ok"
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Of one compilation; sizes in bytes, as in `fastclap.kernels.offline.Compiled`."""
+    """Of one compilation; sizes in bytes, as in `fastclap.kernels.offline.Compiled`.
+
+    `issue`: `bench.machine_code.issue_to_tensor` of a tile inside the matrix, of what that module counts.
+    """
 
     matrix_instructions: int
     registers: int
@@ -56,6 +68,7 @@ class Numbers:
     spills: int
     shared: int
     programs: int
+    issue: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,10 +95,10 @@ class Result:
         """Of its row under `COLUMNS`."""
         n = self.numbers
         if n is None:
-            return (self.name, str(self.arch), *[""] * 6, self.verdict)
+            return (self.name, str(self.arch), *[""] * 7, self.verdict)
         matrix = f"{n.matrix_instructions} {self.matrix_instruction}" if n.matrix_instructions else "none"
         numbers = (n.registers, n.stack, n.spills, n.shared, n.programs)
-        return (self.name, str(self.arch), matrix, *map(str, numbers), self.verdict)
+        return (self.name, str(self.arch), matrix, *map(str, numbers), _percent(n.issue), self.verdict)
 
 
 def result(module: str, arch: int, index: int) -> Result:
@@ -105,8 +118,23 @@ def result(module: str, arch: int, index: int) -> Result:
         compiled.spills,
         compiled.shared,
         compiled.programs,
+        _issue(c, compiled.cubin) if kernel.startswith("contrastive.") and arch == machine_code.ARCH else None,
     )
     return Result(c.name, kernel, arch, matrix, numbers, "; ".join(problems(c, compiled, arch)) or OK)
+
+
+def _issue(c: Compilation, cubin: bytes) -> float | None:
+    if c.name not in machine_code.LOSSES:
+        return None
+    stores, _ = machine_code.LOSSES[c.name]
+    tile, step = machine_code.product_tile(machine_code.parse(_cuobjdump(cubin, "-sass")), stores)
+    k = c.constexprs
+    sizes = {"rows": k["BM"], "columns": k["BN"], "depth": k["BK"], "warps": c.num_warps}
+    return machine_code.issue_to_tensor(tile.instructions, step.instructions, machine_code.DIM, **sizes)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
 
 
 def report(modules: Sequence[str], architectures: Sequence[int], processes: int) -> Iterator[Result]:
@@ -137,7 +165,9 @@ def summary_rows(results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
             ranges = (
                 _range([getattr(n, field) for n in compiled]) for field in ("registers", "stack", "shared", "programs")
             )
-            yield (kernel, str(arch), str(len(forms)), matrix, *ranges, verdict)
+            shares = sorted(n.issue for n in compiled if n.issue is not None)
+            issue = " to ".join(dict.fromkeys(map(_percent, (shares[0], shares[-1])))) if shares else "-"
+            yield (kernel, str(arch), str(len(forms)), matrix, *ranges, issue, verdict)
 
 
 def _range(values: Sequence[int]) -> str:
@@ -165,7 +195,9 @@ compiled by Triton {version("triton")} for GPUs that need not be there. Nothing 
 
 A row is a kernel on an architecture. Registers and stack are those of a thread, shared memory that of a program, each
 from the smallest to the largest of the forms; programs/SM is how many fit a multiprocessor. *Matrix instruction*: the
-one found, "in n" where only n of the forms multiply matrices. *Verdict*: ok, or the worst of the forms with a problem.
+one found, "in n" where only n of the forms multiply matrices. *Issue / tensor*, of the losses' kernels in bf16 on
+sm_{machine_code.ARCH}: the cycles in which a tile inside the matrix issues instructions, over those of its products on the tensor
+cores, at D = {machine_code.DIM} (`bench.machine_code`). *Verdict*: ok, or the worst of the forms with a problem.
 
 {markdown(SUMMARY_COLUMNS, summary_rows(results))}
 """  # noqa: E501

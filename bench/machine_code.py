@@ -10,6 +10,9 @@ a minute the first time.
 store of shared, global or local memory takes one for up to 32 bits a lane, two for 64, four for 128; a matrix load or
 store one for each 8×8 matrix; a shuffle one. That is the least: lanes that meet in a bank, or a global access that
 touches many lines, take more.
+
+*Issue / tensor*, of the losses' matrix kernels: the cycles in which a tile's warps issue instructions, over those of
+its products at the full rate of the tensor cores. Above 100 % no kernel with such code can keep them busy.
 """
 
 from __future__ import annotations
@@ -23,6 +26,15 @@ from types import ModuleType
 from bench.tables import markdown
 
 ARCH = 90
+DIM = 768  # of the embeddings, for the share of the tensor cores' time
+# Of the losses' matrix kernels, and the TMA stores of a tile that are behind a branch and happen; gradients always.
+LOSSES = {
+    "sums bf16 columns": (0, "P1"),
+    "sums bf16 columns, kept": (2, "P1, exponentials kept"),
+    "sums bf16": (0, "P1, one direction"),
+    "gradient bf16 columns": (2, "P2"),
+    "sigmoid bf16": (2, "SigLIP"),
+}
 # The compilation of each front-end of `bench.kernel_peers`.
 FORMS = {"whisper-80": "whisper", "kaldi-80": "kaldi", "clsp-128": "kaldi unsnipped 128", "clap-64": "clap"}
 NORMS = (  # forms of layer_norm_gelu in which a row is one warp's
@@ -139,14 +151,38 @@ def shortest(code: Sequence[Instruction], start: int, end: int | None) -> list[I
     raise ValueError(f"no way from 0x{start:x} to {'an exit' if end is None else f'0x{end:x}'}")
 
 
-def product_tile(code: Sequence[Instruction]) -> tuple[Counts, Counts]:
-    """Of a kernel of one tile around a loop over the depth: a tile without that loop, and a step of it."""
+def product_tile(code: Sequence[Instruction], stores: int = 0) -> tuple[Counts, Counts]:
+    """Of a kernel of one tile around a loop over the depth: a tile without that loop, and a step of it.
+
+    `stores`: how many of the TMA stores that follow the loop are on the way, the first of them.
+    """
     first = next(line.at for line in code if line.opcode[0] == "HGMMA")
     ends = {line.at: line for line in code}
     around = [loop for loop in loops(code) if loop[0] <= first <= loop[1] and not ends[loop[1]].always]
     start, end = min(around, key=lambda loop: loop[1] - loop[0])
-    enter, leave = shortest(code, code[0].at, start)[:-1], shortest(code, end, None)[1:]
-    return Counts.of(enter) + Counts.of(leave), Counts.of(shortest(code, start, end))
+    tile, at = shortest(code, code[0].at, start)[:-1], end
+    for store in [line.at for line in code if line.at > end and line.opcode[0] == "UTMASTG"][:stores]:
+        tile += shortest(code, at, store)[1:]
+        at = store
+    tile += shortest(code, at, None)[1:]
+    return Counts.of(tile), Counts.of(shortest(code, start, end))
+
+
+def issue_to_tensor(
+    tile: int, step: int, dim: int, *, rows: int = 128, columns: int = 128, depth: int = 64, warps: int = 8
+) -> float:
+    """Cycles in which a tile issues instructions, over those of its 16-bit products at the full rate.
+
+    A multiprocessor of sm_90 issues four instructions a cycle, one of each scheduler, and multiplies and adds 2,048
+    pairs of numbers: 8·D cycles for a tile of 128 x 128.
+
+    Args:
+        tile: instructions of a warp for a tile without the loop over the depth.
+        step: of a turn of that.
+        dim: D.
+        rows, columns, depth, warps: of the configuration.
+    """
+    return warps / 4 * (tile + step * dim / depth) / (rows * columns * dim / 2048)
 
 
 def attention_tile(code: Sequence[Instruction]) -> Counts:
@@ -193,10 +229,12 @@ def main() -> None:
         found = next(c for c in module.compilations(ARCH) if c.name == name)
         return parse(offline._cuobjdump(offline.compile_offline(found, ARCH).cubin, "-sass"))
 
-    rows = []
-    for name in ("sums bf16 columns fixed", "sums bf16 columns store fixed", "gradient bf16 columns inverse fixed"):
-        tile, step = product_tile(machine_code(contrastive, name))
-        rows += [(name, "a tile", tile), (name, "a step of 64 in depth", step)]
+    rows: list[tuple[str, str, Counts]] = []
+    shares = {}
+    for name, (stores, what) in LOSSES.items():
+        tile, step = product_tile(machine_code(contrastive, name.removesuffix(", kept")), stores)
+        rows += [(name, f"a tile: {what}", tile), (name, "a step of 64 in depth", step)]
+        shares[name] = issue_to_tensor(tile.instructions, step.instructions, DIM)
     for kernel in ("forward 64 bf16", "keys 64 bf16", "queries 64 bf16 table"):
         tile = attention_tile(machine_code(toeplitz_attention_triton, f"attention {kernel}"))
         rows.append((f"attention {kernel}", "a tile", tile))
@@ -209,8 +247,12 @@ def main() -> None:
         groups = -(-FRONT_ENDS[label].n_mels // log_mel.feature_flags(FRONT_ENDS[label])["MELS"])
         tile = log_mel_tile(machine_code(log_mel, f"log-mel {form} fp32 to fp32"), groups)
         rows.append((f"log-mel {label}", f"a tile of {log_mel.FEATURE_TILE.frames} frames", tile))
-    header = ("kernel", "of a warp", "instructions", "wavefronts", "matrix instructions")
-    print(markdown(header, [(name, what, *map(str, counts.values)) for name, what, counts in rows]))
+    header = ("kernel", "of a warp", "instructions", "wavefronts", "matrix instructions", f"issue / tensor, D = {DIM}")
+    cells = []
+    for name, what, counts in rows:
+        share = shares.pop(name, None)
+        cells.append((name, what, *map(str, counts.values), "-" if share is None else f"{share:.0%}"))
+    print(markdown(header, cells))
 
 
 if __name__ == "__main__":

@@ -102,24 +102,10 @@ def two_calls(one_direction: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss
     return run
 
 
-def _fastclap(loss: Callable[..., Any], backend: str, device: torch.device) -> Loss:
+def _fastclap(loss: Callable[..., Any], backend: str, device: torch.device, **options: Any) -> Loss:
     if backend == "triton" and device.type != "cuda":
         raise UnavailableError("needs a GPU")
-    return functools.partial(loss, backend=backend)
-
-
-def storing(run: Loss, stored: bool) -> Loss:
-    """The fused loss with exponentials stored (3 passes) or computed twice (4 passes), whatever memory would allow."""
-    engine: Any = importlib.import_module("fastclap.kernels.contrastive.triton_engine")
-
-    def call(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        kept, engine.stores_exponentials = engine.stores_exponentials, lambda *_: stored
-        try:
-            return run(a, b, scale)
-        finally:
-            engine.stores_exponentials = kept
-
-    return call
+    return functools.partial(loss, backend=backend, **options)
 
 
 def _compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -224,12 +210,12 @@ def info_nce_peers(device: torch.device, scale: float) -> list[Peer]:
     both = "one direction, called twice"
     return [
         load(
-            *("fastclap Triton", "fastclap", 4, "3 passes where exponentials fit into a quarter of the free memory"),
+            *("fastclap Triton", "fastclap", 4, "3 passes where the exponentials take up to 256 MiB"),
             lambda: _fastclap(info_nce, "triton", device),
         ),
         load(
-            *("fastclap Triton, 4 passes", "fastclap", 4, "never stores exponentials"),
-            lambda: storing(_fastclap(info_nce, "triton", device), False),
+            *("fastclap Triton, 3 passes", "fastclap", 3, "keep_exponentials=True"),
+            lambda: _fastclap(info_nce, "triton", device, keep_exponentials=True),
         ),
         load(
             "fastclap torch",
@@ -293,19 +279,19 @@ def sigmoid_peers(device: torch.device) -> list[Peer]:
     ]
 
 
-def reference(loss: str, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+def reference(loss: str, a: Tensor, b: Tensor, scale: Tensor, **options: Any) -> tuple[Tensor, ...]:
     """(loss, da, db, dscale) in float64 on the very numbers that the forms get.
 
-    By the definition up to 16,384 rows; above, where its matrix does not fit, by the chunked engine in float64, which
-    the tests hold to the definition.
+    By the definition up to 16,384 rows; above, where its matrix does not fit, and with `options` of InfoNCE, by the
+    chunked engine in float64, which the tests hold to the definition.
     """
     a, b, scale = (x.detach().double().requires_grad_() for x in (a, b, scale))
-    backend = "reference" if a.shape[0] <= 16384 else "torch"
+    backend = "reference" if a.shape[0] <= 16384 and not options else "torch"
     value: Any
     if loss == "sigmoid":
         value = sigmoid_loss(a, b, scale, SIGMOID_BIAS, backend=backend)
     else:
-        value = info_nce(a, b, scale, backend=backend)
+        value = info_nce(a, b, scale, backend=backend, **options)
     return (value.detach(), *torch.autograd.grad(value, (a, b, scale)))
 
 

@@ -8,10 +8,12 @@ No figure of this comes from a run. Compare it with the records of `bench.gpu`, 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from bench import model_flops, scale_model
+from bench import machine_code, model_flops, scale_model
 from bench.kernel_peers import FRONT_ENDS
 from bench.machines import H100, MACHINES, MULTIPROCESSORS, Machine
 from bench.run import SIZES
@@ -28,7 +30,7 @@ GAP_US = 2.0  # between two operations on the device: assumed
 # ---------------------------------------------------------------------------------------------------------------------
 # InfoNCE
 
-TILE, DEPTH, WARPS = 128, 64, 8  # of P1 and P2: rows and columns of a tile, a step of its depth
+TILE, DEPTH, WARPS = 128, 64, 8  # of P1, P2 and SigLIP's: rows and columns of a tile, a step of its depth
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,6 @@ class FormCost:
         kept_per_pair: bytes of the whole matrix that it holds at once.
         operations: on the device, Triton launches and products among them.
         host_ms: of a call, forward and backward.
-        share_of_memory: that the matrix may take.
     """
 
     issued: tuple[tuple[int, int], ...]
@@ -52,22 +53,27 @@ class FormCost:
     kept_per_pair: float
     operations: int
     host_ms: float
-    share_of_memory: float = 0.9
 
 
-OURS_OPERATIONS = 11 + 2 + 61  # traced at N = 256: Triton launches, products and others of torch
-OURS_HOST_MS, MATERIALISED_HOST_MS = 0.93, 0.29  # the first is 0.86 to 1.0 by what such calls cost
+OURS_OPERATIONS = 7 + 2 + 2  # traced at N = 256 (`bench.host_time`): Triton launches, products and others of torch
+# The engine before this one, of 74 operations, was predicted at 0.93; on a CPU this one takes 0.4 of its time
+# (`bench/records/host-time`).
+OURS_HOST_MS, MATERIALISED_HOST_MS = 0.37, 0.29
+KEPT_BYTES = 256 << 20  # of exponentials, up to which the engine keeps them
 FOUR, THREE, MATERIALISED, OPEN_CLIP = (
     *("fastclap, 4 passes", "fastclap, 3 passes"),
     *("materialised, compiled", "open_clip, compiled"),
 )
 FORMS = {
-    FOUR: FormCost(((1806, 71), (1200, 84)), 2, 0, 0, OURS_OPERATIONS, OURS_HOST_MS),
-    THREE: FormCost(((1894, 83),), 2, 4, 2, OURS_OPERATIONS, OURS_HOST_MS, share_of_memory=0.25),
+    FOUR: FormCost(((1028, 73), (884, 85)), 2, 0, 0, OURS_OPERATIONS, OURS_HOST_MS),
+    THREE: FormCost(((1122, 73),), 2, 4, 2, OURS_OPERATIONS, OURS_HOST_MS),
     MATERIALISED: FormCost((), 3, 25, 4, 15, MATERIALISED_HOST_MS),
     OPEN_CLIP: FormCost((), 6, 32, 8, 20, MATERIALISED_HOST_MS),
 }
+SIGMOID = FormCost(((2931, 94),), 2, 0, 0, 4 + 2 + 9, OURS_HOST_MS)
 LOSS_ISSUE_SHARE = 0.6  # of the cycles, in which a scheduler issues an instruction: assumed, for 16 warps and barriers
+SHARE_OF_MEMORY = 0.9  # that a matrix may take
+FLOAT32 = "tf32x3, 32 columns"  # our product of float32 embeddings, in `bench/records/float32-errors`
 FLOORS = {"memeff": 5, "quack (two calls)": 6, "liger-kernel (two calls)": 6, "cut-cross-entropy (two calls)": 8}
 FLOORS |= {"inf_cl (two calls)": 10}
 SIZES_OF_LOSS = (
@@ -78,12 +84,8 @@ SIZES_OF_LOSS = (
 
 
 def issue_to_tensor(issued: tuple[int, int], dim: int) -> float:
-    """Cycles in which a tile issues instructions, over those of its products at the full rate.
-
-    A multiprocessor multiplies and adds 2,048 pairs of 16-bit numbers a cycle: 8·D cycles for a tile of 128 x 128.
-    """
-    tile, step = issued
-    return WARPS / SCHEDULERS * (tile + step * dim / DEPTH) / (TILE**2 * dim / 2048)
+    """`bench.machine_code`'s of our tiles."""
+    return machine_code.issue_to_tensor(*issued, dim, rows=TILE, columns=TILE, depth=DEPTH, warps=WARPS)
 
 
 def pass_tflops(issued: tuple[int, int], dim: int, machine: Machine) -> float:
@@ -104,7 +106,7 @@ def device_ms(form: FormCost, rows: int, dim: int, machine: Machine) -> float:
 
 
 def fits(form: FormCost, rows: int, machine: Machine) -> bool:
-    return form.kept_per_pair * rows**2 <= 1e9 * machine.gbytes * form.share_of_memory
+    return form.kept_per_pair * rows**2 <= 1e9 * machine.gbytes * SHARE_OF_MEMORY
 
 
 def loss_cell(form: FormCost, rows: int, dim: int, machine: Machine) -> str:
@@ -113,6 +115,13 @@ def loss_cell(form: FormCost, rows: int, dim: int, machine: Machine) -> str:
         return "–"
     ms = device_ms(form, rows, dim, machine)
     return f"{ms:.3g}" if ms >= form.host_ms else f"{form.host_ms:.2g} ({ms:.2g})"
+
+
+def emulated_error(product: str) -> list[str]:
+    """Of float32 gradients with that product: the median of seeds and the largest, from `bench.float32_errors`."""
+    lines = Path(__file__).with_name("records").joinpath("float32-errors", "h100.md").read_text(encoding="utf-8")
+    cells = next(line.strip("| ").split(" | ") for line in lines.splitlines() if line.startswith(f"| {product} |"))
+    return [cells[1], cells[3]]
 
 
 def loss_rows() -> Iterator[list[str]]:
@@ -394,7 +403,10 @@ def by_dim(number: Callable[[int], float]) -> str:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     one, two = FORMS[FOUR].issued
-    stored, bytes_of = FORMS[THREE].issued[0], {name: f"{form.bytes_per_pair:g}" for name, form in FORMS.items()}
+    kept, bytes_of = FORMS[THREE].issued[0], {name: f"{form.bytes_per_pair:g}" for name, form in FORMS.items()}
+    sigmoid = SIGMOID.issued[0]
+    rows_kept = math.isqrt(KEPT_BYTES // 2)
+    ours, plain = emulated_error(FLOAT32), emulated_error("torch float32 on the CPU")
     million = pair(f"{1e-3 * device_ms(FORMS[FOUR], 1 << 20, 768, m):.3g}" for m in MACHINES)
     floors = "; ".join(
         f"{name} {pair(f'{n * 2e-9 * 65536**2 * 768 / m.tflops:.3g}' for m in MACHINES)}" for name, n in FLOORS.items()
@@ -423,11 +435,18 @@ not fit. N = 1,048,576 at D = 768 takes {million} s.
 - A pass is 2·N²·D flops. With 4 passes, two (P1, P2) are kernels of ours and two plain products; with 3, P1 is ours.
   P1 and P2 take the longest of: products ({pair(f"{PRODUCT_SHARE * m.tflops:.0f}" for m in MACHINES)} TFLOP/s); L2, of which a tile of 128 × 128 needs a byte
   for 64 flops ({64 * L2_TBYTES:.0f} TFLOP/s); instructions, issued in {LOSS_ISSUE_SHARE:.0%} of the cycles (assumed).
-- Instructions (counted) of each of a tile's {WARPS} warps: {one[0]:,} + {one[1]}·D/64 in P1 ({stored[0]:,} + {stored[1]}·D/64 with 3 passes),
-  {two[0]:,} + {two[1]}·D/64 in P2. P1's take {by_dim(lambda dim: issue_to_tensor(one, dim))} of the tensor cores' 8·D cycles at D = 512 / 768 / 1024.
+- Instructions (counted) of each of a tile's {WARPS} warps: {one[0]:,} + {one[1]}·D/64 in P1 ({kept[0]:,} + {kept[1]}·D/64 with 3 passes),
+  {two[0]:,} + {two[1]}·D/64 in P2. P1's take {by_dim(lambda dim: issue_to_tensor(one, dim))} of the tensor cores' 8·D cycles at D = 512 / 768 / 1024:
+  the L2 cache binds P1 and P2 at all three.
+- By itself the engine keeps exponentials up to 256 MiB, N = {rows_kept:,} in bf16; `keep_exponentials` decides otherwise.
+- SigLIP's loss has one kernel of ours and two products. Its instructions, {sigmoid[0]:,} + {sigmoid[1]}·D/64, take {issue_to_tensor(sigmoid, 768):.0%} of the tensor
+  cores' cycles at D = 768 and bind it: {pair(f"{device_ms(SIGMOID, 65536, 768, m):.3g}" for m in MACHINES)} ms at N = 65,536.
 - Bytes a pair beside products (assumed): {bytes_of[THREE]} with 3 passes, {bytes_of[MATERIALISED]} materialised, {bytes_of[OPEN_CLIP]} in open_clip.
-- Host: {OURS_HOST_MS:g} ms (0.86 to 1.0; traced: 11 Triton launches, 2 products, 61 other operations), {MATERIALISED_HOST_MS:g} for the compiled forms.
-  **Below some 7,000 rows these are predicted to be faster**, unless the host is hidden behind other work.
+- Host: {OURS_HOST_MS:g} ms (traced: 7 Triton launches, 2 products, 2 other operations; scaled from 0.93 for the engine before by
+  0.4, as on a CPU), {MATERIALISED_HOST_MS:g} for the compiled forms. **Below some 4,500 rows these are predicted to be faster**, unless
+  the host is hidden behind other work, as a CUDA graph hides it.
+- float32 embeddings (`bench.float32_errors`; emulated, no GPU): relative error of a gradient {ours[0]}, at most {ours[1]} of all
+  seeds; torch's float32 on a CPU {plain[0]} and {plain[1]}.
 - Of other peers only the floor is known, their passes at the full rate. ms at N = 65,536, D = 768:
   {floors}.
 

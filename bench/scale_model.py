@@ -12,7 +12,7 @@ With N clips, W GPUs, D dimensions, P parameters, e bytes a number of an embeddi
 
     encoders       N/W · (time of a clip, forward and backward)        · 4/3 − 1/3n in n chunks of the gradient cache;
                    where that takes longer, the launches of all chunks, one after the other, by the host
-    loss           4 · 2·N²·D / W over the rate of large products      (3 once the exponentials fit into memory)
+    loss           4 · 2·N²·D / W over the rate of large products      (3 once a GPU's exponentials take up to 256 MiB)
     b, ids, norms  all-gather; column sums and maxima: all-reduce; db: reduce-scatter, float32
     gradients      all-reduce of 4·P bytes, hidden behind the last chunk's backward pass as far as that takes
     optimizer      28 bytes a parameter through memory (weight, gradient and two moments read, all but one written)
@@ -45,7 +45,8 @@ from fastclap.train.distributed import _BUCKET_BYTES
 WORLDS = (1, 8, 64, 256, 1024)
 BATCHES = (8192, 65536, 524288, 1 << 20, 1 << 21, 1 << 23)
 GPUS_A_NODE = 8
-HEADER_FIELDS = 15  # numbers that ranks compare before a loss
+KEPT_BYTES = 256 << 20  # of exponentials, up to which the loss keeps them
+HEADER_FIELDS = 19  # numbers that ranks compare before a loss
 OWN_FLAGS = 3  # of the training loop: finite, stop, and the norm of sharded gradients
 # Traced by `bench.step_trace --tags 0 --compile`: kernels that the host launches for the forward and the backward pass
 # of a chunk, whatever its size, and for the optimizer; MB of gradients that leave in the last part of the backward
@@ -87,27 +88,29 @@ def loss_collectives(
         ids: whether positives are given by ids.
         agreed: whether ranks have agreed on such a call before, with `agree_once`.
     """
-    depth = dim if engine == "torch" else -(-dim // 16) * 16
     found = [
-        Collective("embeddings b", "all-gather", rows * depth * itemsize),
-        Collective("loss", "all-reduce", 8),
-        Collective("gradient of the scale", "all-reduce", 8),
-        Collective("gradient of b", "reduce-scatter", 4 * rows * depth),
-        Collective("largest logit", "all-reduce", 4),
+        Collective("embeddings b", "all-gather", rows * dim * itemsize),
+        Collective("gradient of b", "reduce-scatter", 4 * rows * dim),
     ]
     if not agreed:
         found.append(Collective("agreement on shapes and flags", "all-gather", 8 * HEADER_FIELDS * world))
     if ids:
         found += [Collective("ids of a", "all-gather", 8 * rows), Collective("ids of b", "all-gather", 8 * rows)]
     if engine == "torch":
-        return [*found, Collective("column sums", "all-reduce", 8 * rows)]
-    if not ids:
-        found.append(Collective("logits of the pairs", "all-reduce", 4 * rows))
+        return [
+            *found,
+            Collective("largest logit", "all-reduce", 4),
+            Collective("column sums", "all-reduce", 8 * rows),
+            Collective("loss", "all-reduce", 8),
+            Collective("gradient of the scale", "all-reduce", 8),
+        ]
     return [
         *found,
         Collective("norms of b", "all-gather", 4 * rows),
-        Collective("column maxima", "all-reduce", 4 * rows),
+        Collective("bounds of the logits", "all-reduce", 3 * 4),
+        Collective("column maxima", "all-reduce", 8 * rows),
         Collective("column sums", "all-reduce", 3 * 8 * rows),
+        Collective("loss and gradient of the scale", "all-reduce", 2 * 8),
     ]
 
 
@@ -216,7 +219,7 @@ def predict(model: Model, cluster: Cluster, rows: int, world: int) -> Prediction
     local = rows / world
     rate = cluster.loss_tflops * 1e12 / (2 if model.itemsize == 4 else 1)  # TF32 has half the rate of 16-bit products
     one_pass = 2 * rows**2 * model.dim / world
-    stored = local * rows * model.itemsize <= 0.25 * cluster.memory
+    kept = local * rows * model.itemsize <= KEPT_BYTES
 
     def on_the_wire(collectives: Sequence[Collective]) -> tuple[float, float]:
         sent = sum(wire_bytes(c.kind, c.nbytes, world) for c in collectives)
@@ -230,7 +233,7 @@ def predict(model: Model, cluster: Cluster, rows: int, world: int) -> Prediction
     last_backward = max(2e-3 / 3 * cluster.clip_ms * min(local, model.chunk), launch * LAUNCHES[1])
     seconds = {
         "encoders": max(encoder_seconds(model, cluster, local)),
-        "loss": (3 if stored else 4) * one_pass / rate,
+        "loss": (3 if kept else 4) * one_pass / rate,
         "loss, links": loss_seconds,
         "gradients, links": max(0.0, gradient_seconds - last_backward),
         "optimizer": max(28 * model.parameters / (1e12 * cluster.gpu.tbytes), launch * OPTIMIZER_LAUNCHES),
@@ -241,8 +244,8 @@ def predict(model: Model, cluster: Cluster, rows: int, world: int) -> Prediction
         "activations": 1e9 * model.clip_gb * min(local, model.chunk),
         "own samples and embeddings": local * (model.clip_bytes + 4 * 4 * model.dim),
         "gathered b and its gradient": rows * model.dim * (model.itemsize + 4.0),
-        "chunk of the matrix": float(rows) * (local if stored else chunk) * model.itemsize,
-        "partial sums": 3 * 4.0 * rows * math.ceil(chunk / 128),
+        "chunk of the matrix": float(rows) * (local if kept else chunk) * model.itemsize,
+        "partial sums": (3 + 2 * 4) * 4.0 * rows * math.ceil(chunk / 128),  # of columns, and of rows: two a tile
     }
     return Prediction(seconds, {"loss": loss_sent, "gradients": gradients_sent}, held)
 
@@ -308,8 +311,10 @@ def _clips_per_second(row: dict[str, Any]) -> float:
 
 
 def _loss_tflops(row: dict[str, Any]) -> float:
-    """Of a loss that multiplies four times, forward and backward."""
-    return 4 * 2e-9 * row["case"]["rows"] ** 2 * row["case"]["dim"] / row["median_ms"]
+    """Of a loss that multiplies four times, forward and backward, or three where it keeps exponentials of 16 bits."""
+    rows = row["case"]["rows"]
+    passes = 3 if 2 * rows**2 <= KEPT_BYTES else 4
+    return passes * 2e-9 * rows**2 * row["case"]["dim"] / row["median_ms"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

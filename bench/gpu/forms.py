@@ -26,6 +26,7 @@ from bench.kernel_peers import FRONT_ENDS, in_dtype
 from bench.peers import SCALE
 from bench.run import dtype_name
 from fastclap.features import PRESETS
+from fastclap.kernels.contrastive.shared import QueueRows
 from fastclap.kernels.feed_forward import feed_forward, feed_forward_reference
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu, layer_norm_gelu_reference
 from fastclap.kernels.log_mel.operator import log_mel
@@ -144,47 +145,83 @@ def _without(inputs: Mapping[str, Tensor], *names: str) -> Tensors:
 # losses
 
 
-def _draw_embeddings(dtype: torch.dtype, ids: bool) -> Tensors:
+def _draw_embeddings(dtype: torch.dtype, also: Sequence[str]) -> Tensors:
+    """`also`: "ids", of captions of two clips and more; "class ids", of a few classes; "teacher"; "queue"."""
     normal = _normal(1)
     a = normal(ROWS, DIM)
     found = {"a": a.to(dtype), "b": (0.5 * a + normal(ROWS, DIM)).to(dtype), "scale": torch.tensor(SCALE)}
-    return {**found, "ids": torch.arange(ROWS) // 2 % 70} if ids else found  # captions of two clips and more
+    if "ids" in also:
+        found["ids"] = torch.arange(ROWS) // 2 % 70
+    if "class ids" in also:
+        found["ids"] = torch.arange(ROWS) % 5
+    if "teacher" in also:
+        found["teacher a"] = a[:, :56].to(dtype)
+        found["teacher b"] = (a + normal(ROWS, DIM))[:, :56].to(dtype)
+    if "queue" in also:
+        found |= {f"queue {side}": normal(rows, DIM).to(dtype) for side, rows in (("a", 150), ("b", 301))}
+    return found
 
 
-def _loss(inputs: Tensors, engine: str, sigmoid: bool = False, stored: bool = True, forward: bool = False) -> Tensors:
-    ids = inputs.get("ids")
+def _loss(inputs: Tensors, engine: str, sigmoid: bool = False, forward: bool = False, **options: Any) -> Tensors:
+    """`options` of `info_nce`; top-1 is among the results where they ask for it."""
+    shares = options.pop("return_top1", False)
+    given: dict[str, Any] = {**options, "backend": engine}
+    if "ids" in inputs:
+        given |= {"a_ids": inputs["ids"], "b_ids": inputs["ids"]}
+    if "teacher a" in inputs:
+        given["teacher"] = inputs["teacher a"], inputs["teacher b"], SCALE
+    if "queue a" in inputs:
+        entries = [inputs["queue a"], inputs["queue b"]]
+        # Of the batch's own ids and of others: some are left out.
+        ids = [torch.arange(len(x), device=x.device) % 90 for x in entries] if "ids" in inputs else [None, None]
+        given["queue"] = QueueRows(*entries, *ids)
+    found: Tensors = {}
 
     def value(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         if sigmoid:
-            return sigmoid_loss(a, b, scale, peers.SIGMOID_BIAS, backend=engine)
-        return info_nce(a, b, scale, a_ids=ids, b_ids=ids, backend=engine)
+            ids = {name: given[name] for name in ("a_ids", "b_ids") if name in given}
+            return sigmoid_loss(a, b, scale, peers.SIGMOID_BIAS, backend=engine, **ids)
+        if not shares:
+            return info_nce(a, b, scale, **given)
+        if engine == "reference":
+            found["top1"] = _top1(a.detach(), b.detach(), inputs.get("ids"))
+            return info_nce(a, b, scale, **given)
+        loss, found["top1"] = info_nce(a, b, scale, **given, return_top1=True)
+        return loss
 
-    way = peers.storing(value, stored) if engine == "triton" else value
-    leaves = _without(inputs, "ids")
+    leaves = {name: inputs[name] for name in ("a", "b", "scale")}
     if forward:
         with torch.no_grad():
-            return {"output": way(*leaves.values())}
-    return _output_and_gradients(way, leaves)
+            return {"output": value(*leaves.values()), **found}
+    return {**_output_and_gradients(value, leaves), **found}
+
+
+def _top1(a: Tensor, b: Tensor, ids: Tensor | None) -> Tensor:
+    """By its definition, of rows and of columns."""
+    cosines = torch.nn.functional.normalize(a) @ torch.nn.functional.normalize(b).t()
+    ids = torch.arange(len(a), device=a.device) if ids is None else ids
+    return torch.stack([(ids == ids[cosines.argmax(dim)]).double().mean() for dim in (1, 0)])
 
 
 def _loss_form(
     name: str,
     dtype: torch.dtype,
-    *,
-    ids: bool = False,
+    *also: str,
     sigmoid: bool = False,
-    stored: bool = True,
     forward: bool = False,
     tf32: bool = False,
+    **options: Any,
 ) -> KernelForm:
-    options: dict[str, Any] = {"sigmoid": sigmoid, "forward": forward}
+    """`also`: as `_draw_embeddings`; `options`: of `info_nce`."""
+    settings: dict[str, Any] = {"sigmoid": sigmoid, "forward": forward, **options}
+    ways = {True: ", kept", False: ", formed twice", None: ""}
+    on = f"{ways[options.get('keep_exponentials')]}{', forward' * forward}{', TF32' * tf32}"
     return KernelForm(
-        f"{name} {dtype_name(dtype)}{'' if ids or sigmoid or forward else ', stored' if stored else ', 4 passes'}"
-        f"{', forward' * forward}{', TF32' * tf32}",
+        f"{name} {dtype_name(dtype)}{on}",
         dtype,
-        functools.partial(_draw_embeddings, dtype, ids),
-        functools.partial(_loss, stored=stored, **options),
-        lambda inputs: _loss(_doubled(inputs), "reference", **options),
+        functools.partial(_draw_embeddings, dtype, also),
+        functools.partial(_loss, **settings),
+        lambda inputs: _loss(_doubled(inputs), "reference", **settings),
         TF32_ROUNDING if tf32 else LOSS_ROUNDING[dtype],
         "high" if tf32 else "highest",
     )
@@ -192,13 +229,26 @@ def _loss_form(
 
 def _losses() -> Iterator[KernelForm]:
     bf16, fp32 = torch.bfloat16, torch.float32
-    for dtype, stored in product((bf16, fp32), (True, False)):
-        yield _loss_form("loss plain", dtype, stored=stored)
+    for dtype, keep in product((bf16, fp32), (True, False)):
+        yield _loss_form("loss plain", dtype, keep_exponentials=keep)
     yield _loss_form("loss plain", bf16, forward=True)
     # Heads that end in a LayerNorm give float32 embeddings under autocast, others bfloat16; the step allows TF32.
     for dtype, tf32 in ((bf16, False), (fp32, False), (fp32, True)):
-        yield _loss_form("loss ids", dtype, ids=True, tf32=tf32)
-    yield _loss_form("sigmoid", bf16, sigmoid=True)
+        yield _loss_form("loss ids", dtype, "ids", tf32=tf32)
+    yield _loss_form("loss of classes", bf16, "class ids")
+    yield _loss_form("loss one direction", bf16, direction="a_to_b")
+    for dtype, tf32 in ((bf16, False), (fp32, True)):
+        yield _loss_form("loss teacher", dtype, "ids", "teacher", tf32=tf32, teacher_weight=0.5)
+        yield _loss_form("loss guide of ids", dtype, "ids", "teacher", tf32=tf32, guide_margin=0.05)
+        yield _loss_form("loss queue of ids", dtype, "ids", "queue", tf32=tf32)
+        yield _loss_form("loss matryoshka", dtype, tf32=tf32, matryoshka=(DIM, DIM // 3, 16))
+    yield _loss_form("loss guide", bf16, "teacher", guide_margin=0.05)
+    yield _loss_form("loss debias", bf16, debias=0.01)
+    yield _loss_form("loss queue", bf16, "queue")
+    yield _loss_form("loss top-1", bf16, return_top1=True)
+    yield _loss_form("loss top-1 of ids", bf16, "ids", return_top1=True)
+    for also in ((), ("ids",)):
+        yield _loss_form(f"sigmoid{' of ids' * bool(also)}", bf16, *also, sigmoid=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

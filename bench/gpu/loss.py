@@ -21,13 +21,14 @@ from bench.compare import ceilings, compare
 from bench.gpu.profiled import profiled
 from bench.peers import SCALE
 from bench.run import NOT_REACHED, Case, Entry, Row, Run, dtype_name, significant
+from fastclap.kernels.contrastive.shared import QueueRows
 from fastclap.losses import info_nce, sigmoid_loss
 
 # Relative error that is always accepted; above it, the error of the materialised form on the same numbers is the bound.
 BOUND = {torch.bfloat16: 2e-3, torch.float32: 1e-5}
-FOUR_PASSES = "fastclap Triton, 4 passes"
+THREE_PASSES = "fastclap Triton, 3 passes"
 MAIN_FORMS = (
-    *("fastclap Triton", FOUR_PASSES, "materialised, compiled", "open_clip, compiled", "open_clip", "materialised"),
+    *("fastclap Triton", THREE_PASSES, "materialised, compiled", "open_clip, compiled", "open_clip", "materialised"),
     *("inf_cl", "memeff", "fastclap torch"),
 )
 LATENCY_FORMS = ("fastclap Triton", "fastclap torch", "materialised, compiled", "materialised", "open_clip")
@@ -35,7 +36,9 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "info_nce": info_nce,
     "sigmoid": functools.partial(sigmoid_loss, logit_bias=peers.SIGMOID_BIAS),
 }
-OUR_KERNELS = ("sums", "gradient", "convert", "sigmoid")  # of `fastclap.kernels.contrastive.triton_kernels`
+OUR_KERNELS = (  # of `fastclap.kernels.contrastive.triton_kernels`
+    *("rows", "sums", "combine", "gradient", "finish", "total", "upstream", "best", "sigmoid"),
+)
 CALLS = 20  # in a row, of a sample of the latency
 PROFILED = 3  # steps
 
@@ -50,6 +53,7 @@ class LossSizes:
     more: tuple[tuple[int, int], ...]
     others: tuple[int, ...]  # N of the other peers, at `dim`
     sigmoid: tuple[int, ...]
+    contrasts: tuple[int, int, int]  # N, D, and the queue's entries of each side
     largest: tuple[int, int]
     case_seconds: float  # of the timed loop of one case
     warm_up_seconds: float  # the most one form may take to compile, tune and run twice
@@ -64,6 +68,7 @@ GPU = LossSizes(
     more=((65536, 512), (65536, 1024), (16384, 512), (16384, 1024)),
     others=(65536, 16384),
     sigmoid=(65536, 16384),
+    contrasts=(16384, 768, 65536),
     largest=(1 << 20, 768),
     case_seconds=4.0,
     warm_up_seconds=25.0,
@@ -77,6 +82,7 @@ CPU = LossSizes(
     more=((128, 32),),
     others=(64,),
     sigmoid=(128,),
+    contrasts=(64, 32, 128),
     largest=(512, 32),
     case_seconds=0.02,
     warm_up_seconds=20.0,
@@ -92,13 +98,15 @@ def sizes_of(run: Run) -> LossSizes:
 
 
 def errors(run: Run) -> None:
-    """Loss and gradients of our engine against float64 at three scales, exponentials stored and formed twice."""
+    """Loss and gradients of our engine against float64 at three scales, exponentials kept and formed twice."""
     for rows, dim in sizes_of(run).accuracy:
         for scale in (1.0, SCALE, 100.0):
             inputs = timing.embeddings(rows, dim, scale, run.device, run.dtype, seed=rows)
             for loss in LOSSES:
                 case = {"check": "float64", "loss": loss, "rows": rows, "dim": dim, "scale": round(scale, 2)}
-                ways = ("stored", "4 passes") if loss == "info_nce" and not run.tiny else ("one way",)
+                ways: dict[str, dict[str, Any]] = {"one way": {}}
+                if loss == "info_nce" and not run.tiny:
+                    ways = {f"{n} passes": {"keep_exponentials": n == 3} for n in (3, 4)}
                 cases = {way: {**case, "exponentials": way} for way in ways}
                 if all(run.known(case) for case in cases.values()):
                     continue
@@ -107,9 +115,8 @@ def errors(run: Run) -> None:
                 if expected is None:
                     continue
                 for way, case in cases.items():
-                    engine = functools.partial(LOSSES[loss], backend=run.engine)
-                    chosen = engine if way == "one way" else peers.storing(engine, way == "stored")
-                    run.measure(case, functools.partial(_checked, chosen, loss, expected, inputs, run.dtype), 30.0)
+                    engine = functools.partial(LOSSES[loss], backend=run.engine, **ways[way])
+                    run.measure(case, functools.partial(_checked, engine, loss, expected, inputs, run.dtype), 30.0)
 
 
 def _checked(
@@ -192,6 +199,65 @@ def loss_entries(
     return entries
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# what else InfoNCE may contrast
+
+
+def contrasts(run: Run) -> None:
+    """InfoNCE with a guide, a queue, debiasing and Matryoshka prefixes, beside the plain one."""
+    rows, dim, entries = sizes_of(run).contrasts
+    compare(run, contrast_entries(run, rows, dim, entries), seconds=sizes_of(run).case_seconds)
+
+
+def contrast_entries(run: Run, rows: int, dim: int, entries: int) -> list[Entry]:
+    """A form for each, ours; `entries` of the queue on each side."""
+    tflops, _ = ceilings(run)
+    one_pass = 2e-9 * rows**2 * dim / (tflops or math.inf)  # ms
+    inputs = timing.larger_than_cache(rows, dim, SCALE, run.device, run.dtype)
+    found = []
+    for name, (passes, options) in _contrasts(run, rows, dim, entries).items():
+        entry = Entry(
+            {"contrast": "info_nce", "rows": rows, "dim": dim, "dtype": dtype_name(run.dtype), "form": name},
+            make=functools.partial(
+                timing.forward_backward, functools.partial(info_nce, backend=run.engine, **options), inputs
+            ),
+            facts={"passes": passes, "floor_ms": significant(passes * one_pass)},
+            seconds=sizes_of(run).warm_up_seconds,
+        )
+        entry.errors = functools.partial(_contrast_errors, run.engine, options, inputs[0])
+        found.append(entry)
+    return found
+
+
+def _contrasts(run: Run, rows: int, dim: int, entries: int) -> dict[str, tuple[float, dict[str, Any]]]:
+    """By name: products of 2·N²·D flops, where no exponentials are kept, and options of `info_nce`.
+
+    A guide's product gives the thresholds, and is formed again with each of our two. Each side of a queue is a block of
+    its own in both of ours, and in one of the other two: its entries get no gradient.
+    """
+    teacher = timing.embeddings(rows, dim, 1.0, run.device, run.dtype, seed=rows)
+    sides = timing.embeddings(entries, dim, 1.0, run.device, run.dtype, seed=entries)
+    widths = tuple(dim >> n for n in (0, 1, 2, 3))
+    return {
+        "plain": (4, {}),
+        "guide": (7, {"teacher": tuple(x.detach() for x in teacher), "guide_margin": 0.05}),
+        "debias": (4, {"debias": 0.01}),
+        f"matryoshka {', '.join(map(str, widths))}": (4 * sum(widths) / dim, {"matryoshka": widths}),
+        f"queue of {entries:,}": (4 + 6 * entries / rows, {"queue": QueueRows(*(x.detach() for x in sides[:2]))}),
+    }
+
+
+def _contrast_errors(
+    engine: str, options: dict[str, Any], inputs: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, float | None]:
+    expected = peers.reference("info_nce", *inputs, **options)
+    return peers.errors(functools.partial(info_nce, backend=engine, **options), expected, *inputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# small batches
+
+
 def latency(run: Run) -> None:
     """Small batches as a program calls them: many calls in a row by the wall clock, the slower of host and device."""
     for case, form, call in _small_calls(run, "calls in a row"):
@@ -238,7 +304,7 @@ def _small_calls(run: Run, mode: str) -> Iterator[tuple[Case, peers.Peer, Callab
 def stages(run: Run) -> None:
     """Where the time of a step goes, by kernel, and the floor of each stage; then the products by themselves."""
     tflops, gbytes = ceilings(run)
-    names = ("fastclap torch",) if run.tiny else ("fastclap Triton", FOUR_PASSES)
+    names = ("fastclap torch",) if run.tiny else ("fastclap Triton", THREE_PASSES)
     for rows, dim in sizes_of(run).stages:
         one_pass = 2e-9 * rows**2 * dim / (tflops or math.inf)  # ms
         inputs = timing.larger_than_cache(rows, dim, SCALE, run.device, run.dtype)
@@ -252,11 +318,11 @@ def stages(run: Run) -> None:
             if found is None:
                 continue
             step, kernels = found
-            for stage, row in _by_stage(kernels, step).items():
+            for stage, row in _by_stage(kernels, step, form.passes).items():
                 passes = row.pop("passes", None)
                 if passes:
                     row["floor_ms"] = significant(passes * one_pass)
-                elif stage == "convert" and gbytes:  # reads and writes one 16-bit number a pair
+                elif stage == "gradient" and gbytes:  # reads and writes what was kept, one 16-bit number a pair
                     row["floor_ms"] = significant(4e-6 * rows**2 / gbytes)
                 run.add({**case, "stage": stage}, **row)
         chunk = _chunk_rows(run.device, rows, dim)
@@ -280,13 +346,13 @@ def _profiled(call: Callable[[], object], device: torch.device) -> tuple[timing.
     return step, {name: ms / PROFILED for name, (ms, _) in kernels.items()}
 
 
-def _by_stage(by_kernel: dict[str, float], step: timing.Timing) -> dict[str, Row]:
+def _by_stage(by_kernel: dict[str, float], step: timing.Timing, passes_of_step: int) -> dict[str, Row]:
     """Figures of the whole step, of each stage and of the longest kernels; `passes` of those that multiply."""
     grouped: dict[str, float] = {}
     for kernel, milliseconds in by_kernel.items():
         grouped[stage_of(kernel)] = grouped.get(stage_of(kernel), 0.0) + milliseconds
-    passes = {"sums": 1, "gradient": 1, "products": 2}
-    found: dict[str, Row] = {"whole step": {**step.as_dict(), "passes": 3 if "convert" in grouped else 4}}
+    passes = {"sums": 1, "gradient": passes_of_step - 3, "products": 2}
+    found: dict[str, Row] = {"whole step": {**step.as_dict(), "passes": passes_of_step}}
     for stage, milliseconds in sorted(grouped.items(), key=lambda item: -item[1]):
         found[stage] = {"kernel_ms": significant(milliseconds), "passes": passes.get(stage)}
     longest = sorted(by_kernel.items(), key=lambda item: -item[1])[:12]
@@ -308,7 +374,7 @@ def _chunk_rows(device: torch.device, rows: int, dim: int) -> int:
     """As many as the engine takes at a time."""
     if device.type != "cuda":
         return max(1, rows // 4)
-    from fastclap.kernels.contrastive.triton_engine import chunk_rows
+    from fastclap.kernels.contrastive.triton_operands import chunk_rows
 
     properties = torch.cuda.get_device_properties(device)
     return min(rows, chunk_rows(10 * properties.major + properties.minor, properties.multi_processor_count, dim))

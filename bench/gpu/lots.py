@@ -126,9 +126,9 @@ _LOTS = (
     ),
     Lot(
         "loss_more",
-        "InfoNCE at D = 512 and 1024 and with the other peers, SigLIP's loss, N = 1,048,576",
-        ("bench.gpu.loss:more", "bench.gpu.loss:sigmoid", "bench.gpu.loss:largest"),
-        ("loss plain", "sigmoid"),
+        "InfoNCE at D = 512 and 1024 and with the other peers, its other contrasts, SigLIP's loss, N = 1,048,576",
+        tuple(f"bench.gpu.loss:{stage}" for stage in ("more", "contrasts", "sigmoid", "largest")),
+        ("loss plain", "loss guide", "loss debias", "loss matryoshka", "loss queue", "sigmoid"),
         235,
         LOSS,
     ),

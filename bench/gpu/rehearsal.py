@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fastclap.kernels import dispatch
+from fastclap.kernels.contrastive import triton_engine
 from fastclap.kernels.offline import Compilation, cache_key, operator_name
 
 MULTIPROCESSORS = 132  # of an H100 or H200
@@ -98,6 +99,9 @@ class _NoKernel:
     def run(self, *_: object) -> None:
         return None
 
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return self.run
+
 
 @contextlib.contextmanager
 def as_on_gpu(gpu: NoGpu) -> Iterator[None]:
@@ -119,6 +123,8 @@ def as_on_gpu(gpu: NoGpu) -> Iterator[None]:
             ("multiprocessors", MULTIPROCESSORS),
         ):
             stack.enter_context(mock.patch.object(dispatch, name, lambda _, answer=answer: answer))
+        # What it compiles is launched right after it, and so found there.
+        stack.enter_context(mock.patch.object(triton_engine, "_compile_ahead", lambda *_: None))
         for where, name in (
             (torch, "empty"),
             (torch, "empty_like"),

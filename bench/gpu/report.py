@@ -75,6 +75,7 @@ def report(records: Records) -> str:
         *_open_clip(records),
         *_train(records),
         *_loss(records, None),
+        *_contrasts(records),
         *_errors(records),
         *_stages(records),
         *_latency(records),
@@ -301,6 +302,26 @@ def _loss_cell(row: Row | None, brief: bool) -> str:
         return f"{row['median_ms']:.3g}" + (f" ({_gigabytes(row)})" if _gigabytes(row) else "")
     host = f"host {row['host_ms']:.3g}" if "host_ms" in row and row["host_ms"] > 0.5 * row["median_ms"] else ""
     return ", ".join(part for part in (_ms(row), host, _gigabytes(row), _percent(row, "share_of_peak")) if part)
+
+
+def _contrasts(records: Records) -> Iterator[str]:
+    rows = [row for row in rows_of(records, "loss_more", contrast=..., form=...) if "median_ms" in row]
+    if rows:
+        case = rows[0]["case"]
+        yield (
+            f"What else InfoNCE contrasts, forward and backward, N = {case['rows']:,}, D = {case['dim']}, "
+            f"{case['dtype']}; the floor is the passes of 2·N²·D flops at the measured rate:"
+        )
+        yield markdown(
+            ["form", "ms", "passes", "floor ms", "memory", "largest error"],
+            [
+                [
+                    *(row["case"]["form"], _ms(row), f"{row['passes']:g}", _figure(row, "floor_ms"), _gigabytes(row)),
+                    f"{max(row['errors'].values()):.1e}" if row.get("errors") else "",
+                ]
+                for row in rows
+            ],
+        )
 
 
 def _errors(records: Records) -> Iterator[str]:

@@ -9,7 +9,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +40,7 @@ from bench.run import SIZES, Record, Run, Settings, Size
 from bench.train_step import log_mel_config, tokenized
 from fastclap import CLAP
 from fastclap.kernels import dispatch
+from fastclap.kernels.contrastive import triton_engine
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu
 from fastclap.kernels.offline import ARCHITECTURES, Compilation, cache_key, is_cached
 from fastclap.kernels.waveform import normalize_waveform
@@ -224,25 +225,53 @@ def test_stages_of_the_kernels_launch_what_their_lots_compile(
 
 
 def test_the_losses_launch_what_their_lots_compile(measured: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unchecked(loss: Callable[..., Any], backend: str, device: torch.device) -> peers.Loss:
-        return functools.partial(loss, backend=backend)
+    def unchecked(loss: Callable[..., Any], backend: str, device: torch.device, **options: Any) -> peers.Loss:
+        return functools.partial(loss, backend=backend, **options)
 
     monkeypatch.setattr(peers, "_fastclap", unchecked)  # it would refuse Triton on a CPU
     monkeypatch.setattr(loss, "ceilings", lambda run: (None, None))
-    monkeypatch.setattr(loss, "MAIN_FORMS", ("fastclap Triton", loss.FOUR_PASSES))
+    monkeypatch.setattr(loss, "MAIN_FORMS", ("fastclap Triton", loss.THREE_PASSES))
 
-    def main() -> None:
-        loss.main(measured)
+    found = launched(lambda: loss.main(measured), 90)
+    assert {"contrastive sums", "contrastive gradient"} < {c.name for c in found.values()}
+    assert names(found, keys_of(LOTS["loss"].forms)) == []
+
+    def more() -> None:
+        loss.contrasts(measured)
         loss.sigmoid(measured)
         loss.largest(measured)
 
-    found = launched(main, 90)
-    assert {"contrastive sums", "contrastive convert", "contrastive gradient"} < {c.name for c in found.values()}
+    found |= launched(more, 90)
+    assert {"contrastive sigmoid", "contrastive best"} < {c.name for c in found.values()}
     assert names(found, keys_of(LOTS["loss_more"].forms)) == []
-    without = {key: c for key, c in found.items() if c.name != "contrastive sigmoid"}
-    assert names(without, keys_of(LOTS["loss"].forms)) == []
+    rows = [row for row in measured.record.rows() if "contrast" in row["case"]]
+    assert len(rows) == 5
     ours = [row for row in measured.record.rows() if str(row["case"].get("form", "")).startswith("fastclap Triton")]
-    assert ours and not any("reason" in row for row in ours)
+    assert ours and not any("reason" in row for row in [*ours, *rows])
+
+
+@pytest.mark.parametrize(
+    ("form", "precision", "options"),  # whether there are columns, a teacher, a guide and gradients
+    [
+        ("loss plain bfloat16, kept", "tf32", (True, False, False, True)),
+        ("loss plain bfloat16, forward", "tf32", (True, False, False, False)),
+        ("loss plain float32, formed", "tf32x3", (True, False, False, True)),
+        ("loss one direction", "tf32", (False, False, False, True)),
+        ("loss teacher float32, TF32", "tf32", (True, True, False, True)),
+    ],
+)
+def test_a_new_kind_of_loss_compiles_together_what_it_launches(
+    form: str, precision: str, options: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together: dict[str, str] = {}
+
+    def keep(compilations: Collection[Compilation], arch: int) -> None:
+        together.update({cache_key(c, arch): c.name for c in compilations})
+
+    monkeypatch.setattr(triton_engine, "compile_together", keep)
+    (found,) = chosen((form,))
+    triton_engine._compile_ahead.__wrapped__(90, found.dtype, precision, *options)
+    assert set(together) == keys_of((form,)), list(together.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,7 +421,7 @@ def test_forms_agree_with_float64_in_a_dry_run(run: Run, monkeypatch: pytest.Mon
     for row in rows:
         assert row["passed"] and row["repeats"] and row["errors"].keys() == row["errors_of_torch"].keys()
     by_form = {row["case"]["form"]: set(row["errors"]) for row in rows}
-    assert by_form["loss plain bfloat16, stored"] == {"output", "da", "db", "dscale"}
+    assert by_form["loss plain bfloat16, kept"] == {"output", "da", "db", "dscale"}
     assert by_form["attention bfloat16, 37 frames"] == {"output", "dq", "dk", "dv", "dtable", "dgate"}
 
 

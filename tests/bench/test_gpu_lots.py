@@ -96,6 +96,18 @@ def test_forms_of_the_loss_are_timed_or_say_why_not(rows: Callable[..., list[Row
     }
 
 
+def test_what_else_is_contrasted_is_timed_beside_the_plain_loss(rows: Callable[..., list[Row]]) -> None:
+    found = {row["case"]["form"]: row for row in rows("loss_more", contrast="info_nce", form=...)}
+    passes = {"plain": 4, "guide": 7, "debias": 4, "matryoshka 32, 16, 8, 4": 7.5, "queue of 128": 16}
+    assert {form: row["passes"] for form, row in found.items()} == passes
+    peak = rows("loss_more", ceiling="matmul")[0]["tflops"]
+    for row in found.values():
+        assert row["median_ms"] > 0 and max(row["errors"].values()) < 1e-5
+        assert row["floor_ms"] == pytest.approx(row["passes"] * 2e-9 * 64**2 * 32 / peak, rel=1e-2)
+    table = "\n".join(report._contrasts({"loss_more": {"rows": list(found.values())}}))
+    assert "N = 64, D = 32" in table and "| matryoshka 32, 16, 8, 4 | " in table
+
+
 def test_stages_latency_and_the_largest_batch(rows: Callable[..., list[Row]]) -> None:
     stages = {row["case"]["stage"]: row for row in rows("loss", stage=..., form=...)}
     assert {"whole step", "products", "P3 G·B", "P4 Gᵀ·A", "kernels"} <= set(stages)

@@ -38,7 +38,7 @@ with host_time.driver() as driver:
     found["known"] = asdict(driver.counts(lambda: known(x)))
     found["nothing"] = asdict(driver.counts(nothing))
     with host_time.on_gpu():
-        for name in ("fastclap", "fastclap, forward only", "materialised"):
+        for name in ("fastclap", "fastclap, forward only", "fastclap, guide", "fastclap, queue", "materialised"):
             call = host_time.forms()[name].ready(16, 16)
             call()
             found[name] = asdict(driver.counts(call))
@@ -76,6 +76,8 @@ def test_losses_launch_what_they_should(found: dict[str, Any]) -> None:
     assert ours["products"] == 2 and forward["products"] == 0 and materialised["products"] == 3
     assert ours["launches"] > forward["launches"] > 0 and materialised["launches"] == 0
     assert ours["descriptors"] >= forward["descriptors"] > 0
+    assert found["fastclap, guide"]["launches"] > ours["launches"] and found["fastclap, guide"]["products"] == 2
+    assert found["fastclap, queue"]["products"] == 4, "one for the queue's entries on each side"
 
 
 @needs_compiler

@@ -44,7 +44,7 @@ def test_report_prints_a_row_a_compilation_writes_a_page_and_fails_on_a_problem(
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     good, bad, mistaken = (line.split(" | ") for line in done.stdout.splitlines()[2:5])
-    assert good[0] == "| double" and good[-1] == "ok |" and int(good[3]) > 0  # registers
+    assert good[0] == "| double" and good[-2:] == ["-", "ok |"] and int(good[3]) > 0  # registers
     assert bad[-1] == "no wgmma.mma_async |"
     assert mistaken[-1].startswith("ValueError: mistaken: the signature has ['y']")
     assert done.stdout.endswith("3 compilations, 2 with a problem.\n")
@@ -67,17 +67,17 @@ def test_a_summary_has_a_row_for_each_kernel_and_architecture_with_ranges_over_i
         _result("sums bf16", "m.sums", 80, Numbers(32, 184, 0, 0, 12288, 1)),
         _result("sums fp32", "m.sums", 80, Numbers(32, 255, 24, 48, 16384, 2)),
         _result("rows bf16", "m.rows", 80, Numbers(0, 40, 0, 0, 0, 12)),
-        _result("sums bf16", "m.sums", 90, Numbers(4, 128, 0, 0, 98328, 2)),
+        _result("sums bf16", "m.sums", 90, Numbers(4, 128, 0, 0, 98328, 2, 0.617)),
         _result("sums fp32", "m.sums", 90, Numbers(0, 130, 80, 160, 98328, 2), "stack of 80 bytes"),
-        _result("sums fp16", "m.sums", 90, Numbers(0, 130, 8, 16, 98328, 2), "stack of 8 bytes"),
+        _result("sums fp16", "m.sums", 90, Numbers(0, 130, 8, 16, 98328, 2, 0.49), "stack of 8 bytes"),
     ]
     assert list(kernel_report.summary_rows(results)) == [
-        ("m.sums", "80", "2", "mma.sync", "184 to 255", "0 to 24", "12,288 to 16,384", "1 to 2", "ok"),
+        ("m.sums", "80", "2", "mma.sync", "184 to 255", "0 to 24", "12,288 to 16,384", "1 to 2", "-", "ok"),
         (
-            *("m.sums", "90", "3", "mma.sync in 1", "128 to 130", "0 to 80", "98,328", "2"),
+            *("m.sums", "90", "3", "mma.sync in 1", "128 to 130", "0 to 80", "98,328", "2", "49% to 62%"),
             "2 of 3, worst sums fp32: stack of 80 bytes",
         ),
-        ("m.rows", "80", "1", "none", "40", "0", "0", "12", "ok"),
+        ("m.rows", "80", "1", "none", "40", "0", "0", "12", "-", "ok"),
     ]
     page = kernel_report.page(results, "COMMAND")
     assert "**6 compilations (3 for sm_80, 3 for sm_90), 2 with a problem.**" in page and "    COMMAND\n" in page

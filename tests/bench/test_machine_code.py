@@ -74,6 +74,28 @@ def test_a_tile_around_products_and_a_step_of_them() -> None:
     assert step == Counts(instructions=4, wavefronts=0, products=1)
 
 
+def test_a_store_behind_a_branch_is_on_the_way_where_it_is_said_to_happen() -> None:
+    code = listing(
+        "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR24], R24",  # 10: the loop
+        "@P2 BRA 0x10",  # 20
+        "@P0 BRA 0x50",  # 30
+        "UTMASTG.2D [UR8], [UR4]",  # 40
+        "FADD R1, R1, R2",  # 50
+        "@P0 BRA 0x80",  # 60
+        "UTMASTG.2D [UR8], [UR4]",  # 70
+        "EXIT",  # 80
+    )
+    tiles = [machine_code.product_tile(code, stores)[0].instructions for stores in (0, 1, 2)]
+    assert tiles == [4, 5, 6]
+
+
+def test_cycles_of_instructions_over_those_of_products() -> None:
+    # 8 warps of 1597 + 206 + 71 · 12 instructions on 4 schedulers; 128 · 128 · 768 products, 2048 of them a cycle
+    assert machine_code.issue_to_tensor(1803, 71, 768) == pytest.approx(2 * 2655 / 6144)
+    small = machine_code.issue_to_tensor(100, 10, 64, rows=64, columns=64, depth=32, warps=4)
+    assert small == pytest.approx(120 / 128)
+
+
 def test_a_tile_of_attention_is_a_turn_of_the_first_loop_that_multiplies() -> None:
     code = listing(
         "STG.E [R2], RZ",  # 10: a loop without products

@@ -114,18 +114,14 @@ def test_absent_packages_are_named_as_pip_finds_them(monkeypatch: pytest.MonkeyP
         assert form.notes.startswith(f"not installed (pip install {package})")
 
 
-def test_the_lean_form_leaves_the_engine_as_it_was() -> None:
-    engine = pytest.importorskip("fastclap.kernels.contrastive.triton_engine")
-    before = engine.stores_exponentials
-    seen = []
-
-    def run(*_: object) -> torch.Tensor:
-        seen.append(engine.stores_exponentials(1, CPU))
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        peers.storing(run, False)(*timing.embeddings(4, 4, 1.0, CPU, torch.float32))
-    assert seen == [False] and engine.stores_exponentials is before
+def test_our_forms_keep_exponentials_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "info_nce", lambda *_, **options: options)
+    forms = {form.name: form for form in peers.info_nce_peers(torch.device("cuda"), SCALE)}
+    for name, passes, keep in (("fastclap Triton", 4, None), ("fastclap Triton, 3 passes", 3, True)):
+        form = forms[name]
+        assert form.run is not None and form.passes == passes
+        options = form.run(*timing.embeddings(4, 4, 1.0, CPU, torch.float32))
+        assert options["backend"] == "triton" and options.get("keep_exponentials") is keep
 
 
 def test_warm_up_leaves_a_row_a_form_and_stops_for_lack_of_time(tmp_path: Path) -> None:
