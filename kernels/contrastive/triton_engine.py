@@ -628,7 +628,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
         yield _compilation("finish", finish_kernel, name, name, FINISHED, {})
     yield _compilation("combine", combine_kernel, "", "fp32", COMBINED, {})
     yield _compilation("total", total_kernel, "", "fp32", TOTAL, {})
-    for given, wanted in (("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "fp16")):
+    for given, wanted in (("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "fp16"), ("fp32", "bf16")):
         yield _compilation("upstream", upstream_kernel, f"{given} to {wanted}", given, UPSTREAM, {"to": wanted})
 
 
