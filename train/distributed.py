@@ -74,7 +74,8 @@ class Alarm:
         self._store, self._rank, self._size = store, rank, size
         self._reason: str | None = None
         self._closed = threading.Event()
-        threading.Thread(target=self._watch, name="alarm", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="alarm", daemon=True)
+        self._thread.start()
 
     def sound(self, reason: str) -> None:
         """Tell all ranks that this one stops; the first reason stands."""
@@ -93,6 +94,8 @@ class Alarm:
     def close(self) -> None:
         """The process is about to end. Where the store is in it, others get a while to read the reason."""
         self._closed.set()
+        # Python ends daemon threads by force, and one that is just asking the store would take the process with it.
+        self._thread.join(_GRACE_SECONDS)
         if self._rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or self.reason() is None:
             return
         end = time.monotonic() + _GRACE_SECONDS
