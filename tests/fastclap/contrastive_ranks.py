@@ -71,7 +71,10 @@ def crossing_ids(n: int, m: int, groups: int) -> tuple[Tensor, Tensor]:
 
 
 def loss_cases() -> dict[str, dict[str, Any]]:
-    """Name -> ranks, rows per rank and options. Tensors among the options are global; each rank takes its rows."""
+    """Name -> ranks, rows per rank and options. Tensors among the options are global; each rank takes its rows.
+
+    slow: the interpreter leaves it out, as others have its parts.
+    """
     uneven = {"world": 4, "a_rows": UNEVEN_A, "b_rows": UNEVEN_B}
     total_a, total_b = sum(UNEVEN_A), sum(UNEVEN_B)
     ids = dict(zip(("a_ids", "b_ids"), crossing_ids(total_a, total_b, 50), strict=True))
@@ -96,11 +99,13 @@ def loss_cases() -> dict[str, dict[str, Any]]:
         "two ranks, ids": {"world": 2, "a_rows": (3, 70), "b_rows": (6, 2), "options": pair_ids},
         "four ranks, guide, ids": {**uneven, "options": {**guide, **ids}},
         "four ranks, guide, online maxima": {
+            "slow": True,
             **uneven, "options": {**guide, **ids, **large, "guide_relative": True}, "scale": 200.0,
         },
-        "four ranks, debias, ids": {**uneven, "options": {**ids, "debias": 0.1}},
-        "four ranks, queue, ids": {**uneven, "options": {**ids, **queue_with_ids}},
+        "four ranks, debias, ids": {"slow": True, **uneven, "options": {**ids, "debias": 0.1}},
+        "four ranks, queue, ids": {"slow": True, **uneven, "options": {**ids, **queue_with_ids}},
         "four ranks, queue, online maxima": {
+            "slow": True,
             **uneven, "options": {**ids, **queue_with_ids, **large}, "scale": 200.0,
         },
         "four ranks, debias and queue, float32": {
@@ -112,6 +117,7 @@ def loss_cases() -> dict[str, dict[str, Any]]:
         },
         "four ranks, matryoshka": {**uneven, "options": {**ids, "matryoshka": {4: 0.5, DIM: 2.0}}},
         "four ranks, debias and queue, prefixes": {
+            "slow": True,
             **uneven, "options": {**together, "matryoshka": (3, 9)},
         },
         "four ranks, diagonal, debias and queue": {
@@ -122,6 +128,7 @@ def loss_cases() -> dict[str, dict[str, Any]]:
             "options": {"teacher": (*tensors((72, 5), (72, 5), seed=7), 1.0), "guide_margin": 0.1},
         },
         "two ranks, a to b, queue": {
+            "slow": True,
             "world": 2, "a_rows": (2, 5), "b_rows": (2, 5), "options": {**queue, "direction": "a_to_b"},
         },
         "four ranks, sigmoid": {**uneven, "options": ids, "loss": "sigmoid_loss"},
@@ -371,7 +378,7 @@ def worker(rank: int, folder: Path, triton: bool) -> None:
     groups, fresh = {2: dist.new_group([0, 1]), 4: dist.group.WORLD}, dist.new_group([0, 1])
     results: dict[str, Any] = {}
     for name, case in loss_cases().items():
-        if rank < case["world"] and not (triton and "dtype" in case):
+        if rank < case["world"] and not (triton and ("dtype" in case or "slow" in case)):
             how = {**case, "dtype": torch.float32} if triton else case  # all cases are float32 then
             results[name] = run_case(how, rank, groups[case["world"]], "triton" if triton else "auto")
     if not triton:
