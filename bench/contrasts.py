@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import fastclap
-from bench.small_recipe import processor
+from bench.small_recipe import of_both_directions, processor
 from fastclap import CLAP
 from fastclap.data import Manifest, load_manifest
 from fastclap.evaluation import ClassificationTask, evaluate
@@ -112,9 +112,7 @@ def scores(model: CLAP, test: Manifest, width: int) -> dict[str, float]:
         "emotion UAR": result["classification"]["classification_tag"]["uar"],
         "sex UAR": result["classification"]["sex"]["uar"],
     }
-    for kind, both in result["retrieval"].items():
-        for figure in ("R@1", "R@10", "mAP@10"):
-            found[f"{kind} {figure}"] = statistics.mean(both[way][figure] for way in ("audio_to_text", "text_to_audio"))
+    found |= of_both_directions(result["retrieval"])
     return {figure: round(value, 4) for figure, value in found.items()}
 
 

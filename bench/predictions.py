@@ -59,7 +59,6 @@ OURS_OPERATIONS = 7 + 2 + 2  # traced at N = 256 (`bench.host_time`): Triton lau
 # The engine before this one, of 74 operations, was predicted at 0.93; on a CPU this one takes 0.4 of its time
 # (`bench/records/host-time`).
 OURS_HOST_MS, MATERIALISED_HOST_MS = 0.37, 0.29
-KEPT_BYTES = 256 << 20  # of exponentials, up to which the engine keeps them
 FOUR, THREE, MATERIALISED, OPEN_CLIP = (
     *("fastclap, 4 passes", "fastclap, 3 passes"),
     *("materialised, compiled", "open_clip, compiled"),
@@ -405,7 +404,7 @@ def main() -> None:
     one, two = FORMS[FOUR].issued
     kept, bytes_of = FORMS[THREE].issued[0], {name: f"{form.bytes_per_pair:g}" for name, form in FORMS.items()}
     sigmoid = SIGMOID.issued[0]
-    rows_kept = math.isqrt(KEPT_BYTES // 2)
+    rows_kept = math.isqrt(scale_model.KEPT_BYTES // 2)
     ours, plain = emulated_error(FLOAT32), emulated_error("torch float32 on the CPU")
     million = pair(f"{1e-3 * device_ms(FORMS[FOUR], 1 << 20, 768, m):.3g}" for m in MACHINES)
     floors = "; ".join(

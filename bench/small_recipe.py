@@ -83,6 +83,15 @@ def summary(figures: dict[str, Any]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in flat.items()}
 
 
+def of_both_directions(retrieval: dict[str, Any]) -> dict[str, float]:
+    """Figures of an evaluation's retrievals, as the mean of both directions, by flat names."""
+    return {
+        f"{kind} {figure}": statistics.mean(both[way][figure] for way in ("audio_to_text", "text_to_audio"))
+        for kind, both in retrieval.items()
+        for figure in ("R@1", "R@10", "mAP@10")
+    }
+
+
 def processor() -> str:
     """The processor's marketing name, where the system knows it."""
     try:

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 
 import fastclap
-from bench.small_recipe import processor
+from bench.small_recipe import of_both_directions, processor
 from fastclap import CLAP
 from fastclap.data import load_manifest
 from fastclap.evaluation import ClassificationTask, evaluate
@@ -248,9 +248,7 @@ def scores(model: CLAP, data: dict[str, list[str]]) -> dict[str, float]:
         found[name] = result[task.column]["uar"]
     retrieval = evaluate(model, test, captions=["global", "fine"], tasks=[])["retrieval"]
     retrieval["compositional"] = evaluate(model, compositional, captions=["global"], tasks=[])["retrieval"]["global"]
-    for kind, both in retrieval.items():
-        for name in ("R@1", "R@10", "mAP@10"):
-            found[f"{kind} {name}"] = statistics.mean(both[way][name] for way in ("audio_to_text", "text_to_audio"))
+    found |= of_both_directions(retrieval)
     return {name: round(value, 4) for name, value in found.items()}
 
 

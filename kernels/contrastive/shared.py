@@ -445,38 +445,6 @@ def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
 # parts of the loss
 
 
-class IdMatches(NamedTuple):
-    """Who has whose id, over all ranks: N rows and M columns.
-
-    Attributes:
-        b: int64 [M], the ids of the columns.
-        order: int64 [M], the columns in the order of their ids.
-        first: int64 [N], where in `order` the columns with the row's id begin.
-        row_count: int64 [N], columns with the row's id.
-        column_count: int64 [M], rows with the column's id.
-        sibling_count: int64 [N], rows with the row's id.
-    """
-
-    b: Tensor
-    order: Tensor
-    first: Tensor
-    row_count: Tensor
-    column_count: Tensor
-    sibling_count: Tensor
-
-
-def match_ids(ids: Ids, ranks: Ranks) -> IdMatches:
-    """Gathers the ids of the ranks, and counts on their device by sorting: no N×M comparison, no wait."""
-    a, b = ranks.gather(ids[0], ranks.a_rows), ranks.gather(ids[1], ranks.b_rows)
-    sorted_a, (sorted_b, order) = a.sort().values, b.sort(stable=True)
-    first = torch.searchsorted(sorted_b, a)
-    row_count = torch.searchsorted(sorted_b, a, right=True) - first
-    column_count, sibling_count = (
-        torch.searchsorted(sorted_a, x, right=True) - torch.searchsorted(sorted_a, x) for x in (b, a)
-    )
-    return IdMatches(b, order, first, row_count, column_count, sibling_count)
-
-
 class LabelSmoothing:
     """The uniform targets, -amount·(row_weight_i/M + column_weight_j/N) in G: two rank-one terms, no tile."""
 

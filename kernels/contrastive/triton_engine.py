@@ -31,7 +31,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -68,6 +67,7 @@ from fastclap.kernels.contrastive.triton_operands import (
     Launch,
     Operands,
     PositiveKeys,
+    Second,
     aligned_matrix,
     on_device,
     taken,
@@ -91,38 +91,15 @@ def _multiply(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tenso
     return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
-@dataclass(frozen=True)
-class Second:
-    """A teacher's or guide's part of tiles.
-
-    Attributes:
-        row, column: a teacher's factors; a guide's cosines above which a column is no negative of a row, and
-            a row none of a column.
-        row_factor: what makes its logits, or its cosines, of products.
-        weight: a teacher's.
-    """
-
-    operands: Operands
-    row_factor: Tensor
-    row: Tensor
-    column: Tensor
-    weight: float = 0.0
-
-    @classmethod
-    def guide(cls, teacher: Teacher, contrast: Contrast, blocks: Blocks) -> Second:
-        o, margin = blocks.operands, float(contrast.guide_margin or 0.0)
-        operands = Operands(teacher[0], teacher[1], 1.0, True, o.ranks, o.dtype)
-        row, column = (
-            best[1] * (1.0 - margin) if contrast.guide_relative else best[1] - margin
-            for best in _best(operands, operands.a_inverse, blocks)
-        )
-        return cls(operands, operands.a_inverse, row, column)
-
-    def described(self, columns: slice, launch: Launch) -> tuple[Any, ...]:
-        """The arguments of a tile's kernel."""
-        o = self.operands
-        a, _, half_b = launch.operands(o.a, taken(o.b, columns))
-        return a, half_b, self.row_factor, taken(o.b_inverse, columns), self.row, self.column
+def _guide(teacher: Teacher, contrast: Contrast, blocks: Blocks) -> Second:
+    """The teacher as a guide, with thresholds for its cosines."""
+    o, margin = blocks.operands, float(contrast.guide_margin or 0.0)
+    operands = Operands(teacher[0], teacher[1], 1.0, True, o.ranks, o.dtype)
+    row, column = (
+        best[1] * (1.0 - margin) if contrast.guide_relative else best[1] - margin
+        for best in _best(operands, operands.a_inverse, blocks)
+    )
+    return Second(operands, blocks.launch, operands.a_inverse, row, column)
 
 
 def _best(operands: Operands, factor: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
@@ -169,6 +146,7 @@ class TiledSoftmax:
     ) -> None:
         self.blocks, self.hard, self.debias, self.kept, self.guide = blocks, hard, debias, kept, guide
         self.operands, launch, ranks = blocks.operands, blocks.launch, blocks.operands.ranks
+        ranks.all_reduce(self.operands.bounds, maximum=True)
         self.num_rows, self.num_columns = self.operands.a.shape[0], ranks.num_columns
         width, device = COMBINED["WIDTH"], self.operands.device
         self.row_blocks, column_blocks = -(-self.num_rows // width), -(-self.num_columns // width)
@@ -221,14 +199,11 @@ class TiledSoftmax:
         column_parts = torch.empty(3, tiles[0], columns, device=device) if two_sided else row_parts
         special = torch.empty(tiles, dtype=torch.int8, device=device)
         kept = self.kept if in_matrix else None
-        a, _, half_b = block.described
-        second = (a, half_b, *(block.factors[0],) * 4)
-        if guide is not None:
-            second = guide.described(slice(0, columns), launch)
+        second = block.no_second if guide is None else guide.arguments
         launch(
             sums_kernel, tiles, *block.described, launch.halves(block.rows if kept is None else taken(kept, at)),
             *block.factors, *block.keys, operands.bounds, operands.scale, *second, row_parts, column_parts, special,
-            at.start, at.stop, columns, operands.depth, guide.operands.depth if guide else 0, block.diagonal,
+            at.start, at.stop, columns, operands.depth, guide.depth if guide else 0, block.diagonal,
             self.blocks.keys.ids, int(kept is not None), operands.bias, COLUMNS=two_sided, GUIDE=guide is not None,
         )  # fmt: skip
         first_row = operands.ranks.own_columns.start + at.start if below else at.start
@@ -280,16 +255,12 @@ class TiledSoftmax:
         launch, operands, second = self.blocks.launch, self.operands, self.guide or teacher
         columns, in_matrix = block.num_columns, block.first is not None
         tiles = launch.tiles(at.stop - at.start, columns)
-        losses, (a, _, half_b) = row, block.described
-        arguments: tuple[Any, ...] = (a, half_b, *(block.factors[0],) * 4)
-        if second is not None:
-            arguments = second.described(slice(0, columns), launch)
-        if teacher is not None:
-            losses = torch.empty(2 * tiles[0] * tiles[1], device=g.device)
+        losses = row if teacher is None else torch.empty(2 * tiles[0] * tiles[1], device=g.device)
+        arguments = block.no_second if second is None else second.arguments
         launch(
             gradient_kernel, tiles, *block.described, launch.halves(g), *block.factors, *block.out, *block.keys,
             operands.bounds, operands.scale, row, self.column, *arguments, losses,
-            at.start, at.stop, columns, operands.depth, second.operands.depth if second else 0, block.diagonal,
+            at.start, at.stop, columns, operands.depth, second.depth if second else 0, block.diagonal,
             self.blocks.keys.ids, int(self.kept is not None and in_matrix), row.stride(0), self.column.stride(0),
             float(in_matrix), second.weight if second else 0.0, operands.gain, operands.bias,
             COLUMNS=self.blocks.two_sided and in_matrix, TEACHER=teacher is not None, GUIDE=self.guide is not None,
@@ -300,12 +271,11 @@ class TiledSoftmax:
 class EmbeddingGradients:
     """P2 to P4, and the way back through the normalisation."""
 
-    def __init__(
-        self, operands: Operands, launch: Launch, need: Need, unit: float, keys: PositiveKeys, by_ids: bool = True
-    ) -> None:
-        """`unit`: factor of the loss, without the number of rows: those that have a positive (`by_ids`), or all."""
-        self.operands, self.need, self.launch, self.unit, self.keys = operands, need, launch, unit, keys
-        self._ids = int(keys.ids and by_ids)
+    def __init__(self, blocks: Blocks, need: Need, unit: float, rows: int | None = None) -> None:
+        """The loss is `unit` times a mean over so many rows (None: those that have a positive)."""
+        operands, keys = blocks.operands, blocks.keys
+        self.operands, self.launch, self.keys, self.need, self.unit = operands, blocks.launch, keys, need, unit
+        self._ids, self._number = (keys.ids, keys.number) if rows is None else (0, float(rows))
         self.by_rows = need.a or (need.scale and not need.b)  # one of the two products also gives dscale
         self.a_rows, self.b_rows, own = operands.a, operands.b, operands.ranks.own_columns
         if operands.unit:
@@ -371,7 +341,7 @@ class EmbeddingGradients:
             raw if raw_a is None else raw_a, raw if raw_b is None else raw_b, a, b, taken(o.a_inverse, at),
             taken(o.b_inverse, own), o.scale, keys.numbers, unwritten if da is None else da,
             unwritten if db is None else db, self.along, *rows, o.depth, a.stride(0), b.stride(0), first,
-            self.unit * o.ranks.size, float(o.normalize), int(o.unit), o.gain, keys.number, self._ids,
+            self.unit * o.ranks.size, float(o.normalize), int(o.unit), o.gain, self._number, self._ids,
             int(self.need.a), int(self.need.b), **FINISHED,
         )  # fmt: skip
 
@@ -443,7 +413,6 @@ def info_nce(
     """InfoNCE of the rows, with both directions also of the columns; its gradients (da, db, dscale); in-batch top-1."""
     two_sided, weight, normalize = contrast.direction == "both", contrast.teacher_weight, contrast.normalize
     dtype, num_rows, num_columns = torch.promote_types(a.dtype, b.dtype), a.shape[0], ranks.num_columns
-    queue = None if queue is None or not len(queue.a) + len(queue.b) else queue
     launch = Launch.of(a, dtype, num_columns)
     if launch.arch:
         options = two_sided, weight > 0, contrast.guide_margin is not None, any(need)
@@ -455,7 +424,7 @@ def info_nce(
     if any(need) and keeps_exponentials(contrast, dtype, num_rows * num_columns * dtype.itemsize):
         kept = aligned_matrix(num_rows, num_columns, dtype, a.device)
     if teacher is not None and contrast.guide_margin is not None:
-        guide = Second.guide(teacher, contrast, blocks)
+        guide = _guide(teacher, contrast, blocks)
     hard, smooth = (1 - weight) * (1 - contrast.label_smoothing), (1 - weight) * contrast.label_smoothing
     softmax = TiledSoftmax(blocks, hard, contrast.debias, kept, guide)
     if smooth:
@@ -468,10 +437,10 @@ def info_nce(
     if teacher is not None and weight:
         other = Operands(*teacher, normalize, ranks, dtype)
         distilled = TiledSoftmax(Blocks(other, keys, None, launch, two_sided), 0.0)
-        student = Second(other, other.a_factor, distilled.row, distilled.column, weight)
+        student = Second(other, launch, other.a_factor, distilled.row, distilled.column, weight)
 
     unit = 0.5 if two_sided else 1.0
-    gradients = EmbeddingGradients(operands, launch, need, unit, keys) if any(need) else None
+    gradients = EmbeddingGradients(blocks, need, unit) if any(need) else None
     # What else belongs to the loss of rows, to their dscale, and to the loss of columns.
     extras: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     if gradients is not None or student is not None:
@@ -543,13 +512,13 @@ def sigmoid_loss(
     launch = Launch.of(a, dtype, ranks.num_columns)
     operands = Operands(a, b, scale, normalize, ranks, dtype, units=1.0)
     keys = PositiveKeys(ids, None, ranks, operands.bounds)
-    keys.number = float(ranks.num_rows)
-    block, num_rows, num_columns = Blocks(operands, keys, None, launch, True).all, a.shape[0], ranks.num_columns
+    blocks, num_rows, num_columns = Blocks(operands, keys, None, launch, True), a.shape[0], ranks.num_columns
     products = need.a or need.b or need.scale
-    gradients = EmbeddingGradients(operands, launch, need, 1.0, keys, by_ids=False) if products else None
+    gradients = EmbeddingGradients(blocks, need, 1.0, ranks.num_rows) if products else None
     shift = on_device(bias, device)
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # the loss and dbias
     buffer = aligned_matrix(min(launch.chunk, num_rows), num_columns, dtype, device) if products else operands.a
+    block = blocks.all
     for at in launch.chunks(num_rows):
         tiles, g = launch.tiles(at.stop - at.start, num_columns), taken(buffer, slice(0, at.stop - at.start))
         shares = torch.empty(2, 2 * tiles[0] * tiles[1], device=device)
@@ -596,8 +565,7 @@ def _compile_ahead(
     arch: int, dtype: torch.dtype, precision: str, columns: bool, teacher: bool, guide: bool, gradients: bool
 ) -> None:
     """Compiles what a call of a new kind will launch all at once."""
-    name = TYPE_NAMES[dtype]
-    label = f"{name} {precision}" if dtype == torch.float32 else name
+    name, label = TYPE_NAMES[dtype], _label(dtype, precision)
     flags = " columns" * columns
     wanted = {f"rows {name}", "combine", "total", f"sums {label}{flags}{' guide' * guide}"}
     if gradients or teacher:
@@ -608,14 +576,17 @@ def _compile_ahead(
     compile_together([c for c in compilations(arch) if c.name in wanted], arch)
 
 
+def _label(dtype: torch.dtype, precision: str) -> str:
+    return f"{TYPE_NAMES[dtype]} {precision}" if dtype == torch.float32 else TYPE_NAMES[dtype]
+
+
 def compilations(arch: int) -> Iterator[Compilation]:
     """Every (kernel, configuration, dtype, flags) that the launchers may pick on an architecture."""
     both = (False, True)
     for dtype in TILES[90]:
         name = TYPE_NAMES[dtype]
         for precision in ("tf32x3", "tf32") if dtype == torch.float32 else ("tf32",):
-            label = f"{name} {precision}" if dtype == torch.float32 else name
-            launch = Launch(arch, dtype, precision)
+            label, launch = _label(dtype, precision), Launch(arch, dtype, precision)
             constants = {**launch.constants, **launch.options}
             for columns, guide in product(both, both):
                 yield _compilation("sums", sums_kernel, label, name, constants, {"COLUMNS": columns, "GUIDE": guide})
@@ -645,8 +616,7 @@ def _compilation(
     )  # fmt: skip
     integers = ("a_key", "b_key", "bounds", "row_count", "column_count", "siblings", "numbers", "row_queue",
                 "column_queue")  # fmt: skip
-    doubles = ("row_state", "column_state", "terms", "scale_terms", "along", "totals", "scale_gradient", "dscale",
-               "dbias")  # fmt: skip
+    doubles = ("row_state", "column_state", "terms", "along", "totals", "scale_gradient", "dscale")
     types |= {"bias": "*fp32"} if kind == "sigmoid" else {}
     types |= dict.fromkeys(integers, "*i32") | dict.fromkeys(doubles, "*fp64") | {"special": "*i8"}
     if kind == "rows":

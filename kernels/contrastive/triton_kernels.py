@@ -393,13 +393,8 @@ def combine_kernel(
         block_of_terms, weight = first_row // WIDTH + block, tl.full((), 1.0, tl.float64)
     else:
         block -= row_blocks
-        parts, tiles, length, first, flags = (
-            column_parts,
-            column_tiles,
-            columns,
-            first_column,
-            (1, tile_columns, tile_width, 1),
-        )
+        parts, tiles, length, first = column_parts, column_tiles, columns, first_column
+        flags = (1, tile_columns, tile_width, 1)
         state, stride, fresh, finish = column_state, num_columns, fresh_columns, finish_columns
         factors, factor_stride, others = column_factors, column_stride, all_rows + queue_rows
         counts, in_queue, from_queue, paired = column_count, column_queue, queue_rows, all_rows
@@ -575,6 +570,15 @@ def gradient_kernel(
 # after P3 and P4
 
 
+@triton.jit
+def _number(numbers, number, ids):
+    """Of positive rows, or of all that count."""
+    count = tl.zeros((), tl.float64) + number
+    if ids:
+        count = tl.load(numbers).to(tl.float64)
+    return count
+
+
 @jit_for_any_size(
     "a_rows b_rows depth a_stride b_stride first_block factor normalize unit gain number ids write_a write_b",
     "raw_a raw_b a b a_inverse b_inverse scale numbers da db along",
@@ -608,11 +612,8 @@ def finish_kernel(
     dot = tl.sum(dots, 1)
     tl.store(along, tl.sum(dot.to(tl.float64), 0) / gain)
     if write:
-        count = tl.zeros((), tl.float64) + number
-        if ids:
-            count = tl.load(numbers).to(tl.float64)
         of_row = tl.load(inverse + i, mask=i < rows, other=0.0)
-        alpha = (tl.load(scale).to(tl.float64) * factor / count / gain).to(tl.float32)
+        alpha = (tl.load(scale).to(tl.float64) * factor / _number(numbers, number, ids) / gain).to(tl.float32)
         after = tl.where(unit != 0, of_row, 1.0) * alpha
         part = dot * normalize * tl.where(unit != 0, 1.0, of_row * of_row)
         for k in tl.range(0, depth, DEPTH):
@@ -648,9 +649,7 @@ def total_kernel(
         rows, columns = tl.load(totals), tl.load(totals + 2)
         of_rows, of_columns = tl.load(totals + 1), tl.load(totals + 3)
     if finish:
-        count = tl.zeros((), tl.float64) + number
-        if ids:
-            count = tl.load(numbers).to(tl.float64)
+        count = _number(numbers, number, ids)
         tl.store(loss, ((rows + columns) * half / count).to(tl.float32))
         tl.store(scale_gradient, (of_rows + of_columns) * half / count)
     else:

@@ -168,7 +168,7 @@ class Operands:
         a_out, b_out: what G carries, so that it multiplies the rows as they are: the inverse norms. In float16 ones.
         unit: whether it multiplies unit rows instead (see the module).
         gain: what G is multiplied by.
-        bounds: int32 [3], of `rows_kernel`.
+        bounds: int32 [3], of `rows_kernel`: those of this rank.
         bias: of the fixed maximum.
     """
 
@@ -204,8 +204,6 @@ class Operands:
         self.a_out, self.b_out = self.a_inverse, self.b_inverse
         if self.unit:
             self.a_out, self.b_out = torch.ones_like(self.a_inverse), torch.ones_like(self.b_inverse)
-        if beside is None:
-            ranks.all_reduce(self.bounds, maximum=True)
         # The fixed maximum: sums stay below 2^126.
         self.bias = 126.0 - math.ceil(math.log2(max(ranks.num_rows, ranks.num_columns)))
 
@@ -223,10 +221,9 @@ class Launch:
     def __init__(self, arch: int, dtype: torch.dtype, precision: str = "tf32", chunk: int = 0) -> None:
         self.arch, self.dtype, self.chunk = arch, dtype, chunk
         self.tile = tile = INTERPRETER_TILE if arch == 0 else for_architecture(TILES, arch)[dtype]
-        sizes = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PRECISION": precision}
+        self.constants = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PRECISION": precision}
         limit = {"maxnreg": tile.registers} if tile.registers else {}
         self.options = {"num_warps": tile.warps, "num_stages": tile.stages, **limit}
-        self.constants = sizes
 
     @classmethod
     def of(cls, a: Tensor, dtype: torch.dtype, num_columns: int) -> Launch:
@@ -269,6 +266,8 @@ class Block:
         out: what G carries.
         keys: classes, with ids.
         diagonal: row i is paired with column i + diagonal, without.
+        described: the matrices as tiles read them.
+        no_second: arguments in the place of those of a `Second`.
     """
 
     def __init__(
@@ -284,7 +283,37 @@ class Block:
     ) -> None:
         self.rows, self.columns, self.first, self.num_columns = rows, columns, first, columns.shape[0]
         self.factors, self.out, self.keys, self.diagonal = factors, out, keys, diagonal
-        self.described = launch.operands(rows, columns)
+        self.described = a, _, half_b = launch.operands(rows, columns)
+        self.no_second = (a, half_b, *(factors[0],) * 4)
+
+
+class Second:
+    """A teacher's or guide's part of tiles.
+
+    Attributes:
+        depth: columns of its embeddings.
+        weight: a teacher's.
+        arguments: of a tile's kernel.
+    """
+
+    def __init__(
+        self,
+        operands: Operands,
+        launch: Launch,
+        row_factor: Tensor,
+        row: Tensor,
+        column: Tensor,
+        weight: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            row_factor: what makes its logits, or its cosines, of products.
+            row, column: a teacher's factors; a guide's cosines above which a column is no negative of a row, and a row
+                none of a column.
+        """
+        self.depth, self.weight = operands.depth, weight
+        a, _, half_b = launch.operands(operands.a, operands.b)
+        self.arguments = a, half_b, row_factor, operands.b_inverse, row, column
 
 
 class Blocks:
