@@ -24,9 +24,10 @@ FORMAT_VERSION = 1
 class AudioTowerConfig:
     """Audio tower. Options marked with a kind have no meaning for the other kinds."""
 
-    kind: Literal["log-mel", "wav2vec2", "whisper", "ast", "clap-htsat"] = "log-mel"
+    kind: Literal["log-mel", "wav2vec2", "whisper", "ast", "clap-htsat", "cnn14", "pe-audio"] = "log-mel"
     """log-mel: compact transformer trained from scratch. wav2vec2: WavLM, wav2vec 2.0 or HuBERT of transformers on the
-    waveform. whisper, ast, clap-htsat: the encoders of transformers on log-mel features."""
+    waveform. whisper, ast, clap-htsat: the encoders of transformers on log-mel features. cnn14: PANNs' convolutions on
+    log-mel features. pe-audio: the audio encoder of PE-AV on the waveform."""
     pretrained: str | None = None
     """Folder or hub id of the transformers weights to start from (every kind but log-mel)."""
     hf_config: dict[str, Any] | None = None
@@ -37,8 +38,8 @@ class AudioTowerConfig:
     freeze_convolutions: bool = False
     """wav2vec2, log-mel, whisper: keep the convolutions at the input fixed; dropout and SpecAugment go on."""
     freeze_layers: int = 0
-    """Every kind but clap-htsat: keep the first layers of the transformer fixed, this many, and all that comes before
-    them."""
+    """Every kind but clap-htsat and cnn14: keep the first layers of the transformer fixed, this many, and all that
+    comes before them."""
     normalize_waveform: bool = True
     """wav2vec2: subtract the mean and divide by the standard deviation of the whole file."""
     layer_weights: bool = False
@@ -47,13 +48,18 @@ class AudioTowerConfig:
     features: Literal["whisper", "kaldi", "clap", "clap-fusion", "ast", "beats", "clsp", "torchaudio"] = "kaldi"
     """log-mel: preset of fastclap.LogMel."""
     feature_options: dict[str, Any] = field(default_factory=dict)
-    """log-mel: changes to the preset, such as {"n_mels": 64}."""
+    """log-mel: changes to the preset, such as {"n_mels": 64}. clap-htsat, cnn14: changes to the preset clap."""
+    clip_seconds: float = 10.0
+    """clap-htsat, cnn14: the tower sees this much of a clip. What a longer one has after it is left out."""
+    repeat: Literal["whole", "cut"] = "whole"
+    """clap-htsat, cnn14: a shorter clip is repeated as often as it fits, with silence after (whole, as in LAION-CLAP),
+    or until the window is full (cut, as in MS-CLAP)."""
     feature_normalization: Literal["global", "per-mel", "clip"] = "global"
     """log-mel: statistics that `fit_feature_statistics` measures once and the model keeps: one mean and standard
     deviation, or one pair a band; clip subtracts each clip's own mean level instead of the global mean, which makes the
     embedding independent of the recording level."""
     width: int = 128
-    """log-mel: width of the transformer."""
+    """log-mel: width of the transformer. cnn14: of the output (published: 2048)."""
     layers: int = 3
     """log-mel: number of transformer blocks; 0 leaves the convolutions only."""
     heads: int = 4
@@ -66,7 +72,8 @@ class AudioTowerConfig:
     """log-mel: time convolves over frames with the bands as channels; time-frequency convolves over both and halves
     both."""
     convolution_channels: int = 16
-    """log-mel: channels of the first time-frequency convolution; each further one has twice as many."""
+    """log-mel, cnn14: channels of the first convolution over time and frequency, or of the first block (published: 64);
+    each further one has twice as many."""
     dropout: float = 0.1
     """log-mel: dropout of every residual branch and of the convolutions' output."""
     pooling: Literal["mean", "statistics", "attention"] = "statistics"
@@ -102,8 +109,9 @@ class TextTowerConfig:
     """Keep the embeddings of the tokens, with those of positions and their norm, fixed; dropout goes on."""
     freeze_layers: int = 0
     """Keep the first layers of the transformer fixed, this many, and the embeddings."""
-    pooling: Literal["cls", "mean", "pooler"] = "mean"
-    """First token, mean over the tokens, or (hf) the encoder's own pooler output."""
+    pooling: Literal["cls", "mean", "pooler", "last", "msclap"] = "mean"
+    """First token, mean over the tokens, or (hf) the encoder's own pooler output or the last token. msclap (hf): the
+    token that MS-CLAP 2023 reads, which is the last but for a place less for every token of id 0 ("!") in a caption."""
     max_tokens: int = 64
     """Longer captions are cut to this many tokens."""
     vocab_size: int = 2000

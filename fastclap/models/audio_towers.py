@@ -25,6 +25,7 @@ from fastclap.errors import ConfigError, ModelError
 from fastclap.features import LogMel
 from fastclap.kernels.waveform import normalize_waveform
 from fastclap.models import wavlm
+from fastclap.models.cnn14 import HALVINGS, Cnn14
 from fastclap.models.freezing import Stages, transformer_layers
 from fastclap.models.layers import Transformer, as_float, length_mask, masked_mean, prepare_waveform
 from fastclap.models.packing import Packing, longest_of
@@ -479,26 +480,57 @@ class ASTTower(AudioTower):
         return self.base(features.to(self.base.dtype)).pooler_output
 
 
-class CLAPHTSATTower(AudioTower):
-    """LAION-CLAP's HTSAT on a fixed window of 10 s at 48 kHz: shorter clips are repeated, longer ones cut."""
+class FixedWindowTower(AudioTower):
+    """Log-mel features of `clip_seconds` of every clip: a longer one is cut, a shorter one repeated."""
+
+    def __init__(self, config: AudioTowerConfig, n_mels: int | None = None) -> None:
+        super().__init__()
+        bands = {} if n_mels is None else {"n_mels": n_mels}
+        try:
+            self.log_mel = LogMel("clap", **{**bands, **config.feature_options})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"log-mel features: {error}") from error
+        self.sampling_rate = self.log_mel.sampling_rate
+        self.window = round(config.clip_seconds * self.sampling_rate)
+        self.frames = int(self.log_mel.frame_lengths(torch.tensor(self.window)))
+        self.whole_repeats = config.repeat == "whole"
+
+    def features(
+        self,
+        audio: Tensor,  # int16 or float [B, T]
+        lengths: Tensor | None,  # [B]
+    ) -> Tensor:  # float32 [B, frames, bands]
+        """Features of the window."""
+        waveform, lengths = prepare_waveform(audio[:, : self.window], lengths)
+        lengths = lengths.clamp(max=self.window)[:, None]
+        position = torch.arange(self.window, device=waveform.device)
+        repeated = waveform.gather(1, position % lengths)
+        if self.whole_repeats:
+            repeated = repeated.masked_fill(position >= self.window // lengths * lengths, 0.0)
+        with torch.autocast(waveform.device.type, enabled=False):
+            return self.log_mel(repeated)[0]
+
+
+class CLAPHTSATTower(FixedWindowTower):
+    """HTSAT of transformers' CLAP; by default on 10 s at 48 kHz, as LAION-CLAP's."""
 
     base: Any
 
     def __init__(self, config: AudioTowerConfig, load_pretrained: bool) -> None:
-        super().__init__()
         from transformers import ClapAudioConfig, ClapAudioModel, ClapAudioModelWithProjection
 
         model_config, pretrained = transformers_config(config, ClapAudioConfig, load_pretrained)
+        super().__init__(config, model_config.num_mel_bins)
         if model_config.enable_fusion:
             raise ConfigError("fusion checkpoints take four spectrograms a clip; use an unfused CLAP-HTSAT")
+        most = model_config.spec_size * (model_config.spec_size // model_config.num_mel_bins)
+        if self.frames > most:
+            raise ConfigError(f"{self.frames} frames of {config.clip_seconds} s, but this HTSAT takes {most} at most")
         self.hf_config = complete_config(model_config)
         # the checkpoints hold the whole CLAP model, whose keys the projection class knows how to map
         module: Any = transformers_model(ClapAudioModelWithProjection, ClapAudioModel, model_config, pretrained)
         self.base = module.audio_model if pretrained is not None else module
         self.width = self.base.audio_encoder.num_features
-        self.log_mel = LogMel("clap", n_mels=model_config.num_mel_bins)
-        self.sampling_rate = self.log_mel.sampling_rate
-        self.window = 10 * self.sampling_rate
 
     def forward(
         self,
@@ -508,14 +540,30 @@ class CLAPHTSATTower(AudioTower):
         std: Tensor | None = None,
         host_lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        waveform, lengths = prepare_waveform(audio[:, : self.window], lengths)
-        lengths = lengths.clamp(max=self.window)[:, None]
-        position = torch.arange(self.window, device=waveform.device)
-        repeated = waveform.gather(1, position % lengths)
-        repeated = repeated.masked_fill(position >= self.window // lengths * lengths, 0.0)  # whole repeats only
-        with torch.autocast(waveform.device.type, enabled=False):
-            features, _ = self.log_mel(repeated)
-        return self.base(features[:, None].to(self.base.dtype)).pooler_output
+        return self.base(self.features(audio, lengths)[:, None].to(self.base.dtype)).pooler_output
+
+
+class Cnn14Tower(FixedWindowTower):
+    """Cnn14 of PANNs, as in MS-CLAP 2022."""
+
+    def __init__(self, config: AudioTowerConfig) -> None:
+        super().__init__(config)
+        if min(self.frames, self.log_mel.n_mels) < 1 << HALVINGS:
+            raise ConfigError(
+                f"cnn14 needs {1 << HALVINGS} frames and bands at least, not {self.frames} and {self.log_mel.n_mels}"
+            )
+        self.base = Cnn14(self.log_mel.n_mels, config.convolution_channels, config.width)
+        self.width = config.width
+
+    def forward(
+        self,
+        audio: Tensor,
+        lengths: Tensor | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        host_lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        return self.base(self.features(audio, lengths).to(self.base.fc1.weight.dtype))
 
 
 def build_audio_tower(config: AudioTowerConfig, load_pretrained: bool = True) -> AudioTower:
@@ -532,7 +580,9 @@ def build_audio_tower(config: AudioTowerConfig, load_pretrained: bool = True) ->
     """
     if config.kind == "log-mel":
         return LogMelTower(config)
+    if config.kind == "cnn14":
+        return Cnn14Tower(config)
     towers = {"wav2vec2": Wav2Vec2Tower, "whisper": WhisperTower, "ast": ASTTower, "clap-htsat": CLAPHTSATTower}
     if config.kind not in towers:
-        raise ConfigError(f"unknown audio tower {config.kind!r}; known: log-mel, {', '.join(towers)}")
+        raise ConfigError(f"unknown audio tower {config.kind!r}; known: log-mel, cnn14, {', '.join(towers)}")
     return towers[config.kind](config, load_pretrained)

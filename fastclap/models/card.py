@@ -101,6 +101,8 @@ def _usage(facts: ModelFacts) -> str:
 def _audio_tower(config: AudioTowerConfig) -> str:
     if config.kind == "log-mel":
         return f"transformer on log-mel features ({config.features}), {config.layers} layers of width {config.width}"
+    if config.kind == "cnn14":
+        return f"Cnn14, from {config.convolution_channels} channels to width {config.width}"
     return _transformers_tower(config.kind, config)
 
 
@@ -115,8 +117,15 @@ def _text_tower(config: TextTowerConfig) -> str:
 def _transformers_tower(kind: str, config: AudioTowerConfig | TextTowerConfig) -> str:
     fields = config.hf_config or {}
     name = str(fields.get("model_type", kind)).replace("clap_audio_model", "CLAP-HTSAT")
-    layers = fields.get("depths") or fields.get("num_hidden_layers") or fields.get("encoder_layers")
-    width = fields.get("patch_embeds_hidden_size") or fields.get("hidden_size") or fields.get("d_model")
+    layers = (
+        fields.get("depths") or fields.get("num_hidden_layers") or fields.get("encoder_layers") or fields.get("n_layer")
+    )
+    width = (
+        fields.get("patch_embeds_hidden_size")
+        or fields.get("hidden_size")
+        or fields.get("d_model")
+        or fields.get("n_embd")
+    )
     source = config.pretrained
     # a folder on somebody's disk means nothing to anyone else
     start = f", started from {source}" if source is not None and not os.path.exists(source) else ""

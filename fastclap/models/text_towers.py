@@ -64,8 +64,8 @@ class SmallTextTower(TextTower):
 
     def __init__(self, config: TextTowerConfig) -> None:
         super().__init__()
-        if config.pooling == "pooler" or (config.pooling == "cls" and config.layers == 0):
-            raise ConfigError(f"pooling {config.pooling!r} needs a pooler or a transformer block; use mean")
+        if config.pooling not in ("cls", "mean") or (config.pooling == "cls" and config.layers == 0):
+            raise ConfigError(f"pooling {config.pooling!r} needs an encoder of transformers, or a block; use mean")
         self.config = config
         self.width = config.width
         self.vocab_size = config.vocab_size
@@ -93,7 +93,8 @@ class SmallTextTower(TextTower):
 
 
 class TransformersTextTower(TextTower):
-    """Any encoder of transformers (of an encoder-decoder, the encoder), with first-token, mean or pooler output."""
+    """Any encoder of transformers (of an encoder-decoder, the encoder), pooled to one of its tokens, their mean or its
+    pooler's output."""
 
     base: Any
 
@@ -150,7 +151,9 @@ class TransformersTextTower(TextTower):
         mask = attention_mask.bool()[:, None, None] if self.packs else attention_mask
         output = self.base(input_ids=input_ids, attention_mask=mask)
         return (
-            output.pooler_output if self.pooling == "pooler" else self._pool(output.last_hidden_state, attention_mask)
+            output.pooler_output
+            if self.pooling == "pooler"
+            else self._pool(output.last_hidden_state, input_ids, attention_mask)
         )
 
     def _encode_packed(self, input_ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
@@ -164,7 +167,7 @@ class TransformersTextTower(TextTower):
             input_ids=ids, position_ids=positions[None], token_type_ids=torch.zeros_like(ids), packing=packing
         )
         x = packing.unpack(output.last_hidden_state[0])
-        return self.base.pooler(x) if self.pooling == "pooler" else self._pool(x, attention_mask)
+        return self.base.pooler(x) if self.pooling == "pooler" else self._pool(x, input_ids, attention_mask)
 
     def _encode_groups(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int]) -> Tensor:
         groups = length_groups(token_counts, 1024 if input_ids.is_cuda else 16)
@@ -176,7 +179,11 @@ class TransformersTextTower(TextTower):
             parts.append(self._encode_padded(input_ids[rows, :longest], attention_mask[rows, :longest]))
         return torch.cat(parts)[back]
 
-    def _pool(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+    def _pool(self, x: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.pooling in ("last", "msclap"):
+            counted = attention_mask if self.pooling == "last" else (input_ids != 0) & attention_mask.bool()
+            last = (counted.sum(1) - 1).clamp(min=0)
+            return x[torch.arange(len(x), device=x.device), last]
         return x[:, 0] if self.pooling == "cls" else masked_mean(x, attention_mask.bool()).to(x.dtype)
 
 

@@ -8,7 +8,7 @@ padding included, is in one `tokenizer.json`: an exported model reads text witho
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,8 +71,8 @@ class Tokenizer:
             self.backend.enable_truncation(**truncation)
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read a `tokenizer.json`, or the one in a folder.
+    def load(cls, path: str | Path, prepare: Callable[[tokenizers.Tokenizer], None] | None = None) -> Tokenizer:
+        """Read a `tokenizer.json`, or the one in a folder; `prepare` changes it before it is looked at.
 
         Raises:
             ModelError: the file is missing or is not a tokenizer.
@@ -87,11 +87,13 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises bare Exception for any malformed file
             raise ModelError(f"{file}: not a readable tokenizer ({error}); copy or export the model again") from error
+        if prepare is not None:
+            prepare(backend)
         return cls(backend)
 
     @classmethod
-    def from_pretrained(cls, name: str) -> Tokenizer:
-        """The tokenizer of a transformers model, from a folder or the hub.
+    def from_pretrained(cls, name: str, prepare: Callable[[tokenizers.Tokenizer], None] | None = None) -> Tokenizer:
+        """The tokenizer of a transformers model, from a folder or the hub; `prepare` as for `load`.
 
         Raises:
             ModelError: there is none, or it has no `tokenizers` backend or no padding token.
@@ -103,6 +105,9 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             raise ModelError(f"{name}: no tokenizer could be loaded ({error})") from error
         backend = getattr(source, "backend_tokenizer", None)
+        if backend is not None and prepare is not None:
+            prepare(backend)
+            return cls(backend)
         if backend is None or source.pad_token is None:
             lacks = "no `tokenizers` backend (a tokenizer.json)" if backend is None else "no padding token"
             raise ModelError(f"{name}: its tokenizer has {lacks}")
@@ -110,20 +115,31 @@ class Tokenizer:
         return cls(backend)
 
 
-def as_tokenizer(source: Tokenizer | str | os.PathLike[str]) -> Tokenizer:
+def as_tokenizer(
+    source: Tokenizer | str | os.PathLike[str], prepare: Callable[[tokenizers.Tokenizer], None] | None = None
+) -> Tokenizer:
     """A tokenizer as it is, or that of a folder, a `tokenizer.json` or a hub id.
+
+    Args:
+        source: where to find it.
+        prepare: a change to be made before anything else, such as naming a padding token; of a loaded tokenizer, on a
+            copy.
 
     Raises:
         ModelError: there is none.
     """
     if isinstance(source, Tokenizer):
-        return source
+        if prepare is None:
+            return source
+        backend = type(source.backend).from_str(source.backend.to_str())
+        prepare(backend)
+        return Tokenizer(backend)
     path = Path(source)
     # of a transformers folder, tokenizer.json alone does not always name the padding token
     bare = (path / TOKENIZER_FILE).is_file() and not (path / "tokenizer_config.json").is_file()
     if path.is_file() or bare:
-        return Tokenizer.load(path)
-    return Tokenizer.from_pretrained(os.fspath(source))
+        return Tokenizer.load(path, prepare)
+    return Tokenizer.from_pretrained(os.fspath(source), **({} if prepare is None else {"prepare": prepare}))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> Tokenizer:
