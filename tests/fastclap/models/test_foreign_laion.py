@@ -11,7 +11,6 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastclap.models.clap import read_checkpoint
 from fastclap.models.tokenizer import Tokenizer, train_tokenizer

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from fastclap import CLAP
 from fastclap.commands.main import main
+from fastclap.config import AudioTowerConfig, TextTowerConfig
 from fastclap.errors import ConfigError, ModelError
 from fastclap.features import LogMel
 from fastclap.models.audio_towers import build_audio_tower
 from fastclap.models.clap import read_checkpoint
 from fastclap.models.cnn14 import Cnn14
 from fastclap.models.foreign.msclap import append_end
-from fastclap.config import AudioTowerConfig, TextTowerConfig
 from fastclap.models.text_towers import build_text_tower
 from fastclap.models.tokenizer import Tokenizer, as_tokenizer
 from fastclap.testing import assert_close_rel
@@ -37,7 +37,7 @@ def perturb(model: torch.nn.Module) -> None:
     """Norms, biases and running statistics start at constants."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.is_floating_point() and tensor.ndim == 1:
                 tensor.add_(0.1 * torch.rand(tensor.shape, generator=generator))
 
