@@ -40,6 +40,8 @@ from fastclap.models.folder import (
 from fastclap.models.foreign import read_foreign
 from fastclap.models.freezing import freeze_parts
 from fastclap.models.heads import build_head
+from fastclap.models.layers import masked_mean
+from fastclap.models.pooling import freeze_but_layer_weights
 from fastclap.models.text_towers import build_text_tower
 from fastclap.models.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -100,7 +102,7 @@ class CLAP(DualEncoder):
             flags = f"{side}.{part}", f"{side}.freeze_layers"
             freeze_parts(branch.stages(), front, tower.freeze_layers, *flags, tower.kind)
             if tower.freeze:
-                branch.requires_grad_(False)
+                freeze_but_layer_weights(branch)
         self.train()
 
     def train(self, mode: bool = True) -> CLAP:
@@ -145,9 +147,36 @@ class CLAP(DualEncoder):
         Raises:
             ValueError: `host_lengths` are not those of the batch.
         """
+        chunk = self.audio_branch.chunk
+        if chunk is None or audio.shape[1] <= chunk:
+            return self.encode_audio_summary(self.summarize_audio(audio, lengths, mean, std, host_lengths))
+        if lengths is None:
+            lengths = torch.full(audio.shape[:1], audio.shape[1], device=audio.device)
+        parts = F.pad(audio, (0, -audio.shape[1] % chunk)).unflatten(1, (-1, chunk))  # [B, parts, chunk]
+        begins = torch.arange(0, audio.shape[1], chunk, device=audio.device)
+        sizes = (lengths.to(audio.device)[:, None] - begins).clamp(0, chunk)  # [B, parts]
+        vectors = self.encode_audio_summary(self.summarize_audio(parts.flatten(0, 1), sizes.flatten()))
+        unit = F.normalize(vectors, dim=-1).unflatten(0, sizes.shape)
+        return masked_mean(unit, (sizes > 0) | (begins == 0)).to(unit.dtype)
+
+    def summarize_audio(
+        self,
+        audio: Tensor,  # the arguments are those of `encode_audio`
+        lengths: Tensor | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        host_lengths: Sequence[int] | None = None,
+    ) -> Tensor:  # [B, ...]
+        """What the audio encoder says of clips, without the graph of a frozen one; see `AudioTower.summarize`."""
         with _no_grad_if(self.config.audio.freeze):
-            pooled = self.audio_branch(audio, lengths, mean, std, host_lengths)
-        return self.audio_projection(pooled)
+            return self.audio_branch.summarize(audio, lengths, mean, std, host_lengths)
+
+    def encode_audio_summary(
+        self,
+        summary: Tensor,  # [B, ...], of `summarize_audio`
+    ) -> Tensor:  # [B, D]
+        """Embeddings of clips from what the encoder says of them."""
+        return self.audio_projection(self.audio_branch.combine(summary))
 
     def encode_text(
         self,
@@ -165,9 +194,24 @@ class CLAP(DualEncoder):
         Raises:
             ValueError: `token_counts` are not those of the batch.
         """
+        return self.encode_text_summary(self.summarize_text(input_ids, attention_mask, token_counts))
+
+    def summarize_text(
+        self,
+        input_ids: Tensor,  # the arguments are those of `encode_text`
+        attention_mask: Tensor,
+        token_counts: Sequence[int] | None = None,
+    ) -> Tensor:  # [B, ...]
+        """What the text encoder says of captions, without the graph of a frozen one."""
         with _no_grad_if(self.config.text.freeze):
-            pooled = self.text_branch(input_ids, attention_mask, token_counts)
-        return self.text_projection(pooled)
+            return self.text_branch.summarize(input_ids, attention_mask, token_counts)
+
+    def encode_text_summary(
+        self,
+        summary: Tensor,  # [B, ...], of `summarize_text`
+    ) -> Tensor:  # [B, D]
+        """Embeddings of captions from what the encoder says of them."""
+        return self.text_projection(self.text_branch.combine(summary))
 
     def forward(
         self,

@@ -42,7 +42,7 @@ AUDIO: dict[str, AudioTowerConfig] = {
     )
 }
 AUDIO["wavlm, all layers"] = AudioTowerConfig(
-    "wav2vec2", hf_config={"model_type": "wavlm", **SPEECH, **STABLE}, layer_weights=True
+    "wav2vec2", hf_config={"model_type": "wavlm", **SPEECH, **STABLE}, hidden_states="weighted"
 )
 AUDIO["log-mel"] = AudioTowerConfig(width=16, layers=3, heads=2, feature_options={"n_mels": 16})
 AUDIO["whisper"] = AudioTowerConfig(
@@ -81,7 +81,7 @@ TRAINS = {
     "t5": ("base.block.1.", "base.block.2.", "base.final_layer_norm."),
 }
 TRAINS |= {
-    "wavlm, all layers": ("layer_weights", *TRAINS["wavlm"]),
+    "wavlm, all layers": ("pooling.layer_weights", *TRAINS["wavlm"]),
     "hubert, norms after": TRAINS["wavlm, norms after"],
 }
 TRAINS |= {"wav2vec2": TRAINS["wavlm"], "hubert, own convolutions": TRAINS["wavlm"], "bert": TRAINS["xlm-roberta"]}

@@ -226,13 +226,14 @@ def test_pooling_by_hand() -> None:
     torch.manual_seed(0)
     x, valid = torch.randn(2, 5, 16), length_mask(torch.tensor([5, 3]), 5)
     pooled = {name: tower_of("log-mel", pooling=name) for name in ("mean", "statistics", "attention")}
+    pooled["attention"].pooling.attention.data.normal_()
     for index, size in enumerate((5, 3)):
         part = x[index, :size]
         torch.testing.assert_close(pooled["mean"]._pool(x, valid)[index], part.mean(0))
         deviation = (part.var(0, correction=0) + 1e-5).sqrt()
         expected = torch.cat([part.mean(0), deviation])
         torch.testing.assert_close(pooled["statistics"]._pool(x, valid)[index], expected)
-        weights = pooled["attention"].attention(part).squeeze(1).softmax(0)
+        weights = (part @ pooled["attention"].pooling.attention[0]).softmax(0)
         torch.testing.assert_close(pooled["attention"]._pool(x, valid)[index], weights @ part)
     assert pooled["statistics"].width == 32
 
