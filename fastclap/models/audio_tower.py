@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastclap.models.freezing import Stages
+from fastclap.models.layers import no_grad_if
 
 
 class AudioTower(nn.Module):
@@ -20,6 +21,7 @@ class AudioTower(nn.Module):
         equal_lengths_only: padding would change the result, so embed clips of equal length together.
         single_on_cpu: on a CPU a clip by itself is faster than in a batch: its products are large enough, and its data
             stay in the cache.
+        frozen: nothing trains but what `combine` learns.
         chunk: longer clips are seen in parts of this many samples; None: whole, or cut to the tower's window.
         hf_config: complete transformers configuration, None for a tower of our own.
     """
@@ -29,6 +31,7 @@ class AudioTower(nn.Module):
     min_samples: int = 1
     equal_lengths_only: bool = False
     single_on_cpu: bool = False
+    frozen: bool = False
     chunk: int | None = None
     hf_config: dict[str, Any] | None = None
 
@@ -40,7 +43,9 @@ class AudioTower(nn.Module):
         std: Tensor | None = None,  # [B] whole-file standard deviation, full scale 1 (waveform towers)
         host_lengths: Sequence[int] | None = None,  # lengths, for the host: a tower may leave out padding with them
     ) -> Tensor:  # [B, width]
-        return self.combine(self.summarize(audio, lengths, mean, std, host_lengths))
+        with no_grad_if(self.frozen):
+            summary = self.summarize(audio, lengths, mean, std, host_lengths)
+        return self.combine(summary)
 
     def summarize(
         self,

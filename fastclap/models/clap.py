@@ -102,6 +102,7 @@ class CLAP(DualEncoder):
             flags = f"{side}.{part}", f"{side}.freeze_layers"
             freeze_parts(branch.stages(), front, tower.freeze_layers, *flags, tower.kind)
             if tower.freeze:
+                branch.frozen = True
                 freeze_but_layer_weights(branch)
         self.train()
 
@@ -149,31 +150,19 @@ class CLAP(DualEncoder):
         """
         chunk = self.audio_branch.chunk
         if chunk is None or audio.shape[1] <= chunk:
-            return self.encode_audio_summary(self.summarize_audio(audio, lengths, mean, std, host_lengths))
+            return self.audio_projection(self.audio_branch(audio, lengths, mean, std, host_lengths))
         if lengths is None:
             lengths = torch.full(audio.shape[:1], audio.shape[1], device=audio.device)
         parts = F.pad(audio, (0, -audio.shape[1] % chunk)).unflatten(1, (-1, chunk))  # [B, parts, chunk]
         begins = torch.arange(0, audio.shape[1], chunk, device=audio.device)
         sizes = (lengths.to(audio.device)[:, None] - begins).clamp(0, chunk)  # [B, parts]
-        vectors = self.encode_audio_summary(self.summarize_audio(parts.flatten(0, 1), sizes.flatten()))
+        vectors = self.audio_projection(self.audio_branch(parts.flatten(0, 1), sizes.flatten()))
         unit = F.normalize(vectors, dim=-1).unflatten(0, sizes.shape)
         return masked_mean(unit, (sizes > 0) | (begins == 0)).to(unit.dtype)
 
-    def summarize_audio(
-        self,
-        audio: Tensor,  # the arguments are those of `encode_audio`
-        lengths: Tensor | None = None,
-        mean: Tensor | None = None,
-        std: Tensor | None = None,
-        host_lengths: Sequence[int] | None = None,
-    ) -> Tensor:  # [B, ...]
-        """What the audio encoder says of clips, without the graph of a frozen one; see `AudioTower.summarize`."""
-        with _no_grad_if(self.config.audio.freeze):
-            return self.audio_branch.summarize(audio, lengths, mean, std, host_lengths)
-
     def encode_audio_summary(
         self,
-        summary: Tensor,  # [B, ...], of `summarize_audio`
+        summary: Tensor,  # [B, ...], of `AudioTower.summarize`
     ) -> Tensor:  # [B, D]
         """Embeddings of clips from what the encoder says of them."""
         return self.audio_projection(self.audio_branch.combine(summary))
@@ -194,21 +183,11 @@ class CLAP(DualEncoder):
         Raises:
             ValueError: `token_counts` are not those of the batch.
         """
-        return self.encode_text_summary(self.summarize_text(input_ids, attention_mask, token_counts))
-
-    def summarize_text(
-        self,
-        input_ids: Tensor,  # the arguments are those of `encode_text`
-        attention_mask: Tensor,
-        token_counts: Sequence[int] | None = None,
-    ) -> Tensor:  # [B, ...]
-        """What the text encoder says of captions, without the graph of a frozen one."""
-        with _no_grad_if(self.config.text.freeze):
-            return self.text_branch.summarize(input_ids, attention_mask, token_counts)
+        return self.text_projection(self.text_branch(input_ids, attention_mask, token_counts))
 
     def encode_text_summary(
         self,
-        summary: Tensor,  # [B, ...], of `summarize_text`
+        summary: Tensor,  # [B, ...], of `TextTower.summarize`
     ) -> Tensor:  # [B, D]
         """Embeddings of captions from what the encoder says of them."""
         return self.text_projection(self.text_branch.combine(summary))
@@ -418,10 +397,6 @@ def read_checkpoint(
 def _of_like_sizes(sizes: Tensor, batch_size: int) -> tuple[Tensor, ...]:
     """Indices of the texts of each batch, the shortest texts first."""
     return sizes.argsort(stable=True).split(batch_size)
-
-
-def _no_grad_if(frozen: bool) -> contextlib.AbstractContextManager[Any]:
-    return torch.no_grad() if frozen else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

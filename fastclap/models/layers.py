@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,11 @@ def masked_mean(
     if mask is None:
         return x.mean(1)
     return x.masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True)
+
+
+def no_grad_if(frozen: bool) -> contextlib.AbstractContextManager[Any]:
+    """No graph is built within, if what runs there is frozen."""
+    return torch.no_grad() if frozen else contextlib.nullcontext()
 
 
 def as_float(audio: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastclap.config import TextTowerConfig
 from fastclap.errors import ConfigError
 from fastclap.models.freezing import Stages, transformer_layers
-from fastclap.models.layers import Transformer, masked_mean
+from fastclap.models.layers import Transformer, masked_mean, no_grad_if
 from fastclap.models.packing import (
     Packing,
     has_sharded_parts,
@@ -42,6 +42,7 @@ class TextTower(nn.Module):
 
     width: int
     vocab_size: int
+    frozen: bool = False  # nothing trains but what `combine` learns
     hf_config: dict[str, Any] | None = None
 
     def forward(
@@ -50,7 +51,9 @@ class TextTower(nn.Module):
         attention_mask: Tensor,  # [B, tokens], 1 on tokens
         token_counts: Sequence[int] | None = None,  # tokens of each row, padded on the right; leaves padding out
     ) -> Tensor:  # [B, width]
-        return self.combine(self.summarize(input_ids, attention_mask, token_counts))
+        with no_grad_if(self.frozen):
+            summary = self.summarize(input_ids, attention_mask, token_counts)
+        return self.combine(summary)
 
     def summarize(
         self,

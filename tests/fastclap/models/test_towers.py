@@ -382,19 +382,6 @@ def test_statistics_of_the_whole_file_are_used_for_a_crop() -> None:
         assert_close_rel("raw", raw.base(crop).last_hidden_state.mean(1), raw(crop), 1e-5)
 
 
-def test_whisper_is_transformers_whisper() -> None:
-    from transformers import WhisperFeatureExtractor
-
-    tower = tower_of("whisper").eval()
-    waves = clips(16000, 0.9, 0.5, 1.4)
-    extractor = WhisperFeatureExtractor(chunk_length=1)
-    inputs = extractor([wave.numpy() for wave in waves], sampling_rate=16000, return_tensors="pt")
-    with torch.no_grad():
-        hidden = tower.base(inputs["input_features"]).last_hidden_state
-        expected = torch.stack([hidden[0, :46].mean(0), hidden[1, :26].mean(0), hidden[2].mean(0)])
-        assert_close_rel("whisper", expected, tower(*padded(waves)), 1e-3)
-
-
 def test_ast_is_transformers_ast() -> None:
     from transformers import ASTFeatureExtractor
 
