@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 from fastclap.errors import ConfigError
 
-FORMAT_VERSION = 1
-"""Version of `config.json`; a higher one in a file means that a newer fastclap wrote it."""
+FORMAT_VERSION = 2
+"""Version of `config.json`; a higher one in a file means that a newer fastclap wrote it. Version 1 had `layer_weights`
+for `hidden_states` "weighted", and `pooling` was of log-mel towers alone."""
 
 
 @dataclass
@@ -34,7 +35,7 @@ class AudioTowerConfig:
     """transformers configuration: with `pretrained` the entries to change (such as {"layerdrop": 0.0}), without it the
     whole description of a randomly initialised model. An exported model holds the complete configuration here."""
     freeze: bool = False
-    """Keep the tower fixed: no gradient, evaluation mode (LiT)."""
+    """Keep the tower fixed: no gradient, evaluation mode (LiT). The weights of its layers are learned all the same."""
     freeze_convolutions: bool = False
     """wav2vec2, log-mel, whisper: keep the convolutions at the input fixed; dropout and SpecAugment go on."""
     freeze_layers: int = 0
@@ -42,8 +43,24 @@ class AudioTowerConfig:
     comes before them."""
     normalize_waveform: bool = True
     """wav2vec2: subtract the mean and divide by the standard deviation of the whole file."""
-    layer_weights: bool = False
-    """wav2vec2: embed the average of all layers with learned weights (softmax) instead of the last layer."""
+    window: Literal["full", "clip"] = "full"
+    """whisper, ast: what the encoder sees. full: the window that it was published with (30 s; 10.24 s), which every
+    clip is padded to. clip: the clip's own positions alone, for a fraction of the work."""
+    chunks: bool = False
+    """whisper: embed a clip that is longer than the window in parts, whose unit vectors are averaged, instead of
+    cutting it."""
+    hidden_states: Literal["last", "weighted", "concatenated"] = "last"
+    """wav2vec2, whisper, ast: the layers that are pooled: the last one, the average of all with learned weights
+    (softmax), or all of them next to each other."""
+    pool_padding: bool = False
+    """whisper: pool the padding of the full window as well."""
+    frame_pooling: int = 1
+    """whisper: positions that are averaged before the final norm."""
+
+    pooling: Literal["mean", "statistics", "attention", "token"] | None = None
+    """From positions to one vector: their mean; statistics, which adds their standard deviation; attention, a mean with
+    learned weights; or (whisper) a learned global token before the first position (WavLink). Unset: the kind's own,
+    which is statistics for log-mel, the class tokens for ast, and the mean for the others."""
 
     features: Literal["whisper", "kaldi", "clap", "clap-fusion", "ast", "beats", "clsp", "torchaudio"] = "kaldi"
     """log-mel: preset of fastclap.LogMel."""
@@ -76,8 +93,6 @@ class AudioTowerConfig:
     each further one has twice as many."""
     dropout: float = 0.1
     """log-mel: dropout of every residual branch and of the convolutions' output."""
-    pooling: Literal["mean", "statistics", "attention"] = "statistics"
-    """log-mel: mean over the valid positions; statistics adds their standard deviation; attention learns weights."""
     random_gain: float = 0.0
     """log-mel: in training each clip is made louder or softer by up to this many dB."""
     frequency_warp: float = 0.0
@@ -109,9 +124,12 @@ class TextTowerConfig:
     """Keep the embeddings of the tokens, with those of positions and their norm, fixed; dropout goes on."""
     freeze_layers: int = 0
     """Keep the first layers of the transformer fixed, this many, and the embeddings."""
-    pooling: Literal["cls", "mean", "pooler", "last", "msclap"] = "mean"
-    """First token, mean over the tokens, or (hf) the encoder's own pooler output or the last token. msclap (hf): the
-    token that MS-CLAP 2023 reads, which is the last but for a place less for every token of id 0 ("!") in a caption."""
+    pooling: Literal["cls", "mean", "pooler", "statistics", "attention", "last", "msclap"] = "mean"
+    """First token, mean over the tokens, or (hf) the encoder's own pooler output, the mean with the standard deviation,
+    a mean with learned weights, or the last token. msclap (hf): the token that MS-CLAP 2023 reads, which is the last
+    one but for a place less with every token of id 0 ("!") in the caption."""
+    hidden_states: Literal["last", "weighted", "concatenated"] = "last"
+    """hf: as for the audio tower."""
     max_tokens: int = 64
     """Longer captions are cut to this many tokens."""
     vocab_size: int = 2000

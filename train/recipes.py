@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.train.config import DataConfig, OptimizerConfig, TrainConfig
@@ -104,7 +105,7 @@ def ess_clap() -> TrainConfig:
         run_dir="runs/ess-clap",
         data=DataConfig(crop_seconds=10.0),
         model=CLAPConfig(
-            audio=_pretrained_wavlm(layer_weights=True),
+            audio=_pretrained_wavlm("weighted"),
             text=TextTowerConfig(kind="hf", pretrained="roberta-base", pooling="cls", max_tokens=512),
             head=HeadConfig(kind="laion", dim=512),
         ),
@@ -164,12 +165,12 @@ def clsp_stage2() -> TrainConfig:
     return config
 
 
-def _pretrained_wavlm(layer_weights: bool = False) -> AudioTowerConfig:
+def _pretrained_wavlm(hidden_states: Literal["last", "weighted"] = "last") -> AudioTowerConfig:
     return AudioTowerConfig(
         kind="wav2vec2",
         pretrained="microsoft/wavlm-large",
         hf_config={"layerdrop": 0.0},
-        layer_weights=layer_weights,
+        hidden_states=hidden_states,
     )
 
 

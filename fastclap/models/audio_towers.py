@@ -1,4 +1,4 @@
-"""Audio towers: padded waveforms in, one vector a clip out.
+"""Audio towers: padded waveforms in, one vector a clip out; Whisper's is in `fastclap.models.whisper`.
 
 Every tower takes the raw batch (int16 or float waveform with lengths) and does its own front-end on the device, so a
 training step copies nothing but samples. Padding is invisible: samples and frames past a clip's end are zeroed or
@@ -25,58 +25,22 @@ from fastclap.errors import ConfigError, ModelError
 from fastclap.features import LogMel
 from fastclap.kernels.waveform import normalize_waveform
 from fastclap.models import wavlm
-from fastclap.models.cnn14 import HALVINGS, Cnn14
+from fastclap.models.audio_tower import AudioTower
+from fastclap.models.cnn14 import Cnn14Tower
+from fastclap.models.fixed_window import FixedWindowTower
 from fastclap.models.freezing import Stages, transformer_layers
 from fastclap.models.layers import Transformer, as_float, length_mask, masked_mean, prepare_waveform
 from fastclap.models.packing import Packing, longest_of
-from fastclap.models.pretrained import checkpoint_layers, complete_config, transformers_config, transformers_model
-
-
-class AudioTower(nn.Module):
-    """What every audio tower has.
-
-    Attributes:
-        width: size of the output vector.
-        sampling_rate: of the waveform that `forward` takes, in Hz.
-        min_samples: shorter clips are extended with zeros to this, so that every layer has at least one frame.
-        equal_lengths_only: padding would change the result, so embed clips of equal length together.
-        single_on_cpu: on a CPU a clip by itself is faster than in a batch: its products are large enough, and its data
-            stay in the cache.
-        hf_config: complete transformers configuration, None for a tower of our own.
-    """
-
-    width: int
-    sampling_rate: int = 16000
-    min_samples: int = 1
-    equal_lengths_only: bool = False
-    single_on_cpu: bool = False
-    hf_config: dict[str, Any] | None = None
-
-    def forward(
-        self,
-        audio: Tensor,  # int16 or float [B, T], padding arbitrary
-        lengths: Tensor | None = None,  # [B] valid samples; None: all
-        mean: Tensor | None = None,  # [B] whole-file mean, full scale 1 (waveform towers)
-        std: Tensor | None = None,  # [B] whole-file standard deviation, full scale 1 (waveform towers)
-        host_lengths: Sequence[int] | None = None,  # lengths, for the host: a tower may leave out padding with them
-    ) -> Tensor:  # [B, width]
-        raise NotImplementedError
-
-    def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
-        """Execution options, to be set once before training; they have no effect on results.
-
-        Args:
-            compile: compile each transformer layer with `torch.compile`, where the tower can.
-            checkpoint: keep each transformer layer's input only and compute the layer again in the backward pass.
-                Our own small towers have too little to gain and ignore it.
-
-        Raises:
-            ConfigError: `checkpoint` with an architecture that transformers cannot checkpoint.
-        """
-
-    def stages(self) -> Stages:
-        """The parts that can be frozen."""
-        return Stages()
+from fastclap.models.pooling import Pooling
+from fastclap.models.pretrained import (
+    checkpoint_layers,
+    compile_layers,
+    complete_config,
+    graphs_of,
+    transformers_config,
+    transformers_model,
+)
+from fastclap.models.whisper import WhisperTower
 
 
 class LogMelTower(AudioTower):
@@ -117,9 +81,10 @@ class LogMelTower(AudioTower):
         self.input = nn.Linear(channels[-1] * bands, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.transformer = Transformer(config.width, config.layers, config.heads, config.feedforward, config.dropout)
-        if config.pooling == "attention":
-            self.attention = nn.Linear(config.width, 1)
-        self.width = config.width * (2 if config.pooling == "statistics" else 1)
+        if config.pooling == "token" or config.hidden_states != "last":
+            raise ConfigError("a log-mel tower pools its last layer, by mean, statistics or attention")
+        self.pooling = Pooling(config.pooling or "statistics", "last", config.width, 1)
+        self.width = self.pooling.width
 
     @torch.no_grad()
     def fit_feature_statistics(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
@@ -157,7 +122,7 @@ class LogMelTower(AudioTower):
             features = features - masked_mean(features, valid).mean(1)[:, None, None]
         return features, frames, valid
 
-    def forward(
+    def summarize(
         self,
         audio: Tensor,
         lengths: Tensor | None = None,
@@ -210,14 +175,7 @@ class LogMelTower(AudioTower):
         return Stages(list(self.convolutions), self.input.parameters(), list(self.transformer.blocks))
 
     def _pool(self, x: Tensor, valid: Tensor) -> Tensor:
-        if self.config.pooling == "attention":
-            score = self.attention(x).float().squeeze(-1).masked_fill(~valid, -torch.inf)
-            return torch.einsum("bt,btc->bc", score.softmax(1), x.float()).to(x.dtype)
-        mean = masked_mean(x, valid)
-        if self.config.pooling == "statistics":
-            variance = masked_mean((x.float() - mean[:, None]).square(), valid)
-            mean = torch.cat([mean, (variance + 1e-5).sqrt()], 1)
-        return mean.to(x.dtype)
+        return self.pooling.pool(x, valid).to(x.dtype)
 
 
 def uniform_spans(
@@ -252,11 +210,7 @@ def warp_bands(
 
 
 class Wav2Vec2Tower(AudioTower):
-    """Any wav2vec2-family encoder of transformers on the normalised waveform; masked mean of the last layer.
-
-    With `layer_weights` the embedding is Σ_l α_l · mean_t h_t^l (ESS-CLAP, arXiv 2505.19437) over the input of every
-    layer and the last hidden state, with α = softmax(layer_weights) learned from equal weights on.
-    """
+    """Any wav2vec2-family encoder of transformers on the normalised waveform, pooled as `Pooling` describes."""
 
     base: Any
     single_on_cpu = True
@@ -277,12 +231,17 @@ class Wav2Vec2Tower(AudioTower):
         self.base = transformers_model(
             AutoModel, AutoModel.from_config, model_config, pretrained, optional=("masked_spec_embed",)
         )
-        self.width = model_config.hidden_size
+        if config.pooling == "token":
+            raise ConfigError(
+                f"pooling token: {model_config.model_type} knows positions from distances, and a token has none; use "
+                "mean, statistics or attention"
+            )
+        width, states = model_config.hidden_size, model_config.num_hidden_layers + 1
+        self.pooling = Pooling(config.pooling or "mean", config.hidden_states, width, states)
+        self.width = self.pooling.width
         self.convolutions = list(zip(model_config.conv_kernel, model_config.conv_stride, strict=True))
         for kernel, stride in reversed(self.convolutions):
             self.min_samples = (self.min_samples - 1) * stride + kernel
-        states = model_config.num_hidden_layers + 1
-        self.layer_weights = nn.Parameter(torch.zeros(states)) if config.layer_weights else None
         self.normalize = config.normalize_waveform
         self.equal_lengths_only = (
             model_config.model_type not in self._PADDING_SAFE or model_config.feat_extract_norm == "group"
@@ -290,10 +249,11 @@ class Wav2Vec2Tower(AudioTower):
         # attention of an implementation that the configuration names is left to transformers
         named = {"attn_implementation", "_attn_implementation"} & set(config.hf_config or {})
         wavlm.accelerate(self.base, encoder=not named)
-        if config.layer_weights and model_config.layerdrop and not isinstance(self.base.encoder, wavlm.Encoder):
+        every = self.pooling.every_state
+        if every and model_config.layerdrop and not isinstance(self.base.encoder, wavlm.Encoder):
             raise ConfigError(
-                f"layer_weights needs the states of all layers, but {model_config.model_type} drops some in training; "
-                'set hf_config to {"layerdrop": 0.0}'
+                f"hidden_states {config.hidden_states} needs the states of all layers, but {model_config.model_type} "
+                'drops some in training; set hf_config to {"layerdrop": 0.0}'
             )
         self._frames: Tensor | None = None
         augment = getattr(model_config, "apply_spec_augment", True)
@@ -335,7 +295,7 @@ class Wav2Vec2Tower(AudioTower):
             after |= set(encoder.layer_norm.parameters())
         return Stages(front, [p for p in self.base.parameters() if p not in after], list(encoder.layers))
 
-    def forward(
+    def summarize(
         self,
         audio: Tensor,
         lengths: Tensor | None = None,
@@ -360,29 +320,30 @@ class Wav2Vec2Tower(AudioTower):
         if self._frames is not None:
             for kernel, stride in self.convolutions:
                 self._frames = (self._frames - kernel) // stride + 1
-        means: list[Tensor] = []
+        found: list[Tensor] = []
 
         def pool(hidden: Tensor) -> None:
             valid = None if self._frames is None else length_mask(self._frames, hidden.shape[1])
-            means.append(masked_mean(hidden, valid))
+            found.append(self.pooling.pool(hidden, valid, len(found)))
 
+        every = self.pooling.every_state
         if isinstance(self.base.encoder, wavlm.Encoder):
-            hidden = wavlm.encode(self.base, waveform, self._frames, None if self.layer_weights is None else pool)
-            states = [] if self.layer_weights is not None else [hidden]
+            hidden = wavlm.encode(self.base, waveform, self._frames, pool if every else None)
+            states = [] if every else [hidden]
         else:
             attention_mask = None if padded is None else length_mask(padded, waveform.shape[1]).long()
-            all_layers = {} if self.layer_weights is None else {"output_hidden_states": True}
+            all_layers = {"output_hidden_states": True} if every else {}
             out = self.base(waveform, attention_mask=attention_mask, **all_layers)
             hidden = out.last_hidden_state
             # the last one with the encoder's final norm or without, as the version of transformers has it
-            states = [hidden] if self.layer_weights is None else [*out.hidden_states[:-1], hidden]
+            states = [*out.hidden_states[:-1], hidden] if every else [hidden]
         for state in states:
             pool(state)
         self._frames = None
-        if self.layer_weights is None:
-            return means[0].to(hidden.dtype)
-        weights = self.layer_weights.to(means[0].dtype).softmax(0)
-        return torch.einsum("l,lbh->bh", weights, torch.stack(means)).to(hidden.dtype)
+        return torch.stack(found, 1)
+
+    def combine(self, summary: Tensor) -> Tensor:
+        return self.pooling.combine(summary).to(self.base.dtype)
 
 
 def proportional_spans(
@@ -409,48 +370,11 @@ def proportional_spans(
     return (running - F.pad(running, (width, 0))[:, :size]) > 0
 
 
-class WhisperTower(AudioTower):
-    """Whisper's encoder; its window is fixed (30 s), so a longer clip is cut, and valid frames alone are averaged."""
-
-    base: Any
-
-    def __init__(self, config: AudioTowerConfig, load_pretrained: bool) -> None:
-        super().__init__()
-        from transformers import WhisperConfig, WhisperModel
-        from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
-        model_config, pretrained = transformers_config(config, WhisperConfig, load_pretrained)
-        self.hf_config = complete_config(model_config)
-        module: Any = transformers_model(WhisperModel, WhisperEncoder, model_config, pretrained)
-        self.base = module.encoder if pretrained is not None else module
-        self.width = model_config.d_model
-        self.log_mel = LogMel("whisper", n_mels=model_config.num_mel_bins)
-        self.window = 2 * model_config.max_source_positions * self.log_mel.hop_length
-
-    def stages(self) -> Stages:
-        base = self.base
-        return Stages([base.conv1, base.conv2], base.embed_positions.parameters(), list(base.layers))
-
-    def forward(
-        self,
-        audio: Tensor,
-        lengths: Tensor | None = None,
-        mean: Tensor | None = None,
-        std: Tensor | None = None,
-        host_lengths: Sequence[int] | None = None,
-    ) -> Tensor:
-        waveform, lengths = prepare_waveform(audio[:, : self.window], lengths)
-        waveform = F.pad(waveform, (0, self.window - waveform.shape[1]))
-        with torch.autocast(waveform.device.type, enabled=False):
-            features, _ = self.log_mel(waveform)  # of the padded window, as Whisper was trained
-        hidden = self.base(features.transpose(1, 2).to(self.base.dtype)).last_hidden_state
-        hop = 2 * self.log_mel.hop_length
-        frames = ((lengths.clamp(max=self.window) + hop - 1) // hop).clamp(min=1)
-        return masked_mean(hidden, length_mask(frames, hidden.shape[1])).to(hidden.dtype)
-
-
 class ASTTower(AudioTower):
-    """Audio Spectrogram Transformer on its fixed window (1,024 frames); its own pooling of the two class tokens."""
+    """Audio Spectrogram Transformer on its window of 1,024 frames, or on the clip's own patches alone.
+
+    Its own pooling is the mean of its two class tokens; of other kinds, the patches are pooled.
+    """
 
     base: Any
 
@@ -461,58 +385,88 @@ class ASTTower(AudioTower):
         model_config, pretrained = transformers_config(config, ASTConfig, load_pretrained)
         self.hf_config = complete_config(model_config)
         self.base = transformers_model(ASTModel, ASTModel, model_config, pretrained)
-        self.width = model_config.hidden_size
-        self.log_mel = LogMel("ast", n_mels=model_config.num_mel_bins, num_frames=model_config.max_length)
+        if config.pooling == "token":
+            raise ConfigError("pooling token: AST has class tokens of its own; leave pooling unset to use them")
+        self.whole_window = config.window == "full"
+        frames = model_config.max_length if self.whole_window else None
+        self.log_mel = LogMel("ast", n_mels=model_config.num_mel_bins, num_frames=frames)
+        self.patch, self.stride = model_config.patch_size, model_config.time_stride
+        self.window = (model_config.max_length - 1) * self.log_mel.hop_length + self.log_mel.spec.win_length
+        self.class_tokens = config.pooling is None
+        width, states = model_config.hidden_size, model_config.num_hidden_layers + 1
+        self.pooling = Pooling(config.pooling or "mean", config.hidden_states, width, states)
+        self.width = self.pooling.width
+        self.compiled = False
 
     def stages(self) -> Stages:
         return Stages((), self.base.embeddings.parameters(), transformer_layers(self.base))
 
-    def forward(
+    def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
+        if checkpoint:
+            checkpoint_layers(self.base)
+        if compile:
+            compile_layers(self.base.layers)
+            self.compiled = True
+
+    def summarize(
         self,
         audio: Tensor,
         lengths: Tensor | None = None,
         mean: Tensor | None = None,
         std: Tensor | None = None,
         host_lengths: Sequence[int] | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # [B, states, size]
+        valid = None
+        if not self.whole_window:
+            if host_lengths is not None:
+                audio = audio[:, : longest_of("host_lengths", host_lengths, audio)]
+            least = (self.patch - 1) * self.log_mel.hop_length + self.log_mel.spec.win_length  # samples of one patch
+            everything = lengths is None or (host_lengths is not None and min(host_lengths) == max(host_lengths))
+            audio, lengths = prepare_waveform(audio[:, : self.window], lengths)
+            audio = F.pad(audio, (0, max(0, least - audio.shape[1])))
+            lengths = lengths.clamp(least, self.window)
         with torch.autocast(audio.device.type, enabled=False):
-            features, _ = self.log_mel(audio, lengths)
-        return self.base(features.to(self.base.dtype)).pooler_output
+            features, frames = self.log_mel(audio, lengths)
+        patches = self.base.embeddings.patch_embeddings(features.to(self.base.dtype))  # [B, bands · T, width]
+        bands = (features.shape[2] - self.patch) // self.base.config.frequency_stride + 1
+        columns = patches.shape[1] // bands
+        if not self.whole_window and not everything:
+            valid = length_mask((frames - self.patch) // self.stride + 1, columns).repeat(1, bands)
+        with graphs_of(self):
+            states = self._states(patches, bands, columns, valid)
+        pooled = [
+            state[:, :2].mean(1, dtype=torch.promote_types(state.dtype, torch.float32))
+            if self.class_tokens
+            else self.pooling.pool(state[:, 2:], valid, number)
+            for number, state in enumerate(states)
+        ]
+        return torch.stack(pooled, 1)
 
+    def _states(self, patches: Tensor, bands: int, columns: int, valid: Tensor | None) -> list[Tensor]:
+        """States of the layers that are pooled, with the two class tokens first."""
+        embeddings = self.base.embeddings
+        tokens = torch.cat([embeddings.cls_token, embeddings.distillation_token], 1).expand(len(patches), -1, -1)
+        table = embeddings.position_embeddings  # of the tokens, then of a grid, band by band
+        grid = table[:, 2:].unflatten(1, (bands, -1))[:, :, :columns].flatten(1, 2)
+        x = torch.cat([tokens + table[:, :2], patches + grid], 1)
+        x = embeddings.dropout(x)
+        mask = None if valid is None else F.pad(valid, (2, 0), value=True)[:, None, None]
+        states = []
+        for layer in self.base.layers:
+            states.append(x)
+            x = layer(x, mask)
+        states.append(self.base.layernorm(x))
+        return states if self.pooling.every_state else states[-1:]
 
-class FixedWindowTower(AudioTower):
-    """Log-mel features of `clip_seconds` of every clip: a longer one is cut, a shorter one repeated."""
-
-    def __init__(self, config: AudioTowerConfig, n_mels: int | None = None) -> None:
-        super().__init__()
-        bands = {} if n_mels is None else {"n_mels": n_mels}
-        try:
-            self.log_mel = LogMel("clap", **{**bands, **config.feature_options})
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"log-mel features: {error}") from error
-        self.sampling_rate = self.log_mel.sampling_rate
-        self.window = round(config.clip_seconds * self.sampling_rate)
-        self.frames = int(self.log_mel.frame_lengths(torch.tensor(self.window)))
-        self.whole_repeats = config.repeat == "whole"
-
-    def features(
-        self,
-        audio: Tensor,  # int16 or float [B, T]
-        lengths: Tensor | None,  # [B]
-    ) -> Tensor:  # float32 [B, frames, bands]
-        """Features of the window."""
-        waveform, lengths = prepare_waveform(audio[:, : self.window], lengths)
-        lengths = lengths.clamp(max=self.window)[:, None]
-        position = torch.arange(self.window, device=waveform.device)
-        repeated = waveform.gather(1, position % lengths)
-        if self.whole_repeats:
-            repeated = repeated.masked_fill(position >= self.window // lengths * lengths, 0.0)
-        with torch.autocast(waveform.device.type, enabled=False):
-            return self.log_mel(repeated)[0]
+    def combine(self, summary: Tensor) -> Tensor:
+        return self.pooling.combine(summary).to(self.base.dtype)
 
 
 class CLAPHTSATTower(FixedWindowTower):
-    """HTSAT of transformers' CLAP; by default on 10 s at 48 kHz, as LAION-CLAP's."""
+    """HTSAT of transformers' CLAP; by default on 10 s at 48 kHz, as LAION-CLAP's.
+
+    It folds the spectrogram into a square image, so there are no positions that a clip could have alone.
+    """
 
     base: Any
 
@@ -520,9 +474,9 @@ class CLAPHTSATTower(FixedWindowTower):
         from transformers import ClapAudioConfig, ClapAudioModel, ClapAudioModelWithProjection
 
         model_config, pretrained = transformers_config(config, ClapAudioConfig, load_pretrained)
-        super().__init__(config, model_config.num_mel_bins)
         if model_config.enable_fusion:
             raise ConfigError("fusion checkpoints take four spectrograms a clip; use an unfused CLAP-HTSAT")
+        super().__init__(config, model_config.num_mel_bins)
         most = model_config.spec_size * (model_config.spec_size // model_config.num_mel_bins)
         if self.frames > most:
             raise ConfigError(f"{self.frames} frames of {config.clip_seconds} s, but this HTSAT takes {most} at most")
@@ -530,32 +484,15 @@ class CLAPHTSATTower(FixedWindowTower):
         # the checkpoints hold the whole CLAP model, whose keys the projection class knows how to map
         module: Any = transformers_model(ClapAudioModelWithProjection, ClapAudioModel, model_config, pretrained)
         self.base = module.audio_model if pretrained is not None else module
-        self.width = self.base.audio_encoder.num_features
-
-    def forward(
-        self,
-        audio: Tensor,
-        lengths: Tensor | None = None,
-        mean: Tensor | None = None,
-        std: Tensor | None = None,
-        host_lengths: Sequence[int] | None = None,
-    ) -> Tensor:
-        return self.base(self.features(audio, lengths)[:, None].to(self.base.dtype)).pooler_output
-
-
-class Cnn14Tower(FixedWindowTower):
-    """Cnn14 of PANNs, as in MS-CLAP 2022."""
-
-    def __init__(self, config: AudioTowerConfig) -> None:
-        super().__init__(config)
-        if min(self.frames, self.log_mel.n_mels) < 1 << HALVINGS:
+        if config.window != "full" or config.pooling == "token" or config.hidden_states != "last":
             raise ConfigError(
-                f"cnn14 needs {1 << HALVINGS} frames and bands at least, not {self.frames} and {self.log_mel.n_mels}"
+                "a clap-htsat tower folds its whole window into a square image, whose layers have different widths: it "
+                "needs window full, hidden_states last, and pooling mean, statistics or attention"
             )
-        self.base = Cnn14(self.log_mel.n_mels, config.convolution_channels, config.width)
-        self.width = config.width
+        self.pooling = Pooling(config.pooling or "mean", "last", self.base.audio_encoder.num_features, 1)
+        self.width = self.pooling.width
 
-    def forward(
+    def summarize(
         self,
         audio: Tensor,
         lengths: Tensor | None = None,
@@ -563,7 +500,9 @@ class Cnn14Tower(FixedWindowTower):
         std: Tensor | None = None,
         host_lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        return self.base(self.features(audio, lengths).to(self.base.fc1.weight.dtype))
+        features = self.features(audio, lengths)
+        hidden = self.base(features[:, None].to(self.base.dtype)).last_hidden_state  # [B, width, bands, frames]
+        return self.pooling.pool(hidden.flatten(2).transpose(1, 2), None).to(hidden.dtype)
 
 
 def build_audio_tower(config: AudioTowerConfig, load_pretrained: bool = True) -> AudioTower:

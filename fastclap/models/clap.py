@@ -40,6 +40,8 @@ from fastclap.models.folder import (
 from fastclap.models.foreign import read_foreign
 from fastclap.models.freezing import freeze_parts
 from fastclap.models.heads import build_head
+from fastclap.models.layers import masked_mean
+from fastclap.models.pooling import freeze_but_layer_weights
 from fastclap.models.text_towers import build_text_tower
 from fastclap.models.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -100,7 +102,8 @@ class CLAP(DualEncoder):
             flags = f"{side}.{part}", f"{side}.freeze_layers"
             freeze_parts(branch.stages(), front, tower.freeze_layers, *flags, tower.kind)
             if tower.freeze:
-                branch.requires_grad_(False)
+                branch.frozen = True
+                freeze_but_layer_weights(branch)
         self.train()
 
     def train(self, mode: bool = True) -> CLAP:
@@ -145,9 +148,24 @@ class CLAP(DualEncoder):
         Raises:
             ValueError: `host_lengths` are not those of the batch.
         """
-        with _no_grad_if(self.config.audio.freeze):
-            pooled = self.audio_branch(audio, lengths, mean, std, host_lengths)
-        return self.audio_projection(pooled)
+        chunk = self.audio_branch.chunk
+        if chunk is None or audio.shape[1] <= chunk:
+            return self.audio_projection(self.audio_branch(audio, lengths, mean, std, host_lengths))
+        if lengths is None:
+            lengths = torch.full(audio.shape[:1], audio.shape[1], device=audio.device)
+        parts = F.pad(audio, (0, -audio.shape[1] % chunk)).unflatten(1, (-1, chunk))  # [B, parts, chunk]
+        begins = torch.arange(0, audio.shape[1], chunk, device=audio.device)
+        sizes = (lengths.to(audio.device)[:, None] - begins).clamp(0, chunk)  # [B, parts]
+        vectors = self.audio_projection(self.audio_branch(parts.flatten(0, 1), sizes.flatten()))
+        unit = F.normalize(vectors, dim=-1).unflatten(0, sizes.shape)
+        return masked_mean(unit, (sizes > 0) | (begins == 0)).to(unit.dtype)
+
+    def encode_audio_summary(
+        self,
+        summary: Tensor,  # [B, ...], of `AudioTower.summarize`
+    ) -> Tensor:  # [B, D]
+        """Embeddings of clips from what the encoder says of them."""
+        return self.audio_projection(self.audio_branch.combine(summary))
 
     def encode_text(
         self,
@@ -165,9 +183,14 @@ class CLAP(DualEncoder):
         Raises:
             ValueError: `token_counts` are not those of the batch.
         """
-        with _no_grad_if(self.config.text.freeze):
-            pooled = self.text_branch(input_ids, attention_mask, token_counts)
-        return self.text_projection(pooled)
+        return self.text_projection(self.text_branch(input_ids, attention_mask, token_counts))
+
+    def encode_text_summary(
+        self,
+        summary: Tensor,  # [B, ...], of `TextTower.summarize`
+    ) -> Tensor:  # [B, D]
+        """Embeddings of captions from what the encoder says of them."""
+        return self.text_projection(self.text_branch.combine(summary))
 
     def forward(
         self,
@@ -374,10 +397,6 @@ def read_checkpoint(
 def _of_like_sizes(sizes: Tensor, batch_size: int) -> tuple[Tensor, ...]:
     """Indices of the texts of each batch, the shortest texts first."""
     return sizes.argsort(stable=True).split(batch_size)
-
-
-def _no_grad_if(frozen: bool) -> contextlib.AbstractContextManager[Any]:
-    return torch.no_grad() if frozen else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

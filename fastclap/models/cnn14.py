@@ -1,9 +1,15 @@
-"""Cnn14 of PANNs (Kong et al., arXiv 1912.10211), the audio tower of MS-CLAP 2022, from log-mel features on."""
+"""Cnn14 of PANNs (Kong et al., arXiv 1912.10211), the audio tower of MS-CLAP 2022."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastclap.config import AudioTowerConfig
+from fastclap.errors import ConfigError
+from fastclap.models.fixed_window import FixedWindowTower
 
 BLOCKS = 6
 HALVINGS = 5  # of frames and bands: every block's but the last's
@@ -60,3 +66,27 @@ class Cnn14(nn.Module):
         x = x.mean(3)
         x = F.dropout(x.amax(2) + x.mean(2), 0.5, self.training)
         return F.dropout(F.relu(self.fc1(x)), 0.5, self.training)
+
+
+class Cnn14Tower(FixedWindowTower):
+    """Cnn14 on log-mel features of a window."""
+
+    def __init__(self, config: AudioTowerConfig) -> None:
+        super().__init__(config)
+        bands = self.log_mel.n_mels
+        if min(self.frames, bands) < 1 << HALVINGS:
+            raise ConfigError(f"cnn14 needs {1 << HALVINGS} frames and bands at least, not {self.frames} and {bands}")
+        if config.pooling is not None or config.hidden_states != "last" or config.window != "full":
+            raise ConfigError("cnn14 has a pooling of its own: leave pooling, hidden_states and window as they are")
+        self.base = Cnn14(bands, config.convolution_channels, config.width)
+        self.width = config.width
+
+    def summarize(
+        self,
+        audio: Tensor,
+        lengths: Tensor | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        host_lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        return self.base(self.features(audio, lengths).to(self.base.fc1.weight.dtype))

@@ -121,7 +121,7 @@ def read_model(folder: Path, tokenizer: Tokenizer | str | os.PathLike[str] | Non
         tokenizer = as_tokenizer(tokenizer)
     elif (folder / TOKENIZER_FILE).exists():
         tokenizer = Tokenizer.load(folder)
-    weights = load_state_dict_file(folder / WEIGHTS_FILE)
+    weights = _names_of_today(load_state_dict_file(folder / WEIGHTS_FILE))
     card = folder / CARD_FILE
     text = card.read_text(encoding="utf-8") if card.is_file() else None
     return SavedModel(config, weights, tokenizer, folder / CONFIG_FILE, folder / WEIGHTS_FILE, text)
@@ -135,15 +135,37 @@ def _read_config(path: Path) -> CLAPConfig:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: not readable as JSON ({error}); export the model again") from error
     version = data.pop("format_version", None) if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise ModelError(
-            f"{path}: format version {version}, this fastclap reads {FORMAT_VERSION}; "
+            f"{path}: format version {version}, this fastclap reads 1 to {FORMAT_VERSION}; "
             "the file is not a fastclap model or needs another release"
         )
     try:
-        return CLAPConfig.from_dict(data)
+        return CLAPConfig.from_dict(_from_version_1(data) if version == 1 else data)
     except ConfigError as error:
         raise ModelError(f"{path}: {error}") from error
+
+
+def _from_version_1(data: Any) -> Any:
+    """A configuration of format version 1 in today's fields."""
+    if not isinstance(data.get("audio"), dict):
+        return data
+    audio = dict(data["audio"])
+    if audio.pop("layer_weights", False):
+        audio["hidden_states"] = "weighted"
+    if audio.get("kind", "log-mel") != "log-mel":
+        audio.pop("pooling", None)  # it had no meaning
+    return {**data, "audio": audio}
+
+
+_RENAMED = {"audio_branch.layer_weights": "audio_branch.pooling.layer_weights"}
+_RENAMED["audio_branch.attention.weight"] = "audio_branch.pooling.attention"
+
+
+def _names_of_today(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names that they have since format version 2; a bias that no softmax sees is left out."""
+    weights.pop("audio_branch.attention.bias", None)
+    return {_RENAMED.get(name, name): tensor for name, tensor in weights.items()}
 
 
 def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:

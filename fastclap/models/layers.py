@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +26,17 @@ def length_mask(
 def masked_mean(
     x: Tensor,  # [B, T, C]
     mask: Tensor | None,  # bool [B, T]
-) -> Tensor:  # float32 [B, C]
-    """Mean over the valid positions, accumulated in float32."""
+) -> Tensor:  # [B, C], of at least float32
+    """Mean over the valid positions, accumulated in at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     if mask is None:
-        return x.float().mean(1)
-    return x.float().masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True)
+        return x.mean(1)
+    return x.masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True)
+
+
+def no_grad_if(frozen: bool) -> contextlib.AbstractContextManager[Any]:
+    """No graph is built within, if what runs there is frozen."""
+    return torch.no_grad() if frozen else contextlib.nullcontext()
 
 
 def as_float(audio: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ length.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastclap.config import TextTowerConfig
 from fastclap.errors import ConfigError
 from fastclap.models.freezing import Stages, transformer_layers
-from fastclap.models.layers import Transformer, masked_mean
+from fastclap.models.layers import Transformer, length_mask, masked_mean, no_grad_if
 from fastclap.models.packing import (
     Packing,
     has_sharded_parts,
@@ -26,6 +26,7 @@ from fastclap.models.packing import (
     to_device,
     use_packed_attention,
 )
+from fastclap.models.pooling import Pooling
 from fastclap.models.pretrained import (
     checkpoint_layers,
     compile_layers,
@@ -41,6 +42,7 @@ class TextTower(nn.Module):
 
     width: int
     vocab_size: int
+    frozen: bool = False  # nothing trains but what `combine` learns
     hf_config: dict[str, Any] | None = None
 
     def forward(
@@ -49,7 +51,25 @@ class TextTower(nn.Module):
         attention_mask: Tensor,  # [B, tokens], 1 on tokens
         token_counts: Sequence[int] | None = None,  # tokens of each row, padded on the right; leaves padding out
     ) -> Tensor:  # [B, width]
+        with no_grad_if(self.frozen):
+            summary = self.summarize(input_ids, attention_mask, token_counts)
+        return self.combine(summary)
+
+    def summarize(
+        self,
+        input_ids: Tensor,  # the arguments are those of `forward`
+        attention_mask: Tensor,
+        token_counts: Sequence[int] | None = None,
+    ) -> Tensor:  # [B, ...]
+        """What the encoder says of each caption: all of the tower that `freeze` keeps fixed."""
         raise NotImplementedError
+
+    def combine(
+        self,
+        summary: Tensor,  # [B, ...]
+    ) -> Tensor:  # [B, width]
+        """The tower's vectors from the summaries; what is learned in here goes on learning in a frozen tower."""
+        return summary
 
     def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
         """Execution options without effect on results, as for `AudioTower.prepare_training`."""
@@ -65,7 +85,9 @@ class SmallTextTower(TextTower):
     def __init__(self, config: TextTowerConfig) -> None:
         super().__init__()
         if config.pooling not in ("cls", "mean") or (config.pooling == "cls" and config.layers == 0):
-            raise ConfigError(f"pooling {config.pooling!r} needs an encoder of transformers, or a block; use mean")
+            raise ConfigError(f"pooling {config.pooling!r} needs an encoder of transformers or a block; use mean")
+        if config.hidden_states != "last":
+            raise ConfigError("hidden_states is of encoders of transformers; a small text tower pools its last layer")
         self.config = config
         self.width = config.width
         self.vocab_size = config.vocab_size
@@ -77,7 +99,7 @@ class SmallTextTower(TextTower):
     def stages(self) -> Stages:
         return Stages([self.embedding], (), list(self.transformer.blocks))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int] | None = None) -> Tensor:
+    def summarize(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int] | None = None) -> Tensor:
         packing = None
         if token_counts is not None:
             longest = longest_of("token_counts", token_counts, input_ids)
@@ -93,8 +115,7 @@ class SmallTextTower(TextTower):
 
 
 class TransformersTextTower(TextTower):
-    """Any encoder of transformers (of an encoder-decoder, the encoder), pooled to one of its tokens, their mean or its
-    pooler's output."""
+    """Any encoder of transformers (of an encoder-decoder, the encoder), with its pooler output or as `Pooling` does."""
 
     base: Any
 
@@ -107,15 +128,21 @@ class TransformersTextTower(TextTower):
         optional = () if config.pooling == "pooler" else ("pooler",)
         module: Any = transformers_model(AutoModel, AutoModel.from_config, model_config, pretrained, optional)
         self.base = module.get_encoder() if getattr(model_config, "is_encoder_decoder", False) else module
-        self.width = model_config.hidden_size
         self.vocab_size = model_config.vocab_size
-        self.pooling = config.pooling
+        self.by_pooler = config.pooling == "pooler"
+        if self.by_pooler and config.hidden_states != "last":
+            raise ConfigError("pooling pooler is of the last layer alone; set hidden_states to last")
+        self.counts_ids = config.pooling == "msclap"
+        over_time = {"cls": "first", "pooler": "first", "msclap": "last"}.get(config.pooling, config.pooling)
+        width, states = model_config.hidden_size, model_config.num_hidden_layers + 1
+        self.pooling = Pooling(over_time, config.hidden_states, width, states)  # type: ignore[arg-type]
+        self.width = self.pooling.width
         self.packs = use_packed_attention(self.base)
         self.compiled = False
         pooler = getattr(self.base, "pooler", None)
-        if config.pooling == "pooler" and pooler is None:
+        if self.by_pooler and pooler is None:
             raise ConfigError(f"{model_config.model_type} has no pooler; use cls or mean pooling")
-        if config.pooling != "pooler" and pooler is not None:
+        if not self.by_pooler and pooler is not None:
             pooler.requires_grad_(False)  # it takes no part, and DDP waits for the gradient of whatever could have one
 
     def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
@@ -129,7 +156,7 @@ class TransformersTextTower(TextTower):
         embeddings = getattr(self.base, "embeddings", None) or self.base.get_input_embeddings()
         return Stages([embeddings], (), transformer_layers(self.base))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int] | None = None) -> Tensor:
+    def summarize(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int] | None = None) -> Tensor:
         with graphs_of(self):
             return self._encode(input_ids, attention_mask, token_counts)
 
@@ -149,12 +176,11 @@ class TransformersTextTower(TextTower):
     def _encode_padded(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         # transformers takes a 4-d mask as it is; of a 2-d one it asks the device whether all tokens are valid
         mask = attention_mask.bool()[:, None, None] if self.packs else attention_mask
-        output = self.base(input_ids=input_ids, attention_mask=mask)
-        return (
-            output.pooler_output
-            if self.pooling == "pooler"
-            else self._pool(output.last_hidden_state, input_ids, attention_mask)
-        )
+        output = self.base(input_ids=input_ids, attention_mask=mask, **self._wanted)
+        if self.by_pooler:
+            return output.pooler_output[:, None]
+        valid = self._pooled(input_ids, attention_mask)
+        return self._pool(output, lambda state: (state, valid))
 
     def _encode_packed(self, input_ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
         ids = packing.pack(input_ids)[None]
@@ -163,11 +189,14 @@ class TransformersTextTower(TextTower):
         if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa's follow the padding token's id
             positions = packing.pack(embeddings.create_position_ids_from_input_ids(input_ids, embeddings.padding_idx))
         # without explicit types a sequence could be no longer than the positions of one caption
+        types = torch.zeros_like(ids)
         output = self.base(
-            input_ids=ids, position_ids=positions[None], token_type_ids=torch.zeros_like(ids), packing=packing
+            input_ids=ids, position_ids=positions[None], token_type_ids=types, packing=packing, **self._wanted
         )
-        x = packing.unpack(output.last_hidden_state[0])
-        return self.base.pooler(x) if self.pooling == "pooler" else self._pool(x, input_ids, attention_mask)
+        if self.by_pooler:
+            return self.base.pooler(packing.unpack(output.last_hidden_state[0]))[:, None]
+        valid = self._pooled(input_ids, attention_mask)
+        return self._pool(output, lambda state: (packing.unpack(state[0]), valid))
 
     def _encode_groups(self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int]) -> Tensor:
         groups = length_groups(token_counts, 1024 if input_ids.is_cuda else 16)
@@ -179,12 +208,24 @@ class TransformersTextTower(TextTower):
             parts.append(self._encode_padded(input_ids[rows, :longest], attention_mask[rows, :longest]))
         return torch.cat(parts)[back]
 
-    def _pool(self, x: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        if self.pooling in ("last", "msclap"):
-            counted = attention_mask if self.pooling == "last" else (input_ids != 0) & attention_mask.bool()
-            last = (counted.sum(1) - 1).clamp(min=0)
-            return x[torch.arange(len(x), device=x.device), last]
-        return x[:, 0] if self.pooling == "cls" else masked_mean(x, attention_mask.bool()).to(x.dtype)
+    def _pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Tokens that are pooled, bool [B, tokens]."""
+        valid = attention_mask.bool()
+        if self.counts_ids:  # as many as there are ids other than 0, from the first on
+            valid = length_mask((valid & (input_ids != 0)).sum(1).clamp(min=1), valid.shape[1])
+        return valid
+
+    @property
+    def _wanted(self) -> dict[str, bool]:
+        return {"output_hidden_states": True} if self.pooling.every_state else {}
+
+    def _pool(self, output: Any, rows: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        """Summaries from what the encoder gives; `rows` makes a padded batch of a state, and says what is valid."""
+        states = output.hidden_states if self.pooling.every_state else [output.last_hidden_state]
+        return torch.stack([self.pooling.pool(*rows(state), number) for number, state in enumerate(states)], 1)
+
+    def combine(self, summary: Tensor) -> Tensor:
+        return self.pooling.combine(summary).to(self.base.dtype)
 
 
 def build_text_tower(config: TextTowerConfig, load_pretrained: bool = True) -> TextTower:

@@ -127,7 +127,7 @@ def test_every_form_of_every_recipe_is_possible(name: str, form: list[str]) -> N
 
 
 def test_second_stages_and_layer_weights() -> None:
-    assert parsed("ess-clap").model.audio.layer_weights
+    assert parsed("ess-clap").model.audio.hidden_states == "weighted"
     with pytest.raises(ConfigError, match="--init-from"):
         parsed("ra-clap", "--data.train", "a.jsonl").check()
     first, second = (parsed(f"clsp-stage{stage}", "--data.train", "a.jsonl") for stage in (1, 2))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.errors import ConfigError
-from fastclap.models import positional, wavlm
+from fastclap.models import positional, wavlm, whisper
 from fastclap.models.clap import CLAP
 from fastclap.testing import assert_close_rel
 from fastclap.train.config import OptimizerConfig
@@ -42,7 +42,7 @@ AUDIO: dict[str, AudioTowerConfig] = {
     )
 }
 AUDIO["wavlm, all layers"] = AudioTowerConfig(
-    "wav2vec2", hf_config={"model_type": "wavlm", **SPEECH, **STABLE}, layer_weights=True
+    "wav2vec2", hf_config={"model_type": "wavlm", **SPEECH, **STABLE}, hidden_states="weighted"
 )
 AUDIO["log-mel"] = AudioTowerConfig(width=16, layers=3, heads=2, feature_options={"n_mels": 16})
 AUDIO["whisper"] = AudioTowerConfig(
@@ -81,7 +81,7 @@ TRAINS = {
     "t5": ("base.block.1.", "base.block.2.", "base.final_layer_norm."),
 }
 TRAINS |= {
-    "wavlm, all layers": ("layer_weights", *TRAINS["wavlm"]),
+    "wavlm, all layers": ("pooling.layer_weights", *TRAINS["wavlm"]),
     "hubert, norms after": TRAINS["wavlm, norms after"],
 }
 TRAINS |= {"wav2vec2": TRAINS["wavlm"], "hubert, own convolutions": TRAINS["wavlm"], "bert": TRAINS["xlm-roberta"]}
@@ -193,16 +193,18 @@ def kept_at_first(name: str, layers: int, flags: dict[str, Any]) -> int:
         return x
 
     def residual_layer_norm(x: Tensor, branch: Any, bias: Any, weight: Tensor, *others: Any, **options: Any) -> Any:
-        if weight is first.layer_norm.weight:  # the first of the layer to be computed
+        if weight is norm.weight:  # the first of the layer to be computed
             begin()
         return plain(x, branch, bias, weight, *others, **options)
 
+    norm = first.self_attn_layer_norm if name == "whisper" else getattr(first, "layer_norm", None)
     plain = wavlm.residual_layer_norm
     first.register_forward_pre_hook(begin)
     for seed in range(20):  # LayerDrop may drop it
         saved = 0
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
-        with hooks, mock.patch.object(wavlm, "residual_layer_norm", residual_layer_norm):
+        patches = [mock.patch.object(module, "residual_layer_norm", residual_layer_norm) for module in (wavlm, whisper)]
+        with hooks, patches[0], patches[1]:
             assert encode(model, name, seed).requires_grad
         if begun:
             return saved

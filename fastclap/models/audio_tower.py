@@ -1,0 +1,82 @@
+"""What every audio tower has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastclap.models.freezing import Stages
+from fastclap.models.layers import no_grad_if
+
+
+class AudioTower(nn.Module):
+    """What every audio tower has.
+
+    Attributes:
+        width: size of the output vector.
+        sampling_rate: of the waveform that `forward` takes, in Hz.
+        min_samples: shorter clips are extended with zeros to this, so that every layer has at least one frame.
+        equal_lengths_only: padding would change the result, so embed clips of equal length together.
+        single_on_cpu: on a CPU a clip by itself is faster than in a batch: its products are large enough, and its data
+            stay in the cache.
+        frozen: nothing trains but what `combine` learns.
+        chunk: longer clips are seen in parts of this many samples; None: whole, or cut to the tower's window.
+        hf_config: complete transformers configuration, None for a tower of our own.
+    """
+
+    width: int
+    sampling_rate: int = 16000
+    min_samples: int = 1
+    equal_lengths_only: bool = False
+    single_on_cpu: bool = False
+    frozen: bool = False
+    chunk: int | None = None
+    hf_config: dict[str, Any] | None = None
+
+    def forward(
+        self,
+        audio: Tensor,  # int16 or float [B, T], padding arbitrary
+        lengths: Tensor | None = None,  # [B] valid samples; None: all
+        mean: Tensor | None = None,  # [B] whole-file mean, full scale 1 (waveform towers)
+        std: Tensor | None = None,  # [B] whole-file standard deviation, full scale 1 (waveform towers)
+        host_lengths: Sequence[int] | None = None,  # lengths, for the host: a tower may leave out padding with them
+    ) -> Tensor:  # [B, width]
+        with no_grad_if(self.frozen):
+            summary = self.summarize(audio, lengths, mean, std, host_lengths)
+        return self.combine(summary)
+
+    def summarize(
+        self,
+        audio: Tensor,  # the arguments are those of `forward`
+        lengths: Tensor | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        host_lengths: Sequence[int] | None = None,
+    ) -> Tensor:  # [B, ...]
+        """What the encoder says of each clip: all of the tower that `freeze` keeps fixed."""
+        raise NotImplementedError
+
+    def combine(
+        self,
+        summary: Tensor,  # [B, ...]
+    ) -> Tensor:  # [B, width]
+        """The tower's vectors from the summaries; what is learned in here goes on learning in a frozen tower."""
+        return summary
+
+    def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
+        """Execution options, to be set once before training; they have no effect on results.
+
+        Args:
+            compile: compile each transformer layer with `torch.compile`, where the tower can.
+            checkpoint: keep each transformer layer's input only and compute the layer again in the backward pass.
+                Our own small towers have too little to gain and ignore it.
+
+        Raises:
+            ConfigError: `checkpoint` with an architecture that transformers cannot checkpoint.
+        """
+
+    def stages(self) -> Stages:
+        """The parts that can be frozen."""
+        return Stages()

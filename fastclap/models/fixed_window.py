@@ -1,0 +1,55 @@
+"""Audio towers that see a window of one length, whatever the clip's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastclap.config import AudioTowerConfig
+from fastclap.errors import ConfigError
+from fastclap.features import LogMel
+from fastclap.models.audio_tower import AudioTower
+from fastclap.models.layers import prepare_waveform
+
+
+class FixedWindowTower(AudioTower):
+    """Log-mel features of `clip_seconds` of every clip: a longer one is cut, a shorter one repeated.
+
+    Args:
+        config: of which the features, the window and the way of repeating are taken.
+        n_mels: mel bands where the encoder fixes them.
+
+    Attributes:
+        window: samples.
+        frames: of its features.
+
+    Raises:
+        ConfigError: features that are impossible.
+    """
+
+    def __init__(self, config: AudioTowerConfig, n_mels: int | None = None) -> None:
+        super().__init__()
+        bands = {} if n_mels is None else {"n_mels": n_mels}
+        try:
+            self.log_mel = LogMel("clap", **{**bands, **config.feature_options})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"log-mel features: {error}") from error
+        self.sampling_rate = self.log_mel.sampling_rate
+        self.window = round(config.clip_seconds * self.sampling_rate)
+        self.frames = int(self.log_mel.frame_lengths(torch.tensor(self.window)))
+        self.whole_repeats = config.repeat == "whole"
+
+    def features(
+        self,
+        audio: Tensor,  # int16 or float [B, T]
+        lengths: Tensor | None,  # [B]
+    ) -> Tensor:  # float32 [B, frames, bands]
+        """Features of the window."""
+        waveform, lengths = prepare_waveform(audio[:, : self.window], lengths)
+        lengths = lengths.clamp(max=self.window)[:, None]
+        position = torch.arange(self.window, device=waveform.device)
+        repeated = waveform.gather(1, position % lengths)
+        if self.whole_repeats:
+            repeated = repeated.masked_fill(position >= self.window // lengths * lengths, 0.0)
+        with torch.autocast(waveform.device.type, enabled=False):
+            return self.log_mel(repeated)[0]
