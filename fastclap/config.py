@@ -152,9 +152,9 @@ class TextTowerConfig:
 class HeadConfig:
     """Projection of a tower's output into the shared space; both towers have one of this kind."""
 
-    kind: Literal["paraspeechclap", "clsp", "laion", "linear"] = "paraspeechclap"
+    kind: Literal["paraspeechclap", "clsp", "laion", "pe-audio", "linear"] = "paraspeechclap"
     """paraspeechclap: LN(W1·x + dropout(W2·gelu(W1·x))). clsp: Linear-ReLU-Linear-Linear-ReLU-Dropout-Linear.
-    laion: Linear-ReLU-Linear. linear: one matrix."""
+    laion: Linear-ReLU-Linear. pe-audio: layer norm and one matrix. linear: one matrix."""
     dim: int = 256
     """Dimension of the shared embedding space."""
     dropout: float | None = None

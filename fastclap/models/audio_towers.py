@@ -31,6 +31,7 @@ from fastclap.models.fixed_window import FixedWindowTower
 from fastclap.models.freezing import Stages, transformer_layers
 from fastclap.models.layers import Transformer, as_float, length_mask, masked_mean, prepare_waveform
 from fastclap.models.packing import Packing, longest_of
+from fastclap.models.pe_audio import PEAudioTower
 from fastclap.models.pooling import Pooling
 from fastclap.models.pretrained import (
     checkpoint_layers,
@@ -521,7 +522,9 @@ def build_audio_tower(config: AudioTowerConfig, load_pretrained: bool = True) ->
         return LogMelTower(config)
     if config.kind == "cnn14":
         return Cnn14Tower(config)
+    if config.kind == "pe-audio":
+        return PEAudioTower(config)
     towers = {"wav2vec2": Wav2Vec2Tower, "whisper": WhisperTower, "ast": ASTTower, "clap-htsat": CLAPHTSATTower}
     if config.kind not in towers:
-        raise ConfigError(f"unknown audio tower {config.kind!r}; known: log-mel, cnn14, {', '.join(towers)}")
+        raise ConfigError(f"unknown audio tower {config.kind!r}; known: log-mel, cnn14, pe-audio, {', '.join(towers)}")
     return towers[config.kind](config, load_pretrained)

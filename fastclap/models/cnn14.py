@@ -38,8 +38,8 @@ class ConvBlock(nn.Module):
 class Cnn14(nn.Module):
     """Six convolution blocks, mean over the bands, maximum plus mean over time, and a linear layer with ReLU.
 
-    Parameters have the names of the published code. Its dropout (0.2 after a block, 0.5 around the linear layer) is
-    as published; its SpecAugment and mixup are not part of it.
+    Parameters have the names of the published code. Its dropout (0.2 after a block, 0.5 around the linear layer) and
+    initialisation are as published; its SpecAugment and mixup are not part of it.
 
     Args:
         bands: mel bands, at least 32.
@@ -55,6 +55,10 @@ class Cnn14(nn.Module):
             pool = 2 if index < HALVINGS else 1
             self.add_module(f"conv_block{index + 1}", ConvBlock(sizes[index], sizes[index + 1], pool))
         self.fc1 = nn.Linear(sizes[-1], width)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(self.fc1.bias)
 
     def forward(
         self,

@@ -30,6 +30,8 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 _MODEL_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CARD_FILE}
+FOREIGN_TYPES = frozenset({"clap", "pe_audio", "pe_audio_video"})
+"""`model_type` in the config.json of folders that `fastclap.models.foreign` reads."""
 # of transformers' CLAP (its tokenizer) and of ParaSpeechCLAP
 _FOREIGN_FILES = {"tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "*.pth.tar"}
 
@@ -72,7 +74,7 @@ def find_model(path: str | os.PathLike[str]) -> Path:
     if is_foreign(folder):
         return folder
     archives = sorted(folder.glob("*.pth.tar"))
-    if archives and not isinstance(_format_of(folder), int):
+    if archives and not isinstance(format_of(folder), int):
         if len(archives) > 1:
             raise ModelError(f"{folder}: name one of {', '.join(item.name for item in archives)}")
         return archives[0]
@@ -89,11 +91,11 @@ def find_model(path: str | os.PathLike[str]) -> Path:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether this is a checkpoint that `fastclap.models.foreign` reads: a weights file, or a transformers CLAP."""
-    return path.is_file() or _format_of(path) == "clap"
+    """Whether this is a checkpoint that `fastclap.models.foreign` reads: a weights file, or a transformers folder."""
+    return path.is_file() or format_of(path) in FOREIGN_TYPES
 
 
-def _format_of(folder: Path) -> str | int | None:
+def format_of(folder: Path) -> str | int | None:
     """Format version of an export, model type of a transformers folder, None without a readable configuration."""
     try:
         data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -304,7 +306,7 @@ def _download(name: str) -> Path:
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=sorted(_MODEL_FILES | _FOREIGN_FILES)))
-        if _format_of(folder) == "clap" and not (folder / WEIGHTS_FILE).exists():
+        if format_of(folder) in FOREIGN_TYPES and not (folder / WEIGHTS_FILE).exists():
             snapshot_download(name, allow_patterns=["pytorch_model*", "model*.safetensors*"])
         return folder
     except Exception as error:  # every failure of the network, the hub or the name ends here

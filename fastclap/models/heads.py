@@ -77,6 +77,26 @@ class LAIONHead(nn.Module):
         return self.linear2(F.relu(self.linear1(x)))
 
 
+class PEAudioHead(nn.Module):
+    """Layer norm, then one matrix (PE-AV, arXiv 2512.19687).
+
+    Args:
+        in_dim: width of the tower.
+        dim: dimension of the shared space.
+    """
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(in_dim, eps=1e-6)
+        self.proj = nn.Linear(in_dim, dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, in_dim]
+    ) -> Tensor:  # [B, dim]
+        return self.proj(self.layer_norm(x))
+
+
 def build_head(config: HeadConfig, in_dim: int) -> nn.Module:
     """Head of `config.kind` for a tower of width `in_dim`.
 
@@ -90,6 +110,8 @@ def build_head(config: HeadConfig, in_dim: int) -> nn.Module:
         return CLSPHead(in_dim, config.dim, **dropout)
     if config.kind == "laion":
         return LAIONHead(in_dim, config.dim)
+    if config.kind == "pe-audio":
+        return PEAudioHead(in_dim, config.dim)
     if config.kind == "linear":
         return nn.Linear(in_dim, config.dim, bias=False)
-    raise ConfigError(f"unknown projection head {config.kind!r}; known: paraspeechclap, clsp, laion, linear")
+    raise ConfigError(f"unknown projection head {config.kind!r}; known: paraspeechclap, clsp, laion, pe-audio, linear")

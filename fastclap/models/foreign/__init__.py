@@ -1,4 +1,4 @@
-"""Reading checkpoints of other codes: ParaSpeechCLAP, LAION-CLAP, MS-CLAP and transformers' CLAP.
+"""Reading checkpoints of other codes: ParaSpeechCLAP, LAION-CLAP, MS-CLAP, and transformers' CLAP and PE-AV.
 
 A foreign state dict holds weights and no configuration. Widths, depths, kernel and window sizes are read from the
 shapes, the rest is as published, and both can be overridden. Keys are renamed, and later everything must fit: a key
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from fastclap.errors import ModelError
-from fastclap.models.folder import SavedModel, find_model, is_foreign, load_state_dict_file
+from fastclap.models.folder import FOREIGN_TYPES, SavedModel, find_model, format_of, is_foreign, load_state_dict_file
 from fastclap.models.foreign.laion import read_laion
 from fastclap.models.foreign.msclap import read_msclap
 from fastclap.models.foreign.paraspeechclap import read_paraspeechclap
+from fastclap.models.foreign.pe_audio import read_pe_audio
 from fastclap.models.foreign.shared import ForeignModel, ForeignWeights, modern_names
 from fastclap.models.foreign.transformers_clap import read_transformers
 from fastclap.models.tokenizer import Tokenizer, as_tokenizer
@@ -30,6 +31,8 @@ _FILES = {
     "logit_scale_a": ("LAION-CLAP", read_laion),
     "caption_encoder.": ("MS-CLAP", read_msclap),
 }
+# by the model_type in config.json
+_FOLDERS = {"clap": read_transformers, "pe_audio": read_pe_audio, "pe_audio_video": read_pe_audio}
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -59,8 +62,11 @@ def read_foreign(
     audio, text = dict(audio_config or {}), dict(text_config or {})
     if path.is_dir():
         if not is_foreign(path):
-            raise ModelError(f"{path}: no configuration of a transformers CLAP (config.json with model_type clap)")
-        found = read_transformers(path, audio, text)
+            raise ModelError(
+                f"{path}: no configuration of a model that is read (config.json with model_type "
+                f"{', '.join(sorted(FOREIGN_TYPES))})"
+            )
+        found = _FOLDERS[str(format_of(path))](path, audio, text)
     else:
         found = _read_file(path, audio, text)
     try:

@@ -16,6 +16,7 @@ from fastclap.models.foreign.shared import SPECIAL_TOKENS, ForeignModel, modern_
 
 def read_transformers(folder: Path, audio: dict[str, Any], text: dict[str, Any]) -> ForeignModel:
     """The folder of a transformers `ClapModel`, whose configuration says everything; `audio` and `text` change it."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import ClapConfig, ClapModel
 
@@ -28,7 +29,7 @@ def read_transformers(folder: Path, audio: dict[str, Any], text: dict[str, Any])
         model, info = ClapModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except ModelError:
         raise
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError, StrictDataclassError, ValueError) as error:
         raise ModelError(f"{folder}: the CLAP model of transformers could not be loaded ({error})") from error
     wrong = [f"{name} is missing" for name in sorted(info["missing_keys"])]
     wrong += [f"{name} has another shape" for name in map(str, sorted(info["mismatched_keys"]))]

@@ -70,6 +70,14 @@ HTSAT = {
     "num_attention_heads": [1, 2],
     "spec_size": 256,
 }
+PE_AUDIO = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 8,
+    "dac_config": {"encoder_hidden_size": 2, "downsampling_ratios": [2, 8, 10, 12], "hidden_size": 8},
+}
 TOWERS: dict[str, dict[str, Any]] = {
     "log-mel": {"width": 16, "layers": 2, "heads": 2},
     "log-mel time": {"width": 16, "layers": 1, "heads": 2, "convolution": "time", "pooling": "mean", "subsampling": 2},
@@ -81,6 +89,9 @@ TOWERS: dict[str, dict[str, Any]] = {
     "whisper": {"kind": "whisper", "hf_config": WHISPER},
     "ast": {"kind": "ast", "hf_config": AST},
     "clap-htsat": {"kind": "clap-htsat", "hf_config": HTSAT},
+    "clap-htsat cut": {"kind": "clap-htsat", "hf_config": HTSAT, "clip_seconds": 0.7, "repeat": "cut"},
+    "cnn14": {"kind": "cnn14", "clip_seconds": 0.7, "repeat": "cut", "convolution_channels": 8, "width": 16},
+    "pe-audio": {"kind": "pe-audio", "hf_config": PE_AUDIO},
 }
 
 
@@ -136,7 +147,7 @@ def test_a_model_that_is_read_is_the_one_that_was_written(name: str, tmp_path: P
             assert torch.equal(value, found[key]) and value.requires_grad == found[key].requires_grad, key
 
 
-@pytest.mark.parametrize("name", [name for name in TOWERS if name != "wav2vec2"])
+@pytest.mark.parametrize("name", [name for name in TOWERS if name not in ("wav2vec2", "pe-audio")])
 def test_padding_has_no_influence_and_no_gradient(name: str) -> None:
     tower = tower_of(name).eval()
     assert not tower.equal_lengths_only
@@ -152,8 +163,9 @@ def test_padding_has_no_influence_and_no_gradient(name: str) -> None:
     assert garbage.grad[1, : lengths[1]].abs().max() > 0
 
 
-def test_group_norm_over_time_is_declared() -> None:
-    assert tower_of("wav2vec2").equal_lengths_only
+def test_what_sees_padding_is_declared() -> None:
+    assert tower_of("wav2vec2").equal_lengths_only  # a group norm over time
+    assert tower_of("pe-audio").equal_lengths_only  # convolutions beyond the end
     assert tower_of("wavlm").min_samples == 400
 
 
