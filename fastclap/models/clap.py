@@ -102,6 +102,11 @@ class CLAP(DualEncoder):
             flags = f"{side}.{part}", f"{side}.freeze_layers"
             freeze_parts(branch.stages(), front, tower.freeze_layers, *flags, tower.kind)
             if tower.freeze:
+                if tower.pretrained and load_pretrained and tower.pooling in ("attention", "token"):
+                    raise ConfigError(
+                        f"{side}.pooling {tower.pooling} is learned together with the encoder, which is frozen; use "
+                        f"mean or statistics, or {side}.freeze_layers instead of {side}.freeze"
+                    )
                 branch.frozen = True
                 freeze_but_layer_weights(branch)
         self.train()

@@ -65,13 +65,13 @@ class Pooling(nn.Module):
         if self.over_time == "last":
             last = x[:, -1] if valid is None else x[torch.arange(len(x), device=x.device), valid.sum(1) - 1]
             return last.to(torch.promote_types(x.dtype, torch.float32))
+        if valid is not None and self.over_time != "mean":  # what is past an end may be anything
+            x = x.masked_fill(~valid[..., None], 0.0)
         if self.attention is not None:
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            score = wide @ self.attention[state].to(wide.dtype)
-            if valid is not None:
-                score = score.masked_fill(~valid, -torch.inf)
-                wide = wide.masked_fill(~valid[..., None], 0.0)
-            return torch.einsum("bt,btc->bc", score.softmax(1), wide)
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            score = x @ self.attention[state].to(x.dtype)
+            score = score if valid is None else score.masked_fill(~valid, -torch.inf)
+            return torch.einsum("bt,btc->bc", score.softmax(1), x)
         mean = masked_mean(x, valid)
         if self.over_time == "statistics":
             variance = masked_mean((x.to(mean.dtype) - mean[:, None]).square(), valid)
