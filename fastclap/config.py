@@ -65,7 +65,8 @@ class AudioTowerConfig:
     features: Literal["whisper", "kaldi", "clap", "clap-fusion", "ast", "beats", "clsp", "torchaudio"] = "kaldi"
     """log-mel: preset of fastclap.LogMel."""
     feature_options: dict[str, Any] = field(default_factory=dict)
-    """log-mel: changes to the preset, such as {"n_mels": 64}. clap-htsat, cnn14: changes to the preset clap."""
+    """log-mel: changes to the preset, such as {"n_mels": 64}. clap-htsat, cnn14, whisper: changes to the preset clap or
+    whisper."""
     clip_seconds: float = 10.0
     """clap-htsat, cnn14: the tower sees this much of a clip. What a longer one has after it is left out."""
     repeat: Literal["whole", "cut"] = "whole"
@@ -152,9 +153,10 @@ class TextTowerConfig:
 class HeadConfig:
     """Projection of a tower's output into the shared space; both towers have one of this kind."""
 
-    kind: Literal["paraspeechclap", "clsp", "laion", "pe-audio", "linear"] = "paraspeechclap"
+    kind: Literal["paraspeechclap", "clsp", "laion", "pe-audio", "voiceclap", "linear"] = "paraspeechclap"
     """paraspeechclap: LN(W1·x + dropout(W2·gelu(W1·x))). clsp: Linear-ReLU-Linear-Linear-ReLU-Dropout-Linear.
-    laion: Linear-ReLU-Linear. pe-audio: layer norm and one matrix. linear: one matrix."""
+    laion: Linear-ReLU-Linear. pe-audio: layer norm and one matrix. voiceclap: Linear-Linear-GELU-Linear for
+    audio, Linear-GELU-Linear for text. linear: one matrix."""
     dim: int = 256
     """Dimension of the shared embedding space."""
     dropout: float | None = None

@@ -75,8 +75,8 @@ class CLAP(DualEncoder):
         self.equal_lengths_only = self.audio_branch.equal_lengths_only
         self.single_on_cpu = self.audio_branch.single_on_cpu
         self.text_branch = build_text_tower(config.text, load_pretrained)
-        self.audio_projection = build_head(config.head, self.audio_branch.width)
-        self.text_projection = build_head(config.head, self.text_branch.width)
+        self.audio_projection = build_head(config.head, self.audio_branch.width, "audio")
+        self.text_projection = build_head(config.head, self.text_branch.width, "text")
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(config.init_logit_scale)))
         bias = config.init_logit_bias
         self.register_parameter("logit_bias", None if bias is None else nn.Parameter(torch.tensor(float(bias))))

@@ -30,7 +30,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 _MODEL_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CARD_FILE}
-FOREIGN_TYPES = frozenset({"clap", "pe_audio", "pe_audio_video"})
+FOREIGN_TYPES = frozenset({"clap", "pe_audio", "pe_audio_video", "voiceclap-small"})
 """`model_type` in the config.json of folders that `fastclap.models.foreign` reads."""
 # of transformers' CLAP (its tokenizer) and of ParaSpeechCLAP
 _FOREIGN_FILES = {"tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "*.pth.tar"}

@@ -5,6 +5,8 @@ Module names and shapes are those of the published models, so that their checkpo
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -97,8 +99,50 @@ class PEAudioHead(nn.Module):
         return self.proj(self.layer_norm(x))
 
 
-def build_head(config: HeadConfig, in_dim: int) -> nn.Module:
-    """Head of `config.kind` for a tower of width `in_dim`.
+class VoiceCLAPAudioHead(nn.Module):
+    """One matrix with a bias (`proj`), then Linear-GELU-Linear (VoiceCLAP-Small, arXiv 2609.32016).
+
+    Args:
+        in_dim: width of the tower.
+        dim: dimension of the shared space and of every layer.
+    """
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_dim, dim)
+        self.linear1 = nn.Linear(dim, dim)
+        self.linear2 = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, in_dim]
+    ) -> Tensor:  # [B, dim]
+        return self.linear2(F.gelu(self.linear1(self.proj(x))))
+
+
+class VoiceCLAPTextHead(nn.Module):
+    """Linear-GELU-Linear without biases (VoiceCLAP-Small), as wide inside as the mean of both ends.
+
+    Args:
+        in_dim: width of the tower.
+        dim: dimension of the shared space.
+    """
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        between = (in_dim + dim) // 2
+        self.linear1 = nn.Linear(in_dim, between, bias=False)
+        self.linear2 = nn.Linear(between, dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, in_dim]
+    ) -> Tensor:  # [B, dim]
+        return self.linear2(F.gelu(self.linear1(x)))
+
+
+def build_head(config: HeadConfig, in_dim: int, side: Literal["audio", "text"] = "audio") -> nn.Module:
+    """Head of `config.kind` for the tower of one side, of width `in_dim`.
 
     Raises:
         ConfigError: unknown kind.
@@ -112,6 +156,10 @@ def build_head(config: HeadConfig, in_dim: int) -> nn.Module:
         return LAIONHead(in_dim, config.dim)
     if config.kind == "pe-audio":
         return PEAudioHead(in_dim, config.dim)
+    if config.kind == "voiceclap":
+        return (VoiceCLAPAudioHead if side == "audio" else VoiceCLAPTextHead)(in_dim, config.dim)
     if config.kind == "linear":
         return nn.Linear(in_dim, config.dim, bias=False)
-    raise ConfigError(f"unknown projection head {config.kind!r}; known: paraspeechclap, clsp, laion, pe-audio, linear")
+    raise ConfigError(
+        f"unknown projection head {config.kind!r}; known: paraspeechclap, clsp, laion, pe-audio, voiceclap, linear"
+    )

@@ -139,6 +139,8 @@ class TransformersTextTower(TextTower):
         self.width = self.pooling.width
         self.packs = use_packed_attention(self.base)
         self.compiled = False
+        if not getattr(model_config, "add_pooling_layer", True):  # of hf_config: BERT without its pooler
+            self.base.pooler = None
         pooler = getattr(self.base, "pooler", None)
         if self.by_pooler and pooler is None:
             raise ConfigError(f"{model_config.model_type} has no pooler; use cls or mean pooling")

@@ -57,7 +57,7 @@ class WhisperTower(AudioTower):
         self.hf_config = complete_config(model_config)
         module: Any = transformers_model(WhisperModel, WhisperEncoder, model_config, pretrained)
         self.base = Encoder(module.encoder if pretrained is not None else module, model_config)
-        self.log_mel = LogMel("whisper", n_mels=model_config.num_mel_bins)
+        self.log_mel = LogMel("whisper", **{"n_mels": model_config.num_mel_bins, **config.feature_options})
         self.hop = 2 * self.log_mel.hop_length  # samples a position
         self.window = model_config.max_source_positions * self.hop
         self.chunk = self.window if config.chunks else None

@@ -1,4 +1,4 @@
-"""Reading checkpoints of other codes: ParaSpeechCLAP, LAION-CLAP, MS-CLAP, and transformers' CLAP and PE-AV.
+"""Reading checkpoints of other codes: ParaSpeechCLAP, LAION-CLAP, MS-CLAP, VoiceCLAP, PE-AV, and transformers'.
 
 A foreign state dict holds weights and no configuration. Widths, depths, kernel and window sizes are read from the
 shapes, the rest is as published, and both can be overridden. Keys are renamed, and later everything must fit: a key
@@ -23,6 +23,7 @@ from fastclap.models.foreign.paraspeechclap import read_paraspeechclap
 from fastclap.models.foreign.pe_audio import read_pe_audio
 from fastclap.models.foreign.shared import ForeignModel, ForeignWeights, modern_names
 from fastclap.models.foreign.transformers_clap import read_transformers
+from fastclap.models.foreign.voiceclap import read_voiceclap, read_voiceclap_folder
 from fastclap.models.tokenizer import Tokenizer, as_tokenizer
 
 # by what the first key that is theirs alone begins with
@@ -30,9 +31,15 @@ _FILES = {
     "audio_branch.base.": ("ParaSpeechCLAP", read_paraspeechclap),
     "logit_scale_a": ("LAION-CLAP", read_laion),
     "caption_encoder.": ("MS-CLAP", read_msclap),
+    "text_encoder.": ("VoiceCLAP", read_voiceclap),
 }
 # by the model_type in config.json
-_FOLDERS = {"clap": read_transformers, "pe_audio": read_pe_audio, "pe_audio_video": read_pe_audio}
+_FOLDERS = {
+    "clap": read_transformers,
+    "pe_audio": read_pe_audio,
+    "pe_audio_video": read_pe_audio,
+    "voiceclap-small": read_voiceclap_folder,
+}
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -90,5 +97,6 @@ def _read_file(path: Path, audio: dict[str, Any], text: dict[str, Any]) -> Forei
     raise ModelError(
         f"{path}: the state dict of neither ParaSpeechCLAP (audio_branch.base.*, text_branch.base.*, "
         f"audio_projection.linear1.weight, log_logit_scale, …) nor LAION-CLAP (logit_scale_a, …) nor MS-CLAP "
-        f"(audio_encoder.base.*, caption_encoder.base.*, …); it holds {names}"
+        f"(audio_encoder.base.*, caption_encoder.base.*, …) nor VoiceCLAP (audio_encoder.blocks.*, text_encoder.*, …); "
+        f"it holds {names}"
     )

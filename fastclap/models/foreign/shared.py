@@ -83,7 +83,7 @@ def modern_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         name = re.sub(r"\.conv\.weight_g$", ".conv.parametrizations.weight.original0", name)
         name = re.sub(r"\.conv\.weight_v$", ".conv.parametrizations.weight.original1", name)
         renamed[name] = tensor
-    for name in ("log_logit_scale", "logit_scale_a", "logit_scale"):
+    for name in ("log_logit_scale", "logit_scale_a", "logit_scale", "logit_bias"):
         if name in renamed and renamed[name].numel() == 1:  # some codes keep it as one element
             renamed[name] = renamed[name].reshape(())
     return renamed
