@@ -15,7 +15,8 @@ from fastclap.commands.shared import print_json, print_note
 @dataclass(kw_only=True)
 class Flags:
     checkpoint: Annotated[str, tyro.conf.Positional]
-    """ParaSpeechCLAP .pth.tar, LAION-CLAP .pt, folder of a transformers CLAP, or the hub id of one of these."""
+    """ParaSpeechCLAP .pth.tar, LAION-CLAP .pt, MS-CLAP .pth, folder of VoiceCLAP-Small, of PE-AV or of a transformers
+    CLAP, or one of these on the hub: owner/name, or owner/name/file."""
     folder: Annotated[str, tyro.conf.Positional]
     """Model folder to write."""
     tokenizer: str | None = None
@@ -37,17 +38,16 @@ Examples:
   fastclap convert paraspeechclap-intrinsic.pth.tar models/intrinsic
   fastclap convert paraspeechclap-combined.pth.tar models/combined --tokenizer tokenizers/granite-278m
   fastclap convert 630k-audioset-best.pt models/laion --license cc0-1.0
+  fastclap convert lukewys/laion_clap/music_speech_audioset_epoch_15_esc_89.98.pt models/laion-base
   fastclap convert laion/clap-htsat-unfused models/htsat --json
+  fastclap convert microsoft/msclap/CLAP_weights_2023.pth models/msclap --tokenizer openai-community/gpt2
+  fastclap convert laion/voiceclap-small models/voiceclap --license cc-by-4.0
+  fastclap convert facebook/pe-av-small models/pe-av --license apache-2.0
   fastclap convert own.pth.tar models/own --audio-config num_attention_heads 12 do_stable_layer_norm false
 """
 
 
 def run(flags: Flags) -> int:
-    if flags.tokenizer is not None:  # a mistake in its name is better found before a large file is read
-        from fastclap.models.tokenizer import as_tokenizer
-
-        as_tokenizer(flags.tokenizer)
-
     from fastclap.models.clap import read_checkpoint
     from fastclap.models.foreign import find_checkpoint
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastclap.errors import ConfigError
+from fastclap.features import LogMel
 from fastclap.models.freezing import Stages
 from fastclap.models.layers import no_grad_if
 
@@ -80,3 +82,15 @@ class AudioTower(nn.Module):
     def stages(self) -> Stages:
         """The parts that can be frozen."""
         return Stages()
+
+
+def features_of(preset: str, changes: dict[str, Any]) -> LogMel:
+    """The front-end of a tower: a preset with changes to it.
+
+    Raises:
+        ConfigError: an unknown option, or a value that is impossible.
+    """
+    try:
+        return LogMel(preset, **changes)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"log-mel features: {error}") from error

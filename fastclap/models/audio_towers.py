@@ -25,7 +25,7 @@ from fastclap.errors import ConfigError, ModelError
 from fastclap.features import LogMel
 from fastclap.kernels.waveform import normalize_waveform
 from fastclap.models import wavlm
-from fastclap.models.audio_tower import AudioTower
+from fastclap.models.audio_tower import AudioTower, features_of
 from fastclap.models.cnn14 import Cnn14Tower
 from fastclap.models.fixed_window import FixedWindowTower
 from fastclap.models.freezing import Stages, transformer_layers
@@ -57,10 +57,7 @@ class LogMelTower(AudioTower):
     def __init__(self, config: AudioTowerConfig) -> None:
         super().__init__()
         self.config = config
-        try:
-            self.log_mel = LogMel(config.features, **config.feature_options)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"log-mel features: {error}") from error
+        self.log_mel = features_of(config.features, config.feature_options)
         self.sampling_rate, bands = self.log_mel.spec.sampling_rate, self.log_mel.spec.n_mels
         self.register_buffer("feature_mean", torch.zeros(bands))
         self.register_buffer("feature_std", torch.ones(bands))

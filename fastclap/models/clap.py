@@ -384,8 +384,9 @@ def read_checkpoint(
     """A checkpoint of another code as a model in evaluation mode, on the CPU.
 
     Args:
-        path: a ParaSpeechCLAP `.pth.tar`, a LAION-CLAP `.pt` (HTSAT without fusion, RoBERTa), or the folder of a
-            transformers `ClapModel` without fusion.
+        path: a ParaSpeechCLAP `.pth.tar`, a LAION-CLAP `.pt` (HTSAT without fusion, RoBERTa), an MS-CLAP `.pth` (2022
+            or 2023), VoiceCLAP-Small's folder or weights, or the folder of a transformers `ClapModel` (without fusion),
+            `PeAudioVideoModel` or `PeAudioModel`.
         tokenizer: folder or hub id, or a loaded one. By default that of the published text tower, from the hub; of a
             transformers folder, its own.
         audio_config: entries of the audio tower's transformers configuration that are not as published, such as

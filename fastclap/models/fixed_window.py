@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from fastclap.config import AudioTowerConfig
-from fastclap.errors import ConfigError
-from fastclap.features import LogMel
-from fastclap.models.audio_tower import AudioTower
+from fastclap.models.audio_tower import AudioTower, features_of
 from fastclap.models.layers import prepare_waveform
 
 
@@ -30,10 +28,7 @@ class FixedWindowTower(AudioTower):
     def __init__(self, config: AudioTowerConfig, n_mels: int | None = None) -> None:
         super().__init__()
         bands = {} if n_mels is None else {"n_mels": n_mels}
-        try:
-            self.log_mel = LogMel("clap", **{**bands, **config.feature_options})
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"log-mel features: {error}") from error
+        self.log_mel = features_of("clap", {**bands, **config.feature_options})
         self.sampling_rate = self.log_mel.sampling_rate
         self.window = round(config.clip_seconds * self.sampling_rate)
         self.frames = int(self.log_mel.frame_lengths(torch.tensor(self.window)))

@@ -300,17 +300,20 @@ def is_hub_id(name: str) -> bool:
 
 
 def _download(name: str) -> Path:
-    if not is_hub_id(name):
+    file = re.fullmatch(r"([\w.-]+/[\w.-]+)/([\w./-]+\.(?:pth|pt|bin|safetensors|tar))", name)
+    if not is_hub_id(name) and file is None:
         raise ModelError(f"{name}: no such model folder")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
+        if file is not None:
+            return Path(hf_hub_download(file[1], file[2]))
         folder = Path(snapshot_download(name, allow_patterns=sorted(_MODEL_FILES | _FOREIGN_FILES)))
         if format_of(folder) in FOREIGN_TYPES and not (folder / WEIGHTS_FILE).exists():
             snapshot_download(name, allow_patterns=["pytorch_model*", "model*.safetensors*"])
         return folder
     except Exception as error:  # every failure of the network, the hub or the name ends here
-        raise ModelError(f"{name}: no such folder, and it cannot be fetched from the hub ({error})") from error
+        raise ModelError(f"{name}: no such folder or file, and it cannot be fetched from the hub ({error})") from error
 
 
 def upload(folder: Path, repo_id: str, *, private: bool | None, token: str | None, commit_message: str) -> str:

@@ -22,11 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fastclap.config import AudioTowerConfig
 from fastclap.errors import ConfigError
-from fastclap.features import LogMel
 from fastclap.kernels import dispatch
 from fastclap.kernels.feed_forward import feed_forward
 from fastclap.kernels.residual_layer_norm import residual_layer_norm
-from fastclap.models.audio_tower import AudioTower
+from fastclap.models.audio_tower import AudioTower, features_of
 from fastclap.models.freezing import Stages
 from fastclap.models.layers import length_mask, prepare_waveform
 from fastclap.models.packing import Packing, longest_of
@@ -57,7 +56,7 @@ class WhisperTower(AudioTower):
         self.hf_config = complete_config(model_config)
         module: Any = transformers_model(WhisperModel, WhisperEncoder, model_config, pretrained)
         self.base = Encoder(module.encoder if pretrained is not None else module, model_config)
-        self.log_mel = LogMel("whisper", **{"n_mels": model_config.num_mel_bins, **config.feature_options})
+        self.log_mel = features_of("whisper", {"n_mels": model_config.num_mel_bins, **config.feature_options})
         self.hop = 2 * self.log_mel.hop_length  # samples a position
         self.window = model_config.max_source_positions * self.hop
         self.chunk = self.window if config.chunks else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastclap.errors import ModelError
@@ -41,6 +42,20 @@ def htsat_weights(weights: ForeignWeights, prefix: str) -> dict[str, Tensor]:
             raise ModelError(f"{weights.path}: {name} has the shape {tuple(tensor.shape)}, no three parts")
         for part, chunk in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
             ours[new.replace(".attn.qkv.", f".attention.self.{part}.")] = chunk
+    return ours
+
+
+def with_constants(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adds the integers that some files lack: where relative positions stand in their table, and counts of batches."""
+    for name, tensor in list(ours.items()):
+        if name.endswith(".relative_position_bias_table"):
+            size = (round(len(tensor) ** 0.5) + 1) // 2  # of the window
+            places = torch.cartesian_prod(torch.arange(size), torch.arange(size))
+            offsets = places[:, None] - places + size - 1
+            index = offsets[..., 0] * (2 * size - 1) + offsets[..., 1]
+            ours.setdefault(name.replace("bias_table", "index"), index)
+        elif name.endswith(".running_mean"):
+            ours.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.zeros((), dtype=torch.long))
     return ours
 
 

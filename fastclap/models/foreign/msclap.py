@@ -16,7 +16,7 @@ from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerC
 from fastclap.errors import ModelError
 from fastclap.features import LogMel
 from fastclap.kernels.log_mel.spec import mel_bank
-from fastclap.models.foreign.htsat import htsat_config, htsat_weights
+from fastclap.models.foreign.htsat import htsat_config, htsat_weights, with_constants
 from fastclap.models.foreign.shared import ForeignModel, ForeignWeights, renamed
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def read_msclap(weights: ForeignWeights, audio: dict[str, Any], text: dict[str, 
     for name, tensor in weights.tensors.items():
         if not name.startswith(htsat) and not _UNUSED.match(name):
             ours[renamed(name, _NAMES)] = tensor
+    ours = with_constants(ours)
     if gpt2:
         return ForeignModel(weights.code, "openai-community/gpt2", config, ours, append_end)
     return ForeignModel(weights.code, "google-bert/bert-base-uncased", config, ours)

@@ -122,7 +122,8 @@ def _features_of(weights: ForeignWeights, name: str, mels: int) -> dict[str, Any
     That of OpenAI is on Slaney's scale; open_clip's, from which VoiceCLAP comes, is on HTK's.
     """
     theirs = weights.tensors[name].float()
-    for changes in ({}, {"mel_scale": "htk"}):
+    options: tuple[dict[str, Any], ...] = ({}, {"mel_scale": "htk"})
+    for changes in options:
         ours = torch.from_numpy(mel_bank(replace(PRESETS["whisper"], n_mels=mels, **changes))).float().T
         if ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-5 * ours.max():
             return changes

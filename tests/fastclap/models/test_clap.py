@@ -466,7 +466,7 @@ def test_a_hub_id_is_fetched(model: CLAP, tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert torch.equal(CLAP.from_pretrained("someone/model").log_logit_scale, model.log_logit_scale)
-    with pytest.raises(ModelError, match="someone/else: no such folder, and it cannot be fetched"):
+    with pytest.raises(ModelError, match="someone/else: no such folder or file, and it cannot be fetched"):
         CLAP.from_pretrained("someone/else")
     with pytest.raises(ModelError, match="no such model folder"):
         CLAP.from_pretrained(tmp_path / "absent")

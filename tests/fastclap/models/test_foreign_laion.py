@@ -17,7 +17,13 @@ from fastclap.models.tokenizer import Tokenizer, train_tokenizer
 from fastclap.testing import assert_close_rel
 
 CAPTIONS = ["A man speaks in an angry tone.", "A woman sounds sad.", "Calm."]
-AUDIO = {"audio_length": 1024, "clip_samples": 480000, "mel_bins": 64, "sample_rate": 48000, "window_size": 1024}
+AUDIO: dict[str, Any] = {
+    "audio_length": 1024,
+    "clip_samples": 480000,
+    "mel_bins": 64,
+    "sample_rate": 48000,
+    "window_size": 1024,
+}
 AUDIO |= {"hop_size": 480, "fmin": 50, "fmax": 14000, "class_num": 527, "model_type": "HTSAT"}
 TEXT = {"context_length": 77, "vocab_size": 400, "width": 512, "heads": 8, "layers": 12, "model_type": "roberta"}
 

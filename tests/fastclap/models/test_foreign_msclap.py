@@ -138,11 +138,12 @@ def test_their_checkpoint_gives_their_embeddings(
     ours = read_checkpoint(tmp_path / f"CLAP_weights_{version}.pth", tokenizer=folder)
     assert ours.sampling_rate == args.sampling_rate == 44100 and ours.config.audio.clip_seconds == args.duration
     assert ours.config.text.max_tokens == args.text_len and ours.config.head.dim == args.d_proj
+    tokens = ours.tokenize(CAPTIONS)
     with torch.no_grad():
         padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
         lengths = torch.tensor([len(wave) for wave in waves])
         assert_close_rel("audio", audio, ours.encode_audio(padded, lengths), 1e-5)
-        assert_close_rel("text", text, ours.encode_text(**ours.tokenize(CAPTIONS)), 1e-5)
+        assert_close_rel("text", text, ours.encode_text(tokens["input_ids"], tokens["attention_mask"]), 1e-5)
     assert_close_rel("unit", F.normalize(audio, dim=-1), ours.embed_audio(waves, sampling_rate=44100), 1e-5)
     assert_close_rel("unit", F.normalize(text, dim=-1), ours.embed_text(CAPTIONS), 1e-5)
     torch.testing.assert_close(ours.logit_scale, original.clap.logit_scale.exp())
@@ -156,7 +157,7 @@ def test_their_checkpoint_gives_their_embeddings(
 
 def head_weights(side: str, width: int, dim: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(width)
-    shapes = {"linear1.weight": (dim, width), "linear2.weight": (dim, dim)}
+    shapes: dict[str, tuple[int, ...]] = {"linear1.weight": (dim, width), "linear2.weight": (dim, dim)}
     shapes |= {"layer_norm.weight": (dim,), "layer_norm.bias": (dim,)}
     return {f"{side}.projection.{k}": 0.3 * torch.randn(shape, generator=generator) for k, shape in shapes.items()}
 
@@ -264,8 +265,15 @@ def test_2022_is_its_formula(bert_folder: Path, tmp_path: Path) -> None:
     assert ours.log_logit_scale.item() == 3.0
 
 
-def test_2023_is_its_formula(gpt2_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("integers", ["kept", "floats", "absent"])
+def test_2023_is_its_formula(integers: str, gpt2_folder: Path, tmp_path: Path) -> None:
+    """The released file holds floating-point numbers alone."""
     path, weights, tower, text = msclap_2023(tmp_path)
+    if integers != "kept":
+        count = len(weights)
+        weights = {k: v.float() for k, v in weights.items() if integers == "floats" or v.is_floating_point()}
+        assert len(weights) == count - (4 if integers == "absent" else 0)
+        torch.save({"model": weights}, path)
     ours = CLAP.from_pretrained(path, tokenizer=gpt2_folder)
     waves = clips(0.3, 4.0, 8.0)
     log_mel = LogMel("clap", sampling_rate=44100, hop_length=320, mel_sampling_rate=32000)
@@ -360,6 +368,26 @@ def test_convert(bert_folder: Path, tmp_path: Path, capfd: Any) -> None:
     assert "MS-CLAP checkpoint `CLAP_weights_2022.pth`" in card and "Cnn14" in card
 
 
+def test_one_file_of_a_hub_repository(bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    path, *_ = msclap_2022(tmp_path)
+    wanted: list[tuple[str, str]] = []
+
+    def download(repository: str, file: str) -> str:
+        wanted.append((repository, file))
+        if "absent" in repository:
+            raise OSError("404")
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    model = CLAP.from_pretrained("microsoft/msclap/CLAP_weights_2022.pth", tokenizer=bert_folder)
+    assert model.config.audio.kind == "cnn14"
+    with pytest.raises(ModelError, match=r"absent/clap/a\.pt: no such folder or file, and it cannot be fetched .*404"):
+        CLAP.from_pretrained("absent/clap/a.pt")
+    assert wanted == [("microsoft/msclap", "CLAP_weights_2022.pth"), ("absent/clap", "a.pt")]
+
+
 # -- the parts --------------------------------------------------------------------------------------------------------
 
 
@@ -394,7 +422,7 @@ def test_pooling_of_the_last_token() -> None:
     ids = torch.tensor([[3, 0, 4, 5, 0], [6, 7, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
     for pooling, places in (("last", (3, 1)), ("msclap", (2, 1))):
-        tower = build_text_tower(TextTowerConfig("hf", hf_config=fields, pooling=pooling)).eval()  # type: ignore[arg-type]
+        tower: Any = build_text_tower(TextTowerConfig("hf", hf_config=fields, pooling=pooling)).eval()  # type: ignore[arg-type]
         with torch.no_grad():
             states = tower.base(ids).last_hidden_state
             expected = torch.stack([states[0, places[0]], states[1, places[1]]])
