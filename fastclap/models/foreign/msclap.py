@@ -10,20 +10,17 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.errors import ModelError
-from fastclap.features import LogMel
-from fastclap.kernels.log_mel.spec import mel_bank
 from fastclap.models.foreign.htsat import htsat_config, htsat_weights, with_constants
-from fastclap.models.foreign.shared import ForeignModel, ForeignWeights, renamed
+from fastclap.models.foreign.shared import ForeignModel, ForeignWeights, features_with_its_bank, renamed
 
 if TYPE_CHECKING:
     import tokenizers
 
 _AUDIO, _TEXT = "audio_encoder.base.", "caption_encoder.base."
 _END = "<|endoftext|>"
+_FEATURES: dict[str, Any] = {"sampling_rate": 44100, "hop_length": 320}
 # the front-end's constants, AudioSet's classifier, and GPT-2's causal mask, which old releases saved
 _UNUSED = re.compile(
     r"audio_encoder\.base\.(spectrogram_extractor|logmel_extractor|fc_audioset)\."
@@ -46,30 +43,30 @@ def read_msclap(weights: ForeignWeights, audio: dict[str, Any], text: dict[str, 
     """
     htsat = f"{_AUDIO}htsat."
     if any(name.startswith(htsat) for name in weights.tensors):
-        # its HTSAT was made for 32 kHz and keeps that mel filter bank on audio at 44.1 kHz
+        # its HTSAT keeps the mel filter bank of 32 kHz on audio at 44.1 kHz; its configuration names others
+        known = [{**_FEATURES, "mel_sampling_rate": 32000}, {**_FEATURES, "f_max": 8000.0}, _FEATURES]
         tower = AudioTowerConfig(
             kind="clap-htsat",
             hf_config={**htsat_config(weights, htsat), **audio},
-            feature_options={"sampling_rate": 44100, "hop_length": 320, "mel_sampling_rate": 32000},
+            feature_options=features_with_its_bank(weights, f"{htsat}logmel_extractor.melW", "clap", known),
             clip_seconds=7.0,
             repeat="cut",
         )
-        ours, bank = htsat_weights(weights, htsat), f"{htsat}logmel_extractor.melW"
+        ours = htsat_weights(weights, htsat)
     elif f"{_AUDIO}conv_block1.conv1.weight" in weights:
         if audio:
             raise ModelError(f"{weights.path}: audio_config has no meaning for Cnn14, which is not of transformers")
         tower = AudioTowerConfig(
             kind="cnn14",
-            feature_options={"sampling_rate": 44100, "hop_length": 320},
+            feature_options=features_with_its_bank(weights, f"{_AUDIO}logmel_extractor.melW", "clap", [_FEATURES]),
             clip_seconds=5.0,
             repeat="cut",
             convolution_channels=weights.shape(f"{_AUDIO}conv_block1.conv1.weight", 4)[0],
             width=weights.shape(f"{_AUDIO}fc1.weight", 2)[0],
         )
-        ours, bank = {}, f"{_AUDIO}logmel_extractor.melW"
+        ours = {}
     else:
         raise ModelError(f"{weights.path}: its audio tower is neither HTSAT nor Cnn14 ({_AUDIO}*)")
-    _check_bank(weights, bank, tower)
     gpt2 = f"{_TEXT}wte.weight" in weights
     fields = {**(_gpt2_config(weights) if gpt2 else _bert_config(weights)), **text}
     config = CLAPConfig(
@@ -102,16 +99,6 @@ def append_end(tokenizer: tokenizers.Tokenizer) -> None:
     tokenizer.normalizer = normalizers.Replace(Regex(r"\z"), " ")  # the space is a token, together with others there
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {_END}", special_tokens=[(_END, end)])
     tokenizer.enable_padding(pad_id=0, pad_token="!")
-
-
-def _check_bank(weights: ForeignWeights, name: str, tower: AudioTowerConfig) -> None:
-    """Compare the filter bank that a checkpoint may hold, and its own code would use, with ours."""
-    if name not in weights:
-        return
-    ours = torch.from_numpy(mel_bank(LogMel("clap", **tower.feature_options).spec)).float()
-    theirs = weights.tensors[name].float()
-    if ours.shape != theirs.shape or (ours - theirs).abs().max() > 1e-5 * ours.max():
-        raise ModelError(f"{weights.path}: {name} is not the mel filter bank of the published {weights.code}")
 
 
 def _gpt2_config(weights: ForeignWeights) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fastclap.config import CLAPConfig
 from fastclap.errors import ModelError
+from fastclap.features import PRESETS
+from fastclap.kernels.log_mel.spec import mel_bank
 
 if TYPE_CHECKING:
     import tokenizers
@@ -87,6 +90,27 @@ def modern_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if name in renamed and renamed[name].numel() == 1:  # some codes keep it as one element
             renamed[name] = renamed[name].reshape(())
     return renamed
+
+
+def features_with_its_bank(
+    weights: ForeignWeights, name: str, preset: str, known: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Of some known changes to a preset of `LogMel`, those that make the mel filter bank which a checkpoint holds.
+
+    Its own code uses that bank, whatever its configuration says. Without one they are the first, as published.
+
+    Raises:
+        ModelError: an unknown bank.
+    """
+    if name not in weights:
+        return known[0]
+    theirs = weights.tensors[name].float()
+    for changes in known:
+        ours = torch.from_numpy(mel_bank(replace(PRESETS[preset], **changes))).float()  # [bins, mels]
+        for bank in (ours, ours.T):
+            if bank.shape == theirs.shape and (bank - theirs).abs().max() <= 1e-5 * bank.max():
+                return changes
+    raise ModelError(f"{weights.path}: {name} is no mel filter bank that {weights.code} is known to use")
 
 
 def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:

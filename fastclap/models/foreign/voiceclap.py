@@ -10,19 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
-from fastclap.errors import ModelError
-from fastclap.features import PRESETS
-from fastclap.kernels.log_mel.spec import mel_bank
 from fastclap.models.folder import load_state_dict_file
-from fastclap.models.foreign.shared import ForeignModel, ForeignWeights, modern_names, renamed
+from fastclap.models.foreign.shared import ForeignModel, ForeignWeights, features_with_its_bank, modern_names, renamed
 
 _AUDIO, _TEXT = "audio_encoder", "text_encoder"
 _NAMES = [
@@ -93,13 +86,12 @@ def read_voiceclap(weights: ForeignWeights, audio: dict[str, Any], text: dict[st
         "pad_token_id": 0,
         "add_pooling_layer": False,
     }
-    ours: dict[str, Tensor] = {}
-    features: dict[str, Any] = {}
-    for name, tensor in weights.tensors.items():
-        if name.endswith("mel_filters"):
-            features = _features_of(weights, name, mels)
-        else:
-            ours[renamed(name, _NAMES)] = tensor
+    bank = next((name for name in weights.tensors if name.endswith("mel_filters")), "mel_filters")
+    # OpenAI's bank is on Slaney's scale; that of open_clip, from which VoiceCLAP comes, is on HTK's
+    features = features_with_its_bank(
+        weights, bank, "whisper", [{"n_mels": mels}, {"n_mels": mels, "mel_scale": "htk"}]
+    )
+    ours = {renamed(name, _NAMES): tensor for name, tensor in weights.tensors.items() if name != bank}
     config = CLAPConfig(
         audio=AudioTowerConfig(
             kind="whisper",
@@ -114,17 +106,3 @@ def read_voiceclap(weights: ForeignWeights, audio: dict[str, Any], text: dict[st
         init_logit_bias=-10.0,
     )
     return ForeignModel(weights.code, "sentence-transformers/all-MiniLM-L6-v2", config, ours)
-
-
-def _features_of(weights: ForeignWeights, name: str, mels: int) -> dict[str, Any]:
-    """Changes to Whisper's features that make the filter bank which a checkpoint holds.
-
-    That of OpenAI is on Slaney's scale; open_clip's, from which VoiceCLAP comes, is on HTK's.
-    """
-    theirs = weights.tensors[name].float()
-    options: tuple[dict[str, Any], ...] = ({}, {"mel_scale": "htk"})
-    for changes in options:
-        ours = torch.from_numpy(mel_bank(replace(PRESETS["whisper"], n_mels=mels, **changes))).float().T
-        if ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-5 * ours.max():
-            return changes
-    raise ModelError(f"{weights.path}: {name} is the mel filter bank of neither OpenAI's Whisper nor open_clip's")

@@ -317,7 +317,7 @@ def test_a_tokenizer_that_is_not_gpt2s(bert_folder: Path, tmp_path: Path) -> Non
         ({"caption_encoder.base.encoder.layer.0.extra": (2,)}, r"layer\.0\.extra is not part of the model"),
         ({"caption_encoder.base.embeddings.word_embeddings.weight": None}, r"word_embeddings\.weight is missing"),
         ({"caption_encoder.projection.linear1.weight": (16, 63)}, r"has the shape \(16, 63\) instead of \(16, 64\)"),
-        ({"audio_encoder.base.logmel_extractor.melW": (513, 64)}, r"melW is not the mel filter bank of the published"),
+        ({"audio_encoder.base.logmel_extractor.melW": (513, 64)}, r"melW is no mel filter bank that MS-CLAP is known"),
     ],
 )
 def test_what_does_not_fit_is_named(bert_folder: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -329,6 +329,18 @@ def test_what_does_not_fit_is_named(bert_folder: Path, tmp_path: Path, change: d
     torch.save({"model": weights}, path)
     with pytest.raises(ModelError, match=rf"CLAP_weights_2022\.pth.*{message}"):
         CLAP.from_pretrained(path, tokenizer=bert_folder)
+
+
+def test_the_filter_bank_is_the_one_that_the_file_holds(gpt2_folder: Path, tmp_path: Path) -> None:
+    import librosa
+
+    path, weights, *_ = msclap_2023(tmp_path)
+    name = "audio_encoder.base.htsat.logmel_extractor.melW"
+    for rate, f_max, options in ((32000, 14000, {"mel_sampling_rate": 32000}), (44100, 8000, {"f_max": 8000.0})):
+        weights[name] = torch.from_numpy(librosa.filters.mel(sr=rate, n_fft=1024, n_mels=64, fmin=50, fmax=f_max).T)
+        torch.save({"model": weights}, path)
+        read = CLAP.from_pretrained(path, tokenizer=gpt2_folder).config.audio.feature_options
+        assert read == {"sampling_rate": 44100, "hop_length": 320, **options}
 
 
 class Runs:
