@@ -1,10 +1,17 @@
-"""PE-AV's audio and text towers next to transformers' `PeAudioModel`, on the same waveforms and tokens."""
+"""PE-AV's audio and text towers next to transformers' `PeAudioModel`, on the same waveforms and tokens.
+
+Meta's own code takes part where FASTCLAP_PERCEPTION_MODELS names a checkout of facebookresearch/perception_models.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -136,6 +143,52 @@ def test_a_folder_gives_their_embeddings(form: str, tmp_path: Path) -> None:
     assert torch.equal(
         again.embed_audio(waves[:1], sampling_rate=48000), ours.embed_audio(waves[:1], sampling_rate=48000)
     )
+
+
+def test_metas_own_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its names are those before the conversion to transformers; what it imports for images is not needed here."""
+    checkout = os.environ.get("FASTCLAP_PERCEPTION_MODELS")
+    if not checkout:
+        pytest.skip("FASTCLAP_PERCEPTION_MODELS names no checkout of perception_models")
+    monkeypatch.syspath_prepend(checkout)
+    absent = ["xformers", "xformers.ops", "core.vision_encoder", "core.vision_encoder.pe"]
+    absent += ["core.audio_visual_encoder.transforms"]
+    for name in absent:
+        monkeypatch.setitem(sys.modules, name, mock.MagicMock())
+    pe = importlib.import_module("core.audio_visual_encoder.pe")
+    config = importlib.import_module("core.audio_visual_encoder.config")
+    model = pe_audio()
+    save(model, tmp_path / "pe")
+    audio = {name: AUDIO[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    sizes = config.AudioEncoderConfig(
+        {**DAC, "codebook_size": DAC["hidden_size"]}, {**audio, "num_attention_heads": AUDIO["num_attention_heads"]}
+    )
+    theirs, head = pe.AudioEncoder(sizes).eval(), pe.ContrastiveHead(AUDIO["hidden_size"], TEXT["hidden_size"])
+    weights = {}
+    for name, tensor in model.audio_encoder.state_dict().items():
+        for new, old in (
+            ("embedder.dac_encoder.", "dac_vae_encoder.encoder."),
+            ("embedder.bottleneck.", "dac_vae_encoder.bottleneck.in_proj."),
+            ("embedder.data_proj.", "data_proj."),
+            ("patch_embedder.class_embedding", "audio_transformer.embeddings.cls_token"),
+            ("patch_embedder.", "audio_transformer.embeddings."),
+        ):
+            if name.startswith(new):
+                name = name.replace(new, old)
+                break
+        else:
+            name = f"audio_transformer.{name}"
+        if "bottleneck" in name:  # the mean, and a variance that is not used
+            tensor = torch.cat([tensor, torch.randn_like(tensor)])
+        weights[name] = tensor
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and all("out_proj" in name or "rope" in name for name in missing)
+    head.load_state_dict(model.audio_head.state_dict())
+    ours = CLAP.from_pretrained(tmp_path / "pe")
+    for wave in clips(0.5, 0.53, 0.24):
+        with torch.no_grad():
+            expected = head(theirs(wave[None, None]).pooler_output)
+            assert_close_rel("audio", expected, ours.encode_audio(wave[None]), 1e-5)
 
 
 def test_padding_is_masked_as_in_transformers(tmp_path: Path) -> None:
