@@ -179,7 +179,10 @@ def prepare(config: TrainConfig, world: World) -> Run:
     if resume_path is None:
         fit_feature_statistics(model, dataset, world)
     towers: list[Any] = [model.audio_branch, model.text_branch]
+    model.set_frozen(config.optimizer.unfreeze_step == 0)  # what will ever train, and the memory that it will need
+    unchanging = checkpoint.keep_frozen(config, model, world, resume_path)
     plan = memory.plan(model, manifest, config, world)
+    model.set_frozen(True)
     for tower in towers:
         tower.prepare_training(compile=config.compiles(world.device.type), checkpoint=plan.checkpoint)
     sharded = distributed.shard(towers, world) if config.shard else []
@@ -197,7 +200,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     quarantine = Quarantine(Path(config.run_dir) / "quarantine.jsonl", len(manifest), data.max_bad_share)
     on_gpu = world.device.type == "cuda"
     loader = make_loader(dataset, sampler, num_workers=data.workers, prefetch=data.prefetch, pin_memory=on_gpu)
-    saver = checkpoint.Saver(journal.say)
+    saver = checkpoint.Saver(journal.say, unchanging)
     return Run(config, world, model, step, tags, valid, loader, quarantine, meter, journal, saver)
 
 

@@ -50,7 +50,7 @@ class Step:
         sharded: the model's modules that `distributed.shard` returned.
         teacher: model in evaluation mode whose similarities the loss approaches; the moving average of `--loss.teacher
             ema` needs none.
-        number: steps that were taken before; past `unfreeze_step` what was frozen trains from the beginning.
+        number: steps that were taken before.
         chunk_sizes: of the gradient cache, as an earlier start with `--chunk-size auto` has found them.
 
     Attributes:
@@ -80,7 +80,7 @@ class Step:
                 "--optimizer.unfreeze-step: nothing is frozen; set a freeze option of a tower, such as "
                 "--model.audio.freeze, or leave it out"
             )
-        if 0 < config.optimizer.unfreeze_step <= number:
+        if 0 < config.optimizer.unfreeze_step < number:
             model.set_frozen(False)
         self.optimizer = build_optimizer(model, config.optimizer)
         self.average = WeightAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
@@ -516,7 +516,7 @@ def _depths_in_towers(model: CLAP) -> dict[nn.Parameter, int]:
         stages = tower.stages()
         if tower.hf_config is not None and not stages.layers and any(p.requires_grad for p in tower.parameters()):
             raise ConfigError(
-                f"--optimizer.layer-decay: the {side} tower, of a kind ({kind}) has no layers that are known; "
+                f"--optimizer.layer-decay: the {side} tower is of a kind ({kind}) whose layers are not known; "
                 "leave it out, or freeze that tower"
             )
         found |= depths(stages)

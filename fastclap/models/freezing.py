@@ -110,6 +110,7 @@ def depths(stages: Stages) -> dict[nn.Parameter, int]:
 
 def ask_for_gradients(model: nn.Module) -> None:
     """Tell transformers' own convolutions whether to ask for the waveform's gradient, which they need not if frozen."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "_requires_grad"):
             module._requires_grad = any(parameter.requires_grad for parameter in module.parameters())
