@@ -278,7 +278,8 @@ def build_model(config: TrainConfig, manifest: Manifest, resume_path: Path | Non
     if source:
         model = CLAP.from_pretrained(source)
         model.card = None  # it describes the weights that training starts from
-        config.model = model.config
+        if config.init_from:  # else it stays as it was asked for, which is what a further start compares
+            config.model = model.config
         return model
     tokenizer = None
     if config.model.text.kind == "small":
