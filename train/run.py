@@ -325,11 +325,14 @@ def fit_feature_statistics(model: CLAP, dataset: ClipDataset, world: World) -> N
 
 def opening_line(config: TrainConfig, model: CLAP, manifest: Manifest, valid: Manifest | None, start_step: int) -> str:
     """The first line of the log: the size of model, data and batch, and the step that the run begins after."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters, trained = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad or whole) / 1e6 for whole in (True, False)
+    )
+    part = f" ({trained:.2f} M train)" if trained < parameters else ""
     chunks = f" in chunks of {config.chunk_size}" if config.chunk_size not in (0, "auto") else ""
     start = f"resumed at step {start_step}" if start_step else "from step 0"
     held_out = f", {len(valid)} to validate" if valid is not None else ""
     return (
-        f"{parameters / 1e6:.2f} M parameters, {len(manifest)} clips to train on{held_out}, "
+        f"{parameters:.2f} M parameters{part}, {len(manifest)} clips to train on{held_out}, "
         f"batch {config.batch_size}{chunks}, {start}"
     )

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.errors import ConfigError, MissingPackageError
@@ -331,6 +332,20 @@ def test_computed_again_and_under_autocast(name: str) -> None:
     assert_close_rel("embeddings", encode(reference, name).detach(), out.detach().float(), 0.03)
     out.float().square().sum().backward()
     assert torch.bfloat16 in seen  # not cast to float32 and back
+
+
+@pytest.mark.parametrize("name", ["wavlm", "bert"])
+def test_compiled_layers_with_adapters_are_whole_graphs_and_share_them(name: str) -> None:
+    model, tower = adapted(name, freeze_modules=["*"])
+    expected = encode(model, name).detach()
+    counter = CompileCounter()
+    torch.compiler.reset()
+    for layer in tower.stages().layers:
+        layer.compile(backend=counter, fullgraph=True, dynamic=True)
+    tower.compiled = True
+    for _ in range(2):
+        assert_close_rel("embeddings", expected, encode(model, name).detach(), 1e-6)
+        assert counter.frame_count == 2  # of the first layer, whose input needs no gradient, and of the others
 
 
 # ---------------------------------------------------------------------------------------------------------------------
