@@ -90,6 +90,8 @@ def test_a_checkpoint_holds_what_changes(tiny: Build, kind: str, average: float)
         assert held == sum(tensor.nbytes for name, tensor in model.items() if name not in names)
         assert held < 0.8 * sum(tensor.nbytes for tensor in model.values())
     assert not list(run.glob(".writing-*"))
+    whole = exported(config)  # of the averaged weights, if there are any
+    assert all(torch.equal(whole[name], shared[name]) for name in names if ".base_layer." not in name)
 
 
 def test_a_run_of_which_all_changes_has_no_such_file(tiny: Build) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -278,8 +279,12 @@ def test_what_was_frozen_can_train(name: str, flags: dict[str, Any]) -> None:
     model, tower = build(name, **flags)
     before = {n for n, p in model.named_parameters() if p.requires_grad}
     assert model.has_frozen_parts and not free.has_frozen_parts and model.config != free.config
+    twin = copy.deepcopy(model)
     model.eval()
     model.set_frozen(False)
+    assert {n for n, p in twin.named_parameters() if p.requires_grad} == before
+    twin.set_frozen(False)
+    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in free.parameters()]
     assert not any(module.training for module in model.modules())
     assert all(module.training for module in model.train().modules())
     expected, out = encode(free, name), encode(model, name)
