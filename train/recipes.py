@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
-from fastclap.train.config import DataConfig, OptimizerConfig, TrainConfig
+from fastclap.train.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
 
 
 def small() -> TrainConfig:
@@ -120,6 +120,35 @@ def whisper_small() -> TrainConfig:
         optimizer=OptimizerConfig(warmup_steps=20),
         batch_size=64,
         steps=300,
+    )
+
+
+def voiceclap_small() -> TrainConfig:
+    """VoiceCLAP-Small: a Whisper small that knows emotions and MiniLM, sigmoid loss, one epoch.
+
+    Parts, sizes and optimizer are those of arXiv 2609.32016 and its model card; the initial scale and bias of the loss
+    are not published and are SigLIP's. Of the text encoder the whole is trained, as of Whisper.
+    """
+    return TrainConfig(
+        run_dir="runs/voiceclap-small",
+        data=DataConfig(crop_seconds=30.0),
+        model=CLAPConfig(
+            audio=AudioTowerConfig(
+                kind="whisper",
+                pretrained="laion/BUD-E-Whisper_V1.1",
+                chunks=True,
+                pool_padding=True,
+                frame_pooling=2,
+            ),
+            text=_minilm(),
+            head=HeadConfig(kind="voiceclap", dim=768),
+            init_logit_scale=10.0,
+            init_logit_bias=-10.0,
+        ),
+        loss=LossConfig(kind="sigmoid"),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=200),
+        batch_size=512,
+        epochs=1,
     )
 
 
@@ -266,6 +295,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "paraspeechclap-situational": paraspeechclap_situational,
     "paraspeechclap-combined": paraspeechclap_combined,
     "whisper-small": whisper_small,
+    "voiceclap-small": voiceclap_small,
     "ess-clap": ess_clap,
     "ra-clap": ra_clap,
     "clsp-stage1": clsp_stage1,
