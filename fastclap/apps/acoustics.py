@@ -8,6 +8,7 @@ tests/fastclap/apps/test_acoustics.py compares each measure with another program
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -55,7 +56,7 @@ class Acoustics:
     speech_s: float  # seconds of the clip that are not silence
     voiced_share: float  # of those, how much has a pitch
     pitch_hz: float | None  # median of the fundamental frequency
-    pitch_range_st: float | None  # semitones from its 10th to its 90th percentile
+    pitch_range_st: float | None  # semitones from its 20th to its 80th percentile
     loudness_lufs: float  # of ITU-R BS.1770-4, of the mono mix
     syllable_rate: float | None  # syllable nuclei a second of speech
     pause_share: float  # of the time from the first sound to the last
@@ -64,7 +65,9 @@ class Acoustics:
     spectral_centroid_hz: float  # median over voiced frames, or over all speech of a clip without pitch
     hnr_db: float | None  # harmonics-to-noise ratio, median over voiced frames
     f4_hz: float | None  # fourth formant
-    pitch_course: tuple[float, float, float] | None  # medians of the first, middle and last third, semitones re pitch_hz
+    pitch_course: (
+        tuple[float, float, float] | None
+    )  # medians of the first, middle and last third, semitones re pitch_hz
     loudness_course: tuple[float, float, float] | None  # likewise of the level, dB re the whole
 
 
@@ -90,10 +93,11 @@ def measure(wave: np.ndarray) -> Acoustics:
     voiced = (pitch > 0) & speech
     if voiced.sum() * STEP < 0.05:
         voiced[:] = False
-    pauses = [(end, begin) for (_, end), (begin, _) in zip(stretches, stretches[1:], strict=False)]
+    pauses = [(end, begin) for (_, end), (begin, _) in itertools.pairwise(stretches)]
     span = stretches[-1][1] - stretches[0][0]
     longest = max(pauses, key=lambda pause: pause[1] - pause[0], default=None)
-    seconds = min(speech.sum() * STEP, len(wave) / SAMPLING_RATE)
+    edges = speech[0] * times[0] + speech[-1] * (len(wave) / SAMPLING_RATE - times[-1])  # where no frame has its middle
+    seconds = min(speech.sum() * STEP + max(0.0, edges - STEP), len(wave) / SAMPLING_RATE)
     nuclei = syllable_nuclei(level, pitch)
     median = float(np.median(pitch[voiced])) if voiced.any() else None
     semitones = 12 * np.log2(pitch[voiced] / median) if median else np.zeros(0)
@@ -103,7 +107,7 @@ def measure(wave: np.ndarray) -> Acoustics:
         speech_s=round(float(seconds), 2),
         voiced_share=round(float(voiced.sum() / speech.sum()), 3),
         pitch_hz=None if median is None else round(median, 1),
-        pitch_range_st=round(float(np.subtract(*np.percentile(semitones, (90, 10)))), 1) if median else None,
+        pitch_range_st=round(float(np.subtract(*np.percentile(semitones, (80, 20)))), 1) if median else None,
         loudness_lufs=round(loudness, 1),
         syllable_rate=round(len(nuclei) / float(seconds), 2) if len(nuclei) and seconds >= 0.5 else None,
         pause_share=round(sum(end - begin for begin, end in pauses) / span, 3),
@@ -205,7 +209,9 @@ def pitch_track(wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     strengths[:, 0] = _VOICING + np.maximum(0, 2 - loudest / (_SILENCE / (1 + _VOICING)))
     low, high = math.ceil(SAMPLING_RATE / PITCH_CEILING * _FINER), math.floor(SAMPLING_RATE / PITCH_FLOOR * _FINER)
     for index, row in enumerate(found):
-        tops = low + np.flatnonzero((row[low - 1 : high - 1] < row[low:high]) & (row[low:high] >= row[low + 1 : high + 1]))
+        tops = low + np.flatnonzero(
+            (row[low - 1 : high - 1] < row[low:high]) & (row[low:high] >= row[low + 1 : high + 1])
+        )
         tops = tops[row[tops] > 0.5 * _VOICING]
         lags, values = _parabola(found, tops, index)
         pitch = SAMPLING_RATE * _FINER / lags
@@ -217,7 +223,7 @@ def pitch_track(wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _parabola(tables: np.ndarray, tops: np.ndarray, rows: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
-    """Place and height of the parabola through each maximum of a row and its neighbours; a height over 1 is mirrored."""
+    """Place and height of the parabola through each maximum and its neighbours; a height over 1 is mirrored."""
     before, at, after = (tables[rows, np.clip(tops + shift, 0, tables.shape[1] - 1)] for shift in (-1, 0, 1))
     bend = np.minimum(before - 2 * at + after, -1e-12)
     shift = 0.5 * (before - after) / bend
@@ -247,7 +253,7 @@ def _cheapest_path(frequencies: np.ndarray, strengths: np.ndarray) -> np.ndarray
 
 
 def harmonics_to_noise(wave: np.ndarray, times: np.ndarray, pitch: np.ndarray) -> float:
-    """Harmonics-to-noise ratio in dB (Boersma 1993, equation 4): 10 log10 r / (1 - r), r the autocorrelation at a period.
+    """Harmonics-to-noise ratio in dB (Boersma 1993): 10 log10 r / (1 - r), r the autocorrelation at a period.
 
     Args:
         wave: float [n].
@@ -285,7 +291,7 @@ def loudness_lufs(wave: np.ndarray) -> float:
 
 
 def level_track(wave: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Level in dB re full scale around each time [T]: the power under a Kaiser window, as Praat's "To Intensity" has it.
+    """Level in dB re full scale around each time [T]: the power under a Kaiser window, as Praat measures intensity.
 
     The window's effective length is 64 ms, long enough to hide single glottal pulses from 50 Hz on.
     """
@@ -346,12 +352,14 @@ def spectral_centroid(wave: np.ndarray, times: np.ndarray) -> float:
 def fourth_formant(wave: np.ndarray, times: np.ndarray) -> float | None:
     """The fourth formant in Hz, None where no frame has four.
 
-    The median, over the louder half of the frames and over linear prediction of order 10 and of order 12 (Markel and Gray
-    1976), of the fourth lowest pole that is narrower than 600 Hz. The vowel moves this formant little, so that it tells
-    the length of the vocal tract.
+    The median, over the louder half of the frames and over linear prediction of order 10 and of order 12 (Markel and
+    Gray 1976), of the fourth lowest pole that is narrower than 600 Hz. The vowel moves this formant little, so that it
+    tells the length of the vocal tract.
     """
     low = signal.resample_poly(wave, _LPC_RATE, SAMPLING_RATE)
-    low = np.append(low[:1], low[1:] - math.exp(-2 * math.pi * 50 / _LPC_RATE) * low[:-1])  # 6 dB an octave from 50 Hz on
+    low = np.append(
+        low[:1], low[1:] - math.exp(-2 * math.pi * 50 / _LPC_RATE) * low[:-1]
+    )  # 6 dB an octave from 50 Hz on
     length = round(0.05 * _LPC_RATE)
     starts = np.round(times * _LPC_RATE).astype(int) - length // 2
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(low, length), length)
