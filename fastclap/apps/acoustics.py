@@ -29,6 +29,8 @@ _CANDIDATES = 15
 _SILENCE, _VOICING = 0.03, 0.45  # of the recording's peak, of the autocorrelation
 _OCTAVE_COST, _JUMP_COST, _VOICING_COST = 0.01, 0.35, 0.14
 _FINER = 4  # grid points a sample, of the autocorrelation
+_FRAMES_AT_ONCE = 1000  # for the memory
+_MOST_FRAMES = 3000  # of a clip, spread evenly, that the slower measures of the spectrum look at
 _HNR_PERIODS = 4.5  # of the pitch floor in a window, as Boersma has it for harmonicity; for pitch it is 3
 
 # Speech and pauses: de Jong and Wempe (2009); the shortest pause is that of de Jong and Bosker (2013).
@@ -101,6 +103,8 @@ def measure(wave: np.ndarray) -> Acoustics:
     nuclei = syllable_nuclei(level, pitch)
     median = float(np.median(pitch[voiced])) if voiced.any() else None
     semitones = 12 * np.log2(pitch[voiced] / median) if median else np.zeros(0)
+    some = np.flatnonzero(voiced if median else speech)
+    some = some[:: math.ceil(len(some) / _MOST_FRAMES)]
     long_enough = span * STEP >= _SHORTEST_COURSE
     return Acoustics(
         duration=round(len(wave) / SAMPLING_RATE, 4),
@@ -113,9 +117,9 @@ def measure(wave: np.ndarray) -> Acoustics:
         pause_share=round(sum(end - begin for begin, end in pauses) / span, 3),
         longest_pause_s=round((longest[1] - longest[0]) * STEP, 2) if longest else 0.0,
         pause_place=round((sum(longest) / 2 - stretches[0][0]) / span, 2) if longest else None,
-        spectral_centroid_hz=round(spectral_centroid(wave, times[voiced if median else speech])),
-        hnr_db=round(harmonics_to_noise(wave, times[voiced], pitch[voiced]), 1) if median else None,
-        f4_hz=_rounded(fourth_formant(wave, times[voiced])) if median else None,
+        spectral_centroid_hz=round(spectral_centroid(wave, times[some])),
+        hnr_db=round(harmonics_to_noise(wave, times[some], pitch[some]), 1) if median else None,
+        f4_hz=_rounded(fourth_formant(wave, times[some])) if median else None,
         pitch_course=_thirds(semitones, np.flatnonzero(voiced)) if median and long_enough else None,
         loudness_course=_thirds(level[speech], np.flatnonzero(speech)) if long_enough else None,
     )
@@ -130,7 +134,7 @@ def _thirds(values: np.ndarray, places: np.ndarray) -> tuple[float, float, float
     third = np.minimum((places - places[0]) * 3 // max(1, places[-1] - places[0]), 2)
     if min(np.bincount(third, minlength=3)) < 5 or (places[-1] - places[0]) * STEP < _SHORTEST_COURSE:
         return None
-    first, middle, last = (round(float(np.median(values[third == k]) - np.median(values)), 1) for k in range(3))
+    first, middle, last = (round(float(np.median(values[third == k]) - np.median(values)), 1) + 0.0 for k in range(3))
     return first, middle, last
 
 
@@ -197,21 +201,27 @@ def pitch_track(wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         Hz [T], 0 where the frame is unvoiced, and the middle of each frame in seconds [T].
     """
     frames, times = _frames(wave, round(3 / PITCH_FLOOR * SAMPLING_RATE))
-    longest = math.ceil(SAMPLING_RATE / PITCH_FLOOR) + 2
-    found = _autocorrelation(frames, longest)
     peak = np.abs(wave - wave.mean()).max(initial=0.0)
     if peak == 0:
         return np.zeros(len(frames)), times
-    period = frames[:, frames.shape[1] // 3 : -(frames.shape[1] // 3)]  # the longest one, in the middle of the frame
-    loudest = np.abs(period - frames.mean(1, keepdims=True)).max(1) / peak
     frequencies = np.zeros((len(frames), _CANDIDATES))  # the first is "unvoiced"
     strengths = np.full((len(frames), _CANDIDATES), -np.inf)
+    for begin in range(0, len(frames), _FRAMES_AT_ONCE):
+        part = slice(begin, begin + _FRAMES_AT_ONCE)
+        _pitch_candidates(frames[part], peak, frequencies[part], strengths[part])
+    return _cheapest_path(frequencies, strengths), times
+
+
+def _pitch_candidates(frames: np.ndarray, peak: float, frequencies: np.ndarray, strengths: np.ndarray) -> None:
+    """Fill in the candidates of each frame, Hz and strength [T, candidates]: none, then the best local maxima."""
+    found = _autocorrelation(frames, math.ceil(SAMPLING_RATE / PITCH_FLOOR) + 2)
+    period = frames[:, frames.shape[1] // 3 : -(frames.shape[1] // 3)]  # the longest one, in the middle of the frame
+    loudest = np.abs(period - frames.mean(1, keepdims=True)).max(1) / peak
     strengths[:, 0] = _VOICING + np.maximum(0, 2 - loudest / (_SILENCE / (1 + _VOICING)))
     low, high = math.ceil(SAMPLING_RATE / PITCH_CEILING * _FINER), math.floor(SAMPLING_RATE / PITCH_FLOOR * _FINER)
     for index, row in enumerate(found):
-        tops = low + np.flatnonzero(
-            (row[low - 1 : high - 1] < row[low:high]) & (row[low:high] >= row[low + 1 : high + 1])
-        )
+        inner = row[low:high]
+        tops = low + np.flatnonzero((row[low - 1 : high - 1] < inner) & (inner >= row[low + 1 : high + 1]))
         tops = tops[row[tops] > 0.5 * _VOICING]
         lags, values = _parabola(found, tops, index)
         pitch = SAMPLING_RATE * _FINER / lags
@@ -219,7 +229,6 @@ def pitch_track(wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         best = np.argsort(-score, kind="stable")[: _CANDIDATES - 1]
         frequencies[index, 1 : len(best) + 1] = pitch[best]
         strengths[index, 1 : len(best) + 1] = score[best]
-    return _cheapest_path(frequencies, strengths), times
 
 
 def _parabola(tables: np.ndarray, tops: np.ndarray, rows: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
