@@ -21,6 +21,7 @@ from fastclap.errors import DataError
 SAMPLING_RATE = 16000  # Hz
 STEP = 0.01  # seconds between frames of every track
 PITCH_FLOOR, PITCH_CEILING = 75.0, 600.0  # Hz
+CREAK_FLOOR = 45.0  # Hz, for telling a creak from a whisper
 VERSION = 1  # of the measures: numbers of another version are measured again
 SILENT = -70.0  # LUFS, the absolute gate of BS.1770
 
@@ -30,7 +31,8 @@ _SILENCE, _VOICING = 0.03, 0.45  # of the recording's peak, of the autocorrelati
 _OCTAVE_COST, _JUMP_COST, _VOICING_COST = 0.01, 0.35, 0.14
 _FINER = 4  # grid points a sample, of the autocorrelation
 _FRAMES_AT_ONCE = 1000  # for the memory
-_MOST_FRAMES = 3000  # of a clip, spread evenly, that the slower measures of the spectrum look at
+_MOST_FRAMES = 3000  # of a clip
+_VOICED_SHARE, _VOICED_HNR = 0.5, 1.8  # of the speech, dB: with less of both a clip is taken to be whispered
 _HNR_PERIODS = 4.5  # of the pitch floor in a window, as Boersma has it for harmonicity; for pitch it is 3
 
 # Speech and pauses: de Jong and Wempe (2009); the shortest pause is that of de Jong and Bosker (2013).
@@ -56,7 +58,7 @@ class Acoustics:
 
     duration: float  # seconds
     speech_s: float  # seconds of the clip that are not silence
-    voiced_share: float  # of those, how much has a pitch
+    voiced_share: float  # of those, how much has a pitch; a whisper has none, and a creak too low to measure has some
     pitch_hz: float | None  # median of the fundamental frequency
     pitch_range_st: float | None  # semitones from its 20th to its 80th percentile
     loudness_lufs: float  # of ITU-R BS.1770-4, of the mono mix
@@ -93,8 +95,13 @@ def measure(wave: np.ndarray) -> Acoustics:
     for first, last in stretches:
         speech[first:last] = True
     voiced = (pitch > 0) & speech
-    if voiced.sum() * STEP < 0.05:
+    if voiced.any() and not _has_voice(wave, times, pitch, voiced, speech):
         voiced[:] = False
+    share = float(voiced.sum() / speech.sum())
+    if not voiced.any():  # a voice that is too low to have a pitch here is no whisper
+        lower, middles = pitch_track(wave, CREAK_FLOOR)
+        share = float((lower[np.interp(middles, times, speech) > 0.5] > 0).mean())
+        share = share if share >= _VOICED_SHARE else 0.0
     pauses = [(end, begin) for (_, end), (begin, _) in itertools.pairwise(stretches)]
     span = stretches[-1][1] - stretches[0][0]
     longest = max(pauses, key=lambda pause: pause[1] - pause[0], default=None)
@@ -103,13 +110,12 @@ def measure(wave: np.ndarray) -> Acoustics:
     nuclei = syllable_nuclei(level, pitch)
     median = float(np.median(pitch[voiced])) if voiced.any() else None
     semitones = 12 * np.log2(pitch[voiced] / median) if median else np.zeros(0)
-    some = np.flatnonzero(voiced if median else speech)
-    some = some[:: math.ceil(len(some) / _MOST_FRAMES)]
+    some = _spread(voiced if median else speech)
     long_enough = span * STEP >= _SHORTEST_COURSE
     return Acoustics(
         duration=round(len(wave) / SAMPLING_RATE, 4),
         speech_s=round(float(seconds), 2),
-        voiced_share=round(float(voiced.sum() / speech.sum()), 3),
+        voiced_share=round(share, 3),
         pitch_hz=None if median is None else round(median, 1),
         pitch_range_st=round(float(np.subtract(*np.percentile(semitones, (80, 20)))), 1) if median else None,
         loudness_lufs=round(loudness, 1),
@@ -123,6 +129,23 @@ def measure(wave: np.ndarray) -> Acoustics:
         pitch_course=_thirds(semitones, np.flatnonzero(voiced)) if median and long_enough else None,
         loudness_course=_thirds(level[speech], np.flatnonzero(speech)) if long_enough else None,
     )
+
+
+def _has_voice(wave: np.ndarray, times: np.ndarray, pitch: np.ndarray, voiced: np.ndarray, speech: np.ndarray) -> bool:
+    """Whether the frames with a pitch are a voice, or the ringing of a vocal tract that is whispered through."""
+    if voiced.sum() * STEP < 0.05:
+        return False
+    some = _spread(voiced)
+    return bool(
+        voiced.sum() >= _VOICED_SHARE * speech.sum()
+        or harmonics_to_noise(wave, times[some], pitch[some]) >= _VOICED_HNR
+    )
+
+
+def _spread(wanted: np.ndarray) -> np.ndarray:
+    """Indices of the frames that are wanted, or of so many of them, evenly spread, as the slower measures look at."""
+    found = np.flatnonzero(wanted)
+    return found[:: max(1, math.ceil(len(found) / _MOST_FRAMES))]
 
 
 def _rounded(value: float | None) -> float | None:
@@ -191,16 +214,17 @@ def _autocorrelation(frames: np.ndarray, longest: int) -> np.ndarray:
     return correlate((frames - frames.mean(1, keepdims=True)) * window) / correlate(window)
 
 
-def pitch_track(wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pitch_track(wave: np.ndarray, floor: float = PITCH_FLOOR) -> tuple[np.ndarray, np.ndarray]:
     """Fundamental frequency by Boersma (1993): candidates of the autocorrelation, and the cheapest path through them.
 
     Args:
         wave: float [n].
+        floor: lowest frequency in Hz that is looked for.
 
     Returns:
         Hz [T], 0 where the frame is unvoiced, and the middle of each frame in seconds [T].
     """
-    frames, times = _frames(wave, round(3 / PITCH_FLOOR * SAMPLING_RATE))
+    frames, times = _frames(wave, round(3 / floor * SAMPLING_RATE))
     peak = np.abs(wave - wave.mean()).max(initial=0.0)
     if peak == 0:
         return np.zeros(len(frames)), times
@@ -208,17 +232,19 @@ def pitch_track(wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     strengths = np.full((len(frames), _CANDIDATES), -np.inf)
     for begin in range(0, len(frames), _FRAMES_AT_ONCE):
         part = slice(begin, begin + _FRAMES_AT_ONCE)
-        _pitch_candidates(frames[part], peak, frequencies[part], strengths[part])
+        _pitch_candidates(frames[part], peak, floor, frequencies[part], strengths[part])
     return _cheapest_path(frequencies, strengths), times
 
 
-def _pitch_candidates(frames: np.ndarray, peak: float, frequencies: np.ndarray, strengths: np.ndarray) -> None:
+def _pitch_candidates(
+    frames: np.ndarray, peak: float, floor: float, frequencies: np.ndarray, strengths: np.ndarray
+) -> None:
     """Fill in the candidates of each frame, Hz and strength [T, candidates]: none, then the best local maxima."""
-    found = _autocorrelation(frames, math.ceil(SAMPLING_RATE / PITCH_FLOOR) + 2)
+    found = _autocorrelation(frames, math.ceil(SAMPLING_RATE / floor) + 2)
     period = frames[:, frames.shape[1] // 3 : -(frames.shape[1] // 3)]  # the longest one, in the middle of the frame
     loudest = np.abs(period - frames.mean(1, keepdims=True)).max(1) / peak
     strengths[:, 0] = _VOICING + np.maximum(0, 2 - loudest / (_SILENCE / (1 + _VOICING)))
-    low, high = math.ceil(SAMPLING_RATE / PITCH_CEILING * _FINER), math.floor(SAMPLING_RATE / PITCH_FLOOR * _FINER)
+    low, high = math.ceil(SAMPLING_RATE / PITCH_CEILING * _FINER), math.floor(SAMPLING_RATE / floor * _FINER)
     for index, row in enumerate(found):
         inner = row[low:high]
         tops = low + np.flatnonzero((row[low - 1 : high - 1] < inner) & (inner >= row[low + 1 : high + 1]))
@@ -286,17 +312,54 @@ def harmonics_to_noise(wave: np.ndarray, times: np.ndarray, pitch: np.ndarray) -
 # loudness, speech and pauses
 
 
-def loudness_lufs(wave: np.ndarray) -> float:
-    """Integrated loudness of ITU-R BS.1770-4 in LUFS; NaN where no block of 0.4 s passes the gate of -70 LUFS.
+def k_weighting(sampling_rate: float) -> np.ndarray:
+    """The two filters of BS.1770-4 as second-order sections [2, 6]: what the head does to sound, and no deep rumble.
 
-    A clip shorter than a block is repeated until it fills one.
+    The standard has them as numbers for 48 kHz alone. For other rates they are the bilinear transform of the analogue
+    filters behind those numbers (De Man, "Evaluation of implementations of the EBU R128 loudness measurement", 2018).
     """
-    import torch
-    import torchaudio
+    shelf = math.tan(math.pi * 1681.974450955533 / sampling_rate)
+    high, band = 10 ** (3.999843853973347 / 20), 10 ** (3.999843853973347 * 0.4996667741545416 / 20)
+    over = shelf / 0.7071752369554196
+    norm = 1 + over + shelf**2
+    numerator = np.array([high + band * over + shelf**2, 2 * (shelf**2 - high), high - band * over + shelf**2]) / norm
+    rumble = math.tan(math.pi * 38.13547087602444 / sampling_rate)
+    below = rumble / 0.5003270373238773
+    return np.array(
+        [
+            [*numerator, 1, 2 * (shelf**2 - 1) / norm, (1 - over + shelf**2) / norm],
+            [
+                1,
+                -2,
+                1,
+                1,
+                2 * (rumble**2 - 1) / (1 + below + rumble**2),
+                (1 - below + rumble**2) / (1 + below + rumble**2),
+            ],
+        ]
+    )
 
-    block = round(0.4 * SAMPLING_RATE)
-    repeated = np.tile(wave, math.ceil(block / len(wave))) if len(wave) < block else wave
-    return float(torchaudio.functional.loudness(torch.from_numpy(repeated)[None], SAMPLING_RATE))
+
+def loudness_lufs(wave: np.ndarray) -> float:
+    """Integrated loudness of ITU-R BS.1770-4 in LUFS; -inf where no block of 0.4 s passes the gate of -70 LUFS.
+
+    A clip shorter than a block is one block.
+    """
+    weighted = signal.sosfilt(k_weighting(SAMPLING_RATE), wave)
+    block, step = min(len(wave), round(0.4 * SAMPLING_RATE)), round(0.1 * SAMPLING_RATE)
+    energy = np.concatenate(([0.0], np.cumsum(weighted**2)))
+    starts = np.arange(0, len(wave) - block + 1, step)
+    power = (energy[starts + block] - energy[starts]) / block
+    for gate in (lambda passed: SILENT, lambda passed: _lufs(passed.mean()) - 10):
+        power = power[_lufs(power) > gate(power)]
+        if not len(power):
+            return -math.inf
+    return float(_lufs(power.mean()))
+
+
+def _lufs(power: np.ndarray | float) -> np.ndarray:
+    """The loudness of a weighted mean square."""
+    return -0.691 + 10 * np.log10(np.maximum(power, 1e-30))
 
 
 def level_track(wave: np.ndarray, times: np.ndarray) -> np.ndarray:

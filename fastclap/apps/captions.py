@@ -214,7 +214,7 @@ class _Facts:
     def __init__(self, acoustics: Acoustics, labels: Labels, thresholds: Thresholds, choice: _Choice) -> None:
         self.acoustics, self.labels, self.choice = acoustics, labels, choice
         self.levels = {measure: thresholds.word(acoustics, measure, labels.sex) for measure in SCALES}
-        self.whispered = acoustics.pitch_hz is None
+        self.whispered = acoustics.voiced_share == 0
         self.emotion = _AS_ADJECTIVE.get((labels.emotion or "").lower(), labels.emotion)
         self.possessive = _POSSESSIVE[labels.sex]
 
@@ -322,7 +322,7 @@ class _Facts:
 
     def pitch_course(self) -> str:
         course = self.acoustics.pitch_course
-        if course is None or self.whispered:
+        if course is None:
             return ""
         ends_level = "ends about where it began" if self.levels["pitch_range_st"] == 1 else "stays level"
         return f"{self.possessive} pitch " + self.choice.of(
