@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastclap.errors import DataError
 
@@ -58,6 +59,19 @@ PROMPT_SETS: dict[str, PromptSet] = {
 no names of its age classes; here they are the words of their prompts."""
 
 
+_SEX = {"m": "male", "male": "male", "男": "male", "f": "female", "female": "female", "女": "female"}
+
+
+def parse_sex(value: Any) -> str | None:
+    """ "male" or "female" from the spellings that datasets use, otherwise None."""
+    return _SEX.get(str(value).strip().lower())
+
+
+def article(phrase: str) -> str:
+    """ "an" before a vowel letter and the numbers that begin with a vowel (8, 11, 18, 80 ...), else "a"."""
+    return "an" if phrase[:1].lower() in tuple("aeiou8") or re.match(r"1[18](?!\d)", phrase) else "a"
+
+
 def fill_template(template: str, name: str) -> str:
     """`template` with `{}` replaced by the class name, and `{a}` or `{A}` by its article.
 
@@ -72,8 +86,8 @@ def fill_template(template: str, name: str) -> str:
             f"template {template!r}: it must contain {{}} for the class name, and may contain {{a}} or {{A}} for its "
             "article; nothing else in braces"
         )
-    article = "an" if name[:1].lower() in "aeiou" and name else "a"
-    return template.replace("{a}", article).replace("{A}", article.capitalize()).replace("{}", name)
+    found = article(name)
+    return template.replace("{a}", found).replace("{A}", found.capitalize()).replace("{}", name)
 
 
 def load_prompts(path: str | Path, column: str) -> dict[str, list[str]]:

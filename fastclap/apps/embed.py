@@ -98,7 +98,7 @@ def gather(
         if not rows:
             raise DataError(f"{name}: no audio file in this folder ({', '.join(sorted(AUDIO_SUFFIXES))})")
         for row in rows:
-            key = _clip_key(row)
+            key = clip_key(row)
             found.setdefault(key, Input(row.audio, row._replace(source=0), row.origin, key))
     if not found:
         raise DataError("nothing to embed: name at least one file, folder or manifest")
@@ -107,10 +107,10 @@ def gather(
 
 def _clip_rows(name: str, suffix: str, audio_root: str | None, columns: Mapping[str, str] | None) -> Iterable[Row]:
     """The clips that an input other than captions names."""
-    if name.startswith("hf:") or suffix in _MANIFEST_SUFFIXES or _is_table_folder(name):
+    if name.startswith("hf:") or suffix in _MANIFEST_SUFFIXES or is_table_folder(name):
         return load_manifest(name, audio_root=audio_root, columns=columns, require_captions=False)
     if os.path.isdir(name):
-        return (clip_row(path, name) for path in _audio_files(name))
+        return (clip_row(path, name) for path in audio_files(name))
     if suffix in AUDIO_SUFFIXES and os.path.isfile(name):
         return [clip_row(name, name)]
     if os.path.exists(name):
@@ -139,13 +139,14 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
 
 
-def _is_table_folder(name: str) -> bool:
+def is_table_folder(name: str) -> bool:
     """Whether a folder is a packed one or a saved `datasets` folder."""
     markers = ("state.json", "dataset_dict.json")
     return is_pack(name) or any(os.path.isfile(os.path.join(name, marker)) for marker in markers)
 
 
-def _audio_files(folder: str) -> Iterator[str]:
+def audio_files(folder: str) -> Iterator[str]:
+    """Audio files of a folder and the folders in it, sorted; hidden ones are left out."""
     for parent, folders, files in os.walk(folder):
         folders.sort()
         for file in sorted(files):
@@ -153,7 +154,8 @@ def _audio_files(folder: str) -> Iterator[str]:
                 yield os.path.join(parent, file)
 
 
-def _clip_key(row: Row) -> bytes:
+def clip_key(row: Row) -> bytes:
+    """16 bytes that identify the audio of a row: its path, size and time of change, or its place in a packed folder."""
     if row.packed is not None:
         return _digest("packed", os.path.abspath(row.packed.shard), row.packed.offset, row.packed.checksums.hex())
     path = os.path.abspath(row.audio)

@@ -25,6 +25,7 @@ COMMANDS = {
     "rerank": "Best of N: of several clips synthesised for one description, select those that fit it best.",
     "similarity": "Speech style similarity: the cosine of each pair, and how well it agrees with human ratings.",
     "prepare": "Write the manifest of a public dataset: audio, captions, tags, emotion, sex, age, durations, splits.",
+    "caption": "Caption a folder of audio or a manifest from measured pitch, loudness, pace and labels.",
     "convert": "Turn a checkpoint of another code into a model folder: safetensors, configuration, tokenizer, card.",
     "doctor": "Say what this machine and this installation can do; exit status 1 if something needed is missing.",
 }

@@ -14,7 +14,7 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from hashlib import blake2b
 from pathlib import Path
@@ -39,7 +39,7 @@ from fastclap.data.shards import (
     read_header,
     shard_name,
 )
-from fastclap.data.workers import fork_server, start_worker
+from fastclap.data.workers import fork_server, pooled_result, start_worker
 from fastclap.errors import ConfigError, DataError, FastclapError
 from fastclap.files import fsync, locked, write_atomic
 
@@ -274,10 +274,10 @@ def _decode_all(
         for row in rows:
             ahead.append((row, pool.submit(_decode, manifest[row], sampling_rate)))
             if len(ahead) == 2 * workers:
-                yield _result(ahead[0][1], pool)
+                yield pooled_result(ahead[0][1], pool)
                 ahead.popleft()
         while ahead:
-            yield _result(ahead[0][1], pool)
+            yield pooled_result(ahead[0][1], pool)
             ahead.popleft()
     except BrokenProcessPool as error:
         suspects = ", ".join(manifest[row].audio for row, _ in itertools.islice(ahead, workers))
@@ -288,21 +288,6 @@ def _decode_all(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _result(future: Future[_Decoded | AudioError], pool: ProcessPoolExecutor) -> _Decoded | AudioError:
-    """What a future gives.
-
-    The pool notices a process that dies, unless that happens while it sends a result: then the pool reads on forever,
-    as its own end of the pipe is open. So the processes are watched here too, and that end is closed.
-    """
-    while not wait([future], timeout=1).done:
-        processes = list((pool._processes or {}).values())
-        if any(process.exitcode is not None for process in processes):
-            for process in processes:
-                process.kill()
-            pool._result_queue._writer.close()  # type: ignore[attr-defined]
-    return future.result()
 
 
 def _decode(row: Row, sampling_rate: int) -> _Decoded | AudioError:

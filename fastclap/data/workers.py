@@ -7,9 +7,13 @@ import os
 import signal
 import threading
 from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from multiprocessing.context import BaseContext
+from typing import TypeVar
 
 _GRACE_SECONDS = 30
+
+T = TypeVar("T")
 
 
 def fork_server() -> BaseContext:
@@ -53,3 +57,18 @@ def describe_deaths(ended: Iterable[tuple[int, int | None]]) -> str:
         }.get(name, "")
         found.append(f"process {pid} was ended by {name}{meaning}")
     return "; ".join(found) or "a process ended"
+
+
+def pooled_result(future: Future[T], pool: ProcessPoolExecutor) -> T:
+    """What a future gives.
+
+    The pool notices a process that dies, unless that happens while it sends a result: then the pool reads on forever,
+    as its own end of the pipe is open. So the processes are watched here too, and that end is closed.
+    """
+    while not wait([future], timeout=1).done:
+        processes = list((pool._processes or {}).values())
+        if any(process.exitcode is not None for process in processes):
+            for process in processes:
+                process.kill()
+            pool._result_queue._writer.close()  # type: ignore[attr-defined]
+    return future.result()

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fastclap.errors import ConfigError
-from fastclap.prepare.layout import Clips, Dataset, DescribedClip, Place, parse_sex
-from fastclap.prompts import fill_template
+from fastclap.prepare.layout import Clips, Dataset, DescribedClip, Place
+from fastclap.prompts import article, fill_template, parse_sex
 
 _RAVDESS_NAME = re.compile(r"(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)")
 _RAVDESS_EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgusted", "surprised")
@@ -57,7 +57,7 @@ def _labels(speaker: str, sex: str | None, emotion: str, age: int | None = None)
     noun = {"male": "man", "female": "woman", None: "person"}[sex]
     captions = [
         fill_template(f"A {f'{sex} ' if sex else ''}speaker in {{a}} {{}} tone.", emotion),
-        f"{'An' if years[:1] == '8' or years[:2] in ('11', '18') else 'A'} {years}{noun} sounds {emotion}.",
+        f"{article(years + noun).capitalize()} {years}{noun} sounds {emotion}.",
     ]
     return {
         "text_description": captions,

@@ -28,12 +28,12 @@ from fastclap.prepare.layout import (
     Dataset,
     DescribedClip,
     Place,
-    parse_sex,
     read_tables,
     split_by_speaker,
     split_in_name,
     texts,
 )
+from fastclap.prompts import parse_sex
 
 _SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 

@@ -19,7 +19,6 @@ from fastclap.errors import DataError
 
 AUDIO_EXTENSIONS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 
-_SEX = {"m": "male", "male": "male", "男": "male", "f": "female", "female": "female", "女": "female"}
 _SPLIT = re.compile(r"train|dev|val|test", re.IGNORECASE)
 
 
@@ -140,11 +139,6 @@ class AudioIndex:
                 f"two files are named {stem}: {paths[0]} and {paths[1]}; make --root the folder of one copy"
             )
         return (paths[0],)
-
-
-def parse_sex(value: Any) -> str | None:
-    """ "male" or "female" from the spellings that the datasets use, otherwise None."""
-    return _SEX.get(str(value).strip().lower())
 
 
 def split_in_name(path: Path) -> str:

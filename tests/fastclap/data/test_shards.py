@@ -26,9 +26,9 @@ import torch
 from fastclap.audio import AudioError, AudioFile, whole_clip
 from fastclap.commands.main import main
 from fastclap.data import BatchSampler, ClipDataset, Manifest, Quarantine, eval_batches, load_manifest, make_loader
-from fastclap.data.pack import _result, pack
+from fastclap.data.pack import pack
 from fastclap.data.shards import BLOCK, PackedFile, open_clip
-from fastclap.data.workers import fork_server
+from fastclap.data.workers import fork_server, pooled_result
 from fastclap.errors import ConfigError, DataError
 
 RATE = 16000
@@ -280,7 +280,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_result(mixed: str, tmp_path
 KILLED = """
 import sys, time
 from fastclap.data import load_manifest
-from fastclap.data.pack import _result, pack
+from fastclap.data.pack import pack
 if __name__ == "__main__":
     def advance(done, total):
         print(done, flush=True)
@@ -352,13 +352,13 @@ def die_while_sending() -> None:
 
 def test_a_decoding_process_that_dies_while_it_sends_is_noticed() -> None:
     with ProcessPoolExecutor(1, fork_server()) as pool, pytest.raises(BrokenProcessPool):
-        _result(pool.submit(die_while_sending), pool)  # type: ignore[arg-type]
+        pooled_result(pool.submit(die_while_sending), pool)
 
 
 FULL = """
 import resource, sys
 from fastclap.data import load_manifest
-from fastclap.data.pack import _result, pack
+from fastclap.data.pack import pack
 resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, resource.RLIM_INFINITY))  # as on a full disk
 try:
     pack(load_manifest(sys.argv[1]), sys.argv[2], shard_mb=0.2)
