@@ -61,6 +61,24 @@ class AudioTower(nn.Module):
     ) -> Tensor:  # [B, width]
         raise NotImplementedError
 
+    def summarize(
+        self,
+        audio: Tensor | None,
+        lengths: Tensor | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        host_lengths: Sequence[int] | None = None,
+    ) -> Tensor:  # [B, ...]
+        """What the pretrained encoder says of each clip; nothing that trains in a frozen tower has a part in it."""
+        return self(audio, lengths, mean, std, host_lengths)
+
+    def combine(
+        self,
+        summary: Tensor,  # [B, ...]
+    ) -> Tensor:  # [B, width]
+        """The output, of a summary, by what is learned in a frozen tower too."""
+        return summary
+
     def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
         """Execution options, to be set once before training; they have no effect on results.
 

@@ -51,6 +51,19 @@ class TextTower(nn.Module):
     ) -> Tensor:  # [B, width]
         raise NotImplementedError
 
+    def summarize(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, token_counts: Sequence[int] | None = None
+    ) -> Tensor:  # [B, ...]
+        """As `AudioTower.summarize`, of each caption."""
+        return self(input_ids, attention_mask, token_counts)
+
+    def combine(
+        self,
+        summary: Tensor,  # [B, ...]
+    ) -> Tensor:  # [B, width]
+        """As `AudioTower.combine`."""
+        return summary
+
     def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
         """Execution options without effect on results, as for `AudioTower.prepare_training`."""
 
