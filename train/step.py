@@ -211,7 +211,7 @@ class Objective:
 
     def __call__(self, batch: Batch, weight: float = 1.0) -> Tensor:
         """Forward and backward of `weight` times the loss; returns the unweighted loss, detached, on the device."""
-        text: dict[str, Any] = {**(batch.text or {}), "token_counts": batch.tokens}
+        text: dict[str, Any] = {**(batch.text or {}), "token_counts": batch.tokens or None}
         rows, prompt_rows = batch.text_rows, batch.prompt_rows
         if rows is None:
             text, rows, prompt_rows = self._tokenized(self.model, batch.captions, batch.prompts)
@@ -220,17 +220,20 @@ class Objective:
             text = {name: value[every] for name, value in text.items() if isinstance(value, Tensor)}
             order = torch.arange(len(every), device=rows.device)
             rows, prompt_rows = order[: len(rows)], None if prompt_rows is None else order[len(rows) :]
-        audio = {
-            "audio": batch.audio,
-            "lengths": batch.lengths,
-            "mean": batch.mean,
-            "std": batch.std,
-            "host_lengths": batch.samples,
-        }
+        audio: dict[str, Any] = {"summary": batch.audio_summary}
+        if batch.audio_summary is None:
+            audio = {
+                "audio": batch.audio,
+                "lengths": batch.lengths,
+                "mean": batch.mean,
+                "std": batch.std,
+                "host_lengths": batch.samples,
+            }
         clip_ids = caption_ids = batch.caption_ids if self.config.share_equal_captions else None
-        captions_each = len(rows) // len(batch.samples)
+        clips = len(batch.rows)
+        captions_each = len(rows) // clips
         if captions_each > 1:  # the positives of a clip are its own captions
-            clip_ids = torch.arange(len(batch.samples), device=rows.device) + (self.world.rank << 32)
+            clip_ids = torch.arange(clips, device=rows.device) + (self.world.rank << 32)
             if self._queue is not None:  # which has clips of other batches too
                 clip_ids = torch.tensor(batch.rows).to(rows.device, non_blocking=True)
             caption_ids = clip_ids.repeat(captions_each)
@@ -260,7 +263,7 @@ class Objective:
             return None
         if self.config.teacher != "ema":  # another model, perhaps with another tokenizer
             text, rows, _ = self._tokenized(teacher, batch.captions, [])
-        sizes = self.chunk_sizes or [len(batch.samples), len(rows)]
+        sizes = self.chunk_sizes or [len(batch.rows), len(rows)]
         with torch.no_grad(), self._autocast():
             audio_embeddings = _embeddings(teacher.encode_audio, audio, sizes[0])
             text_embeddings = _embeddings(teacher.encode_text, text, sizes[1])[rows]

@@ -31,8 +31,8 @@ def draws(below: np.ndarray, *values: int | np.ndarray) -> np.ndarray:
     """`draw` for many at once: integers in [0, below), fixed by `values`, which broadcast. int64, below < 2³²."""
     state = np.zeros(1, np.uint64)
     for value in values:
-        value = np.uint64(value & MASK) if isinstance(value, int) else value.astype(np.uint64)
-        state = _mixed(state + np.uint64(GOLDEN) ^ value)
+        unsigned = np.uint64(value & MASK) if isinstance(value, int) else value.astype(np.uint64)
+        state = _mixed(state + np.uint64(GOLDEN) ^ unsigned)
     below = below.astype(np.uint64)
     low = (state & np.uint64(0xFFFFFFFF)) * below >> np.uint64(32)
     return ((state >> np.uint64(32)) * below + low >> np.uint64(32)).astype(np.int64)

@@ -154,7 +154,7 @@ class SummaryStore:
         assert self.path is not None
         if (summaries.dtype, summaries.shape[1:]) != (self._dtype, self._shape):
             raise DataError(
-                f"{self.path}: a summary of shape {tuple(summaries.shape[1:])} and type {summaries.dtype} does not fit; "
+                f"{self.path}: a summary of shape {tuple(summaries.shape[1:])} and {summaries.dtype} does not fit; "
                 "remove the file, or train with --data.frozen-cache off"
             )
         values = summaries.view(len(keys), -1).view(torch.uint8).numpy()
@@ -162,14 +162,13 @@ class SummaryStore:
         for key, extent, value in zip(keys, extents, values, strict=True):
             record = key + struct.pack("<q", extent) + value.tobytes()
             data += record + self._sealed(record)
-        with self._errors("written", self.path):
-            with self._locked(exclusive=True):
-                torn = os.fstat(self._descriptor).st_size % self._stride
-                if torn:  # a writer was killed, or the disk was full
-                    os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - torn)
-                left = memoryview(data)
-                while left:
-                    left = left[os.write(self._descriptor, left) :]
+        with self._errors("written", self.path), self._locked(exclusive=True):
+            torn = os.fstat(self._descriptor).st_size % self._stride
+            if torn:  # a writer was killed, or the disk was full
+                os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - torn)
+            left = memoryview(data)
+            while left:
+                left = left[os.write(self._descriptor, left) :]
         self.refresh()
 
     def _open(self, path: Path, create: bool = False) -> None:
@@ -237,7 +236,7 @@ def fingerprint(tower: nn.Module, config: Any, **computation: Any) -> str:
 
 
 def clip_identities(rows: Iterable[Row]) -> list[bytes]:
-    """16 bytes for each row that are others once its clip has changed; of a file that is not there, zeros."""
+    """16 bytes for each row that are others once its clip has changed; also of a file that is not there."""
     shards: dict[str, bytes] = {}
     found = []
     for row in rows:
@@ -248,22 +247,22 @@ def clip_identities(rows: Iterable[Row]) -> list[bytes]:
         if clip.shard not in shards:
             shards[clip.shard] = _stamp(clip.shard)
         place = struct.pack("<3q2d", clip.offset, clip.samples, clip.sampling_rate, clip.mean, clip.variance)
-        stamp = shards[clip.shard]
-        found.append(_identity(stamp and place + clip.checksums + stamp))
+        found.append(_identity(shards[clip.shard] + place + clip.checksums))
     return found
 
 
-def _identity(stamp: bytes) -> bytes:
-    return blake2b(stamp, digest_size=16).digest() if stamp else bytes(16)
+def _identity(data: bytes) -> bytes:
+    return blake2b(data, digest_size=16).digest()
 
 
 def _stamp(path: str) -> bytes:
     try:
         status = os.stat(path)
+        times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     except OSError:
-        return b""
-    times = struct.pack("<3q", status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return times + os.fsencode(os.path.abspath(path))
+        times = (-1, 0, 0)
+    name = os.fsencode(os.path.abspath(path))
+    return struct.pack("<4q", *times, len(name)) + name
 
 
 def settle(row: Row) -> None:

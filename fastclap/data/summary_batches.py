@@ -77,7 +77,7 @@ class SummaryDataset(Dataset[Batch]):
     def __getitem__(self, item: tuple[int, int, list[int]]) -> Batch:
         step, epoch, wanted = item
         occasion = step if self._clips.repeats else epoch
-        rows, bad = wanted, []
+        rows, bad = wanted, list[BadClip]()
         if not self._table.crops[wanted].all():
             used = set(wanted)
             rows = [self._clips.usable(occasion, row, used, bad, self._check)[0] for row in wanted]

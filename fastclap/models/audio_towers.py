@@ -63,7 +63,7 @@ class AudioTower(nn.Module):
 
     def summarize(
         self,
-        audio: Tensor | None,
+        audio: Tensor,
         lengths: Tensor | None = None,
         mean: Tensor | None = None,
         std: Tensor | None = None,

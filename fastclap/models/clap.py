@@ -149,6 +149,8 @@ class CLAP(DualEncoder):
             ValueError: `host_lengths` are not those of the batch.
         """
         if summary is None:
+            if audio is None:
+                raise TypeError("encode_audio takes audio, or a summary of it")
             with _no_grad_if(self.config.audio.freeze):
                 summary = self.audio_branch.summarize(audio, lengths, mean, std, host_lengths)
         return self.audio_projection(self.audio_branch.combine(summary))
@@ -173,6 +175,8 @@ class CLAP(DualEncoder):
             ValueError: `token_counts` are not those of the batch.
         """
         if summary is None:
+            if input_ids is None or attention_mask is None:
+                raise TypeError("encode_text takes input_ids and attention_mask, or a summary of them")
             with _no_grad_if(self.config.text.freeze):
                 summary = self.text_branch.summarize(input_ids, attention_mask, token_counts)
         return self.text_projection(self.text_branch.combine(summary))

@@ -52,7 +52,7 @@ class TextTower(nn.Module):
         raise NotImplementedError
 
     def summarize(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, token_counts: Sequence[int] | None = None
+        self, input_ids: Tensor, attention_mask: Tensor, token_counts: Sequence[int] | None = None
     ) -> Tensor:  # [B, ...]
         """As `AudioTower.summarize`, of each caption."""
         return self(input_ids, attention_mask, token_counts)
