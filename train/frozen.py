@@ -321,9 +321,9 @@ class _Filling:
         found = []
         for rows in groups:
             sizes = lengths[rows].tolist()
-            inputs = [audio[rows, : max(sizes)], lengths[rows], mean[rows], std[rows]]
-            moved: list[Any] = [x.to(device) for x in inputs[: 4 if statistics else 2]]
-            found.append(model.audio_branch.summarize(*moved, **{"host_lengths": sizes}))
+            wave, length = audio[rows, : max(sizes)].to(device), lengths[rows].to(device)
+            known = [x[rows].to(device) if statistics else None for x in (mean, std)]
+            found.append(model.audio_branch.summarize(wave, length, known[0], known[1], sizes))
         order = torch.tensor([row for rows in groups for row in rows]).argsort()
         return torch.cat(found).cpu()[order]
 

@@ -187,12 +187,22 @@ def prepare(config: TrainConfig, world: World) -> Run:
     plan = memory.plan(model, manifest, config, world)
     for tower in towers:
         tower.prepare_training(compile=config.compiles(world.device.type), checkpoint=plan.checkpoint)
-    at_work = [tower for tower, done in zip(towers, (kept.clips, kept.texts), strict=True) if done is None]
+    at_rest = [tower for tower, table in zip(towers, (kept.clips, kept.texts), strict=True) if table is not None]
+    at_work = [tower for tower in towers if tower not in at_rest]
     sharded = distributed.shard(at_work, world) if config.shard else []
 
     # The step, and the state of the optimizer and of the average that it continues from.
     chunk_sizes = (state or {}).get("chunk_sizes") or [plan.chunk_size] * 2
-    step = Step(model, config, world, sharded=sharded, teacher=teacher, number=start_step, chunk_sizes=chunk_sizes)
+    step = Step(
+        model,
+        config,
+        world,
+        sharded=sharded,
+        teacher=teacher,
+        at_rest=at_rest,
+        number=start_step,
+        chunk_sizes=chunk_sizes,
+    )
     if resume_path is not None:
         checkpoint.restore_step(resume_path, step)
 

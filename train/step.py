@@ -49,6 +49,7 @@ class Step:
         sharded: the model's modules that `distributed.shard` returned.
         teacher: model in evaluation mode whose similarities the loss approaches; the moving average of `--loss.teacher
             ema` needs none.
+        at_rest: towers of the model that never run, because batches hold their summaries.
         number: steps that were taken before.
         chunk_sizes: of the gradient cache, as an earlier start with `--chunk-size auto` has found them.
 
@@ -66,6 +67,7 @@ class Step:
         *,
         sharded: Iterable[Any] = (),
         teacher: CLAP | None = None,
+        at_rest: Iterable[nn.Module] = (),
         number: int = 0,
         chunk_sizes: list[int] | None = None,
     ) -> None:
@@ -88,6 +90,7 @@ class Step:
             every_caption=config.shard,
             teacher=teacher,
             queue=self.queue,
+            at_rest=at_rest,
         )
 
     def __call__(self, batches: Iterable[Batch], stop: Callable[[], bool] = lambda: False) -> StepResult:
@@ -166,6 +169,7 @@ class Objective:
         queue: receives the embeddings of every batch, once its loss is known. The embedding of a clip or caption that
             is not finite goes in as zeros, which have the cosine 0 with all others: it would make the loss of every
             batch NaN for as long as it stays.
+        at_rest: towers of the model that never run, because batches hold their summaries.
 
     Attributes:
         use_queue: whether the entries of the queue are negatives.
@@ -186,6 +190,7 @@ class Objective:
         every_caption: bool = False,
         teacher: CLAP | None = None,
         queue: EmbeddingQueue | None = None,
+        at_rest: Iterable[nn.Module] = (),
     ) -> None:
         if config.kind == "sigmoid" and model.logit_bias is None:
             raise ConfigError("--loss.kind sigmoid needs a logit bias: set --model.init-logit-bias (SigLIP uses -10)")
@@ -202,7 +207,9 @@ class Objective:
         self._unqueued: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
         self.targets = Targets(torch.empty(0), None, None, 1.0)
         towers = [self.encode_audio, self.encode_text]
-        self._cache = GradCache(towers, chunk_size, self.loss, modules=[model]) if chunk_size else None
+        self._cache = (
+            GradCache(towers, chunk_size, self.loss, modules=[_at_work(model, at_rest)]) if chunk_size else None
+        )
 
     @property
     def chunk_sizes(self) -> list[int] | None:
@@ -349,6 +356,15 @@ class Objective:
         return loss
 
 
+def _at_work(model: CLAP, at_rest: Iterable[nn.Module]) -> nn.Module:
+    """The model without some of its parts: a gradient cache goes through all modules at each step."""
+    left = set(at_rest)
+    if not left:
+        return model
+    parts = nn.ModuleList(part for part in model.children() if part not in left)
+    return nn.ModuleList([parts, nn.ParameterList(model.parameters(recurse=False))])
+
+
 class Targets(NamedTuple):
     """What the loss needs to know of a batch besides its embeddings."""
 
@@ -400,13 +416,23 @@ class WeightAverage:
         self.tensors: dict[str, Tensor] = {name: tensor.detach().clone() for name, tensor in self._current.items()}
         pairs = [(local(self.tensors[name]), local(tensor.detach())) for name, tensor in self._current.items()]
         self._floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        parameters = dict(model.named_parameters())
+        self._parameters = [
+            parameters.get(name) for name, held in self.tensors.items() if held.is_floating_point()
+        ]  # of `_floating`; None: a buffer
         self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Fold in the weights after optimizer step number `step` (from 1)."""
         weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_([held for held, _ in self._floating], [new for _, new in self._floating], weight)
+        # The average of what stands still is what it was.
+        moving = [
+            pair
+            for pair, parameter in zip(self._floating, self._parameters, strict=True)
+            if parameter is None or parameter.requires_grad
+        ]
+        torch._foreach_lerp_([held for held, _ in moving], [new for _, new in moving], weight)
         for held, new in self._others:
             held.copy_(new)
 
