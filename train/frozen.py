@@ -299,7 +299,8 @@ class _Filling:
         longer = [
             row for row in rows if identities[row] not in bad and crop and store.extent(key(row, 0)) > crop and most > 1
         ]
-        bad |= fill([(row, number) for row in longer for number in range(1, most)])
+        for number in range(1, most):  # each in groups of its own, which are the same for every `most`
+            bad |= fill([(row, number) for row in longer if identities[row] not in bad])
         crops = dict.fromkeys(identities, 1) | {identities[row]: most for row in longer} | dict.fromkeys(bad, 0)
         counts = np.array([crops[identity] for identity in identities])
         places = np.zeros((len(manifest), max(1, int(counts.max(initial=1)))), np.int64)
@@ -373,7 +374,7 @@ class _Filling:
             return bad
         shares: list[Any] = [None] * self.world.size
         dist.all_gather_object(shares, bad, group=self.world.group)
-        return dict(sorted(item for share in shares for item in share.items()))
+        return {item: error for share in shares for item, error in share.items()}
 
     def _fill_share(self, work: _Work[Any], groups: list[range], bad: dict[int, AudioError]) -> dict[int, AudioError]:
         store, bad = work.store, dict(bad)
