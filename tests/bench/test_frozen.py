@@ -29,6 +29,7 @@ def test_the_record_holds_every_batch(
     assert [taken.count(kind) for kind in ((8, False), (24, False), (8, True))] == [8, 8, 2]
     record = json.loads(file.read_text())
     assert record["clips"] == 20 and record["captions"] > 0 and record["towers"] == ["log-mel", "small"]
+    assert record["cold_clips"] == 20 and record["cold_captions"] == record["captions"]
     assert [row["batch"] for row in record["rows"]] == [8, 24] and record["plain"]["batch"] == 8
     for row in (*record["rows"], record["plain"]):
         assert row["clips_per_second"] == pytest.approx(1e3 * row["batch"] / row["step"]["median_ms"], abs=0.1)
