@@ -125,8 +125,7 @@ def keep(
         tower, tower_config = getattr(model, f"{side}_branch"), getattr(model.config, side)
         on_gpu = {"matmul": config.matmul_precision} if world.device.type == "cuda" else {}
         name = distributed.agree(
-            lambda: fingerprint(tower, tower_config, device=world.device.type, bf16=bf16, **on_gpu),
-            world,
+            lambda: fingerprint(tower, tower_config, device=world.device.type, bf16=bf16, **on_gpu), world
         )
         return SummaryStore(folder / side, name)
 
@@ -142,7 +141,7 @@ def keep(
                 Path(quarantine.path).parent.mkdir(parents=True, exist_ok=True)
                 quarantine.add(kept.clips.bad.values())
             kept.text.append(_described("audio", kept.clips.store))
-        if valid is not None:
+        if valid is not None and not (config.shard and kept.clips is None):  # what combines would be in shards
             whole = ClipDataset(valid, model.sampling_rate, seed=0)
             valid_clips = filling.clips(whole, store("audio", False), 1, False)
     if fixed["text"] and model.tokenizer is not None:

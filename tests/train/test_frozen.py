@@ -126,6 +126,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 OPTIONS: dict[str, Callable[[TrainConfig], None]] = {
     "plain": lambda config: None,
+    "no gradient cache": lambda config: setattr(config, "chunk_size", 0),
     "chunks, accumulated": lambda config: (setattr(config, "chunk_size", 3), setattr(config, "accumulate", 2)),
     "pairs": lambda config: setattr(config.data, "captions", "pair"),
     "padded to the crop": lambda config: setattr(config.data, "pad_to_crop", True),
