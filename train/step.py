@@ -362,7 +362,8 @@ def _at_work(model: CLAP, at_rest: Iterable[nn.Module]) -> nn.Module:
     if not left:
         return model
     parts = nn.ModuleList(part for part in model.children() if part not in left)
-    return nn.ModuleList([parts, nn.ParameterList(model.parameters(recurse=False))])
+    learned = [p for tower in left for p in tower.parameters() if p.requires_grad]  # what combines a summary
+    return nn.ModuleList([parts, nn.ParameterList([*model.parameters(recurse=False), *learned])])
 
 
 class Targets(NamedTuple):
