@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,21 +30,29 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What runs keep of frozen towers goes where the tests' files go."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTCLAP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def real_weights() -> Path:
+    """Folder with whisper-tiny.en-encoder and all-MiniLM-L6-v2, named by FASTCLAP_TEST_WEIGHTS; skips if not set."""
+    folder = os.environ.get("FASTCLAP_TEST_WEIGHTS")
+    if not folder:
+        pytest.skip("FASTCLAP_TEST_WEIGHTS names no folder of pretrained weights")
+    return Path(folder)
+
+
 @pytest.fixture
 def real_speech() -> Path:
     """Folder with train.jsonl and test.jsonl of real speech, named by FASTCLAP_TEST_DATA; skips where it is not set."""
     folder = os.environ.get("FASTCLAP_TEST_DATA")
     if not folder:
         pytest.skip("FASTCLAP_TEST_DATA names no folder of real speech")
-    return Path(folder)
-
-
-@pytest.fixture
-def real_weights() -> Path:
-    """Folder with whisper-tiny.en-encoder and all-MiniLM-L6-v2, named by FASTCLAP_TEST_WEIGHTS; skips where not set."""
-    folder = os.environ.get("FASTCLAP_TEST_WEIGHTS")
-    if not folder:
-        pytest.skip("FASTCLAP_TEST_WEIGHTS names no folder of pretrained weights")
     return Path(folder)
 
 

@@ -63,6 +63,12 @@ class DataConfig:
     """Batches each worker prepares ahead."""
     cache_mb: int = 0
     """Decoded audio kept in memory, in MiB, for each decoding process: small sets are then decoded once."""
+    frozen_cache: str = "auto"
+    """Where the pooled outputs of frozen towers are kept, to be computed once for all epochs and runs: a folder, auto
+    ($FASTCLAP_CACHE, else ~/.cache/fastclap), or off, to compute them at every step."""
+    frozen_crops: int = 4
+    """Crops of a clip longer than `crop_seconds` that are kept of a frozen audio tower, evenly spread and the same in
+    every run; each epoch takes one of them."""
     max_bad_share: float = 0.01
     """Share of unusable clips (missing, truncated, silent, NaN) that are set aside before the run stops."""
 
@@ -270,6 +276,11 @@ class TrainConfig:
                 fine is None or (len(fine) == 2 and fine[0] <= fine[1]),
                 f"--data.fine-characters is {fine}; give the shortest and the longest length",
             ),
+            (
+                bool(data.frozen_cache),
+                "--data.frozen-cache is empty; name a folder, or give auto or off",
+            ),
+            (data.frozen_crops >= 1, f"--data.frozen-crops is {data.frozen_crops}; it must be at least 1"),
             (data.crop_seconds > 0, f"--data.crop-seconds is {data.crop_seconds}; it must be positive"),
             (
                 data.batch_seconds is None or data.bucket_by_length,

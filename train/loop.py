@@ -175,7 +175,9 @@ def seed_step(config: TrainConfig, step: int, world: World) -> None:
     """Seed torch (CPU and GPU), NumPy and Python from (seed, step, rank)."""
     digest = hashlib.blake2b(f"{config.seed}/{step}/{world.rank}".encode(), digest_size=8).digest()
     seed = int.from_bytes(digest, "little") >> 1
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace where there is no GPU
+    if world.device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)
 

@@ -125,7 +125,7 @@ class Meter:
         if self._loading:
             figures["loader_clips_per_second"] = round(self._loaded / self._loading * self._world.size, 2)
         flops = self._flops() if self._flops is not None else None
-        if flops is not None and self._peak is not None:
+        if flops is not None and self._peak is not None and work.any():  # nothing was counted of towers kept in a file
             figures["mfu"] = round(3 * flops.forward(work) / seconds / self._peak, 4)  # backward is twice forward
         now = self._energy.joules() if self._energy is not None else None
         if now is not None and self._joules is not None:

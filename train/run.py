@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastclap.data import BatchSampler, ClipDataset, Manifest, Quarantine, load_manifest, make_loader
-from fastclap.data.dataset import Loader
+from fastclap.data import Batch, BatchSampler, ClipDataset, Manifest, Quarantine, load_manifest, make_loader
 from fastclap.data.demo_voices import write_demo
 from fastclap.data.rows import with_fine_captions
 from fastclap.data.tags import TagPrompts
@@ -24,6 +23,7 @@ from fastclap.models.clap import CLAP
 from fastclap.models.tokenizer import train_tokenizer
 from fastclap.prompts import load_prompts
 from fastclap.train import checkpoint, distributed, memory
+from fastclap.train import frozen as frozen_towers
 from fastclap.train.best import Best, comparable_figures
 from fastclap.train.config import TrainConfig, ValidConfig
 from fastclap.train.distributed import World
@@ -44,7 +44,8 @@ class Run:
     step: Step
     tags: TagPrompts | None  # of the tag loss
     valid: Manifest | None
-    loader: Loader
+    kept: frozen_towers.Kept  # of frozen towers
+    loader: Iterable[Batch]
     quarantine: Quarantine
     meter: Meter
     journal: Journal
@@ -80,6 +81,7 @@ class Run:
                 tasks=classification_tasks(config, self.valid),
                 batch_size=config.batch_size,
                 process_group=self.world.group,
+                known=self.kept.known,
             )
         if self.journal.write_validation(self.step.number, figures):
             try:
@@ -178,6 +180,9 @@ def prepare(config: TrainConfig, world: World) -> Run:
     )
     if resume_path is None:
         fit_feature_statistics(model, dataset, world)
+    quarantine = Quarantine(Path(config.run_dir) / "quarantine.jsonl", len(manifest), data.max_bad_share)
+    with meter.paused():
+        kept = frozen_towers.keep(model, config, world, dataset, valid, quarantine, other_teacher=teacher is not None)
     towers: list[Any] = [model.audio_branch, model.text_branch]
     model.set_frozen(config.optimizer.unfreeze_step == 0)  # what will ever train, and the memory that it will need
     unchanging = checkpoint.keep_frozen(config, model, world, resume_path)
@@ -185,23 +190,35 @@ def prepare(config: TrainConfig, world: World) -> Run:
     model.set_frozen(True)
     for tower in towers:
         tower.prepare_training(compile=config.compiles(world.device.type), checkpoint=plan.checkpoint)
-    sharded = distributed.shard(towers, world) if config.shard else []
+    at_rest = [tower for tower, table in zip(towers, (kept.clips, kept.texts), strict=True) if table is not None]
+    at_work = [tower for tower in towers if tower not in at_rest]
+    sharded = distributed.shard(at_work, world) if config.shard else []
 
     # The step, and the state of the optimizer and of the average that it continues from.
     chunk_sizes = (state or {}).get("chunk_sizes") or [plan.chunk_size] * 2
-    step = Step(model, config, world, sharded=sharded, teacher=teacher, number=start_step, chunk_sizes=chunk_sizes)
+    step = Step(
+        model,
+        config,
+        world,
+        sharded=sharded,
+        teacher=teacher,
+        at_rest=at_rest,
+        number=start_step,
+        chunk_sizes=chunk_sizes,
+    )
     if resume_path is not None:
         checkpoint.restore_step(resume_path, step)
 
     journal = Journal(config, world, meter, state, best)
     journal.say(opening_line(config, model, manifest, valid, start_step))
-    if plan.text:
-        journal.say(plan.text)
-    quarantine = Quarantine(Path(config.run_dir) / "quarantine.jsonl", len(manifest), data.max_bad_share)
+    for line in (plan.text, *kept.text):
+        if line:
+            journal.say(line)
     on_gpu = world.device.type == "cuda"
-    loader = make_loader(dataset, sampler, num_workers=data.workers, prefetch=data.prefetch, pin_memory=on_gpu)
+    workers = data.workers if kept.clips is None else 0
+    loader = make_loader(kept.dataset(dataset), sampler, num_workers=workers, prefetch=data.prefetch, pin_memory=on_gpu)
     saver = checkpoint.Saver(journal.say, unchanging)
-    return Run(config, world, model, step, tags, valid, loader, quarantine, meter, journal, saver)
+    return Run(config, world, model, step, tags, valid, kept, kept.loader(loader), quarantine, meter, journal, saver)
 
 
 def make_demo_data(config: TrainConfig, world: World) -> None:
@@ -318,8 +335,8 @@ def fit_feature_statistics(model: CLAP, dataset: ClipDataset, world: World) -> N
         return
     if world.is_main:
         rows = list(range(0, len(dataset.manifest), max(1, len(dataset.manifest) // _STATISTICS_CLIPS)))
-        batches = (dataset[(0, 0, rows[first : first + 32])] for first in range(0, len(rows), 32))
-        tower.fit_feature_statistics((batch.audio, batch.lengths.to(world.device)) for batch in batches)
+        batches = (dataset[(0, 0, rows[first : first + 32])].to(world.device) for first in range(0, len(rows), 32))
+        tower.fit_feature_statistics((batch.audio, batch.lengths) for batch in batches if batch.audio is not None)
     distributed.broadcast_weights(tower, world)
 
 

@@ -50,6 +50,7 @@ class Step:
         sharded: the model's modules that `distributed.shard` returned.
         teacher: model in evaluation mode whose similarities the loss approaches; the moving average of `--loss.teacher
             ema` needs none.
+        at_rest: towers of the model that never run, because batches hold their summaries.
         number: steps that were taken before.
         chunk_sizes: of the gradient cache, as an earlier start with `--chunk-size auto` has found them.
 
@@ -70,6 +71,7 @@ class Step:
         *,
         sharded: Iterable[Any] = (),
         teacher: CLAP | None = None,
+        at_rest: Iterable[nn.Module] = (),
         number: int = 0,
         chunk_sizes: list[int] | None = None,
     ) -> None:
@@ -99,6 +101,7 @@ class Step:
             every_caption=config.shard,
             teacher=teacher,
             queue=self.queue,
+            at_rest=at_rest,
         )
 
     def __call__(self, batches: Iterable[Batch], stop: Callable[[], bool] = lambda: False) -> StepResult:
@@ -193,6 +196,7 @@ class Objective:
         queue: receives the embeddings of every batch, once its loss is known. The embedding of a clip or caption that
             is not finite goes in as zeros, which have the cosine 0 with all others: it would make the loss of every
             batch NaN for as long as it stays.
+        at_rest: towers of the model that never run, because batches hold their summaries.
 
     Attributes:
         use_queue: whether the entries of the queue are negatives.
@@ -213,6 +217,7 @@ class Objective:
         every_caption: bool = False,
         teacher: CLAP | None = None,
         queue: EmbeddingQueue | None = None,
+        at_rest: Iterable[nn.Module] = (),
     ) -> None:
         if config.kind == "sigmoid" and model.logit_bias is None:
             raise ConfigError("--loss.kind sigmoid needs a logit bias: set --model.init-logit-bias (SigLIP uses -10)")
@@ -229,7 +234,9 @@ class Objective:
         self._unqueued: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
         self.targets = Targets(torch.empty(0), None, None, 1.0)
         towers = [self.encode_audio, self.encode_text]
-        self._cache = GradCache(towers, chunk_size, self.loss, modules=[model]) if chunk_size else None
+        self._cache = (
+            GradCache(towers, chunk_size, self.loss, modules=[_at_work(model, at_rest)]) if chunk_size else None
+        )
 
     @property
     def chunk_sizes(self) -> list[int] | None:
@@ -238,7 +245,7 @@ class Objective:
 
     def __call__(self, batch: Batch, weight: float = 1.0) -> Tensor:
         """Forward and backward of `weight` times the loss; returns the unweighted loss, detached, on the device."""
-        text: dict[str, Any] = {**(batch.text or {}), "token_counts": batch.tokens}
+        text: dict[str, Any] = {**(batch.text or {}), "token_counts": batch.tokens or None}
         rows, prompt_rows = batch.text_rows, batch.prompt_rows
         if rows is None:
             text, rows, prompt_rows = self._tokenized(self.model, batch.captions, batch.prompts)
@@ -247,17 +254,20 @@ class Objective:
             text = {name: value[every] for name, value in text.items() if isinstance(value, Tensor)}
             order = torch.arange(len(every), device=rows.device)
             rows, prompt_rows = order[: len(rows)], None if prompt_rows is None else order[len(rows) :]
-        audio = {
-            "audio": batch.audio,
-            "lengths": batch.lengths,
-            "mean": batch.mean,
-            "std": batch.std,
-            "host_lengths": batch.samples,
-        }
+        audio: dict[str, Any] = {"summary": batch.audio_summary}
+        if batch.audio_summary is None:
+            audio = {
+                "audio": batch.audio,
+                "lengths": batch.lengths,
+                "mean": batch.mean,
+                "std": batch.std,
+                "host_lengths": batch.samples,
+            }
         clip_ids = caption_ids = batch.caption_ids if self.config.share_equal_captions else None
-        captions_each = len(rows) // len(batch.samples)
+        clips = len(batch.rows)
+        captions_each = len(rows) // clips
         if captions_each > 1:  # the positives of a clip are its own captions
-            clip_ids = torch.arange(len(batch.samples), device=rows.device) + (self.world.rank << 32)
+            clip_ids = torch.arange(clips, device=rows.device) + (self.world.rank << 32)
             if self._queue is not None:  # which has clips of other batches too
                 clip_ids = torch.tensor(batch.rows).to(rows.device, non_blocking=True)
             caption_ids = clip_ids.repeat(captions_each)
@@ -287,7 +297,7 @@ class Objective:
             return None
         if self.config.teacher != "ema":  # another model, perhaps with another tokenizer
             text, rows, _ = self._tokenized(teacher, batch.captions, [])
-        sizes = self.chunk_sizes or [len(batch.samples), len(rows)]
+        sizes = self.chunk_sizes or [len(batch.rows), len(rows)]
         with torch.no_grad(), self._autocast():
             audio_embeddings = _embeddings(teacher.encode_audio, audio, sizes[0])
             text_embeddings = _embeddings(teacher.encode_text, text, sizes[1])[rows]
@@ -373,6 +383,16 @@ class Objective:
         return loss
 
 
+def _at_work(model: CLAP, at_rest: Iterable[nn.Module]) -> nn.Module:
+    """The model without some of its parts: a gradient cache goes through all modules at each step."""
+    left = set(at_rest)
+    if not left:
+        return model
+    parts = nn.ModuleList(part for part in model.children() if part not in left)
+    learned = [p for tower in left for p in tower.parameters() if p.requires_grad]  # what combines a summary
+    return nn.ModuleList([parts, nn.ParameterList([*model.parameters(recurse=False), *learned])])
+
+
 class Targets(NamedTuple):
     """What the loss needs to know of a batch besides its embeddings."""
 
@@ -424,13 +444,23 @@ class WeightAverage:
         self.tensors: dict[str, Tensor] = {name: tensor.detach().clone() for name, tensor in self._current.items()}
         pairs = [(local(self.tensors[name]), local(tensor.detach())) for name, tensor in self._current.items()]
         self._floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        parameters = dict(model.named_parameters())
+        self._parameters = [
+            parameters.get(name) for name, held in self.tensors.items() if held.is_floating_point()
+        ]  # of `_floating`; None: a buffer
         self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Fold in the weights after optimizer step number `step` (from 1)."""
         weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_([held for held, _ in self._floating], [new for _, new in self._floating], weight)
+        # The average of what stands still is what it was.
+        moving = [
+            pair
+            for pair, parameter in zip(self._floating, self._parameters, strict=True)
+            if parameter is None or parameter.requires_grad
+        ]
+        torch._foreach_lerp_([held for held, _ in moving], [new for _, new in moving], weight)
         for held, new in self._others:
             held.copy_(new)
 

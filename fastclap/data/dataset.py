@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from multiprocessing import connection
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from fastclap.data.shards import open_clip
 from fastclap.data.tags import TagPrompts
 from fastclap.data.workers import describe_deaths, fork_server, start_worker
 from fastclap.errors import DataError, FastclapError, TrainingError
+
+T = TypeVar("T")
 
 _MAX_REPLACEMENTS = 64
 
@@ -52,25 +54,26 @@ class Batch:
 
     step: int
     epoch: int
-    audio: Tensor  # int16 [B, T], zero-padded
-    lengths: Tensor  # int64 [B], samples
+    audio: Tensor | None  # int16 [B, T], zero-padded; None: there is `audio_summary` instead
+    lengths: Tensor | None  # int64 [B], samples; None likewise
     mean: Tensor | None  # float32 [B], of the whole file before the crop, full scale = ±1; None unless asked for
     std: Tensor | None  # float32 [B], population standard deviation, in the same unit
     captions: list[str]  # of each clip; of pairs first those of all clips, then the second ones
     caption_ids: Tensor  # int64 [captions], equal for equal captions on every rank
     rows: list[int]  # the rows that were used, replacements included
     bad: list[BadClip]  # the rows that could not be used
-    text: dict[str, Tensor] | None = None  # tokenized distinct captions and then prompts [U, tokens]
+    text: dict[str, Tensor] | None = None  # the distinct captions and then prompts, as arguments of `encode_text`
     text_rows: Tensor | None = None  # int64 [captions], which of those each is; None unless the data set tokenizes
-    tokens: list[int] = field(default_factory=list)  # how many each distinct text has
+    tokens: list[int] = field(default_factory=list)  # how many each distinct text has, if they are tokenized
     prompts: list[str] = field(default_factory=list)  # one for each tag, the same on every rank
     prompt_rows: Tensor | None = None  # int64 [tags], which of the distinct texts each prompt is
     tags: Tensor | None = None  # bool [B, tags], which clip has which tag
     samples: list[int] = field(default_factory=list)  # `lengths`, to be read without waiting for a device
+    audio_summary: Tensor | None = None  # [B, ...], what a frozen tower says of the clips
     seconds: float = 0.0  # that a loader process took to make it
 
     def __post_init__(self) -> None:
-        if not self.samples:
+        if not self.samples and self.lengths is not None:
             self.samples = self.lengths.tolist()
 
     def pin_memory(self) -> Batch:
@@ -173,7 +176,7 @@ class ClipDataset(Dataset[Batch]):
         bad: list[BadClip] = []
         occasion = step if self.repeats else epoch
         for row in wanted:
-            used_row, clip = self._usable(occasion, row, used, bad)
+            used_row, clip = self.usable(occasion, row, used, bad, self._load)
             rows.append(used_row)
             clips.append(clip)
         if self.caption == "pair":
@@ -212,8 +215,17 @@ class ClipDataset(Dataset[Batch]):
             bad=bad,
         )
 
-    def _usable(self, epoch: int, row: int, used: set[int], bad: list[BadClip]) -> tuple[int, Clip]:
-        """The clip of `row`, or of the first row that is drawn in its place and can be used."""
+    def usable(
+        self, epoch: int, row: int, used: set[int], bad: list[BadClip], load: Callable[[int, int], T]
+    ) -> tuple[int, T]:
+        """What `load(epoch, row)` gives of `row`, or of the first row drawn in its place that can be used, and which.
+
+        Args:
+            epoch: of the draw.
+            row: that is wanted.
+            used: rows of the batch, which are not to be drawn again; the row is added.
+            bad: receives the rows that cannot be used: those of which `load` raises AudioError.
+        """
         first, last = self._source_range(self.manifest[row].source)
         candidate, reason = row, None
         for attempt in range(_MAX_REPLACEMENTS):
@@ -223,7 +235,7 @@ class ClipDataset(Dataset[Batch]):
                 if candidate == row or (candidate in used and attempt < _MAX_REPLACEMENTS // 2):
                     continue
             try:
-                clip = self._load(epoch, candidate)
+                clip = load(epoch, candidate)
             except AudioError as error:
                 reason = str(error)
                 bad.append(BadClip(candidate, error.path, error.reason, self.manifest[candidate].origin))
@@ -245,6 +257,23 @@ class ClipDataset(Dataset[Batch]):
         return first, first + self.manifest.source_sizes[source]
 
     def _load(self, epoch: int, row: int) -> Clip:
+        def start(length: int) -> int:
+            assert self.crop is not None
+            return draw(length - self.crop + 1, self.seed, epoch, row, CROP)
+
+        return self.load(row, start)
+
+    def load(self, row: int, crop_start: Callable[[int], int]) -> Clip:
+        """A clip, cropped if it is longer than the crop.
+
+        Args:
+            row: of the manifest.
+            crop_start: first sample of the crop in a clip of so many; asked of longer clips alone. A crop that is all
+                zeros is moved to where there is sound.
+
+        Raises:
+            AudioError: the clip is unusable.
+        """
         clip_row = self.manifest[row]
         key = (clip_row.audio, -1) if clip_row.packed is None else (clip_row.packed.shard, clip_row.packed.offset)
         clip = self._cache.get(key)
@@ -253,22 +282,18 @@ class ClipDataset(Dataset[Batch]):
                 length = file.num_samples
                 known = file.statistics or (None if self.file_statistics else (math.nan, math.nan))
                 if self.crop and length > self.crop and known and not self._cache.budget:
-                    wave = file.read(self._crop_start(epoch, row, length), self.crop)
+                    wave = file.read(crop_start(length), self.crop)
                     if wave.any():
                         return Clip(wave, *known)
                 clip = whole_clip(file)
             self._cache.put(key, clip)
         wave = clip.wave
         if self.crop and len(wave) > self.crop:
-            start = self._crop_start(epoch, row, len(wave))
+            start = crop_start(len(wave))
             if not wave[start : start + self.crop].any():  # digital silence: move the crop to where there is sound
                 start = min(int(np.flatnonzero(wave)[0]), len(wave) - self.crop)
             wave = wave[start : start + self.crop]
         return clip._replace(wave=wave)
-
-    def _crop_start(self, epoch: int, row: int, length: int) -> int:
-        assert self.crop is not None
-        return draw(length - self.crop + 1, self.seed, epoch, row, CROP)
 
     def _draw_caption(self, epoch: int, row: int) -> str:
         clip: Row = self.manifest[row]
@@ -401,7 +426,7 @@ class Quarantine:
 class _ErrorsAsItems(Dataset[Any]):
     """Returns a user's error as an item, because torch would bury its message in the traceback of the worker."""
 
-    def __init__(self, dataset: ClipDataset) -> None:
+    def __init__(self, dataset: Dataset[Batch]) -> None:
         self.dataset = dataset
 
     def __getitem__(self, item: tuple[int, int, list[int]]) -> Batch | FastclapError:
@@ -446,7 +471,7 @@ class Loader:
 
 
 def make_loader(
-    dataset: ClipDataset,
+    dataset: Dataset[Batch],
     sampler: BatchSampler,
     *,
     num_workers: int = 0,
@@ -456,6 +481,7 @@ def make_loader(
     """The batches of `sampler` in order, from its `start_step` to its `stop_step`.
 
     Args:
+        dataset: maps an item of the sampler to a batch.
         num_workers: loader processes; 0 decodes in the calling process. They come from a fork server, which has
             imported torch once and holds no CUDA state, and end with the calling process even if that is killed.
         prefetch: batches that each loader process keeps ready.

@@ -54,6 +54,7 @@ class TagPrompts:
 
     Attributes:
         vocabulary: the tags, in the order of the loss's columns.
+        sentences: those of each tag, from which `draw` draws one.
 
     Raises:
         DataError: no row has a tag, or the file is unusable.
@@ -65,12 +66,12 @@ class TagPrompts:
         self.vocabulary = sorted({tag for tags in clip_tags(manifest, column) for tag in tags})
         written: Mapping[str, list[str]] = load_prompts(path, column) if path is not None else {}
         sentences = {tag.strip().lower(): texts for tag, texts in written.items()}
-        self._sentences = [sentences.get(tag) or [fill_template(DEFAULT_TEMPLATE, tag)] for tag in self.vocabulary]
+        self.sentences = [sentences.get(tag) or [fill_template(DEFAULT_TEMPLATE, tag)] for tag in self.vocabulary]
         self._index = {tag: index for index, tag in enumerate(self.vocabulary)}
 
     def draw(self, step: int) -> list[str]:
         """One sentence for each tag, uniformly from its list, fixed by (seed, step)."""
-        return [texts[draw(len(texts), self.seed, step, PROMPT, index)] for index, texts in enumerate(self._sentences)]
+        return [texts[draw(len(texts), self.seed, step, PROMPT, index)] for index, texts in enumerate(self.sentences)]
 
     def targets(self, rows: Sequence[Row]) -> Tensor:
         """bool [rows, tags]: which clip has which tag. Tags outside the vocabulary are ignored."""

@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from torch import Tensor
 
 from fastclap.data import BadClip, Row, eval_batches
-from fastclap.evaluation.ranks import EvaluationRanks
+from fastclap.evaluation.ranks import Embedded, EvaluationRanks
 from fastclap.models.encoder import DualEncoder
+
+
+class KnownVectors(Protocol):
+    """Unit vectors of an evaluation that need no encoder, because a frozen tower's part in them is kept."""
+
+    def clips(self, rank: int, size: int) -> Embedded | None:
+        """This rank's share of a manifest's clips, its unusable ones included; None: they have to be encoded."""
+
+    def texts(self, texts: Sequence[str]) -> Tensor | None:
+        """All of these texts, in the order given, on every rank, all of which call this; None: to be encoded."""
 
 
 def embed_clips(
@@ -49,8 +60,13 @@ def embed_clips(
             yield batch.rows, model.embed_batch(batch.audio, lengths)
 
 
-def embed_texts(model: DualEncoder, texts: Sequence[str], ranks: EvaluationRanks) -> Tensor:
+def embed_texts(
+    model: DualEncoder, texts: Sequence[str], ranks: EvaluationRanks, known: KnownVectors | None = None
+) -> Tensor:
     """Unit vectors of texts, in the order given: float32 [n, D] on the model's device, on every rank."""
+    vectors = None if known is None else known.texts(texts)
+    if vectors is not None:
+        return vectors
     if ranks.size == 1:
         return model.embed_text(texts)
     batches = model.text_batches(texts)

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastclap import console
 from fastclap.data import BadClip, Manifest, Row
 from fastclap.errors import ConfigError, DataError, ModelError
-from fastclap.evaluation.embedding import embed_clips, embed_texts
+from fastclap.evaluation.embedding import KnownVectors, embed_clips, embed_texts
 from fastclap.evaluation.metrics import classification, prompt_ensemble, retrieval, unique_texts
 from fastclap.evaluation.projection import coordinates, even_selection, principal_components
 from fastclap.evaluation.ranks import Embedded, EvaluationRanks
@@ -71,6 +71,7 @@ def evaluate(
     batch_size: int = 32,
     progress: bool = False,
     process_group: dist.ProcessGroup | None = None,
+    known: KnownVectors | None = None,
 ) -> dict[str, Any]:
     """Retrieval and zero-shot classification on one manifest, whose audio is embedded once, on the model's device.
 
@@ -90,6 +91,7 @@ def evaluate(
         process_group: processes that share the embedding, batch by batch; every one of them calls this with the same
             arguments and the same model, replicated or sharded, and receives the figures, which rank 0 computes. They
             are those of one process.
+        known: gives vectors of this manifest's clips, or of texts, that need no encoder.
 
     Returns:
         A JSON-able dict: `clips` (on which the figures are based), `skipped` (row, path and reason of the others),
@@ -126,12 +128,19 @@ def evaluate(
     start = time.perf_counter()
     ranks = EvaluationRanks(model, process_group)
     with _training_untouched(model):
-        audio, rows, skipped = _embed_manifest(model, manifest, batch_size, progress and ranks.rank == 0, ranks)
+        audio, rows, skipped = _embed_manifest(model, manifest, batch_size, progress and ranks.rank == 0, ranks, known)
         audio = _cut(audio, width)
         audio_seconds = time.perf_counter() - start
         retrievals = {
             name: _retrieval(
-                model, audio, [_captions(manifest[row], name) for row in rows], name, captions_per_clip, width, ranks
+                model,
+                audio,
+                [_captions(manifest[row], name) for row in rows],
+                name,
+                captions_per_clip,
+                width,
+                ranks,
+                known,
             )
             for name in captions
         }
@@ -140,7 +149,7 @@ def evaluate(
         for task, names in zip(tasks, candidates, strict=True):
             tags = [manifest[row].tags_of(task.column) for row in rows]
             classifications[task.column], labels[task.column] = _classification(
-                model, audio, tags, task, names, width, ranks
+                model, audio, tags, task, names, width, ranks, known
             )
 
         def figures() -> dict[str, Any]:
@@ -203,11 +212,19 @@ def evaluate_classification(
 
 
 def _embed_manifest(
-    model: DualEncoder, manifest: Manifest, batch_size: int, progress: bool, ranks: EvaluationRanks
+    model: DualEncoder,
+    manifest: Manifest,
+    batch_size: int,
+    progress: bool,
+    ranks: EvaluationRanks,
+    known: KnownVectors | None,
 ) -> tuple[Tensor, list[int], list[BadClip]]:
     """Unit vectors [clips, D] of the readable clips in the manifest's order, their rows, and the other clips."""
 
     def embed() -> Embedded:
+        given = None if known is None else known.clips(ranks.rank, ranks.size)
+        if given is not None:
+            return given
         rows: list[int] = []
         found: list[Tensor] = []
         bad: list[BadClip] = []
@@ -253,13 +270,14 @@ def _retrieval(
     captions_per_clip: CaptionsPerClip,
     width: int | None,
     ranks: EvaluationRanks,
+    known: KnownVectors | None,
 ) -> Callable[[], dict[str, Any]]:
     """What computes the figures of a retrieval, with its texts embedded."""
     kept = [i for i, texts in enumerate(captions) if texts]
     if not kept:
         raise DataError(f"no clip with a {name} caption can be read")
     texts, ids = unique_texts([captions[i][:1] if captions_per_clip == "first" else captions[i] for i in kept])
-    vectors = _cut(embed_texts(model, texts, ranks), width)
+    vectors = _cut(embed_texts(model, texts, ranks, known), width)
 
     def figures() -> dict[str, Any]:
         return {
@@ -281,6 +299,7 @@ def _classification(
     classes: Sequence[str],
     width: int | None,
     ranks: EvaluationRanks,
+    known: KnownVectors | None,
 ) -> tuple[Callable[[], dict[str, Any]], _Labels]:
     """What computes the figures of a classification, with its prompts embedded, and what a map shows of it."""
     candidates = [[tag for tag in dict.fromkeys(values) if tag in set(classes)] for values in tags]
@@ -290,7 +309,7 @@ def _classification(
     filled = [[fill_template(template, name) for template in task.templates] for name in classes]
     prompts = [task.prompts[name] for name in classes] if task.prompts else filled
     owner = [i for i, texts in enumerate(prompts) for _ in texts]
-    vectors = _cut(embed_texts(model, [text for texts in prompts for text in texts], ranks), width)
+    vectors = _cut(embed_texts(model, [text for texts in prompts for text in texts], ranks, known), width)
     class_emb = prompt_ensemble(vectors, owner, len(classes))
 
     def figures() -> dict[str, Any]:

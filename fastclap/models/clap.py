@@ -153,11 +153,13 @@ class CLAP(DualEncoder):
 
     def encode_audio(
         self,
-        audio: Tensor,  # int16 or float [B, T]
+        audio: Tensor | None = None,  # int16 or float [B, T]
         lengths: Tensor | None = None,  # [B]
         mean: Tensor | None = None,  # [B]
         std: Tensor | None = None,  # [B]
         host_lengths: Sequence[int] | None = None,
+        *,
+        summary: Tensor | None = None,  # [B, ...]
     ) -> Tensor:  # [B, D]
         """Embeddings of a padded batch, not normalised.
 
@@ -168,10 +170,15 @@ class CLAP(DualEncoder):
             std: whole-file standard deviation, likewise.
             host_lengths: the numbers in `lengths`, for the host. They change nothing but the speed: a tower that knows
                 the shapes beforehand computes next to nothing on padding, without waiting for the device.
+            summary: what `audio_branch.summarize` gives of all that, which is then not needed.
 
         Raises:
             ValueError: `host_lengths` are not those of the batch.
         """
+        if summary is not None:
+            return self.audio_projection(self.audio_branch.combine(summary))
+        if audio is None:
+            raise TypeError("encode_audio takes audio, or a summary of it")
         chunk = self.audio_branch.chunk
         if chunk is None or audio.shape[1] <= chunk:
             return self.audio_projection(self.audio_branch(audio, lengths, mean, std, host_lengths))
@@ -184,18 +191,13 @@ class CLAP(DualEncoder):
         unit = F.normalize(vectors, dim=-1).unflatten(0, sizes.shape)
         return masked_mean(unit, (sizes > 0) | (begins == 0)).to(unit.dtype)
 
-    def encode_audio_summary(
-        self,
-        summary: Tensor,  # [B, ...], of `AudioTower.summarize`
-    ) -> Tensor:  # [B, D]
-        """Embeddings of clips from what the encoder says of them."""
-        return self.audio_projection(self.audio_branch.combine(summary))
-
     def encode_text(
         self,
-        input_ids: Tensor,  # int64 [B, tokens]
-        attention_mask: Tensor,  # [B, tokens], 1 on tokens
+        input_ids: Tensor | None = None,  # int64 [B, tokens]
+        attention_mask: Tensor | None = None,  # [B, tokens], 1 on tokens
         token_counts: Sequence[int] | None = None,
+        *,
+        summary: Tensor | None = None,  # [B, ...]
     ) -> Tensor:  # [B, D]
         """Embeddings of tokenized captions, not normalised.
 
@@ -203,18 +205,16 @@ class CLAP(DualEncoder):
             input_ids: as from `tokenize`, padded on the right.
             attention_mask: likewise.
             token_counts: row sums of `attention_mask`, for the host; what `host_lengths` are to `encode_audio`.
+            summary: what `text_branch.summarize` gives of all that, which is then not needed.
 
         Raises:
             ValueError: `token_counts` are not those of the batch.
         """
+        if summary is not None:
+            return self.text_projection(self.text_branch.combine(summary))
+        if input_ids is None or attention_mask is None:
+            raise TypeError("encode_text takes input_ids and attention_mask, or a summary of them")
         return self.text_projection(self.text_branch(input_ids, attention_mask, token_counts))
-
-    def encode_text_summary(
-        self,
-        summary: Tensor,  # [B, ...], of `TextTower.summarize`
-    ) -> Tensor:  # [B, D]
-        """Embeddings of captions from what the encoder says of them."""
-        return self.text_projection(self.text_branch.combine(summary))
 
     def forward(
         self,
@@ -271,6 +271,13 @@ class CLAP(DualEncoder):
                 rows.append(self.encode_text(**batch, token_counts=sizes[chunk].tolist()))
             embeddings = F.normalize(torch.cat(rows)[torch.cat(chunks).argsort().to(self.device)].float(), dim=-1)
         return embeddings.clone()
+
+    def embed_summaries(self, *, audio: Tensor | None = None, text: Tensor | None = None) -> Tensor:
+        """Unit vectors [n, D], float32, of what the audio tower or the text tower `summarize`s, [n, ...]."""
+        with self._inference():
+            encoded = self.encode_text(summary=text) if audio is None else self.encode_audio(summary=audio)
+            vectors = F.normalize(encoded.float(), dim=-1)
+        return vectors.clone()
 
     def text_batches(self, texts: Sequence[str], *, batch_size: int = 256) -> list[list[int]]:
         """Which texts `embed_text` encodes together: those with like numbers of tokens."""

@@ -110,7 +110,7 @@ class DualEncoder(nn.Module):
             audio: on any device.
             lengths: valid samples of each clip, on the host.
         """
-        groups = self._encoding_groups(lengths)
+        groups = self.encoding_groups(lengths)
         encoded = []
         with self._inference():
             for rows in groups:
@@ -123,7 +123,7 @@ class DualEncoder(nn.Module):
 
     def audio_runs(self, lengths: Sequence[int]) -> int:
         """How often `embed_batch` runs the audio encoder for a batch of these lengths."""
-        return len(self._encoding_groups(lengths))
+        return len(self.encoding_groups(lengths))
 
     def run_on_silence(self, times: int) -> None:
         """Run the audio encoder for nothing, as often as other ranks of sharded towers run it for their clips."""
@@ -133,7 +133,7 @@ class DualEncoder(nn.Module):
             for _ in range(times):
                 self.encode_audio(silence, torch.tensor([second], device=self.device), host_lengths=[second])
 
-    def _encoding_groups(self, lengths: Sequence[int]) -> list[list[int]]:
+    def encoding_groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Rows of a batch that are encoded together."""
         if self.single_on_cpu and self.device.type == "cpu":
             return [[row] for row in range(len(lengths))]

@@ -323,7 +323,7 @@ def test_the_fourth_formant_is_near_praats(clips: Clips) -> None:
 
 
 def test_the_sex_of_real_voices(real_speech: Path) -> None:
-    """Of two other speakers than those the limits were set on: nearly all clips get a sex, nearly always the right one."""
+    """Of two speakers that the limits were not set on: nearly all clips get a sex, nearly always the right one."""
     rows = [json.loads(line) for line in (real_speech / "test.jsonl").open("r")]
     found = [
         sex_of_voice(measure(read_audio(real_speech / row["relative_audio_path"], dtype="float32"))) for row in rows
