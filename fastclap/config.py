@@ -41,6 +41,19 @@ class AudioTowerConfig:
     freeze_layers: int = 0
     """Every kind but clap-htsat and cnn14: keep the first layers of the transformer fixed, this many, and all that
     comes before them."""
+    freeze_modules: list[str] = field(default_factory=list)
+    """Modules of the tower to keep fixed, by their names or patterns of a shell: base.layer_norm,
+    base.layers.[0-3], *.attention. Dropout in them goes on."""
+    lora_rank: int = 0
+    """Every kind but log-mel: rank of LoRA's adapters, which train in place of the linear layers that they are added to
+    (0: none; needs peft). An exported model holds the sum."""
+    lora_alpha: float = 16.0
+    """Adapters are multiplied by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Dropout of the adapters' input."""
+    lora_targets: list[str] = field(default_factory=list)
+    """Linear layers with adapters, by the end of their names or patterns of a shell, such as q_proj v_proj. Empty: all
+    of the transformer layers that freeze_layers does not keep fixed."""
     normalize_waveform: bool = True
     """wav2vec2: subtract the mean and divide by the standard deviation of the whole file."""
     window: Literal["full", "clip"] = "full"
@@ -125,6 +138,19 @@ class TextTowerConfig:
     """Keep the embeddings of the tokens, with those of positions and their norm, fixed; dropout goes on."""
     freeze_layers: int = 0
     """Keep the first layers of the transformer fixed, this many, and the embeddings."""
+    freeze_modules: list[str] = field(default_factory=list)
+    """Modules of the tower to keep fixed, by their names or patterns of a shell: base.pooler,
+    base.encoder.layer.[0-3], *.attention. Dropout in them goes on."""
+    lora_rank: int = 0
+    """hf: rank of LoRA's adapters, which train in place of the linear layers that they are added to (0: none; needs
+    peft). An exported model holds the sum."""
+    lora_alpha: float = 16.0
+    """Adapters are multiplied by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Dropout of the adapters' input."""
+    lora_targets: list[str] = field(default_factory=list)
+    """Linear layers with adapters, by the end of their names or patterns of a shell, such as q_proj v_proj. Empty: all
+    of the transformer layers that freeze_layers does not keep fixed."""
     pooling: Literal["cls", "mean", "pooler", "statistics", "attention", "last", "msclap"] = "mean"
     """First token, mean over the tokens, or (hf) the encoder's own pooler output, the mean with the standard deviation,
     a mean with learned weights, or the last token. msclap (hf): the token that MS-CLAP 2023 reads, which is the last

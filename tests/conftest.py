@@ -38,6 +38,15 @@ def real_speech() -> Path:
     return Path(folder)
 
 
+@pytest.fixture
+def real_weights() -> Path:
+    """Folder with whisper-tiny.en-encoder and all-MiniLM-L6-v2, named by FASTCLAP_TEST_WEIGHTS; skips where not set."""
+    folder = os.environ.get("FASTCLAP_TEST_WEIGHTS")
+    if not folder:
+        pytest.skip("FASTCLAP_TEST_WEIGHTS names no folder of pretrained weights")
+    return Path(folder)
+
+
 @pytest.fixture(scope="session")
 def reference() -> Path:
     """Checkout of ParaSpeechCLAP, named by FASTCLAP_REFERENCE; skips where it is not set."""

@@ -5,6 +5,9 @@ disk, `state.json` (with the size of every other file) comes last, and one renam
 the final name is complete or was damaged later, which the sizes show. Nothing in it is a pickle: tensors are
 safetensors, the rest is JSON. The folder is also a model folder: `CLAP.from_pretrained` reads it.
 
+What no step of the run changes, such as a frozen tower or the weights that LoRA adapts, is written once, to
+`frozen.safetensors` in the run folder. A checkpoint then holds the other tensors, and that file's fingerprint.
+
 Training waits only until its tensors are copied to the host; a thread brings the copy to the disk (`Saver`).
 torch.distributed.checkpoint would not make this shorter: it writes shards with a pickled index, which is no model
 folder, and leaves the rename, the sizes and the removal of old checkpoints to do.
@@ -28,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,10 +40,21 @@ from fastclap.errors import ConfigError, ModelError, TrainingError
 from fastclap.files import fsync
 from fastclap.models.card import model_card
 from fastclap.models.clap import CLAP
-from fastclap.models.folder import WEIGHTS_FILE, check_weights, load_state_dict_file, write_model
+from fastclap.models.folder import (
+    FROZEN_FILE,
+    FROZEN_NOTE,
+    WEIGHTS_FILE,
+    check_weights,
+    find_frozen,
+    fingerprint,
+    load_state_dict_file,
+    load_weights,
+    write_model,
+)
+from fastclap.models.lora import merged
 from fastclap.models.tokenizer import Tokenizer
 from fastclap.train.config import TrainConfig
-from fastclap.train.distributed import placed_like, whole
+from fastclap.train.distributed import World, placed_like, whole
 from fastclap.train.step import Step
 
 Key = TypeVar("Key", bound=Hashable)
@@ -138,6 +152,55 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class Frozen(NamedTuple):
+    """The tensors that no step of a run changes, and the file that holds them for all checkpoints."""
+
+    names: frozenset[str]
+    note: dict[str, Any]  # fingerprint of the file; empty on ranks that write nothing
+
+
+def keep_frozen(config: TrainConfig, model: CLAP, world: World, resumed: Path | None) -> Frozen | None:
+    """Write the tensors that no step changes to the run folder, unless it has them; None: every tensor changes.
+
+    Buffers count as changing. Every rank calls this, before towers are sharded.
+
+    Args:
+        config: of the run.
+        model: as training starts with it, with all that will ever train free to do so.
+        world: this process.
+        resumed: the checkpoint that the run goes on from, whose own weights the model has been built with.
+
+    Raises:
+        TrainingError: the disk refused the write.
+        ModelError: the run folder's file holds tensors that train.
+    """
+    names = frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad)
+    shared = None if resumed is None else find_frozen(resumed, verify=False)
+    if resumed is not None and shared is not None:
+        with safe_open(shared, "pt") as file:
+            held = frozenset(file.keys())
+        if not held <= names:
+            raise ModelError(
+                f"{shared}: holds tensors that train now, such as {min(held - names)}; use the release that wrote it"
+            )
+        return Frozen(held, json.loads((resumed / FROZEN_NOTE).read_text()))
+    if not names or not world.is_main:
+        return Frozen(names, {}) if names else None
+    path = Path(config.run_dir) / FROZEN_FILE
+    partial = path.with_name(f"{_TEMPORARY}{FROZEN_FILE}")  # a killed write's is written over by the next
+    weights = model.state_dict()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: weights[name].cpu().contiguous() for name in sorted(names)}, partial)
+        fsync(partial)
+        os.replace(partial, path)
+        fsync(path.parent)
+        return Frozen(names, fingerprint(path))
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise TrainingError(f"{path}: the tensors that do not change could not be written ({error})") from error
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """All that a checkpoint is written from; nothing of it changes while training goes on."""
@@ -149,6 +212,7 @@ class Snapshot:
     tokenizer: Tokenizer | None
     card: str
     tensors: dict[tuple[str, str], Tensor]  # by file and name
+    frozen: Frozen | None = None  # what is left out
 
 
 class Written(NamedTuple):
@@ -167,10 +231,11 @@ class Saver:
 
     Args:
         say: shows a line to the person who watches; never called by the thread.
+        frozen: what checkpoints leave out.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, say: Callable[[str], None], frozen: Frozen | None = None) -> None:
+        self._say, self._frozen = say, frozen
         self._memory = HostMemory()
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_step_aside)
         self._writing: Future[Written] | None = None
@@ -210,7 +275,9 @@ class Saver:
             "tags": tags,
         }
         card = model_card(model.facts) if model.card is None else model.card
-        snapshot = Snapshot(Path(config.run_dir), config.keep, state, model.config, self._tokenizer, card, tensors)
+        snapshot = Snapshot(
+            Path(config.run_dir), config.keep, state, model.config, self._tokenizer, card, tensors, self._frozen
+        )
         self._step, self._lacking = step.number, lacking
         self._writing = self._thread.submit(write_checkpoint, snapshot)
         if lacking:
@@ -248,7 +315,7 @@ class Saver:
     def _copied(self, step: Step) -> tuple[dict[tuple[str, str], Tensor], str]:
         """On the main rank the tensors by file and name, copied to the host; and why they are not copied, if so."""
         device, is_main, lacking = step.world.device, step.world.is_main, ""
-        tensors = {(file, name): x for file, held in _contents(step).items() for name, x in held.items()}
+        tensors = {(file, name): x for file, held in _contents(step, self._frozen).items() for name, x in held.items()}
         places: dict[tuple[str, str], Tensor] = {}
         if is_main:
             try:
@@ -285,6 +352,8 @@ def write_checkpoint(snapshot: Snapshot) -> Written:
         shutil.rmtree(partial, ignore_errors=True)
         write_model(partial, snapshot.config, weights, snapshot.tokenizer, snapshot.card)
         save_file({key: tensor.contiguous().cpu() for key, tensor in trainer.items()}, partial / _TRAINER)
+        if snapshot.frozen is not None:
+            (partial / FROZEN_NOTE).write_text(json.dumps(snapshot.frozen.note))
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         (partial / _STATE).write_text(json.dumps({**snapshot.state, "files": sizes}, indent=1))
         for file in partial.iterdir():
@@ -303,12 +372,14 @@ def write_checkpoint(snapshot: Snapshot) -> Written:
     return Written(sum(sizes.values()), time.perf_counter() - begin)
 
 
-def _contents(step: Step) -> dict[str, dict[str, Tensor]]:
+def _contents(step: Step, frozen: Frozen | None = None) -> dict[str, dict[str, Tensor]]:
     """The tensors of each file by name; AdamW's state is named `step|exp_avg|exp_avg_sq/<parameter name>`.
 
+    What does not change is left out of the weights, and of their average, which equals them there to the last bit.
     The queue of the loss is that of every rank, so that a run may go on with another number of them.
     """
-    weights = step.model.state_dict()
+    left_out = frozenset() if frozen is None else frozen.names
+    weights = {name: tensor for name, tensor in step.model.state_dict().items() if name not in left_out}
     trainer = {
         f"{key}/{name}": value
         for name, parameter in step.model.named_parameters()
@@ -318,7 +389,8 @@ def _contents(step: Step) -> dict[str, dict[str, Tensor]]:
         trainer |= {f"{_QUEUE}{name}": value for name, value in step.queue.state_dict().items()}
     if step.average is None:
         return {WEIGHTS_FILE: weights, _TRAINER: trainer}
-    return {WEIGHTS_FILE: step.average.tensors, _TRAINER: trainer | {f"weights/{n}": x for n, x in weights.items()}}
+    averaged = {name: step.average.tensors[name] for name in weights}
+    return {WEIGHTS_FILE: averaged, _TRAINER: trainer | {f"weights/{n}": x for n, x in weights.items()}}
 
 
 def _bytes(size: int) -> str:
@@ -399,7 +471,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def average_checkpoints(run_dir: Path, last: int, target: Path) -> list[int]:
     """Write a model whose weights are the mean of those of the `last` newest checkpoints; returns their steps.
 
-    Sums are in float64; tensors that are not floating are the newest ones.
+    Sums are in float64; tensors that are not floating are the newest ones. Adapters are first added to their layers.
 
     Raises:
         ModelError: there are fewer checkpoints, one is damaged, or `target` holds other files.
@@ -413,11 +485,12 @@ def average_checkpoints(run_dir: Path, last: int, target: Path) -> list[int]:
         )
     steps = [int(read_state(path)["step"]) for path in paths]
     model = CLAP.from_pretrained(paths[-1])
-    newest = model.state_dict()
+    newest = merged(model.state_dict(), model.config)
     sums = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in newest.items() if x.is_floating_point()}
     for path in paths:
-        weights = load_state_dict_file(path / WEIGHTS_FILE)
+        weights = load_weights(path)
         check_weights(model, weights, path)
+        weights = merged(weights, model.config)
         for name, held in sums.items():
             held += weights[name]
     means = {name: (held / last).to(newest[name].dtype) for name, held in sums.items()}
@@ -429,7 +502,7 @@ def average_checkpoints(run_dir: Path, last: int, target: Path) -> list[int]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint, after checking that each of its files is there in full.
+    """The state of a checkpoint, after checking that each of its files is there in full, and the file it shares.
 
     Raises:
         ModelError: a file is missing, truncated or of an unknown format.
@@ -446,6 +519,7 @@ def read_state(path: Path) -> dict[str, Any]:
         if actual != size:
             found = "missing" if actual is None else f"{actual} bytes long"
             raise ModelError(f"{path / name}: {found}, but {size} bytes were written; the checkpoint is damaged")
+    find_frozen(path, verify=False)
     return state
 
 
@@ -480,7 +554,7 @@ def restore_weights(path: Path, model: CLAP, averaged: bool) -> None:
             f"{path}: saved {'with' if under_training else 'without'} weight averaging; "
             "set --optimizer.ema-decay as it was"
         )
-    weights = under_training or load_state_dict_file(path / WEIGHTS_FILE)
+    weights = load_weights(path) | under_training
     check_weights(model, weights, path)
     model.load_state_dict(weights)
 
@@ -491,7 +565,7 @@ def restore_step(path: Path, step: Step) -> None:
     if step.queue is not None:
         step.queue.load_state_dict({n.removeprefix(_QUEUE): x for n, x in trainer.items() if n.startswith(_QUEUE)})
     if step.average is not None:
-        step.average.load(load_state_dict_file(path / WEIGHTS_FILE))
+        step.average.load(load_weights(path))
     for name, parameter in step.model.named_parameters():
         entries = {key: trainer[f"{key}/{name}"] for key in _OPTIMIZER_STATE if f"{key}/{name}" in trainer}
         if entries:

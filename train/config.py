@@ -121,6 +121,9 @@ class OptimizerConfig:
     """Peak learning rate."""
     tower_lr_scale: float = 1.0
     """Learning rate of both towers as a multiple of that of heads and logit scale."""
+    layer_decay: float = 1.0
+    """Learning rate of a tower's last transformer layer as a multiple of that of what comes after it, of the layer
+    before it as a multiple of its own, and so on down to embeddings or convolutions (1: all alike)."""
     weight_decay: float = 0.05
     """Decoupled weight decay of matrices (never of norms, biases, embeddings or the logit scale)."""
     beta1: float = 0.9
@@ -131,6 +134,8 @@ class OptimizerConfig:
     """Denominator offset."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
+    unfreeze_step: int = 0
+    """Steps after which what the freeze options of the towers keep fixed begins to train (0: it never does)."""
     schedule: Literal["cosine", "linear", "constant", "cooldown"] = "cosine"
     """Shape of the decay after the warm-up; cooldown is constant, then 1 - √ over the last `cooldown_share`."""
     cooldown_share: float = 0.2
@@ -281,6 +286,15 @@ class TrainConfig:
             (
                 optimizer.tower_lr_scale >= 0,
                 f"--optimizer.tower-lr-scale is {optimizer.tower_lr_scale}; it must not be negative",
+            ),
+            (
+                0 < optimizer.layer_decay <= 1,
+                f"--optimizer.layer-decay is {optimizer.layer_decay}; it is a share above 0, up to 1",
+            ),
+            (optimizer.unfreeze_step >= 0, f"--optimizer.unfreeze-step is {optimizer.unfreeze_step}; it is a step"),
+            (
+                optimizer.unfreeze_step == 0 or not self.shard,
+                "--optimizer.unfreeze-step changes what trains, which sharded towers cannot: leave --shard out",
             ),
             (
                 0 < optimizer.cooldown_share <= 1,

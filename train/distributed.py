@@ -222,17 +222,25 @@ class Gradients:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], world: World, sharded: Iterable[Any] = ()) -> None:
-        self._parameters = list(parameters)
         self._world = world
         self._sharded = list(sharded)
         self._held = 0
+        self._hooks: list[Any] = []
+        self.take(parameters)
+
+    def take(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Begin with these parameters, between two steps: more or fewer of them train from now on."""
+        for hook in self._hooks:
+            hook.remove()
+        self._parameters = list(parameters)
         self._next = 0  # first bucket that has not been sent; the order is the same on every rank
-        sent = [] if world.group is None else [p for p in self._parameters if not is_sharded(p)]
+        sent = [] if self._world.group is None else [p for p in self._parameters if not is_sharded(p)]
         self._buckets = [_Bucket(members) for members in _in_buckets(sent)]
+        self._hooks = []
         for bucket in self._buckets:
             for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
                 parameter.grad = view
-                parameter.register_post_accumulate_grad_hook(self._accumulation_hook(bucket))
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._accumulation_hook(bucket)))
 
     @contextmanager
     def held(self) -> Iterator[None]:

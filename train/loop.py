@@ -97,6 +97,8 @@ def take_steps(run: Run) -> Path:
     try:
         for number in range(first, last_step + 1):
             seed_step(config, number, world)
+            if number == config.optimizer.unfreeze_step + 1 > 1:
+                journal.say(f"from step {number} on what was frozen trains")
             result = step(batches, lambda: interrupt.wanted)
             journal.count(number, result)
             stop = interrupt.agreed(result.stop, world)

@@ -179,7 +179,10 @@ def prepare(config: TrainConfig, world: World) -> Run:
     if resume_path is None:
         fit_feature_statistics(model, dataset, world)
     towers: list[Any] = [model.audio_branch, model.text_branch]
+    model.set_frozen(config.optimizer.unfreeze_step == 0)  # what will ever train, and the memory that it will need
+    unchanging = checkpoint.keep_frozen(config, model, world, resume_path)
     plan = memory.plan(model, manifest, config, world)
+    model.set_frozen(True)
     for tower in towers:
         tower.prepare_training(compile=config.compiles(world.device.type), checkpoint=plan.checkpoint)
     sharded = distributed.shard(towers, world) if config.shard else []
@@ -197,7 +200,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     quarantine = Quarantine(Path(config.run_dir) / "quarantine.jsonl", len(manifest), data.max_bad_share)
     on_gpu = world.device.type == "cuda"
     loader = make_loader(dataset, sampler, num_workers=data.workers, prefetch=data.prefetch, pin_memory=on_gpu)
-    saver = checkpoint.Saver(journal.say)
+    saver = checkpoint.Saver(journal.say, unchanging)
     return Run(config, world, model, step, tags, valid, loader, quarantine, meter, journal, saver)
 
 
@@ -275,7 +278,8 @@ def build_model(config: TrainConfig, manifest: Manifest, resume_path: Path | Non
     if source:
         model = CLAP.from_pretrained(source)
         model.card = None  # it describes the weights that training starts from
-        config.model = model.config
+        if config.init_from:  # else it stays as it was asked for, which is what a further start compares
+            config.model = model.config
         return model
     tokenizer = None
     if config.model.text.kind == "small":
@@ -321,11 +325,14 @@ def fit_feature_statistics(model: CLAP, dataset: ClipDataset, world: World) -> N
 
 def opening_line(config: TrainConfig, model: CLAP, manifest: Manifest, valid: Manifest | None, start_step: int) -> str:
     """The first line of the log: the size of model, data and batch, and the step that the run begins after."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters, trained = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad or whole) / 1e6 for whole in (True, False)
+    )
+    part = f" ({trained:.2f} M train)" if trained < parameters else ""
     chunks = f" in chunks of {config.chunk_size}" if config.chunk_size not in (0, "auto") else ""
     start = f"resumed at step {start_step}" if start_step else "from step 0"
     held_out = f", {len(valid)} to validate" if valid is not None else ""
     return (
-        f"{parameters / 1e6:.2f} M parameters, {len(manifest)} clips to train on{held_out}, "
+        f"{parameters:.2f} M parameters{part}, {len(manifest)} clips to train on{held_out}, "
         f"batch {config.batch_size}{chunks}, {start}"
     )

@@ -24,6 +24,7 @@ from fastclap.errors import ConfigError
 from fastclap.grad_cache import GradCache, SecondPassMemoryError
 from fastclap.losses import EmbeddingQueue, info_nce, sigmoid_loss, tag_loss
 from fastclap.models.clap import CLAP
+from fastclap.models.freezing import depths
 from fastclap.train.config import LossConfig, OptimizerConfig, TrainConfig
 from fastclap.train.distributed import Gradients, World, is_sharded, local, placed_like
 
@@ -56,6 +57,9 @@ class Step:
         number: steps taken.
         average: the moving average of the weights; None: there is none.
         queue: embeddings of earlier batches, the same on every rank; None: there are none.
+
+    Raises:
+        ConfigError: the model lacks what the configuration needs.
     """
 
     def __init__(
@@ -71,6 +75,13 @@ class Step:
     ) -> None:
         self.model, self.config, self.number = model, config, number
         self.world = world = world or World(0, 1, model.device, None)
+        if config.optimizer.unfreeze_step and not model.has_frozen_parts:
+            raise ConfigError(
+                "--optimizer.unfreeze-step: nothing is frozen; set a freeze option of a tower, such as "
+                "--model.audio.freeze, or leave it out"
+            )
+        if 0 < config.optimizer.unfreeze_step < number:
+            model.set_frozen(False)
         self.optimizer = build_optimizer(model, config.optimizer)
         self.average = WeightAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
         if config.loss.teacher == "ema" and self.average is not None:
@@ -97,11 +108,27 @@ class Step:
             batches: an iterator that goes on after them, or just these.
             stop: whether this rank wants to stop, asked after the backward pass.
         """
+        if self.number and self.number == self.config.optimizer.unfreeze_step:
+            self._unfreeze()
         loss = torch.zeros((), device=self.world.device)
         for remaining, batch in zip(reversed(range(self.config.accumulate)), batches, strict=False):
             with self.gradients.held() if remaining else nullcontext():
                 loss = loss + self._loss_of(batch) / self.config.accumulate
         return self.update(loss, stop(), batch.epoch)
+
+    def _unfreeze(self) -> None:
+        """What was frozen trains from now on, and everything here is as if this were a run that goes on from here.
+
+        AdamW knows nothing of the gradients of the new parameters yet: for them it begins as at its first step.
+        """
+        self.model.set_frozen(False)
+        state = self.optimizer.state
+        self.optimizer = build_optimizer(self.model, self.config.optimizer)
+        for parameter, held in state.items():
+            self.optimizer.state[parameter] = held
+        self.gradients.take(in_order_of_arrival(self.model))
+        if self.config.compiles(self.world.device.type):
+            torch.compiler.reset()  # graphs of what was frozen serve no more, and torch keeps only so many
 
     def _loss_of(self, batch: Batch) -> Tensor:
         """The batch's loss, with its gradients; NaN if memory ran out too late for this rank to repeat its part.
@@ -450,30 +477,50 @@ def frozen(model: CLAP) -> CLAP:
 def build_optimizer(model: CLAP, config: OptimizerConfig) -> torch.optim.AdamW:
     """Fused AdamW over the parameters that train; weight decay on linear and convolution matrices only.
 
-    Each group's `lr_scale` is what a step multiplies the scheduled learning rate by.
+    Each group's `lr_scale` is what a step multiplies the scheduled learning rate by. With `layer_decay` d it is d^k in
+    the k-th layer from the top of a tower, as ELECTRA (Clark et al. 2020, arXiv:2003.10555) and BEiT (Bao et al. 2021,
+    arXiv:2106.08254) are fine-tuned; layers at the same depth of both towers share their groups.
+
+    Raises:
+        ConfigError: `layer_decay` with a tower that trains and whose layers are not known.
     """
     decayed_names = {
         f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
     }
-    towers = () if config.tower_lr_scale == 1.0 else ("audio_branch.", "text_branch.")
-    kinds: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    below = {} if config.layer_decay == 1.0 else _depths_in_towers(model)
+    kinds: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            in_tower = name.startswith(("audio_branch.", "text_branch."))
+            scale = (config.tower_lr_scale if in_tower else 1.0) * config.layer_decay ** below.get(parameter, 0)
             # The fused kernel takes tensors of one kind at a time.
-            kind = (name in decayed_names, is_sharded(parameter), name.startswith(towers))
-            kinds.setdefault(kind, []).append(parameter)
+            kinds.setdefault((name in decayed_names, is_sharded(parameter), scale), []).append(parameter)
     groups = [
-        {
-            "params": parameters,
-            "weight_decay": config.weight_decay if decayed else 0.0,
-            "lr_scale": config.tower_lr_scale if in_tower else 1.0,
-        }
-        for (decayed, _, in_tower), parameters in sorted(kinds.items(), key=lambda kind: kind[0], reverse=True)
+        {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0, "lr_scale": scale}
+        for (decayed, _, scale), parameters in sorted(kinds.items(), key=lambda kind: kind[0], reverse=True)
     ]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
+
+
+def _depths_in_towers(model: CLAP) -> dict[nn.Parameter, int]:
+    """`depths` of both towers."""
+    found: dict[nn.Parameter, int] = {}
+    towers: list[tuple[str, Any, str]] = [
+        ("audio", model.audio_branch, model.config.audio.kind),
+        ("text", model.text_branch, model.config.text.kind),
+    ]
+    for side, tower, kind in towers:
+        stages = tower.stages()
+        if tower.hf_config is not None and not stages.layers and any(p.requires_grad for p in tower.parameters()):
+            raise ConfigError(
+                f"--optimizer.layer-decay: the {side} tower is of a kind ({kind}) whose layers are not known; "
+                "leave it out, or freeze that tower"
+            )
+        found |= depths(stages)
+    return found
 
 
 def in_order_of_arrival(model: CLAP) -> list[nn.Parameter]:

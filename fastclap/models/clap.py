@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastclap.config import CLAPConfig
+from fastclap.config import AudioTowerConfig, CLAPConfig, TextTowerConfig
 from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.models.audio_towers import build_audio_tower
 from fastclap.models.card import ModelFacts, model_card, published_at, with_license
@@ -38,10 +38,10 @@ from fastclap.models.folder import (
     write_model,
 )
 from fastclap.models.foreign import read_foreign
-from fastclap.models.freezing import freeze_parts
+from fastclap.models.freezing import ask_for_gradients, parameters_to_freeze
 from fastclap.models.heads import build_head
 from fastclap.models.layers import masked_mean
-from fastclap.models.pooling import freeze_but_layer_weights
+from fastclap.models.lora import add_adapters, is_adapter, merged, without_adapters
 from fastclap.models.text_towers import build_text_tower
 from fastclap.models.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -94,31 +94,50 @@ class CLAP(DualEncoder):
             )
         self.tokenizer = tokenizer
         self.card: str | None = None  # README.md that the model came with
-        audio, text = config.audio, config.text
-        for side, branch, tower, part, front in (
-            ("audio", self.audio_branch, audio, "freeze_convolutions", audio.freeze_convolutions),
-            ("text", self.text_branch, text, "freeze_embeddings", text.freeze_embeddings),
+        held: list[nn.Parameter] = []
+        fixed: set[nn.Parameter] = set()
+        for side, branch, tower in (
+            ("audio", self.audio_branch, config.audio),
+            ("text", self.text_branch, config.text),
         ):
-            flags = f"{side}.{part}", f"{side}.freeze_layers"
-            freeze_parts(branch.stages(), front, tower.freeze_layers, *flags, tower.kind)
-            if tower.freeze:
-                if tower.pretrained and load_pretrained and tower.pooling in ("attention", "token"):
-                    raise ConfigError(
-                        f"{side}.pooling {tower.pooling} is learned together with the encoder, which is frozen; use "
-                        f"mean or statistics, or {side}.freeze_layers instead of {side}.freeze"
-                    )
-                branch.frozen = True
-                freeze_but_layer_weights(branch)
-        self.train()
+            if tower.freeze and tower.pretrained and load_pretrained and tower.pooling in ("attention", "token"):
+                raise ConfigError(
+                    f"{side}.pooling {tower.pooling} is learned together with the encoder, which is frozen; use "
+                    f"mean or statistics, or {side}.freeze_layers instead of {side}.freeze"
+                )
+            held += parameters_to_freeze(branch, tower, side)
+            fixed |= set(add_adapters(branch, tower, side))
+        self._held = [parameter for parameter in held if parameter not in fixed]
+        self.set_frozen(True)
 
     def train(self, mode: bool = True) -> CLAP:
         """As `nn.Module.train`, except that a frozen tower stays in evaluation mode."""
         super().train(mode)
-        if self.config.audio.freeze:
+        if self._is_fixed(self.config.audio):
             self.audio_branch.eval()
-        if self.config.text.freeze:
+        if self._is_fixed(self.config.text):
             self.text_branch.eval()
         return self
+
+    def _is_fixed(self, tower: AudioTowerConfig | TextTowerConfig) -> bool:
+        return tower.freeze and self._frozen
+
+    @property
+    def has_frozen_parts(self) -> bool:
+        """Whether the freeze options of the configuration name anything that would train without them."""
+        return bool(self._held)
+
+    def set_frozen(self, frozen: bool) -> None:
+        """Keep what the freeze options of the configuration name fixed, or let it train after all.
+
+        The configuration stays as it is. The weights that LoRA adapts stay fixed in any case.
+        """
+        self._frozen = frozen
+        self.audio_branch.frozen, self.text_branch.frozen = map(self._is_fixed, (self.config.audio, self.config.text))
+        for parameter in self._held:
+            parameter.requires_grad_(not frozen)
+        ask_for_gradients(self)
+        self.train(self.training)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -311,6 +330,8 @@ class CLAP(DualEncoder):
     ) -> None:
         """Write `config.json`, `model.safetensors`, `tokenizer.json` and the model card `README.md`.
 
+        LoRA's adapters are added to the weights of their layers: what is written is a plain model without any.
+
         The files are written and fsynced in a temporary folder next to `folder` that is then renamed to it, so a crash
         leaves no half of them. An earlier export of the same name is replaced; a folder with other files in it is not
         touched.
@@ -326,8 +347,9 @@ class CLAP(DualEncoder):
             ModelError: `folder` holds files that are not a model's.
             OSError: the disk is full or the place is not writable; nothing is left behind.
         """
-        weights = self.state_dict() if state_dict is None else state_dict
-        write_model(Path(folder), self.config, weights, self.tokenizer, self._card_to_save(run, license))
+        self._write(
+            Path(folder), self.state_dict() if state_dict is None else state_dict, self._card_to_save(run, license)
+        )
 
     def push_to_hub(
         self,
@@ -359,13 +381,16 @@ class CLAP(DualEncoder):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
             card = published_at(self._card_to_save(run, license), repo_id)
-            write_model(folder, self.config, self.state_dict(), self.tokenizer, card)
+            self._write(folder, self.state_dict(), card)
             return upload(folder, repo_id, private=private, token=token, commit_message=commit_message)
+
+    def _write(self, folder: Path, weights: Mapping[str, Tensor], card: str) -> None:
+        write_model(folder, without_adapters(self.config), merged(weights, self.config), self.tokenizer, card)
 
     @property
     def facts(self) -> ModelFacts:
-        """What a model card says about this model."""
-        parameters = sum(parameter.numel() for parameter in self.parameters())
+        """What a model card says about this model, as it is saved."""
+        parameters = sum(parameter.numel() for name, parameter in self.named_parameters() if not is_adapter(name))
         return ModelFacts(self.config, self.sampling_rate, parameters, self.tokenizer is not None)
 
     def _card_to_save(self, run: str | os.PathLike[str] | None, license: str | None) -> str:

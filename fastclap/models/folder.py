@@ -7,6 +7,7 @@ A folder holds `config.json`, `model.safetensors`, `tokenizer.json` if the model
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -29,6 +30,8 @@ from fastclap.models.tokenizer import TOKENIZER_FILE, Tokenizer, as_tokenizer
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
+FROZEN_FILE = "frozen.safetensors"  # in a run folder: the tensors that all of its checkpoints share
+FROZEN_NOTE = "frozen.json"  # in a checkpoint: the size and fingerprint of that file
 _MODEL_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CARD_FILE}
 FOREIGN_TYPES = frozenset({"clap", "pe_audio", "pe_audio_video", "voiceclap-small"})
 """`model_type` in the config.json of folders that `fastclap.models.foreign` reads."""
@@ -123,7 +126,7 @@ def read_model(folder: Path, tokenizer: Tokenizer | str | os.PathLike[str] | Non
         tokenizer = as_tokenizer(tokenizer)
     elif (folder / TOKENIZER_FILE).exists():
         tokenizer = Tokenizer.load(folder)
-    weights = _names_of_today(load_state_dict_file(folder / WEIGHTS_FILE))
+    weights = _names_of_today(load_weights(folder))
     card = folder / CARD_FILE
     text = card.read_text(encoding="utf-8") if card.is_file() else None
     return SavedModel(config, weights, tokenizer, folder / CONFIG_FILE, folder / WEIGHTS_FILE, text)
@@ -168,6 +171,56 @@ def _names_of_today(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under the names that they have since format version 2; a bias that no softmax sees is left out."""
     weights.pop("audio_branch.attention.bias", None)
     return {_RENAMED.get(name, name): tensor for name, tensor in weights.items()}
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The state dict of a model folder; of a checkpoint, with what its run keeps once for all checkpoints.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the shared one is not that of this checkpoint.
+    """
+    weights = load_state_dict_file(folder / WEIGHTS_FILE)
+    shared = find_frozen(folder, verify=True)
+    return weights if shared is None else {**load_state_dict_file(shared), **weights}
+
+
+def find_frozen(folder: Path, *, verify: bool) -> Path | None:
+    """The file of the tensors that a checkpoint shares with the others of its run; None: it holds all by itself.
+
+    Args:
+        folder: of the checkpoint, in `checkpoints` of a run folder.
+        verify: read the file to compare its fingerprint, and not its size alone.
+
+    Raises:
+        ModelError: the file is missing, or another one.
+    """
+    note = folder / FROZEN_NOTE
+    if not note.is_file():
+        return None
+    path = folder.resolve().parents[1] / FROZEN_FILE
+    try:
+        wanted = json.loads(note.read_text(encoding="utf-8"))
+        found = fingerprint(path) if verify else {"bytes": path.stat().st_size}
+        if found == {name: wanted[name] for name in found}:
+            return path
+        what = f"damaged or exchanged ({found}, but {wanted} were written)"
+    except FileNotFoundError:
+        what = "missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"not to be compared with {note} ({error})"
+    raise ModelError(
+        f"{path}: {what}. It holds the tensors that training does not change, and {folder} the others: put it back "
+        f"from a copy of the run. A model that the run has exported ({path.parent / 'model'} or best) does not need it"
+    )
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and BLAKE2b digest of a file."""
+    digest = hashlib.blake2b(digest_size=32)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
 
 
 def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -86,11 +86,3 @@ class Pooling(nn.Module):
         if self.layer_weights is None:
             return pooled.flatten(1)
         return torch.einsum("l,blc->bc", self.layer_weights.to(pooled.dtype).softmax(0), pooled)
-
-
-def freeze_but_layer_weights(tower: nn.Module) -> None:
-    """No parameter of a tower trains but the weights of its layers, which take part in `combine` alone."""
-    tower.requires_grad_(False)
-    pooling = getattr(tower, "pooling", None)
-    if isinstance(pooling, Pooling) and pooling.layer_weights is not None:
-        pooling.layer_weights.requires_grad_(True)

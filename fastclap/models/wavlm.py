@@ -294,6 +294,21 @@ def _add_and_normalize(
     return (total, normalized) if stable else (normalized, normalized)
 
 
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a linear layer is no more than its weight and bias. One with an adapter has to be called."""
+    return type(linear) is nn.Linear
+
+
+def _bias_apart(linear: Any) -> nn.Parameter | None:
+    """The bias of a linear layer that whoever adds up its output adds; None: the output has it."""
+    return linear.bias if _is_plain(linear) else None
+
+
+def _without_bias_apart(linear: Any, x: Tensor) -> Tensor:
+    """Output of a linear layer but for `_bias_apart`."""
+    return F.linear(x, linear.weight) if _is_plain(linear) else linear(x)
+
+
 class EncoderLayer(nn.Module):
     """One transformer layer of WavLM, with the parameters of transformers' layer, up to its last addition.
 
@@ -318,8 +333,13 @@ class EncoderLayer(nn.Module):
     @property
     def used_from_outside(self) -> list[nn.Parameter]:
         """Parameters that the encoder reads: those of its addition and norm between two layers."""
-        norm = self.layer_norm if self.stable else self.final_layer_norm
-        return [norm.weight, norm.bias, self.feed_forward.output_dense.bias]
+        norm, bias = self.layer_norm if self.stable else self.final_layer_norm, self.output_bias
+        return [norm.weight, norm.bias, *([] if bias is None else [bias])]
+
+    @property
+    def output_bias(self) -> nn.Parameter | None:
+        """What is still to be added to the second result."""
+        return _bias_apart(self.feed_forward.output_dense)
 
     def forward(
         self,
@@ -327,26 +347,27 @@ class EncoderLayer(nn.Module):
         normalized: Tensor,  # [B, T, hidden], what attention takes of it: its norm, or the same
         table: Tensor,  # [heads, 2T − 1] position bias at the distances −(T−1) .. T−1
         frames: Tensor | None,  # int64 [B] valid frames; None: all
-    ) -> tuple[Tensor, Tensor]:  # twice [B, T, hidden]: the stream, and what is to be added to it but for its bias
-        norm, bias = self.final_layer_norm if self.stable else self.layer_norm, self.attention.out_proj.bias
+    ) -> tuple[Tensor, Tensor]:  # twice [B, T, hidden]: the stream, and what is to be added to it but for `output_bias`
+        norm, bias = self.final_layer_norm if self.stable else self.layer_norm, _bias_apart(self.attention.out_proj)
         attended = self._attend(normalized, table, frames)
         x, normalized = _add_and_normalize(x, attended, bias, norm, self.dropout, stable=self.stable)
         return x, self._feed_forward(normalized)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        """All but the last bias and dropout."""
+        """All but the last bias, if it is to be added by itself, and dropout."""
         part = self.feed_forward
         inner, outer = part.intermediate_dense, part.output_dense
-        if self.plain_gelu and not (self.training and part.intermediate_dropout.p):
+        plain = _is_plain(inner) and _is_plain(outer)
+        if plain and self.plain_gelu and not (self.training and part.intermediate_dropout.p):
             return feed_forward(x, inner.weight, inner.bias, outer.weight)
-        return F.linear(part.intermediate_dropout(part.intermediate_act_fn(inner(x))), outer.weight)
+        return _without_bias_apart(outer, part.intermediate_dropout(part.intermediate_act_fn(inner(x))))
 
     def _attend(
         self,
         x: Tensor,  # [B, T, hidden]
         table: Tensor,
         frames: Tensor | None,
-    ) -> Tensor:  # [B, T, hidden], without the output's bias
+    ) -> Tensor:  # [B, T, hidden], without the output's bias, if it is to be added by itself
         """Gated relative-position attention (WavLM, Chen et al. 2022, equations 4 to 8)."""
         attention, (*projected, gates) = self.attention, self._project(x)
         q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in projected)
@@ -355,7 +376,7 @@ class EncoderLayer(nn.Module):
         gate = update * (reset * attention.gru_rel_pos_const.flatten() - 1.0) + 2.0
         dropout = float(attention.dropout) if self.training else 0.0
         y = gated_toeplitz_attention(q, k, v, table, gate.transpose(1, 2), frames, dropout=dropout)
-        return F.linear(y.transpose(1, 2).flatten(2), attention.out_proj.weight)
+        return _without_bias_apart(attention.out_proj, y.transpose(1, 2).flatten(2))
 
     def _project(self, x: Tensor) -> Sequence[Tensor]:  # three times [B, T, hidden], and [B, T, 2 · heads]
         """Queries, keys, values and gates, from one product, so that its input is read, kept and given a gradient once.
@@ -367,6 +388,9 @@ class EncoderLayer(nn.Module):
         attention, heads = self.attention, self.attention.num_heads
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         linear = attention.gru_rel_pos_linear
+        if not all(map(_is_plain, (*projections, linear))):
+            gates = linear(x.unflatten(-1, (heads, -1))).unflatten(-1, (2, 4)).sum(-1)  # [B, T, heads, 2]
+            return [*(projection(x) for projection in projections), gates.transpose(-1, -2).flatten(-2)]
         per_head = linear.weight.unflatten(0, (2, 4)).sum(1)[:, None, None]  # [2, 1, 1, width]
         on_its_own = torch.eye(heads, dtype=per_head.dtype, device=x.device)[..., None] * per_head
         gate_weight = on_its_own.flatten(2).flatten(0, 1)  # [2 · heads, hidden]
@@ -467,7 +491,7 @@ class Encoder(nn.Module):
                     visit(x)
                 branch = bias = None
                 if index == 0 or draw >= self.layerdrop:
-                    bias, inputs = layer.feed_forward.output_dense.bias, (x, normalized, table, frames)
+                    bias, inputs = layer.output_bias, (x, normalized, table, frames)
                     if self.checkpoint and self.training and _builds_graph(layer, x):
                         x, branch = checkpoint(layer, *inputs, use_reentrant=False)
                     else:

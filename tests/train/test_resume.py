@@ -29,6 +29,7 @@ import yaml
 from safetensors.torch import load_file
 
 import fastclap
+from fastclap.config import AudioTowerConfig
 from fastclap.errors import ConfigError, ModelError, TrainingError
 from fastclap.train import checkpoint
 from fastclap.train.config import TrainConfig
@@ -391,6 +392,16 @@ def test_a_finished_run_can_be_extended(tiny: Build) -> None:
     train(tiny(steps=4))
     train(tiny(steps=8, resume=True))
     assert [record["step"] for record in metrics(tiny().run_dir) if record["kind"] == "train"] == [2, 4, 6, 8]
+
+
+def test_a_run_of_transformers_towers_resumes_twice(tiny: Build) -> None:
+    """What is saved is the configuration that was asked for, and not what transformers has made of it."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    for steps in (3, 6, 9):
+        config = tiny(steps=steps, resume=True, valid_every=0)
+        config.model.audio = AudioTowerConfig("whisper", hf_config={**sizes, "max_source_positions": 25})
+        train(config)
+    assert checkpoint.checkpoints(Path(config.run_dir))[-1].name == "step-9"
 
 
 def test_a_run_with_a_cooldown_is_extended_from_its_constant_part(tiny: Build) -> None:

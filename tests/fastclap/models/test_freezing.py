@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -209,6 +211,98 @@ def kept_at_first(name: str, layers: int, flags: dict[str, Any]) -> int:
         if begun:
             return saved
     raise AssertionError("the layer never ran")
+
+
+# in the middle of each tower: one part of its second layer, and all parts of this name
+MIDDLE = {
+    "wavlm": ("base.encoder.layers.1.attention", "base.encoder.layers.*.feed_forward.intermediate_dense"),
+    "wav2vec2": ("base.encoder.layers.1", "base.encoder.layers.*.final_layer_norm"),
+    "hubert, own convolutions": ("base.encoder.layers.1.feed_forward", "base.feature_extractor.conv_layers.[1-3]"),
+    "data2vec": ("base.encoder.layers.1", "base.feature_projection"),
+    "log-mel": ("transformer.blocks.1", "convolutions.1"),
+    "whisper": ("base.layers.1.self_attn", "base.layers.[0-1].fc?"),
+    "ast": ("base.layers.1", "*.layernorm_before"),
+    "small": ("transformer.blocks.1", "transformer.blocks.*.qkv"),
+    "bert": ("base.encoder.layer.1.attention", "base.encoder.layer.[01].output"),
+    "distilbert": ("base.transformer.layer.1", "*.ffn"),
+    "t5": ("base.block.1", "*.SelfAttention"),
+}
+MIDDLE |= {"wavlm, norms after": MIDDLE["wavlm"], "wavlm, all layers": MIDDLE["wavlm"]}
+MIDDLE |= {"hubert, norms after": MIDDLE["wav2vec2"], "xlm-roberta": MIDDLE["bert"]}
+
+
+@pytest.mark.parametrize("name", [*AUDIO, *TEXT])
+@pytest.mark.parametrize("which", [0, 1])
+def test_through_a_frozen_module_in_the_middle_gradients_flow(name: str, which: int) -> None:
+    """With dropout, SpecAugment and dropped layers as they were, what trains has the gradients that it had."""
+    free, whole = build(name)
+    pattern = MIDDLE[name][which]
+    model, tower = build(name, freeze_modules=[pattern])
+    # the pattern of a shell as a regular expression
+    expression = re.compile(pattern.replace(".", r"\.").replace("*", ".*").replace("?", ".") + r"\..*")
+    could = {n for n, p in whole.named_parameters() if p.requires_grad}
+    frozen = {n for n, p in tower.named_parameters() if not p.requires_grad} & could
+    assert frozen == {n for n in could if expression.fullmatch(n)} and 0 < len(frozen) < len(could)
+    assert all(module.training for module in tower.modules())
+    expected, out = encode(free, name), encode(model, name)
+    assert_close_rel("embeddings", expected.detach(), out.detach(), 1e-6)
+    expected.square().sum().backward()
+    out.square().sum().backward()
+    gradients = {n: p.grad for n, p in whole.named_parameters()}
+    scale = max(float(gradient.norm()) for gradient in gradients.values() if gradient is not None)
+    earlier = 0
+    for key, parameter in tower.named_parameters():
+        if key in frozen or gradients[key] is None:
+            assert parameter.grad is None, key
+        else:
+            assert (parameter.grad - gradients[key]).norm() <= 1e-5 * gradients[key].norm() + 1e-6 * scale, key
+            earlier += bool(parameter.grad.any())
+    assert earlier > 4
+
+
+def test_modules_that_there_are_none_of() -> None:
+    for name, pattern, near in (
+        ("wavlm", "base.encoder.layer.0", r"base\.encoder\.layers\.0"),
+        ("bert", "base.embedings", r"base\.embeddings"),
+        ("small", "transformer.blocks.[7-9]", r"transformer\.blocks"),
+        ("small", "embedding_dropout", "embedding"),  # has no parameters
+        ("small", "", "embedding"),
+    ):
+        side = "audio" if name in AUDIO else "text"
+        with pytest.raises(ConfigError, match=rf"{side}\.freeze_modules: '.*' matches no module .*near: .*{near}"):
+            build(name, freeze_modules=["*", pattern])
+
+
+@pytest.mark.parametrize("name", ["wavlm", "hubert, own convolutions", "bert"])
+@pytest.mark.parametrize("flags", [{"freeze": True}, {"freeze_layers": 2}, {"freeze_modules": ["base.encoder"]}])
+def test_what_was_frozen_can_train(name: str, flags: dict[str, Any]) -> None:
+    """Set free, a model is one that was never frozen: same gradients, same mode; and it can be frozen again."""
+    free, whole = build(name)
+    model, tower = build(name, **flags)
+    before = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert model.has_frozen_parts and not free.has_frozen_parts and model.config != free.config
+    twin = copy.deepcopy(model)
+    model.eval()
+    model.set_frozen(False)
+    assert {n for n, p in twin.named_parameters() if p.requires_grad} == before
+    twin.set_frozen(False)
+    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in free.parameters()]
+    assert not any(module.training for module in model.modules())
+    assert all(module.training for module in model.train().modules())
+    expected, out = encode(free, name), encode(model, name)
+    assert torch.equal(expected, out)
+    expected.square().sum().backward()
+    out.square().sum().backward()
+    everything = dict(whole.named_parameters())
+    for key, parameter in tower.named_parameters():
+        assert parameter.requires_grad == everything[key].requires_grad
+        assert (parameter.grad is None) == (everything[key].grad is None), key
+        assert parameter.grad is None or torch.equal(parameter.grad, everything[key].grad), key
+    model.set_frozen(True)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == before
+    assert tower.training == (not flags.get("freeze", False)) and model.training
+    if name.startswith("hubert"):  # transformers' own convolutions ask for the waveform's gradient
+        assert tower.base.feature_extractor._requires_grad == (flags == {"freeze_modules": ["base.encoder"]})
 
 
 def test_the_mask_of_specaugment_trains_if_it_can() -> None:
