@@ -2,7 +2,7 @@
 
 Both take one window of a clip, repeated until it is full. Of a longer clip their code draws a window at random; here it
 is the first one, so that a clip has one embedding. The text tower of 2023 reads the "<|endoftext|>" that is put after
-each caption; of a caption with more than 76 tokens that code cuts it off, and this one keeps it.
+each caption; of a caption with more than 75 tokens that code cuts it off, and this one keeps it.
 """
 
 from __future__ import annotations

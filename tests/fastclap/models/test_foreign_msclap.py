@@ -29,17 +29,30 @@ CAPTIONS = ["A man speaks in an angry tone.", "Stop! Now!", "Calm.", "a sad man,
 
 
 def clips(*seconds: float) -> list[Tensor]:
+    """Noise and tones, each clip of its own pitch."""
     generator = torch.Generator().manual_seed(0)
-    return [0.1 * torch.randn(round(44100 * length), generator=generator) for length in seconds]
+    found = []
+    for number, length in enumerate(seconds):
+        time = torch.arange(round(44100 * length)) / 44100
+        tone = torch.sin(2 * torch.pi * 200 * 3**number * time) * (1 + torch.sin(2 * torch.pi * 3 * time))
+        found.append(0.1 * tone + 0.01 * torch.randn(time.shape, generator=generator))
+    return found
 
 
 def perturb(model: torch.nn.Module) -> None:
-    """Norms, biases and running statistics start at constants."""
+    """Norms, biases and running statistics start at constants; and a signal must not vanish on its way."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.is_floating_point() and tensor.ndim == 1:
                 tensor.add_(0.1 * torch.rand(tensor.shape, generator=generator))
+            elif tensor.ndim == 4 and tensor.shape[2:] == (3, 3):
+                torch.nn.init.kaiming_normal_(tensor, nonlinearity="relu", generator=generator)
+
+
+def assert_varies(vectors: Tensor) -> None:
+    """Different inputs have different embeddings, so that being close to these means something."""
+    assert (vectors - vectors.mean(0)).norm() > 0.02 * vectors.norm()
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +93,21 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gpt2(**changes: Any) -> Any:
     from transformers import GPT2Config, GPT2Model
 
-    return GPT2Model(GPT2Config(**{"n_layer": 2, "vocab_size": 320, "n_positions": 90, **changes})).eval()
+    return GPT2Model(
+        GPT2Config(**{"n_layer": 2, "initializer_range": 0.1, "vocab_size": 320, "n_positions": 90, **changes})
+    ).eval()
 
 
 def bert(**changes: Any) -> Any:
     from transformers import BertConfig, BertModel
 
-    fields = {"num_hidden_layers": 2, "vocab_size": 60, "max_position_embeddings": 110, **changes}
+    fields = {
+        "num_hidden_layers": 2,
+        "initializer_range": 0.1,
+        "vocab_size": 60,
+        "max_position_embeddings": 110,
+        **changes,
+    }
     return BertModel(BertConfig(**fields)).eval()
 
 
@@ -134,6 +155,9 @@ def test_their_checkpoint_gives_their_embeddings(
     monkeypatch.setattr(random, "randrange", lambda stop: 0)  # it draws a window; ours is the first
     audio = original.get_audio_embeddings(list(range(len(waves))))
     text = original.get_text_embeddings(CAPTIONS)
+
+    assert_varies(audio)
+    assert_varies(text)
 
     ours = read_checkpoint(tmp_path / f"CLAP_weights_{version}.pth", tokenizer=folder)
     assert ours.sampling_rate == args.sampling_rate == 44100 and ours.config.audio.clip_seconds == args.duration
@@ -259,6 +283,8 @@ def test_2022_is_its_formula(bert_folder: Path, tmp_path: Path) -> None:
         tokens = ours.tokenize(CAPTIONS)
         first = text(**tokens).last_hidden_state[:, 0]
         texts = project(weights, "caption_encoder", first)
+    assert_varies(expected)
+    assert_varies(texts)
     assert_close_rel("audio", F.normalize(expected, dim=1), ours.embed_audio(waves, sampling_rate=44100), 1e-5)
     assert_close_rel("text", F.normalize(texts, dim=1), ours.embed_text(CAPTIONS), 1e-5)
     assert ours.config.audio.kind == "cnn14" and ours.config.text.max_tokens == 100
@@ -285,6 +311,8 @@ def test_2023_is_its_formula(integers: str, gpt2_folder: Path, tmp_path: Path) -
         ids = AutoTokenizer.from_pretrained(gpt2_folder)([f"{caption} <|endoftext|>" for caption in CAPTIONS]).input_ids
         last = [text(torch.tensor([row])).last_hidden_state[0, sum(token != 0 for token in row) - 1] for row in ids]
         texts = project(weights, "caption_encoder", torch.stack(last))
+    assert_varies(audio)
+    assert_varies(texts)
     assert_close_rel("audio", F.normalize(audio, dim=1), ours.embed_audio(waves, sampling_rate=44100), 1e-5)
     assert_close_rel("text", F.normalize(texts, dim=1), ours.embed_text(CAPTIONS), 1e-5)
     ours.save_pretrained(tmp_path / "ours")  # with the tokenizer that puts the end after each caption

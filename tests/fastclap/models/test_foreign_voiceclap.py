@@ -227,6 +227,7 @@ def test_both_forms_are_their_definition(scale: str, bert_folder: Path, tmp_path
     waves = clips(1.3, 31.0)
     with torch.no_grad():
         audio = torch.stack([audio_of(weights, wave, lambda x, _: whisper(weights, x, 2)) for wave in waves])
+    assert (audio - audio.mean(0)).norm() > 0.02 * audio.norm()  # different clips have different vectors
     for ours in (
         CLAP.from_pretrained(tmp_path / "hub"),
         CLAP.from_pretrained(tmp_path / "hub/model.safetensors", tokenizer=bert_folder),

@@ -24,6 +24,7 @@ from fastclap.models.audio_towers import (
     warp_bands,
 )
 from fastclap.models.clap import CLAP
+from fastclap.models.cnn14 import Cnn14Tower
 from fastclap.models.layers import length_mask
 from fastclap.models.text_towers import build_text_tower
 from fastclap.testing import assert_close_rel
@@ -598,4 +599,4 @@ def test_every_trainable_parameter_of_the_audio_towers_gets_a_gradient() -> None
         tower(*padded(clips(tower.sampling_rate, 0.4, 0.3))).square().sum().backward()
         without = [key for key, p in tower.named_parameters() if p.requires_grad and p.grad is None]
         assert without == [], name
-        assert isinstance(tower, LogMelTower) or tower.hf_config is not None
+        assert isinstance(tower, (LogMelTower, Cnn14Tower)) or tower.hf_config is not None
