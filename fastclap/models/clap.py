@@ -133,7 +133,8 @@ class CLAP(DualEncoder):
         The configuration stays as it is. The weights that LoRA adapts stay fixed in any case.
         """
         self._frozen = frozen
-        self.audio_branch.frozen, self.text_branch.frozen = map(self._is_fixed, (self.config.audio, self.config.text))
+        self.audio_branch.frozen = self._is_fixed(self.config.audio)
+        self.text_branch.frozen = self._is_fixed(self.config.text)
         for parameter in self._held:
             parameter.requires_grad_(not frozen)
         ask_for_gradients(self)
