@@ -28,6 +28,7 @@ import fastclap
 from bench.contrasts import FIGURES, scores
 from bench.small_recipe import processor
 from fastclap import CLAP
+from fastclap.apps.caption_manifest import caption
 from fastclap.data import load_manifest
 from fastclap.files import write_atomic
 from fastclap.train.cli import main as fastclap_train
@@ -36,11 +37,12 @@ RECIPE = "whisper-small, as it is"
 
 
 class Training(NamedTuple):
-    """A run: its recipe and flags, and the share of the clips that it is given."""
+    """A run: its recipe and flags, the share of the clips that it is given, and whether it is told their labels."""
 
     flags: str = ""
     recipe: str = "whisper-small --small"
     share: float = 1.0
+    labels: bool = True
 
 
 RUNS = {
@@ -62,6 +64,7 @@ RUNS = {
     "half of the clips": Training(share=0.5),
     "a quarter of the clips": Training(share=0.25),
     "a tenth of the clips": Training("--batch-size 32", share=0.1),
+    "captions measured on the audio alone": Training(labels=False),
 }
 
 
@@ -85,7 +88,7 @@ def main() -> None:
         "data": arguments.name,
         "hardware": f"{processor()}, {os.cpu_count()} cores, threads used: {torch.get_num_threads()}",
         "versions": {"fastclap": fastclap.__version__, "python": platform.python_version(), "torch": torch.__version__},
-        "commands": {name: f"fastclap-train {run.recipe} {run.flags}".strip() for name, run in RUNS.items()},
+        "commands": {name: in_words(run) for name, run in RUNS.items()},
     }
     figures: dict[str, dict[str, Any]] = record.setdefault("figures", {})
     test = load_manifest(arguments.test)
@@ -111,11 +114,19 @@ def main() -> None:
 
 def command(run: Training, seed: int, scratch: Path, arguments: argparse.Namespace) -> list[str]:
     """The words after `fastclap-train`, but for the run folder."""
-    words = [*run.recipe.split(), "--seed", str(seed), "--data.train", drawn(run.share, seed, scratch, arguments.train)]
+    manifest = drawn(run.share, seed, scratch, arguments.train) if run.labels else measured(scratch, arguments.train)
+    words = [*run.recipe.split(), "--seed", str(seed), "--data.train", manifest]
     if "whisper" in run.recipe:
         words += ["--model.audio.pretrained", arguments.audio, "--model.text.pretrained", arguments.text]
         words += ["--data.frozen-cache", arguments.cache or str(scratch / "cache")]
     return [*words, "--data.audio-root", str(Path(arguments.train).resolve().parent), *run.flags.split()]
+
+
+def in_words(run: Training) -> str:
+    """The command of a run, for the page."""
+    given = "" if run.share == 1 else f" (on {run.share:.0%} of the lines, drawn by the seed)"
+    given += "" if run.labels else " (on what `fastclap caption` makes of the audio without labels)"
+    return f"`fastclap-train {f'{run.recipe} {run.flags}'.strip()}`{given}"
 
 
 def drawn(share: float, seed: int, scratch: Path, manifest: str) -> str:
@@ -125,6 +136,16 @@ def drawn(share: float, seed: int, scratch: Path, manifest: str) -> str:
     lines = Path(manifest).read_text(encoding="utf-8").splitlines(keepends=True)
     path = scratch / f"{share:g}-{seed}.jsonl"
     path.write_text("".join(random.Random(seed).sample(lines, round(share * len(lines)))), encoding="utf-8")
+    return str(path)
+
+
+def measured(scratch: Path, manifest: str) -> str:
+    """What `fastclap caption` makes of the clips of a manifest when it is told nothing else of them."""
+    path, paths = scratch / "measured.jsonl", scratch / "paths.jsonl"
+    if not path.exists():
+        rows = [{"audio": os.path.abspath(row.audio)} for row in load_manifest(manifest)]
+        paths.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        caption(str(paths), str(path))
     return str(path)
 
 
@@ -148,7 +169,7 @@ def page(record: dict[str, Any]) -> str:
         cells = [spread([100 * run[figure] for run in runs.values()]) for figure in FIGURES]
         seconds = ", ".join(f"{run['seconds']:.0f}" for run in runs.values())
         lines.append(f"| {name} | {' | '.join(cells)} | {seconds} |")
-    lines += ["", *(f"- {name}: `{command}`" for name, command in record["commands"].items() if name in figures)]
+    lines += ["", *(f"- {name}: {command}" for name, command in record["commands"].items() if name in figures)]
     return "\n".join(lines) + "\n"
 
 

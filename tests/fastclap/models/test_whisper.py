@@ -299,3 +299,23 @@ def test_a_frozen_encoder_learns_the_weights_of_its_layers() -> None:
     assert not model.audio_branch.training
     summary = model.audio_branch.summarize(audio, lengths)
     assert_close_rel("in two parts", model.encode_audio(audio, lengths), model.encode_audio(summary=summary), 1e-6)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_under_autocast_it_is_the_same_to_bfloat16(pooling: str) -> None:
+    """Packed and padded, value and gradients; what is pooled is float32, as torch's own LayerNorm would give it."""
+    tower = tower_of(window="clip", pooling=pooling, hidden_states="weighted").train()
+    audio, lengths = batch()
+    direction = torch.randn(4, tower.width)
+    found = {}
+    for precise in (True, False):
+        tower.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            packed = tower(audio, lengths, host_lengths=LENGTHS)
+            padded = tower(audio, lengths)
+        assert packed.dtype == torch.float32
+        (packed * direction).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in tower.parameters() if p.grad is not None])
+        found[precise] = packed.detach(), padded.detach(), gradient
+    for name, exact, low in zip(("packed", "padded", "gradient"), found[True], found[False], strict=True):
+        assert_close_rel(name, exact, low, 3e-2)
