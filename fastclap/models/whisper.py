@@ -118,10 +118,11 @@ class WhisperTower(AudioTower):
             return self._pooled(x, None, None, None)
         if host_lengths is None:
             return self._pooled(x, None, length_mask(positions, x.shape[1]), positions)
-        counts = (spec.frame_lengths(torch.tensor(host_lengths).clamp(least, self.window)) + 1) // 2 + self.has_token
-        if counts.min() == counts.max():
+        rows = (spec.frame_lengths(torch.tensor(host_lengths).clamp(least, self.window)) + 1) // 2 + self.has_token
+        counts = rows.tolist()
+        if min(counts) == max(counts):
             return self._pooled(x, None, None, None)
-        return self._pooled(x, Packing(counts.tolist(), audio.device), None, positions)
+        return self._pooled(x, Packing(counts, audio.device), None, positions)
 
     def _pooled(
         self,

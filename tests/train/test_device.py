@@ -28,6 +28,7 @@ from fastclap.data import Batch
 from fastclap.data.dataset import distinct_texts
 from fastclap.kernels.waveform import normalize_waveform_reference
 from fastclap.models import audio_towers
+from fastclap.models.audio_towers import build_audio_tower
 from fastclap.models.tokenizer import train_tokenizer
 from fastclap.testing import assert_close_rel, host_syncs, relative_error
 from fastclap.train.config import DataConfig, OptimizerConfig, TrainConfig
@@ -133,6 +134,56 @@ def test_gradients_of_a_step_are_those_of_float64(
         if gradient.norm() > 1e-4 * largest:  # not zero but for rounding, as that of the keys' bias
             rounding = relative_error(gradient, plain[name])
             assert_close_rel(name, gradient, found[name], max(4 * rounding, 5e-2 if bf16 else 2e-4))
+
+
+WHISPER = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 96}
+WHISPER |= {"max_source_positions": 100}
+AST = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "max_length": 256}
+AST |= {"num_mel_bins": 64}
+SPECTROGRAMS = {"whisper": ("clip", WHISPER), "whisper, full window": ("full", WHISPER), "ast": ("clip", AST)}
+
+
+@every_device
+@pytest.mark.parametrize("precision", WHOLE_GRADIENT)
+@pytest.mark.parametrize("name", SPECTROGRAMS)
+def test_towers_on_spectrograms_are_those_of_float64(name: str, precision: str, device: str) -> None:
+    """Clips of several lengths, packed where a tower packs: value, every gradient, and no wait for the device."""
+    window, sizes = SPECTROGRAMS[name]
+    options: dict[str, Any] = {"hf_config": sizes, "window": window, "pooling": "statistics"}
+    torch.manual_seed(0)
+    tower = build_audio_tower(AudioTowerConfig(name.split(",")[0], hidden_states="weighted", **options)).train()
+    for module in tower.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    lengths = [16000, 9000, 4000, 12345]
+    audio = torch.randint(-3000, 3000, (4, 16000), dtype=torch.int16)
+    direction = torch.randn(4, tower.width, dtype=torch.float64)
+
+    def run(tower: Any, bf16: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        on = next(tower.parameters()).device
+        tower.zero_grad()
+        with torch.autocast(on.type, torch.bfloat16, enabled=bf16):
+            vectors = tower(audio.to(on), torch.tensor(lengths, device=on), host_lengths=lengths)
+        (vectors.double() * direction.to(on)).sum().backward()
+        return vectors.detach(), gradients(tower)
+
+    expected, exact = run(copy.deepcopy(tower).double())
+    on_device, bf16 = tower.to(device), precision == "bfloat16"
+    found, grads = run(on_device, bf16)
+    assert_close_rel("vectors", expected, found.cpu(), 2e-2 if bf16 else 1e-4)
+    assert grads.keys() == exact.keys() and len(grads) > 30
+    assert_close_rel("all gradients", flat(exact), flat(grads), 6e-2 if bf16 else 5e-4)
+    inputs = audio.to(device), torch.tensor(lengths, device=device)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            on_device(*inputs, host_lengths=lengths)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    else:
+        with host_syncs() as waits:
+            on_device(*inputs, host_lengths=lengths)
+        assert [place for place in waits if "kernels/log_mel/" not in place] == []
 
 
 @every_device
