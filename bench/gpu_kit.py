@@ -56,6 +56,8 @@ KIT: dict[str, tuple[str, ...]] = {
 LEFT_OUT = {
     "quack-kernels": "needs nvidia-cutlass-dsl, whose libraries have 90 MB",
     "kaldifeat": "has to be compiled against the image's torch; its only wheel is for torch 1.8.1",
+    "laion-clap": "is what a converted checkpoint is compared with, in tests and not in benchmarks",
+    "msclap": "is what a converted checkpoint is compared with, in tests and not in benchmarks",
     "cuda-python": "is empty itself: what flashmel imports of it, cuda-bindings, comes with torch",
 }
 """What is missing on purpose, and why."""

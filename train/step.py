@@ -264,10 +264,9 @@ class Objective:
                 "host_lengths": batch.samples,
             }
         clip_ids = caption_ids = batch.caption_ids if self.config.share_equal_captions else None
-        clips = len(batch.rows)
-        captions_each = len(rows) // clips
+        captions_each = len(rows) // batch.clips
         if captions_each > 1:  # the positives of a clip are its own captions
-            clip_ids = torch.arange(clips, device=rows.device) + (self.world.rank << 32)
+            clip_ids = torch.arange(batch.clips, device=rows.device) + (self.world.rank << 32)
             if self._queue is not None:  # which has clips of other batches too
                 clip_ids = torch.tensor(batch.rows).to(rows.device, non_blocking=True)
             caption_ids = clip_ids.repeat(captions_each)
@@ -297,7 +296,7 @@ class Objective:
             return None
         if self.config.teacher != "ema":  # another model, perhaps with another tokenizer
             text, rows, _ = self._tokenized(teacher, batch.captions, [])
-        sizes = self.chunk_sizes or [len(batch.rows), len(rows)]
+        sizes = self.chunk_sizes or [batch.clips, len(rows)]
         with torch.no_grad(), self._autocast():
             audio_embeddings = _embeddings(teacher.encode_audio, audio, sizes[0])
             text_embeddings = _embeddings(teacher.encode_text, text, sizes[1])[rows]

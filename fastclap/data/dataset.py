@@ -76,6 +76,12 @@ class Batch:
         if not self.samples and self.lengths is not None:
             self.samples = self.lengths.tolist()
 
+    @property
+    def clips(self) -> int:
+        """How many there are."""
+        audio = self.audio if self.audio_summary is None else self.audio_summary
+        return 0 if audio is None else len(audio)
+
     def pin_memory(self) -> Batch:
         return self._map(Tensor.pin_memory)
 

@@ -45,6 +45,7 @@ def frozen(config: TrainConfig, which: str, unfreeze: int = UNFREEZE) -> TrainCo
         for name, value in options.items():
             setattr(getattr(config.model, side), name, value)
     config.optimizer.unfreeze_step = unfreeze
+    config.data.frozen_cache = "off"  # as a run that will unfreeze has it
     return config
 
 

@@ -385,7 +385,7 @@ def test_real_towers_learn_with_adapters_alone_and_merge(real_weights: Path, tmp
     model.train()
     tokens = model.tokenize(captions)
     counts = tokens["attention_mask"].sum(1).tolist()
-    for _ in range(6):
+    for _ in range(10):
         optimizer.zero_grad()
         a = F.normalize(model.encode_audio(audio, torch.tensor([16000, 12000, 16000, 9000])), dim=-1)
         b = F.normalize(model.encode_text(**tokens, token_counts=counts), dim=-1)
