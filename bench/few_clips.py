@@ -55,11 +55,11 @@ RUNS = {
     "last layer, mean and deviation": Training("--model.audio.hidden-states last --model.audio.pooling statistics"),
     "LoRA of rank 8 in Whisper": Training(
         "--model.audio.no-freeze --model.audio.freeze-modules * --model.audio.lora-rank 8 "
-        "--optimizer.tower-lr-scale 0.3 --steps 100 --data.cache-mb 256"
+        "--optimizer.tower-lr-scale 0.3 --steps 100 --batch-size 32 --data.cache-mb 256"
     ),
     "all of Whisper trained": Training(
         "--model.audio.no-freeze --optimizer.tower-lr-scale 0.03 --optimizer.layer-decay 0.8 "
-        "--steps 100 --data.cache-mb 256"
+        "--steps 100 --batch-size 32 --data.cache-mb 256"
     ),
     "half of the clips": Training(share=0.5),
     "a quarter of the clips": Training(share=0.25),

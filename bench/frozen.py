@@ -2,11 +2,11 @@
 
     python -m bench.frozen [--weights FOLDER --data FOLDER] [--batches 32 256] [--threads 2] [--steps 100] [--plain 1]
 
-With the weights (`whisper-tiny.en-encoder`, `all-MiniLM-L6-v2`) and the speech (`train.jsonl`) that the two folders
-hold, by default those of FASTCLAP_TEST_WEIGHTS and FASTCLAP_TEST_DATA; without them, log-mel and text towers of random
-weights on procedural voices. A step is everything between two steps of the training loop: seeds, draw of clips and
-captions, their summaries, heads, loss, gradients, optimizer and the sums for the log. `--plain` takes so many steps at
-the smallest batch without the file, for comparison.
+With the weights (`whisper-tiny.en-encoder`, `all-MiniLM-L6-v2`) in the recipe whisper-small and the speech
+(`train.jsonl`) that the two folders hold, by default those of FASTCLAP_TEST_WEIGHTS and FASTCLAP_TEST_DATA; without
+them, log-mel and text towers of random weights on procedural voices. A step is everything between two steps of the
+training loop: seeds, draw of clips and captions, their summaries, heads, loss, gradients, optimizer and the sums for
+the log. `--plain` takes so many steps at the smallest batch without the file, for comparison.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from fastclap.train import distributed, loop
 from fastclap.train import frozen as frozen_towers
 from fastclap.train import run as training_run
 from fastclap.train.config import DataConfig, OptimizerConfig, TrainConfig
+from fastclap.train.recipes import small_form, whisper_small
 from fastclap.train.run import Run, prepare
 
 Record = dict[str, Any]
@@ -45,8 +47,8 @@ def configuration(folder: Path, weights: str | None, data: str | None, clips: in
     if weights and data:
         manifest = str(Path(data) / "train.jsonl")
         whisper, minilm = (str(Path(weights) / name) for name in ("whisper-tiny.en-encoder", "all-MiniLM-L6-v2"))
-        audio = AudioTowerConfig(kind="whisper", pretrained=whisper, freeze=True)
-        text = TextTowerConfig(kind="hf", pretrained=minilm, freeze=True)
+        model = small_form(whisper_small()).model
+        audio, text = replace(model.audio, pretrained=whisper), replace(model.text, pretrained=minilm)
     else:
         write_demo(str(folder / "voices"), clips, 16, seed=0)
         manifest = str(folder / "voices" / "train.jsonl")

@@ -301,6 +301,7 @@ def test_a_resumed_run_has_the_same_adapters(tiny: Build) -> None:
     assert newest(config).name == "step-9"
 
 
+@pytest.mark.slow
 def test_sizes_with_real_towers(tiny: Build, real_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whisper tiny and MiniLM, whole, frozen and with adapters: what a checkpoint takes on the disk, in megabytes."""
     pytest.importorskip("peft")
