@@ -55,11 +55,11 @@ RUNS = {
     "last layer, mean and deviation": Training("--model.audio.hidden-states last --model.audio.pooling statistics"),
     "LoRA of rank 8 in Whisper": Training(
         "--model.audio.no-freeze --model.audio.freeze-modules * --model.audio.lora-rank 8 "
-        "--optimizer.tower-lr-scale 0.3 --steps 100 --batch-size 32 --data.cache-mb 256"
+        "--optimizer.tower-lr-scale 0.3 --steps 60 --batch-size 32 --data.cache-mb 256"
     ),
     "all of Whisper trained": Training(
         "--model.audio.no-freeze --optimizer.tower-lr-scale 0.03 --optimizer.layer-decay 0.8 "
-        "--steps 100 --batch-size 32 --data.cache-mb 256"
+        "--steps 60 --batch-size 32 --data.cache-mb 256"
     ),
     "half of the clips": Training(share=0.5),
     "a quarter of the clips": Training(share=0.25),
@@ -114,12 +114,13 @@ def main() -> None:
 
 def command(run: Training, seed: int, scratch: Path, arguments: argparse.Namespace) -> list[str]:
     """The words after `fastclap-train`, but for the run folder."""
+    root = Path(arguments.train).resolve().parent if run.labels else scratch
     manifest = drawn(run.share, seed, scratch, arguments.train) if run.labels else measured(scratch, arguments.train)
-    words = [*run.recipe.split(), "--seed", str(seed), "--data.train", manifest]
+    words = [*run.recipe.split(), "--seed", str(seed), "--data.train", manifest, "--data.audio-root", str(root)]
     if "whisper" in run.recipe:
         words += ["--model.audio.pretrained", arguments.audio, "--model.text.pretrained", arguments.text]
         words += ["--data.frozen-cache", arguments.cache or str(scratch / "cache")]
-    return [*words, "--data.audio-root", str(Path(arguments.train).resolve().parent), *run.flags.split()]
+    return [*words, *run.flags.split()]
 
 
 def in_words(run: Training) -> str:

@@ -12,6 +12,7 @@ import soundfile
 import torch
 
 from bench import few_clips, whisper
+from fastclap.data import load_manifest
 from fastclap.testing import assert_close_rel
 from fastclap.train.cli import parse
 from fastclap.train.config import TrainConfig
@@ -34,7 +35,11 @@ def test_every_command_is_understood(name: str, tmp_path: Path) -> None:
     config = parse([*few_clips.command(run, 3, scratch, arguments), "--run-dir", "run"])
     assert isinstance(config, TrainConfig)
     config.check()
-    assert config.seed == 3 and config.data.audio_root == str(tmp_path)
+    assert config.seed == 3
+    found = load_manifest(config.data.train, audio_root=config.data.audio_root)
+    assert len(found) == round(run.share * 20) and all(
+        Path(row.audio).samefile(tmp_path / Path(row.audio).name) for row in found
+    )
     given = [json.loads(line) for line in Path(config.data.train[0]).read_text().splitlines()]
     assert len(given) == round(run.share * 20)
     if run.labels:
