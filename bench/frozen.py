@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=100, help="that are timed, at each batch")
     parser.add_argument("--plain", type=int, default=1, help="steps without the file (0: none)")
     parser.add_argument("--cache", type=Path, help="folder of the files, which stay there (default: made and removed)")
-    parser.add_argument("--out", type=Path, help="file that receives the record as JSON")
+    parser.add_argument("--out", type=Path, help="folder that receives record.json and README.md")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     load = round(os.getloadavg()[0], 1)
@@ -182,7 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     }
     print(table(record), end="")
     if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (args.out / "README.md").write_text(f"# Training on frozen towers\n\n{table(record)}", encoding="utf-8")
     return 0
 
 
