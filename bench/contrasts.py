@@ -12,18 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import fastclap
-from bench.small_recipe import of_both_directions, processor
+from bench.small_recipe import begun_record, of_both_directions, spread
 from fastclap import CLAP
 from fastclap.data import Manifest, load_manifest
 from fastclap.evaluation import ClassificationTask, evaluate
@@ -62,13 +57,8 @@ def main() -> None:
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "record.json"
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    record |= {
-        "data": arguments.name,
-        "hardware": f"{processor()}, {os.cpu_count()} cores, threads used: {torch.get_num_threads()}",
-        "versions": {"fastclap": fastclap.__version__, "python": platform.python_version(), "torch": torch.__version__},
-        "commands": {name: " ".join(command(name, "SEED", "FOLDER", arguments.flags)) for name in RUNS},
-    }
+    record = begun_record(path, arguments.name)
+    record["commands"] = {name: " ".join(command(name, "SEED", "FOLDER", arguments.flags)) for name in RUNS}
     figures: dict[str, dict[str, Any]] = record.setdefault("figures", {name: {} for name in RUNS})
     test = load_manifest(arguments.test)
     with tempfile.TemporaryDirectory() as folder:
@@ -149,8 +139,7 @@ def page(record: dict[str, Any]) -> str:
 def cell(runs: dict[str, Any], plain: dict[str, Any], width: str, figure: str, *, compare: bool) -> str:
     """Mean and spread of a figure over the seeds, and how it compares with the plain runs."""
     values = [100 * run[width][figure] for run in runs.values()]
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    text = f"{statistics.mean(values):.1f} ± {spread:.1f}"
+    text = spread(values)
     if not compare:
         return text
     gains = [100 * (run[width][figure] - plain[seed][width][figure]) for seed, run in runs.items()]

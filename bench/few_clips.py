@@ -14,19 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-import fastclap
 from bench.contrasts import FIGURES, scores
-from bench.small_recipe import processor
+from bench.small_recipe import begun_record, spread
 from fastclap import CLAP
 from fastclap.apps.caption_manifest import caption
 from fastclap.data import load_manifest
@@ -83,13 +78,8 @@ def main() -> None:
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "record.json"
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    record |= {
-        "data": arguments.name,
-        "hardware": f"{processor()}, {os.cpu_count()} cores, threads used: {torch.get_num_threads()}",
-        "versions": {"fastclap": fastclap.__version__, "python": platform.python_version(), "torch": torch.__version__},
-        "commands": {name: in_words(run) for name, run in RUNS.items()},
-    }
+    record = begun_record(path, arguments.name)
+    record["commands"] = {name: in_words(run) for name, run in RUNS.items()}
     figures: dict[str, dict[str, Any]] = record.setdefault("figures", {})
     test = load_manifest(arguments.test)
     with tempfile.TemporaryDirectory() as scratch:
@@ -172,11 +162,6 @@ def page(record: dict[str, Any]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} | {seconds} |")
     lines += ["", *(f"- {name}: {command}" for name, command in record["commands"].items() if name in figures)]
     return "\n".join(lines) + "\n"
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.1f}"
 
 
 if __name__ == "__main__":

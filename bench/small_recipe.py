@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+import fastclap
 from fastclap import CLAP
 from fastclap.data import load_manifest
 from fastclap.evaluation import ClassificationTask, evaluate, write_report
@@ -90,6 +91,21 @@ def of_both_directions(retrieval: dict[str, Any]) -> dict[str, float]:
         for kind, both in retrieval.items()
         for figure in ("R@1", "R@10", "mAP@10")
     }
+
+
+def begun_record(path: Path, data: str) -> dict[str, Any]:
+    """The record of several runs at `path`, if there is one, with what this call runs on and what its data are."""
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return record | {
+        "data": data,
+        "hardware": f"{processor()}, {os.cpu_count()} cores, threads used: {torch.get_num_threads()}",
+        "versions": {"fastclap": fastclap.__version__, "python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.1f}"
 
 
 def processor() -> str:

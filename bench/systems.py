@@ -37,7 +37,7 @@ from typing import Any
 import torch
 
 import fastclap
-from bench.small_recipe import of_both_directions, processor
+from bench.small_recipe import of_both_directions, processor, spread
 from fastclap import CLAP
 from fastclap.data import load_manifest
 from fastclap.evaluation import ClassificationTask, evaluate
@@ -280,9 +280,7 @@ def page(record: dict[str, Any]) -> str:
         for name in runs:
             cells = []
             for figure in comparison.figures:
-                values = [one[figure] for one in figures[name].values()]
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                cell = f"{100 * means[name, figure]:.1f} ± {100 * spread:.1f}"
+                cell = spread([100 * one[figure] for one in figures[name].values()])
                 best = means[name, figure] == max(means[other, figure] for other in runs)
                 cells.append(f"**{cell}**" if best else cell)
             lines.append(f"| {name} | {' | '.join(cells)} | {means[name, 'train seconds']:.0f} |")

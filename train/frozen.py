@@ -169,10 +169,7 @@ def _is_writable(folder: Path) -> bool:
 
 def _is_fixed(model: CLAP, config: TrainConfig, side: str) -> bool:
     """Whether a tower's summaries are the same throughout the run."""
-    tower_config = getattr(model.config, side)
-    if not tower_config.freeze or any(
-        getattr(part, "unfreeze_step", 0) for part in (tower_config, config.optimizer, config)
-    ):
+    if not getattr(model.config, side).freeze or config.optimizer.unfreeze_step:
         return False
     tower: nn.Module = getattr(model, f"{side}_branch")
     return not any(p.requires_grad for p in tower.parameters()) or not _trains(model, tower, side)

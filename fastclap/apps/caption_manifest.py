@@ -12,10 +12,8 @@ import itertools
 import json
 import os
 import shutil
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +25,7 @@ from fastclap.console import Advance
 from fastclap.data import Row, load_manifest
 from fastclap.data.manifest import read_records
 from fastclap.data.shards import is_pack
-from fastclap.data.workers import fork_server, pooled_result, start_worker
+from fastclap.data.workers import map_rows
 from fastclap.errors import ConfigError, DataError
 from fastclap.files import locked, replacing
 from fastclap.prompts import parse_sex
@@ -254,40 +252,16 @@ def _measure_all(
         if not done:
             file.truncate(0)
             file.write(json.dumps({"version": VERSION}) + "\n")
-        for count, (key, found) in enumerate(zip(missing, _measured(list(missing.values()), workers), strict=True), 1):
+        measured = map_rows(
+            _measure_row, missing.values(), min(workers, len(missing)), ahead=4, doing="measuring", goes_on="from there"
+        )
+        for count, (key, found) in enumerate(zip(missing, measured, strict=True), 1):
             done[key] = found
             told = {"reason": found} if isinstance(found, str) else dataclasses.asdict(found)
             file.write(json.dumps({"key": key.hex(), **told}) + "\n")
             file.flush()
             advance(reused + count, len(wanted))
     return done, reused
-
-
-def _measured(rows: Sequence[Row], workers: int) -> Iterator[Acoustics | str]:
-    """What is found of each row, in order; measured in processes a little ahead of the caller."""
-    if not workers or not rows:
-        yield from map(_measure_row, rows)
-        return
-    pool = ProcessPoolExecutor(min(workers, len(rows)), fork_server(), initializer=start_worker)
-    ahead: deque[tuple[Row, Future[Acoustics | str]]] = deque()
-    try:
-        for row in rows:
-            ahead.append((row, pool.submit(_measure_row, row)))
-            if len(ahead) == 4 * workers:
-                yield pooled_result(ahead[0][1], pool)
-                ahead.popleft()
-        while ahead:
-            yield pooled_result(ahead[0][1], pool)
-            ahead.popleft()
-    except BrokenProcessPool as error:
-        suspects = ", ".join(row.audio for row, _ in itertools.islice(ahead, workers))
-        raise DataError(
-            f"a measuring process died, most likely because memory ran out or a decoder crashed, at about {suspects}; "
-            "run the same command again, which goes on from there, with fewer --workers, or with --workers 0 to see "
-            "which clip it is"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _read_store(store: Path) -> dict[bytes, Acoustics | str]:

@@ -8,14 +8,11 @@ pack follow from its input alone, however many processes decoded it and however 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import zlib
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +36,7 @@ from fastclap.data.shards import (
     read_header,
     shard_name,
 )
-from fastclap.data.workers import fork_server, pooled_result, start_worker
+from fastclap.data.workers import map_rows
 from fastclap.errors import ConfigError, DataError, FastclapError
 from fastclap.files import fsync, locked, write_atomic
 
@@ -264,30 +261,9 @@ def _decode_all(
     manifest: Manifest, rows: Sequence[int], sampling_rate: int, workers: int
 ) -> Generator[_Decoded | AudioError, None, None]:
     """The clips of `rows`, in order; decoded in processes a little ahead of the caller."""
-    if not workers or not rows:
-        for row in rows:
-            yield _decode(manifest[row], sampling_rate)
-        return
-    pool = ProcessPoolExecutor(workers, fork_server(), initializer=start_worker)
-    ahead: deque[tuple[int, Future[_Decoded | AudioError]]] = deque()
-    try:
-        for row in rows:
-            ahead.append((row, pool.submit(_decode, manifest[row], sampling_rate)))
-            if len(ahead) == 2 * workers:
-                yield pooled_result(ahead[0][1], pool)
-                ahead.popleft()
-        while ahead:
-            yield pooled_result(ahead[0][1], pool)
-            ahead.popleft()
-    except BrokenProcessPool as error:
-        suspects = ", ".join(manifest[row].audio for row, _ in itertools.islice(ahead, workers))
-        raise DataError(
-            f"a decoding process died, most likely because memory ran out or a decoder crashed, at about {suspects}; "
-            "run the same command again, which goes on after the last finished shard, with fewer --workers, or with "
-            "--workers 0 to see which clip it is"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    decode = partial(_decode, sampling_rate=sampling_rate)
+    clips = (manifest[row] for row in rows)
+    return map_rows(decode, clips, workers, ahead=2, doing="decoding", goes_on="after the last finished shard")
 
 
 def _decode(row: Row, sampling_rate: int) -> _Decoded | AudioError:

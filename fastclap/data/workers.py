@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import BaseContext
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+from fastclap.errors import DataError
+
+if TYPE_CHECKING:
+    from fastclap.data.rows import Row
 
 _GRACE_SECONDS = 30
 
@@ -57,6 +65,47 @@ def describe_deaths(ended: Iterable[tuple[int, int | None]]) -> str:
         }.get(name, "")
         found.append(f"process {pid} was ended by {name}{meaning}")
     return "; ".join(found) or "a process ended"
+
+
+def map_rows(
+    function: Callable[[Row], T], rows: Iterable[Row], workers: int, *, ahead: int, doing: str, goes_on: str
+) -> Generator[T, None, None]:
+    """What `function` makes of each row, in order; made in processes a little ahead of the caller.
+
+    Args:
+        function: picklable.
+        rows: taken as they are needed.
+        workers: processes; 0: everything is made in this one.
+        ahead: rows a process that are under way or waiting for the caller.
+        doing: what the processes are doing, such as "decoding", and
+        goes_on: where the same command goes on, such as "from there"; both for the message of the error.
+
+    Raises:
+        DataError: a process died.
+    """
+    if not workers:
+        yield from map(function, rows)
+        return
+    pool = ProcessPoolExecutor(workers, fork_server(), initializer=start_worker)
+    pending: deque[tuple[Row, Future[T]]] = deque()
+    try:
+        for row in rows:
+            pending.append((row, pool.submit(function, row)))
+            if len(pending) == ahead * workers:
+                yield pooled_result(pending[0][1], pool)
+                pending.popleft()
+        while pending:
+            yield pooled_result(pending[0][1], pool)
+            pending.popleft()
+    except BrokenProcessPool as error:
+        suspects = ", ".join(row.audio for row, _ in itertools.islice(pending, workers))
+        raise DataError(
+            f"a {doing} process died, most likely because memory ran out or a decoder crashed, at about {suspects}; "
+            f"run the same command again, which goes on {goes_on}, with fewer --workers, or with --workers 0 to see "
+            "which clip it is"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def pooled_result(future: Future[T], pool: ProcessPoolExecutor) -> T:

@@ -36,7 +36,7 @@ def read_laion(weights: ForeignWeights, audio: dict[str, Any], text: dict[str, A
         audio=AudioTowerConfig(kind="clap-htsat", hf_config={**htsat_config(weights, "audio_branch."), **audio}),
         text=TextTowerConfig(
             kind="hf",
-            hf_config={**roberta_config(weights, "text_branch"), "model_type": "roberta", **text},
+            hf_config={**roberta_config(weights, "text_branch"), **text},
             pooling="pooler",
             max_tokens=77,
         ),

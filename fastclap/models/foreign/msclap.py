@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.errors import ModelError
 from fastclap.models.foreign.htsat import htsat_config, htsat_weights, with_constants
-from fastclap.models.foreign.shared import ForeignModel, ForeignWeights, features_with_its_bank, renamed
+from fastclap.models.foreign.shared import ForeignModel, ForeignWeights, bert_config, features_with_its_bank, renamed
 
 if TYPE_CHECKING:
     import tokenizers
@@ -68,7 +68,7 @@ def read_msclap(weights: ForeignWeights, audio: dict[str, Any], text: dict[str, 
     else:
         raise ModelError(f"{weights.path}: its audio tower is neither HTSAT nor Cnn14 ({_AUDIO}*)")
     gpt2 = f"{_TEXT}wte.weight" in weights
-    fields = {**(_gpt2_config(weights) if gpt2 else _bert_config(weights)), **text}
+    fields = {**(_gpt2_config(weights) if gpt2 else bert_config(weights, _TEXT.removesuffix("."))), **text}
     config = CLAPConfig(
         audio=tower,
         text=TextTowerConfig(
@@ -112,20 +112,4 @@ def _gpt2_config(weights: ForeignWeights) -> dict[str, Any]:
         "n_inner": weights.shape(f"{_TEXT}h.0.mlp.c_fc.weight", 2)[1],
         "n_positions": weights.shape(f"{_TEXT}wpe.weight", 2)[0],
         "use_cache": False,
-    }
-
-
-def _bert_config(weights: ForeignWeights) -> dict[str, Any]:
-    vocabulary, hidden = weights.shape(f"{_TEXT}embeddings.word_embeddings.weight", 2)
-    return {
-        "model_type": "bert",
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "num_hidden_layers": weights.count(f"{_TEXT}encoder.layer"),
-        "num_attention_heads": max(1, hidden // 64),
-        "intermediate_size": weights.shape(f"{_TEXT}encoder.layer.0.intermediate.dense.weight", 2)[0],
-        "max_position_embeddings": weights.shape(f"{_TEXT}embeddings.position_embeddings.weight", 2)[0],
-        "type_vocab_size": weights.shape(f"{_TEXT}embeddings.token_type_embeddings.weight", 2)[0],
-        "layer_norm_eps": 1e-12,
-        "pad_token_id": 0,
     }

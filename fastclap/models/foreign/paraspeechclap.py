@@ -32,7 +32,7 @@ def read_paraspeechclap(weights: ForeignWeights, audio: dict[str, Any], text: di
         audio=AudioTowerConfig(kind="wav2vec2", hf_config=_wav2vec2_config(weights, "audio_branch.base", audio)),
         text=TextTowerConfig(
             kind="hf",
-            hf_config={**roberta_config(weights, "text_branch.base"), "model_type": "xlm-roberta", **text},
+            hf_config={**roberta_config(weights, "text_branch.base", "xlm-roberta"), **text},
             pooling="cls",
             max_tokens=512,
         ),

@@ -120,17 +120,23 @@ def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-def roberta_config(weights: ForeignWeights, base: str) -> dict[str, Any]:
-    """Sizes of a RoBERTa under this name; one head for every 64 channels, as published."""
+def bert_config(weights: ForeignWeights, base: str, head_width: int = 64) -> dict[str, Any]:
+    """A BERT under this name: its sizes, from the shapes; one head for every `head_width` channels, as published."""
     vocabulary, hidden = weights.shape(f"{base}.embeddings.word_embeddings.weight", 2)
     return {
+        "model_type": "bert",
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "num_hidden_layers": weights.count(f"{base}.encoder.layer"),
-        "num_attention_heads": max(1, hidden // 64),
+        "num_attention_heads": max(1, hidden // head_width),
         "intermediate_size": weights.shape(f"{base}.encoder.layer.0.intermediate.dense.weight", 2)[0],
         "max_position_embeddings": weights.shape(f"{base}.embeddings.position_embeddings.weight", 2)[0],
         "type_vocab_size": weights.shape(f"{base}.embeddings.token_type_embeddings.weight", 2)[0],
-        "layer_norm_eps": 1e-5,
-        **SPECIAL_TOKENS,
+        "layer_norm_eps": 1e-12,
+        "pad_token_id": 0,
     }
+
+
+def roberta_config(weights: ForeignWeights, base: str, model_type: str = "roberta") -> dict[str, Any]:
+    """A RoBERTa under this name, which has BERT's shapes."""
+    return {**bert_config(weights, base), "model_type": model_type, "layer_norm_eps": 1e-5, **SPECIAL_TOKENS}

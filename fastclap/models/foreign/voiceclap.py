@@ -15,7 +15,14 @@ from typing import Any
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.models.folder import load_state_dict_file
-from fastclap.models.foreign.shared import ForeignModel, ForeignWeights, features_with_its_bank, modern_names, renamed
+from fastclap.models.foreign.shared import (
+    ForeignModel,
+    ForeignWeights,
+    bert_config,
+    features_with_its_bank,
+    modern_names,
+    renamed,
+)
 
 _AUDIO, _TEXT = "audio_encoder", "text_encoder"
 _NAMES = [
@@ -64,7 +71,6 @@ def read_voiceclap(weights: ForeignWeights, audio: dict[str, Any], text: dict[st
         ModelError: a tensor that is missing, or an unknown mel filter bank.
     """
     width, mels, _ = weights.shape(f"{_AUDIO}.conv1.weight", 3)
-    vocabulary, hidden = weights.shape(f"{_TEXT}.embeddings.word_embeddings.weight", 2)
     whisper = {
         "num_mel_bins": mels,
         "d_model": width,
@@ -73,19 +79,7 @@ def read_voiceclap(weights: ForeignWeights, audio: dict[str, Any], text: dict[st
         "encoder_attention_heads": max(1, width // 64),
         "encoder_ffn_dim": weights.shape(f"{_AUDIO}.blocks.0.mlp.0.weight", 2)[0],
     }
-    bert = {
-        "model_type": "bert",
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "num_hidden_layers": weights.count(f"{_TEXT}.encoder.layer"),
-        "num_attention_heads": max(1, hidden // 32),
-        "intermediate_size": weights.shape(f"{_TEXT}.encoder.layer.0.intermediate.dense.weight", 2)[0],
-        "max_position_embeddings": weights.shape(f"{_TEXT}.embeddings.position_embeddings.weight", 2)[0],
-        "type_vocab_size": weights.shape(f"{_TEXT}.embeddings.token_type_embeddings.weight", 2)[0],
-        "layer_norm_eps": 1e-12,
-        "pad_token_id": 0,
-        "add_pooling_layer": False,
-    }
+    bert = {**bert_config(weights, _TEXT, head_width=32), "add_pooling_layer": False}
     bank = next((name for name in weights.tensors if name.endswith("mel_filters")), "mel_filters")
     # OpenAI's bank is on Slaney's scale; that of open_clip, from which VoiceCLAP comes, is on HTK's
     features = features_with_its_bank(
