@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,3 +64,14 @@ def reference() -> Path:
     if not folder:
         pytest.skip("FASTCLAP_REFERENCE names no checkout of ParaSpeechCLAP")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def icefall() -> SimpleNamespace:
+    """Modules of CLSP's published training, in a checkout named by FASTCLAP_ICEFALL; skips where it is not set."""
+    folder = os.environ.get("FASTCLAP_ICEFALL")
+    if not folder:
+        pytest.skip("FASTCLAP_ICEFALL names no checkout of yfyeung/icefall, branch clsp")
+    from tests.icefall_peer import load
+
+    return load(folder)
