@@ -22,13 +22,83 @@ for `hidden_states` "weighted", and `pooling` was of log-mel towers alone."""
 
 
 @dataclass
+class ZipformerConfig:
+    """Sizes of a Zipformer (Yao et al. 2024, arXiv 2310.11230). Lists have an entry for each stack, or one for all."""
+
+    size: Literal["spear-base", "spear-large", "spear-xlarge"] = "spear-xlarge"
+    """The sizes of SPEAR (arXiv 2510.25955; 93, 327 and 597 M parameters), where none are given here."""
+    downsampling: list[int] | None = None
+    """Frames that a stack takes together, of 50 a second."""
+    layers: list[int] | None = None
+    """Layers of each stack."""
+    width: list[int] | None = None
+    """Width of each stack."""
+    unmasked_width: list[int] | None = None
+    """Channels that are never dropped; those above are set to zero in training, for an eighth of the clips and more."""
+    feedforward: list[int] | None = None
+    """Width of the second of a layer's three feed-forward modules; the first and third have 3/4 and 5/4 of it."""
+    heads: list[int] | None = None
+    """Attention heads."""
+    kernel: list[int] | None = None
+    """Frames that a depthwise convolution sees, an odd number."""
+    query_width: int = 32
+    """Width of a head's queries and keys."""
+    position_width: int = 4
+    """Width of a head's queries for positions."""
+    value_width: int = 12
+    """Width of a head's values."""
+    encoding_width: int = 48
+    """Width of the encoding of relative positions, an even number."""
+    output_downsampling: int = 2
+    """Frames, of 50 a second, that become one of the result: 1 or 2."""
+    schedule_start: float = 100_000.0
+    """Batches that the schedules are taken to be past. Dropout, skips and limits are strong at first and settle within
+    20,000 batches of 600 s; as CLSP was trained, they begin long after that. 0: trained from scratch."""
+
+    def lists(self) -> dict[str, list[int]]:
+        """The lists, with an entry for each stack.
+
+        Raises:
+            ConfigError: a list of another length, or a size that is not positive.
+        """
+        layers, width, unmasked = _SPEAR[self.size]
+        published = {
+            "downsampling": [1, 2, 4, 8, 4, 2, 1],
+            "layers": layers,
+            "width": [width],
+            "unmasked_width": [unmasked],
+            "feedforward": [3 * width],
+            "heads": [8],
+            "kernel": [31, 31, 15, 15, 15, 31, 31],
+        }
+        lists: dict[str, list[int]] = {name: getattr(self, name) or value for name, value in published.items()}
+        stacks = len(lists["downsampling"])
+        for name, values in lists.items():
+            if len(values) not in (1, stacks) or min(values) < 1:
+                raise ConfigError(
+                    f"zipformer.{name} is {values}; give a positive number for each of the {stacks} stacks "
+                    "(zipformer.downsampling), or one for all"
+                )
+        return {name: values * stacks if len(values) == 1 else values for name, values in lists.items()}
+
+
+_SPEAR = {
+    "spear-base": ([1, 2, 3, 3, 1, 1, 1], 512, 256),
+    "spear-large": ([1, 2, 2, 3, 1, 1, 1], 1024, 512),
+    "spear-xlarge": ([1, 2, 3, 4, 1, 1, 1], 1280, 768),
+}
+"""Layers, width and unmasked width; the rest is the same, or follows from the width."""
+
+
+@dataclass
 class AudioTowerConfig:
     """Audio tower. Options marked with a kind have no meaning for the other kinds."""
 
-    kind: Literal["log-mel", "wav2vec2", "whisper", "ast", "clap-htsat", "cnn14", "pe-audio"] = "log-mel"
+    kind: Literal["log-mel", "wav2vec2", "whisper", "ast", "clap-htsat", "cnn14", "pe-audio", "zipformer"] = "log-mel"
     """log-mel: compact transformer trained from scratch. wav2vec2: WavLM, wav2vec 2.0 or HuBERT of transformers on the
     waveform. whisper, ast, clap-htsat: the encoders of transformers on log-mel features. cnn14: PANNs' convolutions on
-    log-mel features. pe-audio: the audio encoder of PE-AV on the waveform."""
+    log-mel features. pe-audio: the audio encoder of PE-AV on the waveform. zipformer: SPEAR's encoder, CLSP's tower, on
+    log-mel features."""
     pretrained: str | None = None
     """Folder or hub id of the transformers weights to start from (every kind but log-mel)."""
     hf_config: dict[str, Any] | None = None
@@ -76,10 +146,10 @@ class AudioTowerConfig:
     which is statistics for log-mel, the class tokens for ast, and the mean for the others."""
 
     features: Literal["whisper", "kaldi", "clap", "clap-fusion", "ast", "beats", "clsp", "torchaudio"] = "kaldi"
-    """log-mel: preset of fastclap.LogMel."""
+    """log-mel, zipformer: preset of fastclap.LogMel; CLSP's is clsp."""
     feature_options: dict[str, Any] = field(default_factory=dict)
-    """log-mel: changes to the preset, such as {"n_mels": 64}. clap-htsat, cnn14, whisper: changes to the preset clap or
-    whisper."""
+    """log-mel, zipformer: changes to the preset, such as {"n_mels": 64}. clap-htsat, cnn14, whisper: changes to the
+    preset clap or whisper."""
     clip_seconds: float = 10.0
     """clap-htsat, cnn14: the tower sees this much of a clip. What a longer one has after it is left out."""
     repeat: Literal["whole", "cut"] = "whole"
@@ -120,6 +190,8 @@ class AudioTowerConfig:
     """log-mel: SpecAugment frequency masks a clip in training."""
     frequency_mask_width: int = 16
     """log-mel: largest width of a frequency mask, in mel bands (drawn uniformly from 0 to this)."""
+    zipformer: ZipformerConfig = field(default_factory=ZipformerConfig)
+    """zipformer: its sizes."""
 
 
 @dataclass

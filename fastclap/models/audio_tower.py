@@ -67,6 +67,14 @@ class AudioTower(nn.Module):
         """The tower's vectors from the summaries; what is learned in here goes on learning in a frozen tower."""
         return summary
 
+    def begin_step(self, number: int, seconds: float) -> None:
+        """A training step begins: for what changes with their number.
+
+        Args:
+            number: steps that were taken before.
+            seconds: of audio in a batch of all processes together.
+        """
+
     def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
         """Execution options, to be set once before training; they have no effect on results.
 

@@ -42,6 +42,7 @@ from fastclap.models.pretrained import (
     transformers_model,
 )
 from fastclap.models.whisper import WhisperTower
+from fastclap.models.zipformer.tower import ZipformerTower
 
 
 class LogMelTower(AudioTower):
@@ -521,7 +522,11 @@ def build_audio_tower(config: AudioTowerConfig, load_pretrained: bool = True) ->
         return Cnn14Tower(config)
     if config.kind == "pe-audio":
         return PEAudioTower(config)
+    if config.kind == "zipformer":
+        return ZipformerTower(config)
     towers = {"wav2vec2": Wav2Vec2Tower, "whisper": WhisperTower, "ast": ASTTower, "clap-htsat": CLAPHTSATTower}
     if config.kind not in towers:
-        raise ConfigError(f"unknown audio tower {config.kind!r}; known: log-mel, cnn14, pe-audio, {', '.join(towers)}")
+        raise ConfigError(
+            f"unknown audio tower {config.kind!r}; known: log-mel, cnn14, pe-audio, zipformer, {', '.join(towers)}"
+        )
     return towers[config.kind](config, load_pretrained)

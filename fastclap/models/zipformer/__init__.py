@@ -1,0 +1,1 @@
+"""SPEAR's Zipformer, the audio tower of CLSP."""

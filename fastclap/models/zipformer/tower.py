@@ -1,0 +1,105 @@
+"""The audio tower of CLSP: SPEAR's Zipformer on log-mel features, pooled over each clip's own frames."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastclap.config import AudioTowerConfig
+from fastclap.errors import ConfigError
+from fastclap.models.audio_tower import AudioTower, features_of
+from fastclap.models.freezing import Stages
+from fastclap.models.packing import Packing, longest_of
+from fastclap.models.pooling import Pooling
+from fastclap.models.zipformer.encoder import FRONT_DRAWS, Front, Zipformer, frames_of
+from fastclap.models.zipformer.limits import Training, Whitener
+
+FRAMES = 9  # of features, that the convolutions need for one of their own
+SECONDS_OF_A_BATCH = 600.0  # that the schedules count in
+
+
+class ZipformerTower(AudioTower):
+    """A Zipformer on log-mel features.
+
+    Args:
+        config: of the tower.
+
+    Attributes:
+        encoder_embed, encoder: the convolutions and the stacks, under the names of icefall's checkpoints.
+        batches: that the schedules are past; `begin_step` sets it in training.
+    """
+
+    def __init__(self, config: AudioTowerConfig) -> None:
+        super().__init__()
+        if config.pooling == "token" or config.hidden_states != "last":
+            raise ConfigError("a zipformer tower pools its result, by mean, statistics or attention")
+        self.config = config
+        self.log_mel = features_of(config.features, config.feature_options)
+        spec = self.log_mel.spec
+        self.sampling_rate = spec.sampling_rate
+        self.encoder = Zipformer(config.zipformer)
+        self.encoder_embed = Front(spec.n_mels, self.encoder.first_width)
+        self.pooling = Pooling(config.pooling or "mean", "last", self.encoder.width, 1)
+        self.width = self.pooling.width
+        limit = FRAMES * spec.hop_length + spec.n_fft
+        self.min_samples = bisect.bisect_left(range(limit), FRAMES, key=spec.frames)
+        self.batches = config.zipformer.schedule_start
+
+    def begin_step(self, number: int, seconds: float) -> None:
+        self.batches = self.config.zipformer.schedule_start + number * seconds / SECONDS_OF_A_BATCH
+
+    def summarize(
+        self,
+        audio: Tensor,
+        lengths: Tensor | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        host_lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        sizes = [audio.shape[1]] * len(audio)
+        if lengths is not None:
+            sizes = lengths.tolist() if host_lengths is None else list(host_lengths)
+            audio = audio[:, : longest_of("host_lengths", sizes, audio)]
+        if min(sizes) < self.min_samples:
+            audio = F.pad(audio, (0, max(0, self.min_samples - audio.shape[1])))
+            ends = torch.tensor(sizes, device=audio.device)
+            audio = audio.masked_fill(torch.arange(audio.shape[1], device=audio.device) >= ends[:, None], 0)
+            sizes = [max(size, self.min_samples) for size in sizes]
+            lengths = torch.tensor(sizes, device=audio.device)
+        with torch.autocast(audio.device.type, enabled=False):
+            features, _ = self.log_mel(audio, lengths)
+        features = features.to(self.encoder_embed.out.weight.dtype)
+        frames = self.log_mel.spec.frame_lengths(torch.tensor(sizes)).tolist()
+        packing = Packing([frames_of(count) for count in frames], audio.device)
+        x, packing = self.encode(features, packing)
+        valid = torch.arange(packing.longest, device=x.device) < packing.starts.diff()[:, None]
+        return self.pooling.pool(packing.unpack(x), valid)
+
+    def encode(
+        self,
+        features: Tensor,  # [B, T, mels], padding arbitrary
+        packing: Packing,  # of the frames that the convolutions make of them
+    ) -> tuple[Tensor, Packing]:  # [R, C]
+        """The encoder's result, and where its frames lie."""
+        training, batches = None, None
+        if self.training:
+            training, batches = Training(self.batches, FRONT_DRAWS).begin(), self.batches
+        x = self.encoder_embed(features, packing, training)
+        return self.encoder(x, packing, batches)
+
+    def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
+        # Which limits are active is drawn anew for every batch, which a compiled graph could not follow.
+        for stack in self.encoder.stacks:
+            stack.checkpoint = checkpoint
+
+    def stages(self) -> Stages:
+        return Stages([self.encoder_embed], [], self.encoder.layers)
+
+    @property
+    def whiteners(self) -> list[Whitener]:
+        """All of the tower, in the order of registration."""
+        return [module for module in self.modules() if isinstance(module, Whitener)]
