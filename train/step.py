@@ -113,6 +113,9 @@ class Step:
         """
         if self.number and self.number == self.config.optimizer.unfreeze_step:
             self._unfreeze()
+        data = self.config.data
+        seconds = data.batch_seconds or self.config.batch_size * data.crop_seconds
+        self.model.audio_branch.begin_step(self.number, seconds * self.config.accumulate)
         loss = torch.zeros((), device=self.world.device)
         for remaining, batch in zip(reversed(range(self.config.accumulate)), batches, strict=False):
             with self.gradients.held() if remaining else nullcontext():
@@ -164,7 +167,12 @@ class Step:
             group["lr"] = learning_rate * group["lr_scale"]
         # Every rank must take or skip the step alike: the flags are summed together with the gradients.
         flags = torch.stack([(~loss.isfinite()).float(), torch.full((), float(stop), device=loss.device)])
+        findings = self.model.audio_branch.findings()
+        if findings is not None:
+            flags = torch.cat([flags, findings])
         flags, norm = self.gradients.finish(flags, self.config.optimizer.clip_norm)
+        if findings is not None:
+            self.model.audio_branch.end_step(flags[2:])
         skipped = (flags[0] > 0) | ~norm.isfinite()
         setattr(self.optimizer, "found_inf", skipped.float())  # noqa: B010 - read by the fused kernel, unknown to its class
         self.optimizer.step()

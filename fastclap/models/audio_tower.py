@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,8 +72,22 @@ class AudioTower(nn.Module):
 
         Args:
             number: steps that were taken before.
-            seconds: of audio in a batch of all processes together.
+            seconds: of audio in a step of all processes together.
         """
+
+    def findings(self) -> Tensor | None:  # float32 [n]
+        """What the backward passes of this step have found, to be summed over the processes; None: nothing."""
+        return None
+
+    def end_step(self, findings: Tensor) -> None:
+        """A training step ends with these findings of all processes."""
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What training changes and no model holds, for checkpoints: copies."""
+        return {}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from such a state."""
 
     def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
         """Execution options, to be set once before training; they have no effect on results.

@@ -51,7 +51,8 @@ class ConvNeXt(nn.Module):
         self.pointwise_conv2 = nn.Conv2d(hidden, channels, 1)
         with torch.no_grad():
             self.pointwise_conv2.weight.mul_(0.01)
-            nn.init.uniform_(self.pointwise_conv2.bias, -0.001, 0.001)
+            assert self.pointwise_conv2.bias is not None
+            self.pointwise_conv2.bias.uniform_(-0.001, 0.001)
         self.skip = Schedule((0, 0.2), (20_000, 0.015))
         self.hidden_balancer = Balancer((0.3, 1.0), (0.75, 5.0))
 

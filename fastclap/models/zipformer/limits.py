@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -185,7 +185,7 @@ class Whitener(nn.Module):
     The distance is the mean squared eigenvalue over the squared mean eigenvalue, 1 if all are equal.
 
     It looks at a quarter of the batches while it finds the limit exceeded, and at a fortieth after it found it held.
-    That is decided on the device, so the host, which does not know, launches it for a quarter.
+    What it finds stays on the device, so the host launches it for a quarter of them.
 
     Args:
         limit: of the distance.
@@ -193,15 +193,19 @@ class Whitener(nn.Module):
         groups: of channels.
 
     Attributes:
-        probability: float32 [], with which it looks at a batch. No part of a model; a checkpoint of a run keeps it.
+        probability: float32 [], with which it looks. Only `settle` changes it, between two steps.
+        found: float32 [2], how often since then the limit held, and how often it was exceeded.
     """
 
     probability: Tensor
+    found: Tensor
 
     def __init__(self, limit: Scheduled, share: float = 0.01, groups: int = 1) -> None:
         super().__init__()
         self.limit, self.share, self.groups = limit, share, groups
+        # no part of a model, so of no state dict; a run's checkpoints keep the probabilities
         self.register_buffer("probability", torch.tensor(_OFTEN), persistent=False)
+        self.register_buffer("found", torch.zeros(2), persistent=False)
 
     def forward(
         self,
@@ -213,31 +217,41 @@ class Whitener(nn.Module):
         draw = training.draw()
         if draw > _OFTEN or not x.requires_grad:
             return x
-        return _Whiten.apply(x, self.probability, draw, training.at(self.limit), self.share, self.groups)
+        return _Whiten.apply(x, self, draw, training.at(self.limit))
+
+
+def settle(
+    whiteners: Sequence[Whitener],
+    found: Tensor,  # float32 [whiteners · 2]: of all processes
+) -> None:
+    """What the whiteners have found since the last step decides how often they look from now on."""
+    probabilities = [each.probability for each in whiteners]
+    held, exceeded = found.view(-1, 2).unbind(1)
+    settled = torch.where(exceeded > 0, _OFTEN, torch.where(held > 0, _RARELY, torch.stack(probabilities)))
+    torch._foreach_copy_(probabilities, list(settled.unbind()))
+    torch._foreach_zero_([each.found for each in whiteners])
 
 
 class _Whiten(torch.autograd.Function):
     """x → x. The gradient receives a push of a given share of its norm along the distance's gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, probability: Tensor, draw: float, limit: float, share: float, groups: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, whitener: Whitener, draw: float, limit: float) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.probability, ctx.options = probability, (draw, limit, share, groups)
+        ctx.options = whitener, draw, limit
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        draw, limit, share, groups = ctx.options
+        whitener, draw, limit = ctx.options
+        groups, channels = whitener.groups, x.shape[-1]
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(-1, groups, x.shape[-1] // groups).transpose(0, 1).to(wide)
+            rows = x.reshape(-1, groups, channels // groups).transpose(0, 1).to(wide)
             rows = rows - rows.mean(1, keepdim=True)
             covariance = rows.transpose(1, 2) @ rows
-            channels = x.shape[-1]
             squared = covariance.square().sum() / channels
             mean = covariance.diagonal(dim1=1, dim2=2).sum() / channels
             least = mean.square() + 1e-20
@@ -245,12 +259,12 @@ class _Whiten(torch.autograd.Function):
             slope = covariance / least
             slope.diagonal(dim1=1, dim2=2).sub_(squared * mean / least.square())
             push = (rows @ slope).transpose(0, 1).reshape(x.shape)
-        looks, exceeded = draw <= ctx.probability, ~(distance < limit)
-        ctx.probability.copy_(torch.where(looks, torch.where(exceeded, _OFTEN, _RARELY), ctx.probability))
-        scale = share * torch.linalg.vector_norm(g, dtype=wide) / (torch.linalg.vector_norm(push) + 1e-20)
-        # a push that is not finite must not get in where it is not wanted
+        looks, exceeded = draw <= whitener.probability, ~(distance < limit)
+        whitener.found += (torch.stack([~exceeded, exceeded]) & looks).to(whitener.found.dtype)
+        scale = whitener.share * torch.linalg.vector_norm(g, dtype=wide) / (torch.linalg.vector_norm(push) + 1e-20)
+        # not multiplied by 0: a push that is not finite must not get in where it is not wanted
         push = (push * scale).to(g.dtype).where(looks & exceeded, 0.0)
-        return g + push, None, None, None, None, None
+        return g + push, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from fastclap.models.freezing import Stages
 from fastclap.models.packing import Packing, longest_of
 from fastclap.models.pooling import Pooling
 from fastclap.models.zipformer.encoder import FRONT_DRAWS, Front, Zipformer, frames_of
-from fastclap.models.zipformer.limits import Training, Whitener
+from fastclap.models.zipformer.limits import Training, Whitener, settle
 
 FRAMES = 9  # of features, that the convolutions need for one of their own
 SECONDS_OF_A_BATCH = 600.0  # that the schedules count in
@@ -99,7 +100,20 @@ class ZipformerTower(AudioTower):
     def stages(self) -> Stages:
         return Stages([self.encoder_embed], [], self.encoder.layers)
 
-    @property
+    @functools.cached_property
     def whiteners(self) -> list[Whitener]:
         """All of the tower, in the order of registration."""
         return [module for module in self.modules() if isinstance(module, Whitener)]
+
+    def findings(self) -> Tensor | None:
+        return torch.cat([each.found for each in self.whiteners]) if self.training else None
+
+    def end_step(self, findings: Tensor) -> None:
+        settle(self.whiteners, findings)
+
+    def training_state(self) -> dict[str, Tensor]:
+        return {"whitening": torch.stack([each.probability for each in self.whiteners])}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        for each, probability in zip(self.whiteners, state["whitening"], strict=True):
+            each.probability.copy_(probability)
