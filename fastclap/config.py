@@ -41,6 +41,8 @@ class ZipformerConfig:
     """Attention heads."""
     kernel: list[int] | None = None
     """Frames that a depthwise convolution sees, an odd number."""
+    channels: list[int] = field(default_factory=lambda: [8, 32, 128])
+    """Channels of the three convolutions over time and frequency at the input."""
     query_width: int = 32
     """Width of a head's queries and keys."""
     position_width: int = 4
@@ -53,7 +55,9 @@ class ZipformerConfig:
     """Frames, of 50 a second, that become one of the result: 1 or 2."""
     schedule_start: float = 100_000.0
     """Batches that the schedules are taken to be past. Dropout, skips and limits are strong at first and settle within
-    20,000 batches of 600 s; as CLSP was trained, they begin long after that. 0: trained from scratch."""
+    20,000 batches; as CLSP was trained, they begin long after that. 0: trained from scratch."""
+    schedule_seconds: float = 600.0
+    """Audio that counts as a batch of the schedules. Less of it lets them settle within a shorter training."""
 
     def lists(self) -> dict[str, list[int]]:
         """The lists, with an entry for each stack.
@@ -61,6 +65,10 @@ class ZipformerConfig:
         Raises:
             ConfigError: a list of another length, or a size that is not positive.
         """
+        if len(self.channels) != 3 or min(self.channels) < 1:
+            raise ConfigError(
+                f"zipformer.channels is {self.channels}; give a positive number for each of 3 convolutions"
+            )
         layers, width, unmasked = _SPEAR[self.size]
         published = {
             "downsampling": [1, 2, 4, 8, 4, 2, 1],

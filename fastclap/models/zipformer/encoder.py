@@ -75,9 +75,10 @@ class Front(nn.Module):
     Args:
         bands: mel bands, at least 7.
         width: of the result.
+        channels: of the convolutions.
     """
 
-    def __init__(self, bands: int, width: int, channels: tuple[int, int, int] = (8, 32, 128)) -> None:
+    def __init__(self, bands: int, width: int, channels: Sequence[int]) -> None:
         super().__init__()
         if bands < 7:
             raise ConfigError(f"a Zipformer needs at least 7 mel bands, not {bands}")

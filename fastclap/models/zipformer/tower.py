@@ -20,7 +20,6 @@ from fastclap.models.zipformer.encoder import FRONT_DRAWS, Front, Zipformer, fra
 from fastclap.models.zipformer.limits import Training, Whitener, settle
 
 FRAMES = 9  # of features, that the convolutions need for one of their own
-SECONDS_OF_A_BATCH = 600.0  # that the schedules count in
 
 
 class ZipformerTower(AudioTower):
@@ -43,7 +42,7 @@ class ZipformerTower(AudioTower):
         spec = self.log_mel.spec
         self.sampling_rate = spec.sampling_rate
         self.encoder = Zipformer(config.zipformer)
-        self.encoder_embed = Front(spec.n_mels, self.encoder.first_width)
+        self.encoder_embed = Front(spec.n_mels, self.encoder.first_width, config.zipformer.channels)
         self.pooling = Pooling(config.pooling or "mean", "last", self.encoder.width, 1)
         self.width = self.pooling.width
         limit = FRAMES * spec.hop_length + spec.n_fft
@@ -51,7 +50,8 @@ class ZipformerTower(AudioTower):
         self.batches = config.zipformer.schedule_start
 
     def begin_step(self, number: int, seconds: float) -> None:
-        self.batches = self.config.zipformer.schedule_start + number * seconds / SECONDS_OF_A_BATCH
+        sizes = self.config.zipformer
+        self.batches = sizes.schedule_start + number * seconds / sizes.schedule_seconds
 
     def summarize(
         self,
