@@ -72,6 +72,6 @@ def icefall() -> SimpleNamespace:
     folder = os.environ.get("FASTCLAP_ICEFALL")
     if not folder:
         pytest.skip("FASTCLAP_ICEFALL names no checkout of yfyeung/icefall, branch clsp")
-    from tests.icefall_peer import load
+    from bench.icefall import load
 
     return load(folder)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.icefall import encode, encoder
 from fastclap.config import AudioTowerConfig, ZipformerConfig
 from fastclap.errors import ConfigError
 from fastclap.models.audio_towers import build_audio_tower
@@ -19,7 +20,7 @@ from fastclap.models.zipformer import limits
 from fastclap.models.zipformer.encoder import encoded_distances, frames_of
 from fastclap.models.zipformer.limits import Balancer, Schedule, Training, Whitener
 from fastclap.models.zipformer.tower import ZipformerTower
-from tests.fastclap.models.zipformer_peer import SMALL, WIDTHS, published, run, run_published, tower
+from tests.fastclap.models.zipformer_peer import SMALL, WIDTHS, run, tower
 
 SIZES = pytest.mark.parametrize("config", [SMALL, WIDTHS], ids=["one width", "three widths"])
 MELS = 40
@@ -31,7 +32,7 @@ def features(*frames: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def pair(icefall: SimpleNamespace, config: ZipformerConfig) -> tuple[ZipformerTower, Any]:
     """Both codes with the same weights, in float64."""
-    ours, theirs = tower(config, MELS).double(), published(icefall, config, MELS).double()
+    ours, theirs = tower(config, MELS).double(), encoder(icefall, config, MELS).double()
     theirs.load_state_dict({k: x for k, x in ours.state_dict().items() if k.startswith("encoder")})
     return ours, theirs
 
@@ -91,7 +92,7 @@ def test_evaluation_and_its_gradients_are_those_of_the_published_code(exact: Any
     x, lengths = features(150, 150, 150), [150] * 3
     for name in ("scaling", "zipformer2"):  # in its evaluation mode limits act on gradients all the same
         getattr(exact, name).random = SimpleNamespace(random=lambda: 1.0)
-    expected, frames = run_published(theirs.eval(), x, torch.tensor(lengths))
+    expected, frames = encode(theirs.eval(), x, torch.tensor(lengths))
     found, packing = run(ours.eval(), x, lengths)
     assert packing.lengths == frames.tolist()
     torch.testing.assert_close(packing.unpack(found), expected, rtol=1e-12, atol=1e-12)
@@ -117,7 +118,7 @@ def test_training_is_that_of_the_published_code(
             module.batch_count = batches
     x, lengths = features(*[150] * 5), [150] * 5
     same_draws(4)
-    expected, _ = run_published(theirs.train(), x, torch.tensor(lengths))
+    expected, _ = encode(theirs.train(), x, torch.tensor(lengths))
     same_draws(4)
     found, packing = run(ours.train(), x, lengths)
     torch.testing.assert_close(packing.unpack(found), expected, rtol=1e-6, atol=1e-6)
@@ -135,11 +136,11 @@ def test_training_is_that_of_the_published_code(
 def test_the_published_sizes_are_those_of_the_published_code(icefall: SimpleNamespace) -> None:
     config = ZipformerConfig(size="spear-xlarge")
     ours = ZipformerTower(AudioTowerConfig(kind="zipformer", features="clsp", zipformer=config)).eval()
-    theirs = published(icefall, config, 128).eval()
+    theirs = encoder(icefall, config, 128).eval()
     theirs.load_state_dict({k: x for k, x in ours.state_dict().items() if k.startswith("encoder")})
     x = 3 * torch.randn(1, 200, 128, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected, _ = run_published(theirs, x, torch.tensor([200]))
+        expected, _ = encode(theirs, x, torch.tensor([200]))
         found, packing = run(ours, x, [200])
     torch.testing.assert_close(packing.unpack(found), expected, rtol=1e-5, atol=1e-5)
 

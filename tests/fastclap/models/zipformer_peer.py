@@ -1,12 +1,9 @@
-"""The same Zipformer twice: ours, and that of the published code, with the same weights."""
+"""Zipformers of small sizes whose every parameter differs from what it begins with."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastclap.config import AudioTowerConfig, ZipformerConfig
 from fastclap.models.packing import Packing
@@ -52,41 +49,6 @@ def tower(config: ZipformerConfig, mels: int = 40) -> ZipformerTower:
         for parameter in built.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return built
-
-
-def published(icefall: SimpleNamespace, config: ZipformerConfig, mels: int = 40) -> nn.Module:
-    """The published code's encoder of these sizes, as its training builds it."""
-    lists: Any = {name: tuple(values) for name, values in config.lists().items()}
-    scheduled = icefall.scaling.ScheduledFloat
-    module = nn.Module()
-    module.encoder_embed = icefall.subsampling.Conv2dSubsampling(
-        mels, lists["width"][0], dropout=scheduled((0.0, 0.3), (20000.0, 0.1))
-    )
-    module.encoder = icefall.zipformer2.Zipformer2(
-        output_downsampling_factor=config.output_downsampling,
-        downsampling_factor=lists["downsampling"],
-        encoder_dim=lists["width"],
-        num_encoder_layers=lists["layers"],
-        encoder_unmasked_dim=lists["unmasked_width"],
-        query_head_dim=config.query_width,
-        pos_head_dim=config.position_width,
-        value_head_dim=config.value_width,
-        num_heads=lists["heads"],
-        feedforward_dim=lists["feedforward"],
-        cnn_module_kernel=lists["kernel"],
-        pos_dim=config.encoding_width,
-        dropout=scheduled((0.0, 0.3), (20000.0, 0.1)),
-        warmup_batches=4000.0,
-    )
-    return module
-
-
-def run_published(module: Any, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Its result [B, T, C] and lengths."""
-    x, lengths = module.encoder_embed(features, frames)
-    past = torch.arange(x.shape[1]) >= lengths[:, None]
-    x, lengths = module.encoder(x.transpose(0, 1), lengths, past)
-    return x.transpose(0, 1), lengths
 
 
 def run(built: ZipformerTower, features: Tensor, frames: list[int]) -> tuple[Tensor, Packing]:
