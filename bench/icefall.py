@@ -98,7 +98,7 @@ class Published:
     """Its model, loss, optimizer and schedule, and the training step of its second stage, or of the first.
 
     Args:
-        checkout: folder of its repository.
+        icefall: its modules, as `load` gives them.
         config: sizes of the Zipformer.
         mels: bands of the features.
         roberta: configuration of the text encoder.
@@ -110,7 +110,7 @@ class Published:
 
     def __init__(
         self,
-        checkout: str | Path,
+        icefall: SimpleNamespace,
         config: ZipformerConfig,
         mels: int,
         roberta: Mapping[str, Any],
@@ -121,7 +121,6 @@ class Published:
     ) -> None:
         from transformers import RobertaConfig, RobertaModel
 
-        self.icefall = icefall = load(checkout)
         parts: Any = encoder(icefall, config, mels)
         text = RobertaModel(RobertaConfig(**roberta))
         with mock.patch.object(icefall.model.RobertaModel, "from_pretrained", lambda *_, **__: text):

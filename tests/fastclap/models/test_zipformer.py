@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
-import random
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +15,9 @@ from fastclap.errors import ConfigError
 from fastclap.models.audio_towers import build_audio_tower
 from fastclap.models.zipformer import limits
 from fastclap.models.zipformer.encoder import encoded_distances, frames_of
-from fastclap.models.zipformer.limits import Balancer, Schedule, Training, Whitener
+from fastclap.models.zipformer.limits import Balancer, Schedule, Whitener
 from fastclap.models.zipformer.tower import ZipformerTower
-from tests.fastclap.models.zipformer_peer import SMALL, WIDTHS, run, tower
+from tests.fastclap.models.zipformer_peer import SMALL, WIDTHS, run, same_draws, tower
 
 SIZES = pytest.mark.parametrize("config", [SMALL, WIDTHS], ids=["one width", "three widths"])
 MELS = 40
@@ -44,38 +41,10 @@ def exact(icefall: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNa
     return icefall
 
 
-class Drawn:
-    """Numbers for the decisions that change a gradient; those that only decide what is logged get 1."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = random.Random(seed)
-
-    def random(self) -> float:
-        frame: Any = sys._getframe(1)
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        return 1.0 if any(rate in line for rate in ("0.0002", "0.002", "0.001", "0.005")) else self.generator.random()
-
-
 @pytest.fixture
-def same_draws(exact: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
+def draws(exact: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Function that begins the draws of both codes anew, from a seed."""
-    drawn = torch.rand
-
-    def in_float32(*shape: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
-        found = drawn(*shape, **options)
-        return found if dtype is None else found.to(dtype)
-
-    def begin(seed: int) -> None:
-        theirs, ours = Drawn(seed), Drawn(seed)
-        monkeypatch.setattr(exact.scaling, "random", theirs)
-        monkeypatch.setattr(exact.zipformer2, "random", theirs)
-        monkeypatch.setattr(Training, "draw", lambda self: ours.generator.random())
-        torch.manual_seed(seed)
-
-    monkeypatch.setattr(torch, "rand", in_float32)
-    monkeypatch.setattr(Training, "__init__", lambda self, batches, draws: setattr(self, "batches", batches))
-    monkeypatch.setattr(Training, "begin", lambda self: self)
-    return begin
+    return same_draws(exact, monkeypatch)
 
 
 def relative_gradients(ours: nn.Module, theirs: nn.Module) -> dict[str, float]:
@@ -109,7 +78,7 @@ def test_evaluation_and_its_gradients_are_those_of_the_published_code(exact: Any
 @SIZES
 @pytest.mark.parametrize("batches", [0.0, 3000.0, 100_000.0])
 def test_training_is_that_of_the_published_code(
-    exact: Any, same_draws: Any, config: ZipformerConfig, batches: float
+    exact: Any, draws: Any, config: ZipformerConfig, batches: float
 ) -> None:
     ours, theirs = pair(exact, config)
     ours.batches = batches
@@ -117,9 +86,9 @@ def test_training_is_that_of_the_published_code(
         if hasattr(module, "batch_count"):
             module.batch_count = batches
     x, lengths = features(*[150] * 5), [150] * 5
-    same_draws(4)
+    draws(4)
     expected, _ = encode(theirs.train(), x, torch.tensor(lengths))
-    same_draws(4)
+    draws(4)
     found, packing = run(ours.train(), x, lengths)
     torch.testing.assert_close(packing.unpack(found), expected, rtol=1e-6, atol=1e-6)
     upstream = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
