@@ -85,7 +85,9 @@ class ScaledAdam(Optimizer):
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         if not 0 < betas[0] <= betas[1] < 1:
-            raise ValueError(f"ScaledAdam: betas are {betas}; they must lie between 0 and 1, the first not above the other")
+            raise ValueError(
+                f"ScaledAdam: betas are {betas}; they must lie between 0 and 1, the first not above the other"
+            )
         for name in ("lr", "clipping_scale", "scalar_lr_scale"):
             if options[name] < 0:
                 raise ValueError(f"ScaledAdam: {name} is {options[name]}; it must not be negative")
@@ -96,10 +98,12 @@ class ScaledAdam(Optimizer):
         super().__init__(params, options)
         dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
         if not dtypes <= {torch.float32, torch.float64}:
-            raise ValueError(f"ScaledAdam: parameters are {dtypes}; keep them in float32, and use autocast for products")
+            raise ValueError(
+                f"ScaledAdam: parameters are {dtypes}; keep them in float32, and use autocast for products"
+            )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step with the gradients as they are; returns what `closure` returns, which may make them first."""
         loss = None
         if closure is not None:
@@ -143,7 +147,7 @@ class ScaledAdam(Optimizer):
 
     @staticmethod
     def _initial(p: Tensor, size_period: int) -> dict[str, Any]:
-        state = {"step": 0, "delta": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        state: dict[str, Any] = {"step": 0, "delta": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         if p.numel() > 1:
             state["size"] = p.new_zeros(2 + size_period)
             state["size"][0] = p.square().mean().sqrt()
