@@ -259,13 +259,14 @@ def _sums(
 ) -> tuple[Tensor, Tensor]:
     """Σg² and Σp·g of each parameter, [n] both."""
     zero = parameters[0].new_zeros(())
-    present = iter(torch._foreach_norm([g for g in gradients if g is not None]))
-    norms = [zero if g is None else next(present) for g in gradients]
+    present = [g for g in gradients if g is not None]
+    norms = iter(torch._foreach_norm(present) if present else [])
+    squares = [zero if g is None else next(norms) for g in gradients]
     products = [
         zero if g is None else torch.dot(p.reshape(-1), g.reshape(-1))
         for p, g in zip(parameters, gradients, strict=True)
     ]
-    return torch.stack(norms).square(), torch.stack(products)
+    return torch.stack(squares).square(), torch.stack(products)
 
 
 def _root_mean_squares(parameters: list[Tensor]) -> Tensor:

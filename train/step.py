@@ -470,7 +470,10 @@ class Average:
 
 
 class WeightMean(Average):
-    """Mean of the weights at every `every`-th step since the start, in float32 (icefall's `model_avg`).
+    """Mean of the weights at every `every`-th step since the start (icefall's `model_avg`, which is in float64).
+
+    In float32 as the weights. Of 5000 updates it is off by 1e-6 of a weight that changes by a hundredth or more, and by
+    up to 3e-5 of one that changes less, because an update that is far below its rounding is lost.
 
     The mean over the steps between two checkpoints follows from those of both (`checkpoint.average_checkpoints`).
     """
