@@ -55,16 +55,15 @@ from fastclap.models.lora import merged
 from fastclap.models.tokenizer import Tokenizer
 from fastclap.train.config import TrainConfig
 from fastclap.train.distributed import World, placed_like, whole
-from fastclap.train.step import Step
+from fastclap.train.step import Step, state_names
 
 Key = TypeVar("Key", bound=Hashable)
 
 FORMAT = 1
 _STATE = "state.json"
 _TRAINER = "trainer.safetensors"
-_QUEUE = "queue/"
+_QUEUE, _MEAN = "queue/", "mean/"
 _TEMPORARY = ".writing-"
-_OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # AdamW's
 _BLOCK_BYTES = 1 << 30
 
 # A resumed run may change these; anything else would make it another training.
@@ -373,7 +372,7 @@ def write_checkpoint(snapshot: Snapshot) -> Written:
 
 
 def _contents(step: Step, frozen: Frozen | None = None) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each file by name; AdamW's state is named `step|exp_avg|exp_avg_sq/<parameter name>`.
+    """The tensors of each file by name; the optimizer's state is named `<state>/<parameter name>`.
 
     What does not change is left out of the weights, and of their average, which equals them there to the last bit.
     The queue of the loss is that of every rank, so that a run may go on with another number of them.
@@ -381,12 +380,14 @@ def _contents(step: Step, frozen: Frozen | None = None) -> dict[str, dict[str, T
     left_out = frozenset() if frozen is None else frozen.names
     weights = {name: tensor for name, tensor in step.model.state_dict().items() if name not in left_out}
     trainer = {
-        f"{key}/{name}": value
+        f"{key}/{name}": torch.as_tensor(value)
         for name, parameter in step.model.named_parameters()
         for key, value in step.optimizer.state.get(parameter, {}).items()
     }
     if step.queue is not None:
         trainer |= {f"{_QUEUE}{name}": value for name, value in step.queue.state_dict().items()}
+    if step.mean is not None:
+        trainer |= {f"{_MEAN}{name}": step.mean.tensors[name] for name in weights}
     if step.average is None:
         return {WEIGHTS_FILE: weights, _TRAINER: trainer}
     averaged = {name: step.average.tensors[name] for name in weights}
@@ -469,12 +470,18 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def average_checkpoints(run_dir: Path, last: int, target: Path) -> list[int]:
-    """Write a model whose weights are the mean of those of the `last` newest checkpoints; returns their steps.
+    """Write a model of averaged weights from the `last` newest checkpoints; returns their steps.
 
-    Sums are in float64; tensors that are not floating are the newest ones. Adapters are first added to their layers.
+    With the mean of the run in them (`--optimizer.average-every`), it is the mean over all that was averaged after the
+    oldest of these checkpoints up to the newest: with means m and numbers of steps n, (n₁·m₁ − n₀·m₀) / (n₁ − n₀), as
+    icefall's `average_checkpoints_with_averaged_model`; of one checkpoint, the mean since the start. Else it is the
+    mean of the checkpoints' weights.
+
+    Sums are in float64; tensors that are not floating are the newest ones. Adapters are added to their layers.
 
     Raises:
-        ModelError: there are fewer checkpoints, one is damaged, or `target` holds other files.
+        ModelError: there are fewer checkpoints, one is damaged, nothing was averaged between them, or `target` holds
+            other files.
         TrainingError: the disk refused the write.
     """
     paths = checkpoints(run_dir)[-last:]
@@ -483,8 +490,20 @@ def average_checkpoints(run_dir: Path, last: int, target: Path) -> list[int]:
         raise ModelError(
             f"{run_dir}: asked for the average of {last} checkpoints, found {found}; a run keeps as many as --keep says"
         )
-    steps = [int(read_state(path)["step"]) for path in paths]
+    states = [read_state(path) for path in paths]
+    steps = [int(state["step"]) for state in states]
+    every = states[-1]["config"]["optimizer"].get("average_every", 0)
     model = CLAP.from_pretrained(paths[-1])
+    means = _mean_of_steps(paths, steps, every, model) if every else _mean_of_weights(paths, model)
+    try:
+        model.save_pretrained(target, state_dict={**merged(model.state_dict(), model.config), **means})
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{target}: the average could not be written ({error})") from error
+    return steps
+
+
+def _mean_of_weights(paths: list[Path], model: CLAP) -> dict[str, Tensor]:
+    """Of the checkpoints, which are of this model; floating tensors only, without adapters."""
     newest = merged(model.state_dict(), model.config)
     sums = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in newest.items() if x.is_floating_point()}
     for path in paths:
@@ -493,12 +512,33 @@ def average_checkpoints(run_dir: Path, last: int, target: Path) -> list[int]:
         weights = merged(weights, model.config)
         for name, held in sums.items():
             held += weights[name]
-    means = {name: (held / last).to(newest[name].dtype) for name, held in sums.items()}
-    try:
-        model.save_pretrained(target, state_dict={**newest, **means})
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(f"{target}: the average could not be written ({error})") from error
-    return steps
+    return {name: (held / len(paths)).to(newest[name].dtype) for name, held in sums.items()}
+
+
+def _mean_of_steps(paths: list[Path], steps: list[int], every: int, model: CLAP) -> dict[str, Tensor]:
+    """Of the weights averaged after the oldest checkpoint, up to the newest; of one checkpoint, since the start.
+
+    Floating tensors only, without adapters, whose factors are averaged each by itself.
+    """
+    end, start = steps[-1] // every * every, steps[0] // every * every if len(paths) > 1 else 0
+    if end == start:
+        raise ModelError(
+            f"{paths[-1]}: the weights were averaged every {every} steps, and not after step {start}; ask for more "
+            "checkpoints, or save them less often than that"
+        )
+    sums: dict[str, Tensor] = {}
+    for path, count in ((paths[-1], end), (paths[0], -start)):
+        if count:
+            with safe_open(path / _TRAINER, "pt") as file:
+                names = [name for name in file.keys() if name.startswith(_MEAN)]  # noqa: SIM118 - no mapping
+                held = {name.removeprefix(_MEAN): file.get_tensor(name) for name in names}
+            check_weights(model, load_weights(path) | held, path)
+            for name, mean in held.items():
+                if mean.is_floating_point():
+                    sums[name] = sums.get(name, 0) + mean.double() * (count / (end - start))
+    weights = model.state_dict()
+    means = merged(weights | {name: held.to(weights[name].dtype) for name, held in sums.items()}, model.config)
+    return {name: mean for name, mean in means.items() if mean.is_floating_point()}
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -560,13 +600,19 @@ def restore_weights(path: Path, model: CLAP, averaged: bool) -> None:
 
 
 def restore_step(path: Path, step: Step) -> None:
-    """Load optimizer state, moving average and queue of a checkpoint in place, bit for bit; sharded as the model is."""
+    """Load optimizer state, averages and queue of a checkpoint in place, bit for bit; sharded as the model is."""
     trainer = load_state_dict_file(path / _TRAINER)
     if step.queue is not None:
         step.queue.load_state_dict({n.removeprefix(_QUEUE): x for n, x in trainer.items() if n.startswith(_QUEUE)})
     if step.average is not None:
         step.average.load(load_weights(path))
+    if step.mean is not None:
+        means = {name.removeprefix(_MEAN): value for name, value in trainer.items() if name.startswith(_MEAN)}
+        step.mean.load(load_weights(path) | means)
     for name, parameter in step.model.named_parameters():
-        entries = {key: trainer[f"{key}/{name}"] for key in _OPTIMIZER_STATE if f"{key}/{name}" in trainer}
-        if entries:
-            step.optimizer.state[parameter] = {key: placed_like(parameter, value) for key, value in entries.items()}
+        held = {key: trainer[f"{key}/{name}"] for key in state_names(step.optimizer) if f"{key}/{name}" in trainer}
+        if held:  # whole numbers belong to the host
+            step.optimizer.state[parameter] = {
+                key: placed_like(parameter, value) if value.is_floating_point() else int(value)
+                for key, value in held.items()
+            }

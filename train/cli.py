@@ -99,7 +99,9 @@ def average(arguments: Sequence[str]) -> None:
     """`fastclap-train average RUN --last N`: prints the model's folder and the steps that went into it, as JSON."""
     parser = argparse.ArgumentParser(
         prog="fastclap-train average",
-        description="Write a model whose weights are the mean of those of a run's last checkpoints, as CLSP does.",
+        description="Write a model whose weights are the mean of those of a run's last checkpoints; with "
+        "--optimizer.average-every in the training, the mean of all steps between the oldest and the newest of them, "
+        "or with --last 1 since the start, as CLSP's are.",
         epilog="example: fastclap-train average runs/clsp-stage2 --last 5 --out runs/clsp-stage2/averaged",
     )
     parser.add_argument("run", help="run folder; it has as many checkpoints as --keep of the training says")

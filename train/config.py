@@ -121,8 +121,11 @@ class LossConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    kind: Literal["adamw", "scaled-adam"] = "adamw"
+    """scaled-adam is that of icefall, which CLSP is trained with: each step is a share of a parameter's own size, so
+    that learning rates are higher (0.045)."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     tower_lr_scale: float = 1.0
@@ -131,7 +134,7 @@ class OptimizerConfig:
     """Learning rate of a tower's last transformer layer as a multiple of that of what comes after it, of the layer
     before it as a multiple of its own, and so on down to embeddings or convolutions (1: all alike)."""
     weight_decay: float = 0.05
-    """Decoupled weight decay of matrices (never of norms, biases, embeddings or the logit scale)."""
+    """Decoupled weight decay of matrices (never of norms, biases, embeddings or the logit scale); of adamw only."""
     beta1: float = 0.9
     """Decay of the gradient's running mean."""
     beta2: float = 0.98
@@ -140,18 +143,31 @@ class OptimizerConfig:
     """Denominator offset."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
+    warmup_start: float = 0.0
+    """Where the warm-up begins, as a share of the learning rate (icefall: 0.5)."""
     unfreeze_step: int = 0
     """Steps after which what the freeze options of the towers keep fixed begins to train (0: it never does)."""
-    schedule: Literal["cosine", "linear", "constant", "cooldown"] = "cosine"
-    """Shape of the decay after the warm-up; cooldown is constant, then 1 - √ over the last `cooldown_share`."""
+    schedule: Literal["cosine", "linear", "constant", "cooldown", "eden"] = "cosine"
+    """Shape of the decay after the warm-up; cooldown is constant, then 1 - √ over the last `cooldown_share`. eden is
+    icefall's, which falls as 1/√ of the step and of the epoch, and knows no last step."""
     cooldown_share: float = 0.2
     """Share of all steps over which the learning rate decays, with `cooldown`."""
     final_share: float = 0.0
     """Learning rate at the last step, as a share of the peak."""
+    eden_batches: float = 100_000.0
+    """With `eden`: steps after which the learning rate begins to fall."""
+    eden_epochs: float = 100.0
+    """With `eden`: epochs after which the learning rate begins to fall."""
     clip_norm: float = 1.0
-    """Largest gradient norm (0: no clipping)."""
+    """Largest gradient norm (0: no clipping); of adamw only."""
+    clipping_scale: float = 2.0
+    """With `scaled-adam`, which clips by itself: largest gradient norm, as a multiple of the median of the last 100
+    steps, of all parameters with the same learning rate together (0: no clipping)."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights, which is then evaluated and exported (0: none)."""
+    average_every: int = 0
+    """Steps between the weights whose mean over the whole run checkpoints hold, for `fastclap-train average` (0: none;
+    CLSP: 200). Evaluated and exported are the weights themselves."""
 
 
 @dataclass
@@ -302,6 +318,28 @@ class TrainConfig:
                 0 < optimizer.layer_decay <= 1,
                 f"--optimizer.layer-decay is {optimizer.layer_decay}; it is a share above 0, up to 1",
             ),
+            (
+                optimizer.kind == "adamw" or not self.shard,
+                "--optimizer.kind scaled-adam goes by the size of whole parameters: leave --shard out",
+            ),
+            (
+                optimizer.clipping_scale >= 0,
+                f"--optimizer.clipping-scale is {optimizer.clipping_scale}; it must not be negative",
+            ),
+            (
+                0 <= optimizer.warmup_start <= 1,
+                f"--optimizer.warmup-start is {optimizer.warmup_start}; it is a share between 0 and 1",
+            ),
+            (
+                optimizer.eden_batches > 0 and optimizer.eden_epochs > 0,
+                f"--optimizer.eden-batches is {optimizer.eden_batches} and --optimizer.eden-epochs "
+                f"{optimizer.eden_epochs}; both must be positive",
+            ),
+            (
+                optimizer.schedule != "eden" or optimizer.final_share == 0,
+                "--optimizer.final-share is the learning rate at the last step, which --optimizer.schedule eden does "
+                "not know: leave it out",
+            ),
             (optimizer.unfreeze_step >= 0, f"--optimizer.unfreeze-step is {optimizer.unfreeze_step}; it is a step"),
             (
                 optimizer.unfreeze_step == 0 or not self.shard,
@@ -314,6 +352,14 @@ class TrainConfig:
             (
                 0 <= optimizer.ema_decay < 1,
                 f"--optimizer.ema-decay is {optimizer.ema_decay}; it must lie in [0, 1)",
+            ),
+            (
+                optimizer.average_every >= 0,
+                f"--optimizer.average-every is {optimizer.average_every}; it is a number of steps",
+            ),
+            (
+                optimizer.average_every == 0 or optimizer.ema_decay == 0,
+                "--optimizer.average-every and --optimizer.ema-decay are two averages of the weights: leave out one",
             ),
             (
                 loss.kind == "info_nce" or loss.label_smoothing == 0,

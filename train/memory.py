@@ -67,8 +67,9 @@ def plan(model: CLAP, manifest: Sequence[Row], config: TrainConfig, world: World
     captions = [text for row in manifest[:_ROWS] for text in (*row.captions[:1], *row.fine_captions[:1])]
     kept = measure(model, captions, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # gradient and two moments in float32, and the moving average; sharded, each process has its part
-    state = trained * (12 + 4 * bool(config.optimizer.ema_decay)) // (world.size if config.shard else 1)
+    # gradient and two moments in float32, and the average of the weights; sharded, each process has its part
+    averaged = bool(config.optimizer.ema_decay or config.optimizer.average_every)
+    state = trained * (12 + 4 * averaged) // (world.size if config.shard else 1)
     room = distributed.least(int(free * _USABLE) - state - kept.fixed - _SLACK, world)
     chunk, checkpoint = choose(rows, kept, room, fixed, again)
     if config.shard and (chunk < rows or config.accumulate > 1):

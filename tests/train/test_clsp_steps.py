@@ -21,7 +21,7 @@ from tests.fastclap.models.zipformer_peer import SMALL, same_draws
 
 MELS, DIM, CLIPS, STEPS = 40, 24, 6, 10
 ROBERTA: dict[str, Any] = {
-    "vocab_size": 200,
+    "vocab_size": 300,
     "hidden_size": 32,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
