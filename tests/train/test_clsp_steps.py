@@ -59,11 +59,7 @@ def test_ten_steps_are_those_of_the_published_code(
     texts = [f"a {voice} voice says number {n}" for n in range(4 * CLIPS) for voice in ("low", "high")]
     tokenizer = train_tokenizer(texts, ROBERTA["vocab_size"])
     torch.manual_seed(0)
-    import os
-
-    theirs = Published(
-        os.environ["FASTCLAP_ICEFALL"], SMALL, MELS, ROBERTA, DIM, learning_rate=0.045, encoder_scale=0.1
-    )
+    theirs = Published(icefall, SMALL, MELS, ROBERTA, DIM, learning_rate=0.045, encoder_scale=0.1)
     theirs.model.double()
     config = TrainConfig(
         data=DataConfig(batch_seconds=600.0),
