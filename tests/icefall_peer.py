@@ -7,10 +7,12 @@ three helpers of icefall.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -45,6 +47,20 @@ def load(checkout: str | Path) -> SimpleNamespace:
         for name in names:
             sys.modules.pop(name, None)
         sys.modules.update(hidden)
+
+
+def parts(modules: SimpleNamespace, file: str, names: Callable[[str], bool]) -> dict[str, Any]:
+    """Those functions and constants of a file of egs/emilia/CLAP, which need nothing of what it imports but `re`."""
+    path = Path(modules.model.__file__).parents[1] / file
+    tree = ast.parse(path.read_text())
+    found = {
+        ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else getattr(node, "name", ""): node
+        for node in tree.body
+    }
+    tree.body = [node for name, node in found.items() if names(name)]
+    defined: dict[str, Any] = {"re": re}
+    exec(compile(tree, str(path), "exec"), defined)
+    return defined
 
 
 def _module(name: str) -> Any:
