@@ -76,6 +76,8 @@ def run(flags: Flags) -> int:
     for key, text in notes.items():
         if figures[key]:
             print_note(f"{figures[key]} {text}")
+    for name, other in figures.get("merged", {}).items():
+        print_note(f"{name} counts as {other} once the nearest prompt is found")
     unused = [row["class"] for row in figures["per_class"] if not row["clips"]]
     if unused:
         print_note(f"no clip has the class {', '.join(unused)}; it counts in macro-F1, not in UAR")

@@ -103,7 +103,8 @@ def evaluate(
         `fastclap.evaluation.retrieval` and `fastclap.evaluation.classification` describe them, and `time` in seconds
         (nothing else differs between two evaluations of the same model). A clip without a caption of a set has no part
         in that retrieval (`clips_without_caption`). A clip has no part in a classification if its column names none of
-        the classes (`clips_without_class`) or several (`clips_with_several`).
+        the classes (`clips_without_class`) or several (`clips_with_several`); `merged`, where classes are, says which
+        counts as which.
 
         With `embedding_map` also `embeddings`, a map of at most 2,000 clips, evenly selected: `rows` (of the manifest),
         `audio` (an [x, y] for each), `variance` (the share of the shown clips' variance along x and y) and `columns`,
@@ -322,6 +323,7 @@ def _classification(
     def figures() -> dict[str, Any]:
         return {
             "templates": None if task.prompts else list(task.templates),
+            **({"merged": merged} if merged else {}),
             "clips_without_class": sum(not found for found in candidates),
             "clips_with_several": sum(len(found) > 1 for found in candidates),
             **classification(audio[kept], class_emb, [candidates[i][0] for i in kept], classes, merged),
