@@ -25,6 +25,7 @@ from fastclap.train.loop import train
 from fastclap.train.run import build_model, loader_tokenizer
 from fastclap.train.step import Objective, Step
 from tests.train.test_distributed import exported, on_ranks, without_dropout
+from tests.train.test_speed import syncs
 
 Build = Callable[..., TrainConfig]
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -156,8 +157,8 @@ def test_a_batch_without_contradictions_has_the_loss_of_its_pairs(tiny: Build) -
 
 
 def test_it_learns_to_tell_them_apart(tiny: Build) -> None:
-    """Forty times over the same four batches: the share of clips that are nearer to their own caption grows."""
-    config = with_perturbed(tiny(steps=160))
+    """Twenty-five times over the same four batches: the share of clips that are nearer to their own caption grows."""
+    config = with_perturbed(tiny(steps=100))
     config.optimizer.schedule = "constant"
     manifest = load_manifest(config.data.train)
     torch.manual_seed(0)
@@ -179,8 +180,8 @@ def test_it_learns_to_tell_them_apart(tiny: Build) -> None:
         return torch.cat(right).double().mean().item()
 
     before = told_apart()
-    losses = [sum(step([batch]).loss.item() for batch in batches) for _ in range(40)]
-    assert losses[-1] < 0.7 * losses[0] and told_apart() > max(0.85, before)
+    losses = [sum(step([batch]).loss.item() for batch in batches) for _ in range(25)]
+    assert losses[-1] < 0.5 * losses[0] and told_apart() > max(0.8, before), (losses, before, told_apart())
 
 
 def test_two_processes_train_like_one(tiny: Build) -> None:
@@ -194,6 +195,29 @@ def test_two_processes_train_like_one(tiny: Build) -> None:
     assert on_ranks(2, train, both) == [0, 0]
     for name, tensor in exported(alone).items():
         assert_close_rel(name, tensor, exported(both)[name], 1e-4)
+
+
+def test_no_step_waits_for_the_device(tiny: Build) -> None:
+    counts = []
+    for steps in (2, 5):
+        name = f"{steps} steps"
+        config = with_perturbed(tiny(name, steps=steps, chunk_size=3, log_every=1000, save_every=1000, valid_every=0))
+        config.data.valid = []
+        counts.append(len(syncs(config)))
+    assert counts[0] == counts[1]
+
+
+def test_a_resumed_run_is_the_run_that_was_not(tiny: Build) -> None:
+    """Bit for bit, also where captions are perturbed in a process of their own."""
+    whole, parted = (with_perturbed(tiny(name, chunk_size=3)) for name in ("whole", "parted"))
+    parted.optimizer.schedule = whole.optimizer.schedule = "constant"
+    train(whole)
+    parted.steps, parted.data.workers = 6, 1
+    train(parted)
+    parted.steps, parted.resume = 12, True
+    train(parted)
+    for name, tensor in exported(whole).items():
+        assert torch.equal(tensor, exported(parted)[name]), name
 
 
 def losses_of(config: TrainConfig) -> list[float]:
