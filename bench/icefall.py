@@ -12,11 +12,13 @@ order. Stood in for are:
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import math
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -30,7 +32,6 @@ from fastclap.errors import ConfigError
 
 FOLDER = Path("egs") / "emilia" / "CLAP" / "spear_roberta"
 MODULES = ("scaling", "subsampling", "zipformer2", "optim", "clap_module", "attribute_perturbation", "model")
-TEXT_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
 def load(checkout: str | Path) -> SimpleNamespace:
@@ -57,6 +58,20 @@ def load(checkout: str | Path) -> SimpleNamespace:
         for name in names:
             sys.modules.pop(name, None)
         sys.modules.update(hidden)
+
+
+def parts(icefall: SimpleNamespace, file: str, names: Callable[[str], bool]) -> dict[str, Any]:
+    """Those functions and constants of a file of egs/emilia/CLAP, which need nothing of what it imports but `re`."""
+    path = Path(icefall.model.__file__).parents[1] / file
+    tree = ast.parse(path.read_text())
+    found = {
+        ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else getattr(node, "name", ""): node
+        for node in tree.body
+    }
+    tree.body = [node for name, node in found.items() if names(name)]
+    defined: dict[str, Any] = {"re": re}
+    exec(compile(tree, str(path), "exec"), defined)
+    return defined
 
 
 def encoder(icefall: SimpleNamespace, config: ZipformerConfig, mels: int) -> nn.Module:

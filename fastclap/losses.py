@@ -1,4 +1,4 @@
-"""Contrastive losses for dual encoders: InfoNCE with its queue of earlier embeddings, SigLIP and the tag loss.
+"""Contrastive losses for dual encoders: InfoNCE with its queue of earlier embeddings, SigLIP, tag and local loss.
 
 The arguments are checked here, with messages meant for the caller; the arithmetic is in `kernels/contrastive`, which
 never holds the N×M matrix of logits. With a process group the ranks exchange their shapes first, so that a wrong
@@ -353,8 +353,54 @@ def tag_loss(
     unit_audio, unit_prompts = (F.normalize(x.to(dtype), dim=-1) for x in (audio, prompts))
     logits = scale * unit_audio @ unit_prompts.t()
     of_clips = F.binary_cross_entropy_with_logits(logits, targets.to(dtype), reduction="none").mean(1)
-    tagged = targets.any(1)
-    total, count = torch.where(tagged, of_clips, 0.0).sum(), tagged.sum().to(dtype)
+    return _mean_over_ranks(of_clips, targets.any(1), process_group)
+
+
+def local_loss(
+    audio: Tensor,  # [N, D]
+    text: Tensor,  # [N, D]
+    contradicting: Tensor,  # [N, D]
+    logit_scale: float | Tensor,
+    *,
+    where: Tensor | None = None,  # [N]
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """A clip's caption against one that contradicts it (CLSP's third stage, yfyeung/icefall, branch clsp).
+
+    The mean over the clips of the cross-entropy of a choice between the two,
+    -log σ(logit_scale · â·(t̂ - ĉ)) with rows of unit length.
+
+    Args:
+        audio: [N, D] embeddings of clips, not necessarily of unit length.
+        text: [N, D] of each clip's caption, likewise.
+        contradicting: [N, D] of the caption that contradicts it, likewise.
+        logit_scale: the multiplier itself (already exponentiated); a number or a one-element tensor.
+        where: bool [N], the clips that have such a caption; the others take no part, and a batch of none gives 0.
+        process_group: the rows are then this rank's. The value is that of all ranks' clips, and gradients are
+            multiplied by the number of ranks, so that averaging parameter gradients over ranks gives the gradient of
+            the whole batch, as with `info_nce`.
+
+    Returns:
+        0-d float32 (float64 for float64 embeddings).
+
+    Raises:
+        ValueError: shapes do not match.
+    """
+    shapes = [list(x.shape) for x in (audio, text, contradicting)]
+    if audio.dim() != 2 or any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"audio, text and contradicting must have one shape [clips, dim], got {shapes}")
+    if where is not None and list(where.shape) != shapes[0][:1]:
+        raise ValueError(f"where must have shape [{shapes[0][0]}], one entry a clip, got {list(where.shape)}")
+    dtype = torch.promote_types(audio.dtype, torch.float32)
+    unit_audio, unit_text, other = (F.normalize(x.to(dtype), dim=-1) for x in (audio, text, contradicting))
+    of_clips = -F.logsigmoid(logit_scale * (unit_audio * (unit_text - other)).sum(1))
+    counted = torch.ones_like(of_clips, dtype=torch.bool) if where is None else where
+    return _mean_over_ranks(of_clips, counted, process_group)
+
+
+def _mean_over_ranks(values: Tensor, counted: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
+    """The mean of the `counted` values [N] of all ranks, or 0; with the gradient of this rank's, times the ranks."""
+    total, count = torch.where(counted, values, 0.0).sum(), counted.sum().to(values.dtype)
     if process_group is None:
         return total / count.clamp(min=1)
     both = torch.stack([total.detach(), count])

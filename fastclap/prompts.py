@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,12 @@ class PromptSet:
     classes: Sequence[str] | None  # candidates; None: all values of the column
     template: str | None = None
     prompts: Mapping[str, Sequence[str]] | None = None
+    words: Mapping[str, str] = field(default_factory=dict)  # a class → what the template calls it, where that differs
+    merged: Mapping[str, str] = field(default_factory=dict)  # a class → the one that it counts as after the decision
 
+
+_CLSP_EMOTION = "A speaker in a {} tone."
+_CLSP_WORDS = {"fearful": "fear", "disgusted": "disgust"}
 
 PROMPT_SETS: dict[str, PromptSet] = {
     **{
@@ -43,7 +48,10 @@ PROMPT_SETS: dict[str, PromptSet] = {
             ),
         }.items()
     },
-    "clsp-emotion": PromptSet(None, "A speaker in a {} tone."),
+    "clsp-emotion": PromptSet(None, _CLSP_EMOTION, words=_CLSP_WORDS),
+    "clsp-emotion-iemocap": PromptSet(
+        ["happy", "excited", "angry", "sad", "neutral"], _CLSP_EMOTION, merged={"excited": "happy"}
+    ),
     "clsp-gender": PromptSet(None, prompts={"male": ["A male speaker."], "female": ["A female speaker."]}),
     "clsp-age": PromptSet(
         None,
@@ -55,8 +63,9 @@ PROMPT_SETS: dict[str, PromptSet] = {
         },
     ),
 }
-"""Published prompt sets by name: those of ParaSpeechCLAP (arXiv 2603.28737) and CLSP (arXiv 2601.03065). CLSP publishes
-no names of its age classes; here they are the words of their prompts."""
+"""Published prompt sets by name: those of ParaSpeechCLAP (arXiv 2603.28737) and CLSP (arXiv 2601.03065, from
+clsp/eval_zero_shot_classification.py of yfyeung/icefall, branch clsp). CLSP publishes no names of its age classes; here
+they are the words of their prompts. Of IEMOCAP it compares five emotions and counts happy and excited as one."""
 
 
 _SEX = {"m": "male", "male": "male", "男": "male", "f": "female", "female": "female", "女": "female"}

@@ -1,6 +1,3 @@
-import torch
-
-
 def bypass(original, x, scale, sequence=None, branch=None, *, backend="auto"):
     z = x if branch is None else x + branch
     if scale.ndim == 2:

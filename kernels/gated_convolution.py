@@ -1,4 +1,5 @@
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 
 
 def gated_convolution(u, weight, bias, starts, lengths, *, backend="auto"):

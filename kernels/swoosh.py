@@ -1,5 +1,7 @@
 from typing import Literal
-import torch, torch.nn.functional as F
+
+import torch
+import torch.nn.functional as F
 
 Kind = Literal["l", "r"]
 

@@ -41,13 +41,18 @@ class DataConfig:
     """Column of tags for `balance` and `loss.tag_weight`, such as intrinsic_tags."""
     rare_clips: int = 2
     """With `balance`: least number of clips in a global batch with a tag that less than 5 % of the clips have."""
-    captions: Literal["global", "fine", "both", "pair"] = "global"
+    captions: Literal["global", "fine", "both", "pair", "perturbed"] = "global"
     """Which captions a clip draws one from, each epoch anew: text_description, fine_description, or either. pair: two
     captions a clip (CLSP stage 2), at batch t both fine with probability min(0.05 + 0.45 t/10000, 0.5), else a global
-    and a fine one; a clip's own two are then its only positives."""
+    and a fine one; a clip's own two are then its only positives. perturbed: a global and a fine one, and the global one
+    with an attribute of the clip contradicted (CLSP stage 3), which takes part in the local loss alone."""
     fine_characters: list[int] | None = None
     """Shortest and longest fine caption that is trained on, in characters; clips that lose all of theirs are left
     out."""
+    min_seconds: float = 0.0
+    """Shorter clips are left out of the training."""
+    max_seconds: float | None = None
+    """Longer clips are left out of the training instead of being cropped."""
     crop_seconds: float = 10.0
     """Longest stretch of a clip that is trained on; longer clips are cropped at random."""
     pad_to_crop: bool = False
@@ -117,6 +122,9 @@ class LossConfig:
     "A person is speaking in a {} style."."""
     tag_scale: float = 1.0
     """Multiplier of the cosines in the tag loss; 1 as published."""
+    local_weight: float = 0.0
+    """Weight of the local loss, which tells a clip's global caption from the one that contradicts it; for
+    `data.captions perturbed` (CLSP stage 3: 0.2; 0: none)."""
 
 
 @dataclass
@@ -297,6 +305,12 @@ class TrainConfig:
                 "--data.frozen-cache is empty; name a folder, or give auto or off",
             ),
             (data.frozen_crops >= 1, f"--data.frozen-crops is {data.frozen_crops}; it must be at least 1"),
+            (
+                0 <= data.min_seconds < math.inf
+                and (data.max_seconds is None or data.max_seconds >= max(data.min_seconds, 0.1)),
+                f"--data.min-seconds is {data.min_seconds} and --data.max-seconds {data.max_seconds}; give a shortest "
+                "length from 0 up and a longest one that is not below it",
+            ),
             (data.crop_seconds > 0, f"--data.crop-seconds is {data.crop_seconds}; it must be positive"),
             (
                 data.batch_seconds is None or data.bucket_by_length,
@@ -366,6 +380,12 @@ class TrainConfig:
                 "--loss.label-smoothing belongs to info_nce; the sigmoid loss has none",
             ),
             (loss.tag_weight >= 0, f"--loss.tag-weight is {loss.tag_weight}; it must not be negative"),
+            (loss.local_weight >= 0, f"--loss.local-weight is {loss.local_weight}; it must not be negative"),
+            (
+                (loss.local_weight > 0) == (data.captions == "perturbed"),
+                "--data.captions perturbed and --loss.local-weight (0.2 as published) belong together: give both, or "
+                "neither",
+            ),
             (
                 teacher is None or loss.kind == "info_nce",
                 "--loss.teacher belongs to info_nce; the sigmoid loss has no distribution to learn from",

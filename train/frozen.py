@@ -116,6 +116,9 @@ def keep(
         kept.text.append(
             "frozen audio tower: computed at every step, because it sees long clips in parts (audio.chunks)"
         )
+    if fixed["text"] and clips.caption == "perturbed":
+        fixed["text"] = False
+        kept.text.append("frozen text tower: computed at every step, because captions are perturbed (data.captions)")
     if not any(fixed.values()):
         return kept
     if config.data.frozen_cache == "auto" and not distributed.agree(lambda: _is_writable(folder), world):

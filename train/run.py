@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fastclap.data import Batch, BatchSampler, ClipDataset, Manifest, Quarantine, load_manifest, make_loader
 from fastclap.data.demo_voices import write_demo
-from fastclap.data.rows import with_fine_captions
+from fastclap.data.rows import with_fine_captions, within_seconds
 from fastclap.data.tags import TagPrompts
 from fastclap.errors import ConfigError, TrainingError
 from fastclap.evaluation import ClassificationTask, caption_sets, evaluate, write_report
@@ -136,7 +137,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     # Data: a pure function of (seed, step).
     torch.manual_seed(config.seed)
     data = config.data
-    manifest, valid = read_manifests(config)
+    manifest, valid, left_out = read_manifests(config)
     sampler = BatchSampler(
         manifest,
         config.batch_size,
@@ -211,7 +212,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
 
     journal = Journal(config, world, meter, state, best)
     journal.say(opening_line(config, model, manifest, valid, start_step))
-    for line in (plan.text, *kept.text):
+    for line in (*left_out, plan.text, *kept.text):
         if line:
             journal.say(line)
     on_gpu = world.device.type == "cuda"
@@ -234,17 +235,29 @@ def make_demo_data(config: TrainConfig, world: World) -> None:
     config.data.train, config.data.valid = [str(folder / "train.jsonl")], [str(folder / "valid.jsonl")]
 
 
-def read_manifests(config: TrainConfig) -> tuple[Manifest, Manifest | None]:
-    """The manifest to train on and the one to validate on, if there is one."""
+def read_manifests(config: TrainConfig) -> tuple[Manifest, Manifest | None, list[str]]:
+    """The manifest to train on, the one to validate on, if there is one, and what was left out of the former."""
     data = config.data
     manifest = load_manifest(
         data.train, audio_root=data.audio_root, columns=data.columns, mix=data.mix, probabilities=data.probabilities
     )
+    left_out, total = [], len(manifest)
+    if data.min_seconds or data.max_seconds is not None:
+        longest = math.inf if data.max_seconds is None else data.max_seconds
+        manifest = within_seconds(manifest, data.min_seconds, longest)
+        left_out.append(
+            f"left out: {total - len(manifest)} of {total} clips, shorter than {data.min_seconds:g} s or longer than "
+            f"{longest:g} s"
+        )
     if data.fine_characters is not None:
+        total = len(manifest)
         manifest = with_fine_captions(manifest, *data.fine_characters)
-    if not data.valid:
-        return manifest, None
-    return manifest, load_manifest(data.valid, audio_root=data.audio_root, columns=data.columns)
+        first, last = data.fine_characters
+        left_out.append(
+            f"left out: {total - len(manifest)} of {total} clips without a fine caption of {first} to {last} characters"
+        )
+    valid = load_manifest(data.valid, audio_root=data.audio_root, columns=data.columns) if data.valid else None
+    return manifest, valid, left_out
 
 
 def classification_tasks(config: ValidConfig, manifest: Manifest) -> list[ClassificationTask]:

@@ -22,7 +22,7 @@ from fastclap.data import Batch
 from fastclap.data.dataset import distinct_texts
 from fastclap.errors import ConfigError
 from fastclap.grad_cache import GradCache, SecondPassMemoryError
-from fastclap.losses import EmbeddingQueue, info_nce, sigmoid_loss, tag_loss
+from fastclap.losses import EmbeddingQueue, info_nce, local_loss, sigmoid_loss, tag_loss
 from fastclap.models.clap import CLAP
 from fastclap.models.freezing import depths
 from fastclap.train.config import LossConfig, OptimizerConfig, TrainConfig
@@ -193,9 +193,10 @@ class Objective:
     """Callable that adds the gradient of a batch's loss to the model's `.grad` and returns the loss.
 
     Captions that occur several times in a batch are encoded once and their embedding is repeated, which changes nothing
-    in the loss. The prompts of a tag loss are further texts of the same batch. With several ranks the loss is that of
-    the global batch, and the gradients are scaled so that averaging them over the ranks gives its exact gradient. At
-    each call all ranks must have equally many clips and captions: they check that once for each number (`agree_once`).
+    in the loss. The prompts of a tag loss and perturbed captions are further texts of the same batch. With several
+    ranks the loss is that of the global batch, and the gradients are scaled so that averaging them over the ranks gives
+    its exact gradient. At each call all ranks must have equally many clips and captions: they check that once for each
+    number (`agree_once`).
 
     Args:
         model: in training mode, on its device.
@@ -279,13 +280,20 @@ class Objective:
             }
         clip_ids = caption_ids = batch.caption_ids if self.config.share_equal_captions else None
         captions_each = len(rows) // batch.clips
+        perturbed_rows = perturbed = None
+        if captions_each > 2:  # the third ones have no part in the contrast of the batch
+            first, contradicting = batch.caption_ids[: batch.clips], batch.caption_ids[2 * batch.clips :]
+            perturbed_rows, perturbed = rows[2 * batch.clips :], contradicting != first
+            rows, captions_each = rows[: 2 * batch.clips], 2
         if captions_each > 1:  # the positives of a clip are its own captions
             clip_ids = torch.arange(batch.clips, device=rows.device) + (self.world.rank << 32)
             if self._queue is not None:  # which has clips of other batches too
                 clip_ids = torch.tensor(batch.rows).to(rows.device, non_blocking=True)
             caption_ids = clip_ids.repeat(captions_each)
         teacher = self._teacher_embeddings(batch, audio, text, rows)
-        self.targets = Targets(rows, clip_ids, caption_ids, weight, prompt_rows, batch.tags, teacher)
+        self.targets = Targets(
+            rows, clip_ids, caption_ids, weight, prompt_rows, batch.tags, teacher, perturbed_rows, perturbed
+        )
         try:
             if self._cache is not None:
                 return self._cache(audio, text, no_sync=self._held) / weight
@@ -309,7 +317,7 @@ class Objective:
         if teacher is None:
             return None
         if self.config.teacher != "ema":  # another model, perhaps with another tokenizer
-            text, rows, _ = self._tokenized(teacher, batch.captions, [])
+            text, rows, _ = self._tokenized(teacher, batch.captions[: len(rows)], [])
         sizes = self.chunk_sizes or [batch.clips, len(rows)]
         with torch.no_grad(), self._autocast():
             audio_embeddings = _embeddings(teacher.encode_audio, audio, sizes[0])
@@ -357,6 +365,11 @@ class Objective:
             prompts, scale = distinct_text[targets.prompt_rows], self.config.tag_scale
             loss = loss + self.config.tag_weight * tag_loss(
                 audio, prompts, targets.tags, scale=scale, process_group=group
+            )
+        if self.config.local_weight and targets.perturbed_rows is not None:
+            own, contradicting = distinct_text[targets.text_rows[: len(audio)]], distinct_text[targets.perturbed_rows]
+            loss = loss + self.config.local_weight * local_loss(
+                audio, own, contradicting, self.model.logit_scale, where=targets.perturbed, process_group=group
             )
         return targets.weight * loss
 
@@ -416,6 +429,8 @@ class Targets(NamedTuple):
     prompt_rows: Tensor | None = None  # int64 [tags]: the distinct text of each prompt
     tags: Tensor | None = None  # bool [B, tags]
     teacher: tuple[Tensor, Tensor, float | Tensor] | None = None  # its embeddings [B, D], [captions, D] and its scale
+    perturbed_rows: Tensor | None = None  # int64 [B]: the distinct text that contradicts each clip's first caption
+    perturbed: Tensor | None = None  # bool [B]: which clips have such a text
 
 
 def _finite(embeddings: Tensor) -> Tensor:
@@ -426,7 +441,7 @@ def _finite(embeddings: Tensor) -> Tensor:
 
 def build_queue(model: CLAP, config: TrainConfig, device: torch.device) -> EmbeddingQueue:
     """An empty queue of the run's size; it has ids if the loss is given any."""
-    ids = config.loss.share_equal_captions or config.data.captions == "pair"
+    ids = config.loss.share_equal_captions or config.data.captions in ("pair", "perturbed")
     return EmbeddingQueue(config.loss.queue_size, model.config.head.dim, ids=ids).to(device)
 
 

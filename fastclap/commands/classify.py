@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastclap.commands.shared import DataFlags, load_model_and_data, make_table, percent, print_evaluation, print_note
 from fastclap.errors import DataError
-from fastclap.prompts import DEFAULT_TEMPLATE, PROMPT_SETS, load_prompts
+from fastclap.prompts import DEFAULT_TEMPLATE, PROMPT_SETS, PromptSet, load_prompts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +23,7 @@ class Flags(DataFlags):
     prompts: str | None = None
     """Prompts instead of the template: a JSON file with {"class": ["prompt", ...]}, or one such mapping for each
     column; or a published set by name: paraspeechclap-pitch, -texture, -volume, -clarity, -rhythm or -situational,
-    clsp-emotion, -gender or -age."""
+    clsp-emotion, -emotion-iemocap, -gender or -age."""
     classes: list[str] | None = None
     """Candidate classes (default: those of the prompts file, else all values of the column)."""
 
@@ -38,12 +38,13 @@ Examples:
   fastclap classify --model runs/demo --data test.jsonl --prompts emotions.json --out report
   fastclap classify --model runs/demo --data test.jsonl --prompts paraspeechclap-situational
   fastclap classify --model runs/demo --data test.jsonl --column sex --prompts clsp-gender
+  fastclap classify --model runs/demo --data iemocap.jsonl --column emotion --prompts clsp-emotion-iemocap
   fastclap classify --model runs/demo --data test.jsonl --column intrinsic_tags --classes shrill nasal deep
 """
 
 
 def run(flags: Flags) -> int:
-    templates, prompts, classes = flags.template, None, flags.classes
+    templates, prompts, classes, published = flags.template, None, flags.classes, PromptSet(None)
     if flags.prompts in PROMPT_SETS:
         published = PROMPT_SETS[flags.prompts]
         templates, prompts = [published.template or DEFAULT_TEMPLATE], published.prompts
@@ -55,7 +56,7 @@ def run(flags: Flags) -> int:
 
     from fastclap.evaluation import ClassificationTask, evaluate
 
-    task = ClassificationTask(flags.column, templates, prompts, classes)
+    task = ClassificationTask(flags.column, templates, prompts, classes, published.words, published.merged)
     model, manifest = load_model_and_data(flags, require_captions=False)
     result = evaluate(
         model,
@@ -75,6 +76,8 @@ def run(flags: Flags) -> int:
     for key, text in notes.items():
         if figures[key]:
             print_note(f"{figures[key]} {text}")
+    for name, other in figures.get("merged", {}).items():
+        print_note(f"{name} counts as {other} once the nearest prompt is found")
     unused = [row["class"] for row in figures["per_class"] if not row["clips"]]
     if unused:
         print_note(f"no clip has the class {', '.join(unused)}; it counts in macro-F1, not in UAR")

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Flags(DataFlags):
     captions: Literal["global", "fine", "both"] = "global"
     """Captions to retrieve with: text_description, fine_description, or each in turn."""
-    captions_per_clip: Literal["first", "all"] = "first"
-    """Which captions of a clip to use: the first, or all (its rank is then that of its best-ranked one)."""
+    captions_per_clip: Literal["first", "last", "all"] = "first"
+    """Which captions of a clip to use: the first or the last, or all (its rank is then that of its best-ranked one)."""
 
 
 HELP = """\
@@ -26,6 +26,7 @@ Equal texts are one candidate; ties count against the model.
 Examples:
   fastclap eval --model runs/demo --data valid.jsonl
   fastclap eval --model runs/demo --data valid.jsonl --captions both --out report
+  fastclap eval --model runs/demo --data fcaps-test.jsonl --captions fine --captions-per-clip last
   fastclap eval --model runs/demo --data a.jsonl b.csv --audio-root /audio --json > figures.json
 """
 

@@ -9,6 +9,7 @@ run when it grows too long.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from multiprocessing import connection
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -26,15 +27,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastclap.audio import MIN_SECONDS, AudioError, Clip, whole_clip
-from fastclap.data.hashing import CAPTION, CROP, REPLACEMENT, draw, hash64
+from fastclap.data.hashing import CAPTION, CROP, PERTURBATION, REPLACEMENT, draw, hash64
+from fastclap.data.perturbation import ATTRIBUTES, perturbed
 from fastclap.data.rows import Manifest, Row, clip_durations
 from fastclap.data.sampler import BatchSampler
 from fastclap.data.shards import open_clip
-from fastclap.data.tags import TagPrompts
+from fastclap.data.tags import TagPrompts, row_tags
 from fastclap.data.workers import describe_deaths, fork_server, start_worker
 from fastclap.errors import DataError, FastclapError, TrainingError
 
 T = TypeVar("T")
+CaptionKind = Literal["global", "fine", "both", "pair", "perturbed"]
 
 _MAX_REPLACEMENTS = 64
 
@@ -58,7 +61,7 @@ class Batch:
     lengths: Tensor | None  # int64 [B], samples; None likewise
     mean: Tensor | None  # float32 [B], of the whole file before the crop, full scale = ±1; None unless asked for
     std: Tensor | None  # float32 [B], population standard deviation, in the same unit
-    captions: list[str]  # of each clip; of pairs first those of all clips, then the second ones
+    captions: list[str]  # of each clip; of pairs first those of all clips, then the second, then perturbed first ones
     caption_ids: Tensor  # int64 [captions], equal for equal captions on every rank
     rows: list[int]  # the rows that were used, replacements included
     bad: list[BadClip]  # the rows that could not be used
@@ -121,9 +124,11 @@ class ClipDataset(Dataset[Batch]):
         seed: fixes crops, captions and replacements, together with epoch and row.
         caption: which descriptions one is drawn from: "global", "fine", or "both", which first draws the kind (half and
             half) and then the description. A row without one kind uses the other under "both". "pair" draws two a
-            clip (CLSP stage 2, arXiv 2601.03065): at step t both fine with probability min(0.05 + 0.45 t/10⁴, 0.5), one
-            decision for the whole batch, else a global and a fine one. A clip with one fine caption always gets a
-            global one as the other.
+            clip (CLSP stage 2, arXiv 2601.03065): in the t-th step both fine with probability
+            min(0.05 + 0.45 t/10⁴, 0.5), one decision for the whole batch, else a global and a fine one. A clip with one
+            fine caption always gets a global one as the other. "perturbed" draws three (CLSP stage 3): a global one, a
+            fine one, and the global one with an attribute of the clip contradicted (`fastclap.data.perturbation`), or
+            once more as it is where it names no attribute that can be.
         file_statistics: fill `Batch.mean` and `Batch.std`, for towers that normalise a file before it is cropped.
         cache_mb: each process keeps up to this many MB of decoded clips, so that a small set is decoded only once.
         tokenize: fill `Batch.text` and `Batch.text_rows` with what this makes of the distinct captions of a batch,
@@ -135,7 +140,8 @@ class ClipDataset(Dataset[Batch]):
             each step anew instead of for each epoch.
 
     Raises:
-        DataError: a row has no caption of the wanted kind; on indexing: no usable replacement was found.
+        DataError: a row has no caption of the wanted kind, or none has an attribute to perturb; on indexing: no usable
+            replacement was found.
     """
 
     def __init__(
@@ -145,7 +151,7 @@ class ClipDataset(Dataset[Batch]):
         *,
         crop_seconds: float = math.inf,
         seed: int,
-        caption: Literal["global", "fine", "both", "pair"] = "global",
+        caption: CaptionKind = "global",
         file_statistics: bool = False,
         cache_mb: float = 0,
         tokenize: Callable[[list[str]], dict[str, Tensor]] | None = None,
@@ -168,11 +174,18 @@ class ClipDataset(Dataset[Batch]):
             raise DataError("pad_to_crop needs crop_seconds, the length to pad to")
         if crop_seconds < MIN_SECONDS:
             raise DataError(f"crop_seconds={crop_seconds}: a clip needs at least {MIN_SECONDS} s")
-        if caption not in ("global", "fine", "both", "pair"):
-            raise DataError(f"caption={caption!r}: it is 'global', 'fine', 'both' or 'pair'")
-        for row in manifest if caption in ("fine", "pair") else ():
+        kinds = get_args(CaptionKind)
+        if caption not in kinds:
+            raise DataError(f"caption={caption!r}: it is one of {', '.join(map(repr, kinds))}")
+        for row in manifest if caption in ("fine", "pair", "perturbed") else ():
             if not row.fine_captions:
                 raise DataError(f"{row.origin}: no fine_description; add one, or train with caption='global' or 'both'")
+        if caption == "perturbed" and not set(ATTRIBUTES) & set(manifest.columns):
+            raise DataError(
+                f"{', '.join(manifest.source_names)}: captions are perturbed by the labels of their clips, and none of "
+                f"the columns {', '.join(ATTRIBUTES)} is there; `fastclap prepare` writes them for ParaSpeechCaps and "
+                "FCaps"
+            )
 
     def __getitem__(self, item: tuple[int, int, list[int]]) -> Batch:
         step, epoch, wanted = item
@@ -185,11 +198,7 @@ class ClipDataset(Dataset[Batch]):
             used_row, clip = self.usable(occasion, row, used, bad, self._load)
             rows.append(used_row)
             clips.append(clip)
-        if self.caption == "pair":
-            pairs = [self._draw_pair(step, occasion, row) for row in rows]
-            captions = [pair[which] for which in (0, 1) for pair in pairs]
-        else:
-            captions = [self._draw_caption(occasion, row) for row in rows]
+        captions = self.draw_captions(step, occasion, rows)
         prompts, tags = [], None
         if self.tags is not None:
             prompts, tags = self.tags.draw(step), self.tags.targets([self.manifest[row] for row in rows])
@@ -301,6 +310,25 @@ class ClipDataset(Dataset[Batch]):
             wave = wave[start : start + self.crop]
         return clip._replace(wave=wave)
 
+    def draw_captions(self, step: int, occasion: int, rows: Sequence[int]) -> list[str]:
+        """The captions of a batch of these rows, in the order of `Batch.captions`."""
+        if self.caption not in ("pair", "perturbed"):
+            return [self._draw_caption(occasion, row) for row in rows]
+        pairs = [self._draw_pair(step, occasion, row) for row in rows]
+        captions = [pair[which] for which in (0, 1) for pair in pairs]
+        if self.caption == "perturbed":
+            captions += [self._perturbed(occasion, row, pair[0]) for row, pair in zip(rows, pairs, strict=True)]
+        return captions
+
+    def _perturbed(self, occasion: int, row: int, caption: str) -> str:
+        clip, count = self.manifest[row], itertools.count()
+
+        def choose(below: int) -> int:
+            return draw(below, self.seed, occasion, row, PERTURBATION, next(count))
+
+        labels = {column: row_tags(clip, column) for column in ATTRIBUTES}
+        return perturbed(caption, labels, choose) or caption
+
     def _draw_caption(self, epoch: int, row: int) -> str:
         clip: Row = self.manifest[row]
         kinds = {"global": (clip.captions,), "fine": (clip.fine_captions,), "both": (clip.captions, clip.fine_captions)}
@@ -315,15 +343,15 @@ class ClipDataset(Dataset[Batch]):
         fine, own = clip.fine_captions, (self.seed, occasion, row, CAPTION)
         first = draw(len(fine), *own, 1)
         both_fine = hash64(self.seed, step, CAPTION) < both_fine_probability(step) * 2**64
-        if both_fine and len(fine) > 1:
+        if self.caption == "pair" and both_fine and len(fine) > 1:
             other = draw(len(fine) - 1, *own, 2)
             return fine[first], fine[other + (other >= first)]
         return clip.captions[draw(len(clip.captions), *own, 3)], fine[first]
 
 
 def both_fine_probability(step: int) -> float:
-    """That a step contrasts two fine captions a clip instead of a global and a fine one (CLSP)."""
-    return min(0.05 + 0.45 * step / 10_000, 0.5)
+    """That a step contrasts two fine captions a clip, not a global and a fine one (CLSP, which counts from 1)."""
+    return min(0.05 + 0.45 * (step + 1) / 10_000, 0.5)
 
 
 class _ClipCache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 # What a hash is drawn for, so that the crop of a row says nothing about its caption.
-CROP, CAPTION, REPLACEMENT, PROMPT = 1, 2, 3, 4
+CROP, CAPTION, REPLACEMENT, PROMPT, PERTURBATION = 1, 2, 3, 4, 5
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15

@@ -175,6 +175,30 @@ def with_fine_captions(manifest: Manifest, shortest: int, longest: int) -> Manif
     return Manifest(rows, source_names=manifest.source_names, mix=manifest.mix, probabilities=manifest.probabilities)
 
 
+def within_seconds(manifest: Manifest, shortest: float, longest: float) -> Manifest:
+    """The manifest with only those clips that last `shortest` to `longest` seconds, and with their durations.
+
+    Clips whose length cannot be read stay, so that they are reported when they are drawn.
+
+    Raises:
+        DataError: no row of a source is left.
+    """
+    seconds = clip_durations(manifest).tolist()
+    rows = [
+        row._replace(duration=duration or None)
+        for row, duration in zip(manifest, seconds, strict=True)
+        if not duration or shortest <= duration <= longest
+    ]
+    left = {row.source for row in rows}
+    for source, name in enumerate(manifest.source_names):
+        if source not in left:
+            raise DataError(
+                f"{name}: no clip lasts {shortest:g} to {longest:g} s; change the bounds (--data.min-seconds, "
+                "--data.max-seconds)"
+            )
+    return Manifest(rows, source_names=manifest.source_names, mix=manifest.mix, probabilities=manifest.probabilities)
+
+
 def check_mix(names: Sequence[str], mix: str, probabilities: Sequence[float] | None) -> tuple[float, ...] | None:
     if mix not in ("concat", "interleave"):
         raise DataError(f"mix={mix!r}: it is either 'concat' or 'interleave'")

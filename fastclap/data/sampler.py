@@ -52,7 +52,8 @@ class BatchSampler:
     `batch_size` of them; then the batch is cut to a multiple of `world_size`. What was cut off begins the next batch,
     and rows that do not fill the last batch of a window go to the next window; only the last batch of an epoch can be
     far from full. Fewer than `world_size` rows are left out of an epoch. Epochs differ a little in their number of
-    batches, and other world sizes make other batches.
+    batches, and other world sizes make other batches. (CLSP's training has one size for each of 30 ranges of length, by
+    the longest clip of the range, and leaves out what does not fill the last batch of each.)
 
     With `balance`, as many rows as fill the batches of an epoch are drawn with replacement instead, by the weights of
     their tags (see `balanced_weights`). Where fewer than `rare_clips` rows of a batch carry a rare tag (one that less

@@ -69,8 +69,10 @@ class SummaryDataset(Dataset[Batch]):
 
     def __init__(self, clips: ClipDataset, table: ClipTable, texts: TextTable | None) -> None:
         self._clips, self._table, self._texts = clips, table, texts
-        self._captions = Captions(clips)
-        self._caption_ids = torch.tensor([text_id(text) for text in self._captions.texts], dtype=torch.int64)
+        # Perturbed captions are written anew for each batch.
+        self._captions = None if clips.caption == "perturbed" else Captions(clips)
+        known = [] if self._captions is None else self._captions.texts
+        self._caption_ids = torch.tensor([text_id(text) for text in known], dtype=torch.int64)
         self._tags = clips.tags
         self._tag_targets = None if self._tags is None else self._tags.targets(clips.manifest[:])
 
@@ -83,9 +85,15 @@ class SummaryDataset(Dataset[Batch]):
             rows = [self._clips.usable(occasion, row, used, bad, self._check)[0] for row in wanted]
         at = np.asarray(rows)
         crops = draws(self._table.crops[at], self._clips.seed, occasion, at, CROP)
-        captions = self._captions.draw(step, occasion, at)
         prompts = [] if self._tags is None else self._tags.draw(step)
-        texts, text_rows, prompt_rows = self._captions.distinct(captions, prompts)
+        if self._captions is None:
+            captions = self._clips.draw_captions(step, occasion, rows)
+            caption_ids = torch.tensor([text_id(caption) for caption in captions], dtype=torch.int64)
+            texts, text_rows, prompt_rows = distinct_texts(captions, prompts)
+        else:
+            numbers = self._captions.draw(step, occasion, at)
+            captions, caption_ids = [self._captions.texts[n] for n in numbers.tolist()], self._caption_ids[numbers]
+            texts, text_rows, prompt_rows = self._captions.distinct(numbers, prompts)
         text, tokens = self._text(texts)
         return Batch(
             step=step,
@@ -94,8 +102,8 @@ class SummaryDataset(Dataset[Batch]):
             lengths=None,
             mean=None,
             std=None,
-            captions=[self._captions.texts[index] for index in captions.tolist()],
-            caption_ids=self._caption_ids[captions],
+            captions=captions,
+            caption_ids=caption_ids,
             text=text,
             text_rows=text_rows,
             tokens=tokens,

@@ -12,7 +12,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -32,7 +32,7 @@ from fastclap.models.encoder import DualEncoder, evaluation_mode
 from fastclap.prompts import DEFAULT_TEMPLATE, fill_template
 
 Captions = Literal["global", "fine"]
-CaptionsPerClip = Literal["first", "all"]
+CaptionsPerClip = Literal["first", "last", "all"]
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,18 @@ class ClassificationTask:
     """A manifest column to classify zero-shot.
 
     `prompts` gives each class its sentences, whose unit vectors are averaged; without it every class fills each of the
-    `templates` (see `fastclap.prompts.fill_template`). `classes` are the candidates, by default those of
-    `prompts`, else all values of the column, sorted.
+    `templates` (see `fastclap.prompts.fill_template`) with its name, or its word in `words`. `classes` are the
+    candidates, by default those of `prompts`, else all values of the column, sorted. A class in `merged` is a candidate
+    of its own, and only after the decision counts as the class that it is merged with, if that is a candidate too; so
+    do its clips.
     """
 
     column: str = "classification_tag"
     templates: Sequence[str] = (DEFAULT_TEMPLATE,)
     prompts: Mapping[str, Sequence[str]] | None = None
     classes: Sequence[str] | None = None
+    words: Mapping[str, str] = field(default_factory=dict)
+    merged: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,8 @@ def evaluate(
         captions: the sets to retrieve with: "global" (text_description), "fine" (fine_description); default: those
             that the manifest has.
         tasks: the columns to classify; default: classification_tag if the manifest has it.
-        captions_per_clip: "first" pairs each clip with its first caption only; with "all" every caption of a clip is a
-            text of its own, and a clip's rank is that of its best-ranked caption. Equal texts are one text either way.
+        captions_per_clip: "first" and "last" pair each clip with that caption only; with "all" every caption of a clip
+            is a text of its own, and a clip's rank is that of its best-ranked caption. Equal texts are one text.
         embedding_map: also return `embeddings`, two principal components of the clips, to draw them.
         width: use the first columns of the embeddings alone, so many of them, scaled to unit length again: what a model
             trained with `--loss.matryoshka` is made for. Default: all of them.
@@ -99,7 +103,8 @@ def evaluate(
         `fastclap.evaluation.retrieval` and `fastclap.evaluation.classification` describe them, and `time` in seconds
         (nothing else differs between two evaluations of the same model). A clip without a caption of a set has no part
         in that retrieval (`clips_without_caption`). A clip has no part in a classification if its column names none of
-        the classes (`clips_without_class`) or several (`clips_with_several`).
+        the classes (`clips_without_class`) or several (`clips_with_several`); `merged`, where classes are, says which
+        counts as which.
 
         With `embedding_map` also `embeddings`, a map of at most 2,000 clips, evenly selected: `rows` (of the manifest),
         `audio` (an [x, y] for each), `variance` (the share of the shown clips' variance along x and y) and `columns`,
@@ -276,7 +281,8 @@ def _retrieval(
     kept = [i for i, texts in enumerate(captions) if texts]
     if not kept:
         raise DataError(f"no clip with a {name} caption can be read")
-    texts, ids = unique_texts([captions[i][:1] if captions_per_clip == "first" else captions[i] for i in kept])
+    part = {"first": slice(1), "last": slice(-1, None), "all": slice(None)}[captions_per_clip]
+    texts, ids = unique_texts([captions[i][part] for i in kept])
     vectors = _cut(embed_texts(model, texts, ranks, known), width)
 
     def figures() -> dict[str, Any]:
@@ -306,7 +312,9 @@ def _classification(
     kept = [i for i, found in enumerate(candidates) if len(found) == 1]
     if not kept:
         raise DataError(f"column {task.column!r}: no readable clip has exactly one of the classes {', '.join(classes)}")
-    filled = [[fill_template(template, name) for template in task.templates] for name in classes]
+    merged = {name: other for name, other in task.merged.items() if {name, other} <= set(classes)}
+    words = [task.words.get(name, name) for name in classes]
+    filled = [[fill_template(template, word) for template in task.templates] for word in words]
     prompts = [task.prompts[name] for name in classes] if task.prompts else filled
     owner = [i for i, texts in enumerate(prompts) for _ in texts]
     vectors = _cut(embed_texts(model, [text for texts in prompts for text in texts], ranks, known), width)
@@ -315,9 +323,10 @@ def _classification(
     def figures() -> dict[str, Any]:
         return {
             "templates": None if task.prompts else list(task.templates),
+            **({"merged": merged} if merged else {}),
             "clips_without_class": sum(not found for found in candidates),
             "clips_with_several": sum(len(found) > 1 for found in candidates),
-            **classification(audio[kept], class_emb, [candidates[i][0] for i in kept], classes),
+            **classification(audio[kept], class_emb, [candidates[i][0] for i in kept], classes, merged),
         }
 
     class_of_clip = [found[0] if len(found) == 1 else None for found in candidates]

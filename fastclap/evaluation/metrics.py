@@ -9,7 +9,7 @@ figure comes with the value that guessing would reach.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +117,7 @@ def classification(
     class_text_emb: Tensor,  # [C, D]
     labels: Sequence[str],  # [n], each one of classes
     classes: Sequence[str],  # [C]
+    merged: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Zero-shot classification: the class whose text is nearest by cosine (the first of equals), as a JSON-able dict.
 
@@ -126,8 +127,12 @@ def classification(
     given class j. `chance` = 1/C is the expected accuracy and UAR of a uniform guess, `majority_accuracy` the accuracy
     of always naming the most frequent class (its UAR is 1 / classes with clips).
 
+    With `merged`, a class → another one, clips and decisions of the former count as the latter's once the nearest of
+    all texts is known, and everything above is about the classes that are left.
+
     Raises:
-        ValueError: shapes disagree, an embedding is not finite, a label is not a class, or there is no clip.
+        ValueError: shapes disagree, an embedding is not finite, a label is not a class, there is no clip, or a class is
+            merged with what is no class or is merged itself.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -141,8 +146,15 @@ def classification(
     if unknown is not None:
         raise ValueError(f"label {unknown!r} is not one of the classes: {', '.join(classes)}")
 
-    truth = torch.tensor([index[label] for label in labels])
+    merged = merged or {}
+    counted_as = [merged.get(name, name) for name in classes]
+    classes = [name for name in classes if name not in merged]
+    if not set(counted_as) <= set(classes):
+        raise ValueError(f"merged={dict(merged)}: a class can be merged only with one of {', '.join(classes)}")
+    final = torch.tensor([classes.index(name) for name in counted_as])
+    truth = final[[index[label] for label in labels]]
     given = torch.cat([(part @ text.T).argmax(dim=1) for part in audio.split(max(1, BLOCK // len(text)))]).cpu()
+    given = final[given]
     every = range(len(classes))
     confusion = torch.bincount(truth * len(classes) + given, minlength=len(classes) ** 2).view(len(classes), -1)
     precision, recall, f1, clips = precision_recall_fscore_support(truth, given, labels=every, zero_division=0)

@@ -71,8 +71,8 @@ def _labels(speaker: str, sex: str | None, emotion: str, age: int | None = None)
 
 
 def _age_group(age: int) -> str:
-    """The class of CLSP's age prompts; which years they mean is not published, these bounds are ours."""
-    if age < 18:
+    """The class of CLSP's age prompts, with the bounds of its published evaluation."""
+    if age < 20:
         return "child or young teenager"
     return "adult" if age < 40 else "middle-aged" if age < 60 else "older or elder"
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
+from bench.icefall import parts
 from fastclap.data import BatchSampler, ClipDataset, Manifest, load_manifest
 from fastclap.data.dataset import both_fine_probability
-from fastclap.data.rows import with_fine_captions
+from fastclap.data.rows import Row, with_fine_captions, within_seconds
 from fastclap.errors import ConfigError, DataError
 from fastclap.train.config import LossConfig, TrainConfig
 from fastclap.train.distributed import World
@@ -73,7 +78,8 @@ def test_captions_are_drawn_on_schedule(tiny: Build) -> None:
             assert len(kinds) == 1  # one decision a batch
             both += kinds.pop()
         assert abs(both / 500 - expected) < 4 * math.sqrt(expected * (1 - expected) / 500)
-    assert [both_fine_probability(step) for step in (0, 5000, 10_000, 99_999)] == [0.05, 0.275, 0.5, 0.5]
+    expected_at = [0.05 + 0.45e-4, 0.275, 0.5, 0.5]  # the published code counts from 1
+    assert [both_fine_probability(step) for step in (0, 4999, 9999, 99_999)] == pytest.approx(expected_at, rel=1e-12)
 
 
 def test_a_single_fine_caption_has_a_global_one_beside_it(tiny: Build) -> None:
@@ -97,10 +103,53 @@ def test_fine_captions_are_filtered_by_length(tiny: Build) -> None:
         ClipDataset(kept, 16000, seed=0, caption="pair")
 
 
-def test_pairs_train(tiny: Build) -> None:
+def test_the_published_filter_keeps_the_same_lengths(icefall: SimpleNamespace) -> None:
+    """Its other rules are not repeated: it also drops captions with a line break or a negation."""
+    wanted = ("filter_long_captions", "NO_PATTERN")
+    published = parts(icefall, "local/filter_and_select_captions.py", wanted.__contains__)
+    captions = tuple("x" * length for length in (768, 127, 128, 769, 300, 1))
+    row = Row("a.wav", ("A voice.",), captions, {}, None, 1.0, None, "a:1", 0)
+    (kept,) = with_fine_captions(Manifest([row]), 128, 768)
+    assert sorted(kept.fine_captions) == sorted(published["filter_long_captions"](captions))
+    assert published["filter_long_captions"](["x" * 200 + " not", "x" * 200 + "\n"]) == []
+
+
+def test_clips_of_other_lengths_are_left_out(tiny: Build, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Both bounds included; lengths come from the files where the manifest has none, and are then known."""
+    seconds = [1.9, 2.0, 17.0, 30.0, 30.1]
+    for number, length in enumerate(seconds):
+        soundfile.write(tmp_path / f"{number}.wav", np.zeros(round(length * 1000)), 1000)
+    (tmp_path / "4.wav").unlink()
+    names = [*(f"{number}.wav" for number in range(len(seconds))), "5.wav"]
+    rows = [
+        Row(str(tmp_path / name), ("A voice.",), (), {}, None, 40.0 if name == "5.wav" else None, None, f"m:{name}", 0)
+        for name in names
+    ]
+    kept = within_seconds(Manifest(rows, source_names=["m"]), 2, 30)
+    assert [Path(row.audio).name for row in kept] == ["1.wav", "2.wav", "3.wav", "4.wav"], (
+        "4.wav is reported when drawn"
+    )
+    assert [row.duration for row in kept] == [2.0, 17.0, 30.0, None]
+    with pytest.raises(DataError, match=r"m: no clip lasts 50 to 60 s; .*--data\.min-seconds, --data\.max-seconds"):
+        within_seconds(Manifest([rows[5]], source_names=["m"]), 50, 60)
+
+    config = tiny(steps=1)
+    lengths = sorted(row.duration or 0 for row in load_manifest(config.data.train))
+    config.data.min_seconds, config.data.max_seconds = lengths[3], lengths[-5]
+    train(config)
+    said = capfd.readouterr().out
+    assert f"left out: 7 of 48 clips, shorter than {lengths[3]:g} s or longer than {lengths[-5]:g} s" in said
+    assert "41 clips to train on" in said
+    config.data.min_seconds, config.data.max_seconds = 3.0, 2.0
+    with pytest.raises(ConfigError, match=r"--data\.min-seconds is 3\.0 and --data\.max-seconds 2\.0"):
+        config.check()
+
+
+def test_pairs_train(tiny: Build, capfd: pytest.CaptureFixture[str]) -> None:
     config = tiny(steps=4, chunk_size=3)
     config.data.captions, config.data.fine_characters = "pair", [10, 700]
     assert (train(config) / "model.safetensors").exists()
+    assert "left out: 0 of 48 clips without a fine caption of 10 to 700 characters" in capfd.readouterr().out
     config = tiny("other")
     config.data.fine_characters = [700, 10]
     with pytest.raises(ConfigError, match=r"--data\.fine-characters is \[700, 10\]"):

@@ -90,7 +90,7 @@ def gradients(
     # ranks have different numbers of clips with tags
     manifest = Manifest(row._replace(tags={}) if index % 3 else row for index, row in enumerate(manifest))
     tags = TagPrompts(manifest, "intrinsic_tags") if loss.tag_weight else None
-    captions: Any = "pair" if loss is PAIRS else "global"
+    captions: Any = "pair" if loss is PAIRS else "perturbed" if loss.local_weight else "global"
     dataset = ClipDataset(manifest, 16000, crop_seconds=0.5, seed=0, caption=captions, tags=tags)
     model.zero_grad()
     averaged = distributed.Gradients(in_order_of_arrival(model), world)
@@ -103,6 +103,7 @@ LOSSES = [LossConfig(), LossConfig(label_smoothing=0.1), LossConfig(share_equal_
 LOSSES += [LossConfig(tag_weight=1.0), LossConfig(tag_weight=0.5, tag_scale=10.0)]
 PAIRS = LossConfig(label_smoothing=0.05)  # with two captions a clip
 LOSSES += [PAIRS, LossConfig(teacher="model", teacher_weight=0.4, teacher_temperature=0.5)]
+LOSSES += [LossConfig(local_weight=0.2), LossConfig(local_weight=3.0, teacher="model", teacher_weight=0.4)]
 
 
 def _gradients_on_a_rank(model: fastclap.CLAP, config: TrainConfig, expected: dict[tuple[int, int], Any]) -> None:

@@ -114,6 +114,11 @@ def test_classify_by_tag_by_column_and_by_prompts(model: str, voices: str, tmp_p
     assert main([*common, "--prompts", "clsp-emotion", "--json"]) == 0
     by_set = json.loads(capfd.readouterr().out)["classification"]["classification_tag"]
     assert (by_set["templates"], expected in by_set["classes"]) == (["A speaker in a {} tone."], True)
+    assert main([*common, "--prompts", "clsp-emotion-iemocap", "--json"]) == 0
+    out, err = capfd.readouterr()
+    by_set = json.loads(out)["classification"]["classification_tag"]
+    assert (by_set["classes"], by_set["merged"]) == (["happy", "angry", "sad", "neutral"], {"excited": "happy"})
+    assert [row["clips"] for row in by_set["per_class"]] == [4, 2, 2, 0] and "excited counts as happy" in err
     assert main([*common, "--column", "sex", "--classes", "male", "mal", "--template", "{A} {} voice.", "--json"]) == 0
     out, err = capfd.readouterr()
     figures = json.loads(out)["classification"]["sex"]

@@ -157,7 +157,7 @@ def test_kinds_of_captions(make_set: MakeSet) -> None:
     both = [ClipDataset(manifest, RATE, seed=0, caption="both")[0, epoch, [2]].captions[0] for epoch in range(60)]
     assert set(both) == {*manifest[2].captions, "fine 2"}
     assert 15 < both.count("fine 2") < 45
-    with pytest.raises(DataError, match="it is 'global', 'fine', 'both' or 'pair'"):
+    with pytest.raises(DataError, match="it is one of 'global', 'fine', 'both', 'pair', 'perturbed'"):
         ClipDataset(manifest, RATE, seed=0, caption="coarse")  # type: ignore[arg-type]
 
 

@@ -107,6 +107,8 @@ def test_retrieval_with_all_captions(known: Any, manifest: Manifest) -> None:
     assert result["audio_to_text"]["R@1"] == pytest.approx(4 / 5)
     first = evaluate_retrieval(known, manifest, captions="fine")["retrieval"]["fine"]
     assert (first["texts"], first["audio_to_text"]["R@1"]) == (5, pytest.approx(3 / 5))
+    last = evaluate_retrieval(known, manifest, captions="fine", captions_per_clip="last")["retrieval"]["fine"]
+    assert (last["texts"], last["audio_to_text"]["R@1"]) == (5, 1), "long9, which is of clip 1, and no long1"
 
 
 def test_everything_at_once_embeds_the_audio_once(known: Any, manifest: Manifest, monkeypatch: Any) -> None:
@@ -193,6 +195,18 @@ def test_prompts_of_a_class_are_averaged(known: Any, manifest: Manifest) -> None
     assert result["classes"] == ["sad", "calm", "happy"]
     assert result["confusion"] == expected
     assert result["templates"] is None
+
+
+def test_words_stand_for_classes_and_merged_classes_count_as_one(known: Any, manifest: Manifest) -> None:
+    """Clips 0 and 1 are happy, 2 and 3 sad, 4 is calm; of clip 3 the prompt of calm is the nearest."""
+    task = ClassificationTask(templates=["{}"], words={"happy": "so happy"}, merged={"calm": "sad"})
+    result = evaluate(known, manifest, captions=[], tasks=[task])["classification"]["classification_tag"]
+    assert result["classes"] == ["happy", "sad"] and result["clips"] == 5
+    # "so happy" is believed of 2 and 5, so that no prompt is near clips 0 and 1 and the first, calm, wins.
+    assert result["confusion"] == [[0, 2], [0, 3]] and result["accuracy"] == 3 / 5
+    alone = ClassificationTask(templates=["{}"], classes=["calm", "happy"], merged={"calm": "sad"})
+    result = evaluate(known, manifest, captions=[], tasks=[alone])["classification"]["classification_tag"]
+    assert result["classes"] == ["calm", "happy"], "there is no candidate to merge it with"
 
 
 def test_unusable_clips_are_left_out_and_listed(known: Any, manifest: Manifest, tmp_path: Path) -> None:

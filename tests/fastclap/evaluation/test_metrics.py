@@ -214,6 +214,25 @@ def test_classification_equals_sklearn(seed: int, n: int, c: int, used: int) -> 
     json.dumps(result, allow_nan=False)
 
 
+def test_classes_are_merged_after_the_decision() -> None:
+    """By hand: five clips on the axes of four classes, of which happy and excited count as one."""
+    classes, axes = ["excited", "angry", "happy", "sad"], torch.eye(4)
+    nearest, truth = [2, 0, 2, 1, 3], ["happy", "happy", "excited", "excited", "sad"]
+    result = classification(axes[nearest], axes, truth, classes, {"excited": "happy"})
+    assert result["classes"] == ["angry", "happy", "sad"]
+    assert result["confusion"] == [[0, 0, 0], [1, 3, 0], [0, 0, 1]]
+    assert (result["accuracy"], result["uar"], result["chance"]) == (4 / 5, pytest.approx(7 / 8), 1 / 3)
+    assert [row["clips"] for row in result["per_class"]] == [0, 4, 1]
+    # a mean of their prompts before the decision would be another classifier
+    before = torch.stack([axes[1], (axes[0] + axes[2]) / 2**0.5, axes[3]])
+    clip = torch.tensor([[0.0, 0.8, 1.0, 0.0]])
+    assert classification(clip, before, ["happy"], ["angry", "happy", "sad"])["accuracy"] == 0
+    assert classification(clip, axes, ["happy"], classes, {"excited": "happy"})["accuracy"] == 1
+    for wrong in ({"excited": "glad"}, {"excited": "happy", "happy": "sad"}):
+        with pytest.raises(ValueError, match="a class can be merged only with one of"):
+            classification(axes, axes, classes, classes, wrong)
+
+
 def test_prompt_ensemble_is_the_mean_of_unit_vectors() -> None:
     prompts = torch.tensor([[3.0, 0.0], [0.0, 0.1], [-2.0, 0.0]])
     expected = torch.tensor([[0.5**0.5, 0.5**0.5], [-1.0, 0.0]], dtype=torch.float64)
