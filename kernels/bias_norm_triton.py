@@ -215,16 +215,14 @@ def backward(
             COLUMNS=columns, ROWS=tile_rows, WIDTH=width, NORM_SUMS=norm_sums,
             num_warps=warps, maxnreg=registers,
         )  # fmt: skip
-    empty = dy.new_empty(0)
-    found = [d if d is not None else empty for d in (dx, d_branch, d_original)]
-    of_bias, of_log_scale, of_scale = empty, empty, empty
+    found: list[Tensor | None] = [dx, d_branch, d_original, None, None, None]
     if bias is not None and need[3]:
-        of_bias = sums[0].sum(0).to(bias.dtype)
+        found[3] = sums[0].sum(0).to(bias.dtype)
     if log_scale is not None and need[4]:
-        of_log_scale = log_sums.sum().to(log_scale.dtype)
+        found[4] = log_sums.sum().to(log_scale.dtype)
     if scale is not None and scale_sum:
-        of_scale = (sums[1].sum(0) if starts is None else sums[1].view(-1, parts, columns).sum(1)).to(scale.dtype)
-    return found[0], found[1], found[2], of_bias, of_log_scale, of_scale
+        found[5] = (sums[1].sum(0) if starts is None else sums[1].view(-1, parts, columns).sum(1)).to(scale.dtype)
+    return tuple(dy.new_empty(0) if d is None else d for d in found)  # type: ignore[return-value]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,9 @@ def check_floating(x: Tensor, others: Mapping[str, tuple[Tensor | None, Sequence
             raise ValueError(f"{other} is on {tensor.device}, {name} on {x.device}; move it there first")
 
 
-def check_index(x: Tensor, name: str, index: Tensor, shape: Sequence[int] | None = None) -> None:
+def check_index(
+    x: Tensor, name: str, index: Tensor, shape: Sequence[int] | None = None, *, name_of_x: str = "x"
+) -> None:
     """Checks an index tensor beside x: int32 or int64, on its device, of that shape, or of one dimension; not its
     values, which would make the host wait.
 
@@ -42,9 +44,9 @@ def check_index(x: Tensor, name: str, index: Tensor, shape: Sequence[int] | None
         raise TypeError(f"{name} must be int32 or int64, is {index.dtype}")
     if index.dim() != 1 if shape is None else index.shape != tuple(shape):
         wanted = "of one dimension" if shape is None else str(list(shape))
-        raise ValueError(f"{name} must be {wanted} beside x {list(x.shape)}, is {list(index.shape)}")
+        raise ValueError(f"{name} must be {wanted} beside {name_of_x} {list(x.shape)}, is {list(index.shape)}")
     if index.device != x.device:
-        raise ValueError(f"{name} is on {index.device}, x on {x.device}; move it there first")
+        raise ValueError(f"{name} is on {index.device}, {name_of_x} on {x.device}; move it there first")
 
 
 def why_not_triton(named: Mapping[str, Tensor | None], columns: int = 0, widest: int = 0) -> str | None:

@@ -29,7 +29,7 @@ LOW = torch.float16 if INTERPRETED else torch.bfloat16
 # Of x and original, and of the branch.
 MIXTURES = [(FULL, FULL), (FULL, LOW), (LOW, LOW)]
 # Lengths of the clips, some of one row and of none, and columns: in the interpreter a few programs share the rows.
-CASES = [((1,), 3), ((2, 1), 40), ((5, 0, 1), 3), ((70, 1, 56), 24), ((10, 13), 768), ((3,), 1280), ((2, 1), 2048)]
+CASES = [((1,), 3), ((2, 1), 40), ((5, 0, 1), 3), ((40, 1, 30), 24), ((5, 4), 768), ((3,), 1280), ((2, 1), 2048)]
 CASES += [] if INTERPRETED else [((9_000, 3, 11_000), 1280), ((7, 500), 8192)]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 WAYS = ("norm", "norm and bypass", "norm and bypass of clips", "bypass", "bypass of clips")
@@ -145,7 +145,7 @@ def test_strided_inputs_and_gradients_are_read_where_they_are() -> None:
 
 def test_partial_gradients_equal_the_full_ones() -> None:
     for way in WAYS:
-        inputs, clips, upstream = tensors((9, 8), 24, way)
+        inputs, clips, upstream = tensors((3, 2), 24, way)
         full = run(call, inputs, clips, upstream=upstream)
         there = [t for t in inputs if t is not None]
         for need in itertools.product((True, False), repeat=len(there)):
@@ -181,7 +181,7 @@ def test_no_more_is_kept_than_z_a_number_a_row_and_original() -> None:
 
 def test_runs_are_bit_identical_and_checkpoints_change_nothing() -> None:
     for way, mixture in itertools.product(WAYS, MIXTURES):
-        inputs, clips, upstream = tensors((30, 0, 21), 100, way, True, mixture)
+        inputs, clips, upstream = tensors((6, 0, 5), 100, way, True, mixture)
         first, second = (run(call, inputs, clips, upstream=upstream) for _ in range(2))
         third = run(lambda t, clips: checkpoint(call, t, clips, use_reentrant=False), inputs, clips, upstream=upstream)
         for one, other, again in zip(first, second, third, strict=True):

@@ -32,7 +32,7 @@ KINDS = ("l", "r")
 OUT = 20
 # Lengths of the clips, some of one row and of none, and the hidden width: below, at and above a program's 128 or 256
 # columns; rows below and above the interpreter's 32 programs.
-CASES = [((1,), 1), ((1, 1, 3), 24), ((5, 0, 7), 300), ((37, 9, 1), 128), ((70,), 131), ((40, 33), 520), ((4, 1), 4800)]
+CASES = [((1,), 1), ((1, 1, 3), 24), ((5, 0, 7), 300), ((21, 9, 1), 128), ((35,), 131), ((9, 8), 520), ((2, 1), 4800)]
 CASES += [] if INTERPRETED else [((9_000, 3, 11_000), 2880)]
 # ‖error‖ / ‖value‖ of a, dx and what is made of them: their rounding by half a unit, 2⁻¹¹ or 2⁻⁸ of the 16-bit types,
 # and that of da before; of float32 the sum of up to 4,800 products decides.
@@ -108,7 +108,7 @@ def test_values_and_gradients_match_float64(lengths: tuple[int, ...], hidden: in
 @pytest.mark.parametrize("kind", KINDS)
 def test_alone_it_matches_float64_near_zero_and_far_out(kind: str) -> None:
     generator = torch.Generator().manual_seed(1)
-    for shape in ((), (1,), (37,), (3, 5, 131), (70, 300)):
+    for shape in ((), (1,), (37,), (3, 2, 131), (33, 40)):
         for dtype in DTYPES:
             x, upstream = ((4 * torch.randn(shape, generator=generator)).to(DEVICE, dtype) for _ in range(2))
             leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
@@ -154,21 +154,21 @@ def test_strided_inputs_wide_masks_and_narrow_clips() -> None:
 
 
 def test_clips_out_of_order_are_right_too() -> None:
-    inputs, mask, clips, upstream = tensors((40, 30), 24)
-    mixed = clips[torch.randperm(70, generator=torch.Generator().manual_seed(3)).to(DEVICE)]
+    inputs, mask, clips, upstream = tensors((20, 15), 24)
+    mixed = clips[torch.randperm(35, generator=torch.Generator().manual_seed(3)).to(DEVICE)]
     wanted = expected("l", mask, mixed, inputs, upstream)
     for name, one, other in zip(NAMES, wanted, run(engine("l", mask, mixed), inputs, upstream), strict=True):
         assert_close_rel(name, one, other, 3e-6)
 
 
 def test_partial_gradients_equal_the_full_ones_and_keep_no_more_than_they_need() -> None:
-    inputs, mask, clips, upstream = tensors((9, 8), 131)
+    inputs, mask, clips, upstream = tensors((3, 2), 131)
     full = run(engine("l", mask, clips), inputs, upstream)
     for need in itertools.product((True, False), repeat=3):
         kept: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             found = run(engine("l", mask, clips), inputs, upstream, need)
-        x = [(17, 131), (2, 131), (17,)] if need[0] or need[1] else []
+        x = [(5, 131), (2, 131), (5,)] if need[0] or need[1] else []
         assert [tuple(t.shape) for t in kept] == [*x, *([(OUT, 131)] if need[0] else [])], need
         assert found[0].requires_grad == any(need) and [t is not None for t in found[1:]] == list(need)
         for name, one, other in zip(NAMES, full, found, strict=True):
@@ -176,7 +176,7 @@ def test_partial_gradients_equal_the_full_ones_and_keep_no_more_than_they_need()
 
 
 def test_runs_are_bit_identical_and_checkpoints_change_nothing() -> None:
-    for (lengths, hidden), dtype in itertools.product((((40, 0, 31), 131), ((3, 9), 520)), DTYPES):
+    for (lengths, hidden), dtype in itertools.product((((9, 0, 8), 131), ((1, 4), 520)), DTYPES):
         inputs, mask, clips, upstream = tensors(lengths, hidden)
         inputs = [t.to(dtype) for t in inputs]
         call = engine("r", mask, clips)
@@ -226,7 +226,7 @@ def test_a_compiled_graph_stays_whole(need: tuple[bool, ...], dynamic: bool | No
 
 
 def test_autocast_gives_masters_their_own_dtype() -> None:
-    inputs, mask, clips, upstream = tensors((30, 31), 131)
+    inputs, mask, clips, upstream = tensors((9, 8), 131)
 
     def cast(*leaves: Tensor) -> Tensor:
         with torch.autocast(DEVICE, dtype=LOW):
