@@ -32,7 +32,7 @@ from torch import Tensor
 from fastclap.kernels import dispatch
 from fastclap.kernels.layer_norm_gelu_triton import _float32, programs_of_multiprocessor
 from fastclap.kernels.offline import Compilation, signature_and_attrs
-from fastclap.kernels.triton_tools import LOG2E, TYPE_NAMES, jit_for_any_size
+from fastclap.kernels.triton_tools import LOG2E, jit_for_any_size
 
 WIDTH = 32  # columns of a program
 FORWARD_REGISTERS, BACKWARD_REGISTERS = 128, 168  # of a thread, which no form needs to spill for
@@ -67,36 +67,38 @@ def _weights(weight, column, inside, TAPS: tl.constexpr):
 
 
 @triton.jit
-def _row_of(x, row, begin, end, stride, column, inside):
-    """A row's values in these columns, zeros outside of begin ≤ row < end."""
-    there = inside & (row >= begin) & (row < end)
-    return _float32(tl.load(x + row * stride + column, mask=there, other=0.0))
+def _row_of(x, row, begin, end, inside):
+    """Values of a row that x points to, zeros outside of begin ≤ row < end."""
+    return _float32(tl.load(x, mask=inside & (row >= begin) & (row < end), other=0.0))
 
 
 @triton.jit
-def _gates(u, row, begin, end, columns, column, inside):
-    """Value and sigmoid(gate) of a row; the value is 0 outside of begin ≤ row < end."""
-    value = _row_of(u, row, begin, end, 2 * columns, column, inside)
-    gate = _row_of(u + columns, row, begin, end, 2 * columns, column, inside)
-    return value, 1.0 / (1.0 + tl.exp2(-LOG2E * gate))
+def _gates(u, row, begin, end, inside, COLUMNS: tl.constexpr):
+    """Value and sigmoid(gate) of a row that u points to; the value is 0 outside of begin ≤ row < end."""
+    gate = _row_of(u + COLUMNS, row, begin, end, inside)
+    return _row_of(u, row, begin, end, inside), 1.0 / (1.0 + tl.exp2(-LOG2E * gate))
 
 
 @triton.jit
-def _gated(u, row, begin, end, columns, column, inside):
-    value, gate = _gates(u, row, begin, end, columns, column, inside)
+def _gated(u, row, begin, end, inside, COLUMNS: tl.constexpr):
+    value, gate = _gates(u, row, begin, end, inside, COLUMNS)
     return value * gate
 
 
-@jit_for_any_size("rows clips columns share")
+@triton.jit
+def _pointers(x, row, column, STRIDE: tl.constexpr):
+    return x + tl.cast(row, tl.int64) * STRIDE + column
+
+
+@jit_for_any_size("rows clips share")
 def _forward_kernel(
-    u, weight, bias, starts, y,  # [rows, 2 columns]; [columns, TAPS]; [columns]; int [clips + 1]; [rows, columns]
-    rows, clips, columns, share,
-    TAPS: tl.constexpr, WIDTH: tl.constexpr, TURN: tl.constexpr,
+    u, weight, bias, starts, y,  # [rows, 2 COLUMNS]; [COLUMNS, TAPS]; [COLUMNS]; int [clips + 1]; [rows, COLUMNS]
+    rows, clips, share,
+    COLUMNS: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     half: tl.constexpr = TAPS // 2
     column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    inside = column < columns
-    wide = tl.cast(columns, tl.int64)
+    inside = (column < COLUMNS) | (COLUMNS % WIDTH == 0)
     weights = _weights(weight, column, inside, TAPS)
     level = tl.zeros((WIDTH,), tl.float32)
     if bias is not None:
@@ -107,32 +109,34 @@ def _forward_kernel(
     while (row < stop) & (clip < clips):
         begin, end, last = _bounds(starts, clip, row, stop)
         window = ()
+        first = _pointers(u, row - half, column, 2 * COLUMNS)
         for j in tl.static_range(TAPS - 1):
-            window = window + (_gated(u, row - half + j, begin, end, wide, column, inside),)
+            window = window + (_gated(first + j * 2 * COLUMNS, row - half + j, begin, end, inside, COLUMNS),)
         for at in tl.range(row, last, TURN):
+            ahead = _pointers(u, at + half, column, 2 * COLUMNS)
             for j in tl.static_range(TURN):
-                window = window + (_gated(u, at + half + j, begin, end, wide, column, inside),)
+                window = window + (_gated(ahead + j * 2 * COLUMNS, at + half + j, begin, end, inside, COLUMNS),)
+            place = _pointers(y, at, column, COLUMNS)
             for j in tl.static_range(TURN):
                 total = level
                 for k in tl.static_range(TAPS):
                     total += weights[k] * window[j + k]
-                tl.store(y + (at + j) * wide + column, total.to(y.dtype.element_ty), mask=inside & (at + j < last))
+                tl.store(place + j * COLUMNS, total.to(y.dtype.element_ty), mask=inside & (at + j < last))
             window = window[TURN:]
         row = last
         clip += 1
 
 
-@jit_for_any_size("rows clips columns share")
+@jit_for_any_size("rows clips share")
 def _backward_kernel(
-    dy, u, weight, starts,  # [rows, columns]; [rows, 2 columns]; [columns, TAPS]; int [clips + 1]
-    du, sums,  # [rows, 2 columns]; [shares, TAPS + 1, columns] float32: of weight, then of bias
-    rows, clips, columns, share,
-    TAPS: tl.constexpr, WIDTH: tl.constexpr, TURN: tl.constexpr,
+    dy, u, weight, starts,  # [rows, COLUMNS]; [rows, 2 COLUMNS]; [COLUMNS, TAPS]; int [clips + 1]
+    du, sums,  # [rows, 2 COLUMNS]; [shares, TAPS + 1, COLUMNS] float32: of weight, then of bias
+    rows, clips, share,
+    COLUMNS: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     half: tl.constexpr = TAPS // 2
     column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    inside = column < columns
-    wide = tl.cast(columns, tl.int64)
+    inside = (column < COLUMNS) | (COLUMNS % WIDTH == 0)
     weights = _weights(weight, column, inside, TAPS)
     totals = ()
     for _ in tl.static_range(TAPS + 1):
@@ -143,16 +147,20 @@ def _backward_kernel(
     while (row < stop) & (clip < clips):
         begin, end, last = _bounds(starts, clip, row, stop)
         window = ()
+        first = _pointers(dy, row - half, column, COLUMNS)
         for j in tl.static_range(TAPS - 1):
-            window = window + (_row_of(dy, row - half + j, begin, end, wide, column, inside),)
+            window = window + (_row_of(first + j * COLUMNS, row - half + j, begin, end, inside),)
         for at in tl.range(row, last, TURN):
             values = ()
             gates = ()
+            ahead = _pointers(dy, at + half, column, COLUMNS)
+            here = _pointers(u, at, column, 2 * COLUMNS)
             for j in tl.static_range(TURN):
-                window = window + (_row_of(dy, at + half + j, begin, end, wide, column, inside),)
-                value, gate = _gates(u, at + j, begin, last, wide, column, inside)
+                window = window + (_row_of(ahead + j * COLUMNS, at + half + j, begin, end, inside),)
+                value, gate = _gates(here + j * 2 * COLUMNS, at + j, begin, last, inside, COLUMNS)
                 values = values + (value,)
                 gates = gates + (gate,)
+            place = _pointers(du, at, column, 2 * COLUMNS)
             for j in tl.static_range(TURN):
                 gated = values[j] * gates[j]
                 gradient = tl.zeros((WIDTH,), tl.float32)
@@ -164,17 +172,16 @@ def _backward_kernel(
                 if sums is not None:
                     totals = new + (totals[TAPS] + tl.where(at + j < last, window[j + half], 0.0),)
                 there = inside & (at + j < last)
-                place = du + (at + j) * (2 * wide) + column
-                tl.store(place, (gradient * gates[j]).to(du.dtype.element_ty), mask=there)
-                of_gate = gradient * gated * (1.0 - gates[j])
-                tl.store(place + wide, of_gate.to(du.dtype.element_ty), mask=there)
+                tl.store(place + j * 2 * COLUMNS, (gradient * gates[j]).to(du.dtype.element_ty), mask=there)
+                of_gate = (gradient * gated * (1.0 - gates[j])).to(du.dtype.element_ty)
+                tl.store(place + (2 * j + 1) * COLUMNS, of_gate, mask=there)
             window = window[TURN:]
         row = last
         clip += 1
     if sums is not None:
-        sums += tl.program_id(1) * (TAPS + 1) * wide + column
+        sums += tl.cast(tl.program_id(1), tl.int64) * (TAPS + 1) * COLUMNS + column
         for k in tl.static_range(TAPS + 1):
-            tl.store(sums + k * wide, totals[k], mask=inside)
+            tl.store(sums + k * COLUMNS, totals[k], mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,8 +210,8 @@ def forward(
     with torch.cuda.device_of(u):
         _forward_kernel[(strips, shares)](
             u.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), starts.contiguous(), y,
-            rows, len(starts) - 1, columns, share,
-            TAPS=weight.shape[2], WIDTH=WIDTH, TURN=TURN, num_warps=1, maxnreg=FORWARD_REGISTERS,
+            rows, len(starts) - 1, share,
+            COLUMNS=columns, TAPS=weight.shape[2], WIDTH=WIDTH, TURN=TURN, num_warps=1, maxnreg=FORWARD_REGISTERS,
         )  # fmt: skip
     return y
 
@@ -224,8 +231,8 @@ def backward(
     with torch.cuda.device_of(u):
         _backward_kernel[(strips, shares)](
             dy.contiguous(), u.contiguous(), weight.contiguous(), starts.contiguous(), du, sums,
-            rows, len(starts) - 1, columns, share,
-            TAPS=taps, WIDTH=WIDTH, TURN=TURN, num_warps=1, maxnreg=BACKWARD_REGISTERS,
+            rows, len(starts) - 1, share,
+            COLUMNS=columns, TAPS=taps, WIDTH=WIDTH, TURN=TURN, num_warps=1, maxnreg=BACKWARD_REGISTERS,
         )  # fmt: skip
     if sums is None:
         return du, *(torch.empty(0, dtype=torch.float32, device=u.device) for _ in range(2))
@@ -238,20 +245,22 @@ def backward(
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Dtypes of u and of the parameters.
-KINDS = (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"))
+KINDS = (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("bf16", "bf16"))
+SIZES = ((1280, 31), (1280, 15), (40, 3))  # columns and taps: the Zipformer's two, and a small one
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
-    """The Zipformer's two kernels, and a small one, with bias and without, backward with sums and without."""
-    assert all(kind in TYPE_NAMES.values() for kinds in KINDS for kind in kinds)
-    for taps, (kind, parameters), full in product((31, 15, 3), KINDS, (True, False)):
-        types = dict.fromkeys(("u", "y", "dy", "du"), f"*{kind}") | {"starts": "*i32"}
-        types |= dict.fromkeys(("weight", "bias"), f"*{parameters}")
-        for function, absent in ((_forward_kernel, "bias"), (_backward_kernel, "sums")):
-            constants = {"TAPS": taps, "WIDTH": WIDTH, "TURN": TURN} | ({} if full else {absent: None})
-            signature, attrs = signature_and_attrs(function, types, constants)
-            forward = function is _forward_kernel
-            label = f"{'forward' if forward else 'backward'} {taps} {kind} {parameters}{f' {absent}' * full}"
-            registers = FORWARD_REGISTERS if forward else BACKWARD_REGISTERS
-            name = f"gated convolution {label}"
-            yield Compilation(name, function, signature, constants, attrs, 1, 3, False, registers)
+    """Training's forms in every dtype, and in the first of them the Zipformer's without bias or sums."""
+    for (columns, taps), kinds, full in product(SIZES, KINDS, (True, False)):
+        if full or (kinds == KINDS[0] and columns == SIZES[0][0]):
+            for function, absent in ((_forward_kernel, "bias"), (_backward_kernel, "sums")):
+                forward = function is _forward_kernel
+                types = dict.fromkeys(("u", "y", "dy", "du"), f"*{kinds[0]}") | {"starts": "*i32"}
+                types |= dict.fromkeys(("weight", "bias"), f"*{kinds[1]}")
+                constants = {"COLUMNS": columns, "TAPS": taps, "WIDTH": WIDTH, "TURN": TURN}
+                constants |= {} if full else {absent: None}
+                signature, attrs = signature_and_attrs(function, types, constants)
+                label = f"{columns} of {taps} {kinds[0]} {kinds[1]}{'' if full else f' no {absent}'}"
+                name = f"gated convolution {'forward' if forward else 'backward'} {label}"
+                registers = FORWARD_REGISTERS if forward else BACKWARD_REGISTERS
+                yield Compilation(name, function, signature, constants, attrs, 1, 3, False, registers)
