@@ -137,7 +137,9 @@ def _scores(
     x = tl.dot(queries, keys.T, input_precision=PRECISION)
     WINDOW: tl.constexpr = 2 * BM if BM > BN else 2 * BN
     near = tl.arange(0, WINDOW) - BM
-    at = tl.reshape(tl.arange(0, BN)[None, :] - tl.arange(0, BM)[:, None] + BM, (BM * BN,))
+    i = tl.arange(0, BM)[:, None]
+    # A thread has rows i and i + 8, which share most distances: written so, their loads are seen to be the same.
+    at = tl.reshape(tl.arange(0, BN)[None, :] - (i - (i & 8)) + (BM - (i & 8)), (BM * BN,))
     if words.dtype.element_ty == tl.int64:
         word = tl.reshape(tl.gather(tl.load(words + near), at, 0), (BM, BN))
         t0, t1 = _halves(word.to(tl.uint32), queries.dtype)
@@ -397,6 +399,14 @@ def _keys_kernel(
 
 
 @triton.jit
+def _by_distance(held, x, BM: tl.constexpr, BN: tl.constexpr):
+    """[BM, BN]: row i of the tile before, `held`, and of x, one after the other, from element i on."""
+    both = tl.reshape(tl.permute(tl.join(held, x), (0, 2, 1)), (BM * 2 * BN,))
+    at = tl.arange(0, BM)[:, None] * (2 * BN + 1) + tl.arange(0, BN)[None, :]
+    return tl.reshape(tl.gather(both, tl.reshape(at, (BM * BN,)), 0), (BM, BN))
+
+
+@triton.jit
 def _width(length, BN: tl.constexpr):
     """How many sums tiles of BN columns give for a block of rows: those of one tile more than there are."""
     return (tl.cdiv(length, BN) + 1) * BN
@@ -462,14 +472,13 @@ def _queries_kernel(
                     ds = tl.where(j < length - column, ds, 0.0)
             ds = ds.to(q.dtype.element_ty)
             query_gradient = tl.dot(ds, keys, query_gradient, input_precision=PRECISION)
-            rotated = tl.gather(ds, (i + j) % BN, 1)
-            y = tl.where(i + j >= BN, rotated, held)
-            held = rotated
+            y = _by_distance(held, ds, BM, BN)
+            held = ds
             near = tl.load(vectors + column * CHANNELS + entries, mask=known, other=0.0)
             position_gradient = tl.dot(y, near, position_gradient, input_precision=PRECISION)
             tl.store(slots + column, tl.dot(position, y, input_precision=PRECISION), mask=(channel < CHANNELS)[:, None])
     end = tl.cdiv(length, BN) * BN
-    y = tl.where(i + j >= BN, tl.zeros((BM, BN), held.dtype), held)
+    y = _by_distance(held, tl.zeros((BM, BN), held.dtype), BM, BN)
     near = tl.load(vectors + end * CHANNELS + entries, mask=known, other=0.0)
     position_gradient = tl.dot(y, near, position_gradient, input_precision=PRECISION)
     tl.store(slots + end, tl.dot(position, y, input_precision=PRECISION), mask=(channel < CHANNELS)[:, None])
@@ -723,3 +732,72 @@ def _from_scores(
                 ROWS=SUMMED_STRIPS, DISTANCES=SUMMED_DISTANCES,
             )  # fmt: skip
     return dq, dk, dp, dtable
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Everything that the launchers may ask Triton to compile
+# ---------------------------------------------------------------------------------------------------------------------
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SOURCES = {"values": VALUES, "matrix": MATRIX, "penalty": PENALTY}
+
+
+def compilations(
+    arch: int, width: int = 32, position: int = 4, narrow: int = 12, wide: int = 960
+) -> Iterator[Compilation]:  # fmt: skip
+    """Every (kernel, configuration, dtype, flags) that the launchers may pick on an architecture, for one width of
+    heads, positions, narrow and wide values."""
+    for dtype in DTYPES:
+        name = TYPE_NAMES[dtype]
+        for precision in ("tf32x3", "tf32") if dtype == torch.float32 else ("tf32",):
+            label = f"{name} {precision}" if dtype == torch.float32 else name
+            for kernel, function in (("log_sum", _log_sum_kernel), ("matrix", _matrix_kernel)):
+                options = constants(tile_for(arch, dtype, kernel), kernel, width, position, None, precision)
+                yield _compilation(f"shared attention {kernel} {label}", function, dtype, options)
+            options = constants(tile_for(arch, dtype, "forward"), "forward", width, position, narrow, precision)
+            yield _compilation(f"shared attention forward {label}", _forward_kernel, dtype, options)
+            for kernel, function in (("keys", _keys_kernel), ("queries", _queries_kernel)):
+                for source, number in SOURCES.items():
+                    value = narrow if source == "values" else 1
+                    options = constants(tile_for(arch, dtype, kernel), kernel, width, position, value, precision)
+                    options |= {"SOURCE": number.value} | dict.fromkeys(ABSENT[source])
+                    yield _compilation(f"shared attention {kernel} {label} {source}", function, dtype, options)
+            for transposed in (False, True):
+                options = constants(tile_for(arch, dtype, "product"), "product", width, position, wide, precision)
+                title = f"shared attention product {label}{' transposed' if transposed else ''}"
+                yield _compilation(title, _product_kernel, dtype, {"TRANSPOSED": transposed, **options})
+            options = constants(tile_for(arch, dtype, "change"), "change", width, position, wide, precision)
+            yield _compilation(f"shared attention change {label}", _change_kernel, dtype, options)
+        for value in (narrow, wide):
+            options = {"VALUE": value, "BM": DELTA_ROWS, "BN": min(DELTA_COLUMNS, padded_width(value))}
+            yield _compilation(f"shared attention delta {name} {value}", _delta_kernel, dtype, options)
+    sides = {tiles[KERNELS.index("queries")][1] for tiles in TILES[arch].values()}
+    for columns, dtype in product(sorted(sides), DTYPES):
+        options = {"POSITION": position, "BN": columns, "ROWS": SUMMED_STRIPS, "DISTANCES": SUMMED_DISTANCES}
+        yield _compilation(f"shared attention table {columns} {TYPE_NAMES[dtype]}", _table_kernel, dtype, options)
+
+
+# Pointers that a source of dS does not need.
+ABSENT: dict[str, tuple[str, ...]] = {
+    "values": ("matrix",),
+    "matrix": ("v", "upstream", "log_sum", "delta", "dv"),
+    "penalty": ("v", "upstream", "log_sum", "delta", "matrix", "dv"),
+}
+
+
+def _compilation(title: str, function: Any, dtype: torch.dtype, options: dict[str, Any]) -> Compilation:
+    names = [p.name for p in function.params]
+    constexprs = {key: value for key, value in options.items() if key in names}
+    name, table = TYPE_NAMES[dtype], "fp32" if dtype == torch.float32 else "i64"
+    types = dict.fromkeys(("starts", "places"), "*i32") | {"words": f"*{table}", "penalty": "fp32"}
+    types |= dict.fromkeys(("log_sum", "delta", "sums"), "*fp32")
+    pointers = ("q", "k", "p", "v", "x", "vectors", "upstream", "out", "matrix", "dq", "dk", "dp", "dv", "dtable")
+    types |= dict.fromkeys(pointers, f"*{name}")
+    types = {n: types.get(n, "i32") for n in names}  # strides and sizes
+    signature, attrs = signature_and_attrs(function, types, constexprs)
+    tile = options.get("PRECISION")
+    # Products of 16 columns or rows among them: the instruction for small matrices is there on every chip.
+    matrix = False if tile is None else "mma"
+    return Compilation(
+        title, function, signature, constexprs, attrs, options.get("num_warps", 4), options.get("num_stages", 3), matrix
+    )
