@@ -48,13 +48,17 @@ VALUES, MATRIX, PENALTY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # w
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of a tile, depth of a step of its product, warps of a program, stages of its loop."""
+    """Rows and columns of a tile, depth of a step of its product, warps of a program, stages of its loop.
+
+    `registers`: the limit a thread, where it lets more programs share an SM without a spill in the main loop.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 KERNELS = ("log_sum", "forward", "keys", "queries", "matrix", "product", "change")
@@ -62,7 +66,7 @@ KERNELS = ("log_sum", "forward", "keys", "queries", "matrix", "product", "change
 # last two. Tiles of queries are square: a row is rotated within its columns, and no element waits for two tiles.
 TILES: dict[int, dict[int, tuple[tuple[int, ...], ...]]] = {
     80: {
-        2: ((64, 64, 0, 4, 2), (64, 64, 0, 4, 2), (64, 64, 0, 4, 2), (64, 64, 0, 4, 2), (64, 64, 0, 4, 2),
+        2: ((64, 64, 0, 4, 2), (64, 64, 0, 4, 2), (64, 64, 0, 4, 2), (32, 64, 0, 4, 2), (64, 64, 0, 4, 2),
             (128, 128, 32, 8, 3), (128, 128, 32, 8, 3)),
         4: ((64, 32, 0, 4, 2), (64, 32, 0, 4, 2), (32, 32, 0, 4, 1), (32, 32, 0, 4, 1), (64, 32, 0, 4, 2),
             (64, 64, 32, 4, 2), (64, 64, 32, 4, 2)),
@@ -582,6 +586,8 @@ def constants(
     """Constants and options of a kernel."""
     shape: dict[str, Any] = {"BM": tile.rows, "BN": tile.columns, "PRECISION": precision}
     shape |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.registers is not None:
+        shape["maxnreg"] = tile.registers
     if kernel in ("product", "change"):
         return {"VALUE": value, "BK": tile.depth, **shape}
     shape = {"HEAD": width, "D": padded_width(width), "POSITION": position, **shape}
@@ -795,9 +801,8 @@ def _compilation(title: str, function: Any, dtype: torch.dtype, options: dict[st
     types |= dict.fromkeys(pointers, f"*{name}")
     types = {n: types.get(n, "i32") for n in names}  # strides and sizes
     signature, attrs = signature_and_attrs(function, types, constexprs)
-    tile = options.get("PRECISION")
-    # Products of 16 columns or rows among them: the instruction for small matrices is there on every chip.
-    matrix = False if tile is None else "mma"
-    return Compilation(
-        title, function, signature, constexprs, attrs, options.get("num_warps", 4), options.get("num_stages", 3), matrix
-    )
+    # Products of 16 columns or rows are among them, which the instruction for small matrices makes on every chip.
+    matrix = "mma" if "PRECISION" in options else False
+    warps, stages = options.get("num_warps", 4), options.get("num_stages", 3)  # else Triton's defaults
+    maxnreg = options.get("maxnreg")
+    return Compilation(title, function, signature, constexprs, attrs, warps, stages, matrix, maxnreg)

@@ -156,10 +156,10 @@ def test_is_upstreams_attention(icefall: SimpleNamespace, lengths: tuple[int, ..
     assert_close_rel("output", theirs.transpose(0, 1)[valid].detach(), out.detach(), 1e-12)
     gradients = torch.autograd.grad(out, parameters, upstream.transpose(0, 1)[valid])
     for index, (exact, value) in enumerate(zip(expected, gradients, strict=True)):
-        if exact.norm() > 1e-9:  # a single key's weight is 1, whatever its score
-            assert_close_rel(str(index), exact, value, 1e-10)
+        if exact.norm() > 1e-6:  # a single key's weight is 1, whatever its score
+            assert_close_rel(str(index), exact, value, 1e-6)  # upstream's softmax takes its gradient in float32
         else:
-            assert value.norm() < 1e-9
+            assert value.norm() < 1e-6
 
 
 def test_penalty_is_upstreams(icefall: SimpleNamespace) -> None:
