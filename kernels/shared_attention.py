@@ -137,7 +137,7 @@ def _check(
         raise ValueError(f"starts must be [{len(lengths) + 1}] for {len(lengths)} clips, are {list(starts.shape)}")
     if starts.device != q.device:
         raise ValueError(f"starts are on {starts.device}, q on {q.device}; move them there first")
-    if not (math.isfinite(penalty) and penalty >= 0):
+    if not 0 <= penalty < math.inf:  # false for NaN; torch.compile cannot follow math.isfinite
         raise ValueError(f"penalty must be finite and at least 0, is {penalty}")
 
 
