@@ -416,7 +416,7 @@ def _width(length, BN: tl.constexpr):
     return (tl.cdiv(length, BN) + 1) * BN
 
 
-@jit_for_any_size("blocks heads rows far penalty strips width")
+@jit_for_any_size("dp_row blocks heads rows far penalty strips width")
 def _queries_kernel(
     q, k, p, v, words, vectors, starts, upstream, log_sum, delta, matrix, dq, dp, sums, places,
     q_row, k_row, p_row, v_row, up_row, matrix_row, dq_row, dp_row, blocks, heads, rows, far, penalty, strips, width,
