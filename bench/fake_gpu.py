@@ -32,6 +32,7 @@ from fastclap.kernels import (
     feed_forward,
     layer_norm_gelu,
     residual_layer_norm,
+    shared_attention,
     toeplitz_attention,
     waveform,
     waveform_convolution,
@@ -280,6 +281,10 @@ def _operators() -> Iterator[tuple[Any, str, Any]]:
     yield layer_norm_gelu, "_backward", ops.layer_norm_gelu_backward
     yield residual_layer_norm, "_forward", ops.residual_layer_norm
     yield residual_layer_norm, "_backward", ops.residual_layer_norm_backward
+    yield shared_attention, "_prepare", ops.shared_attention_sums
+    yield shared_attention, "_forward", ops.shared_attention
+    yield shared_attention, "_backward", ops.shared_attention_backward
+    yield shared_attention, "_penalty_gradients", ops.shared_attention_penalty
     yield feed_forward, "_gelu_backward", ops.gelu_backward
     yield waveform_convolution, "_forward", ops.waveform_convolution
     yield waveform_convolution, "_backward", ops.waveform_convolution_backward

@@ -30,6 +30,7 @@ FILES = (  # those that compile longest first
     "tests/kernels/log_mel/test_triton_engine.py",
     "tests/kernels/contrastive/test_triton_engine.py",
     "tests/kernels/test_toeplitz_attention_triton.py",
+    "tests/kernels/test_shared_attention_triton.py",
     "tests/kernels/test_layer_norm_gelu_triton.py",
     "tests/kernels/test_residual_layer_norm_triton.py",
     "tests/kernels/test_waveform_triton.py",
