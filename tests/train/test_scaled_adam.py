@@ -20,8 +20,9 @@ from torch import Tensor, nn
 import fastclap
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.errors import ConfigError
+from fastclap.kernels import scaled_adam
 from fastclap.testing import assert_close_rel, host_syncs
-from fastclap.train import checkpoint, scaled_adam
+from fastclap.train import checkpoint
 from fastclap.train.cli import main
 from fastclap.train.config import OptimizerConfig, TrainConfig
 from fastclap.train.loop import train
