@@ -203,7 +203,7 @@ def update_(
 
 def compilations(arch: int) -> Iterator[Compilation]:
     """All forms; `arch` changes none of them."""
-    types = {"table": "*i64", "sizes": "*i64", "owner": "*i32", "first": "*i32", "skip": "*i1"}
+    types = {"table": "*i64", "sizes": "*i64", "owner": "*i32", "first": "*i32", "skip": "*u1"}
     types |= dict.fromkeys(("beta1", "beta2", "remainder", "inverse", "eps"), "fp32")
     for aligned, kernel in product((True, False), (_sums_kernel, _update_kernel)):
         for absent in ((), ("growth",)) if kernel is _update_kernel else ((),):

@@ -6,7 +6,7 @@ optim.py of yfyeung/icefall, described in Yao et al. 2024, "Zipformer", arXiv:23
 parameter p of more than one value, with gradient g after clipping:
 
     v ← β2·v + (1 − β2)·g²
-    Δ ← β1·Δ − (1 − β1)·lr·max(rms(p), min_rms)·g / (√v̂ + ε)         v̂ = v / (1 − β2^t), as in Adam
+    Δ ← β1·Δ − (1 − β1)·lr·max(rms(p), min_rms)·g / (√v̂ + ε)         v̂ = v / (1 − β2^t), v from 0.99 on
     p ← p + Δ
 
 Every `size_period` steps rms(p) is measured anew, and Δ also receives (1 − β1)·s·p, where s is Adam's step for the
@@ -36,12 +36,11 @@ class ScaledAdam(Optimizer):
 
     No step waits for the device: norms, median and threshold stay there. How many steps there were is known on the
     host, so a step that is left out on the device (see `found_inf`) counts there too. A gradient that is None is zero:
-    its parameter goes on by momentum. What is in the gradients after a step is
-    undefined.
+    its parameter goes on by momentum. What is in the gradients after a step is undefined.
 
     icefall's differs in three details: its count leaves out steps that its gradient scaler has left out; it writes
     zeros for gradients that are not finite, where this leaves out the group's step; and where all gradients are zero
-    just when the threshold is due, it multiplies those of the next hundred steps by 20.
+    just when the first threshold is due, it multiplies those until the next by 20.
 
     Args:
         params: float32 or float64, as for any optimizer of torch.
