@@ -6,7 +6,7 @@ optim.py of yfyeung/icefall, described in Yao et al. 2024, "Zipformer", arXiv:23
 parameter p of more than one value, with gradient g after clipping:
 
     v ← β2·v + (1 − β2)·g²
-    Δ ← β1·Δ − (1 − β1)·lr·max(rms(p), min_rms)·g / (√v̂ + ε)         v̂ = v / (1 − β2^t), v from 0.99 on
+    Δ ← β1·Δ − (1 − β1)·lr·max(rms(p), min_rms)·g / (√v̂ + ε)         v̂ = v / (1 − β2^t), or v once 1 − β2^t ≥ 0.99
     p ← p + Δ
 
 Every `size_period` steps rms(p) is measured anew, and Δ also receives (1 − β1)·s·p, where s is Adam's step for the
