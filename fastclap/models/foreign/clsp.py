@@ -73,7 +73,7 @@ def read_clsp_folder(folder: Path, audio: dict[str, Any], text: dict[str, Any]) 
     """The hub's folder, with its tokenizer if it has one; arguments and errors as for `read_clsp`."""
     file = find_weights_file(folder)
     model = read_clsp(ForeignWeights(file, "CLSP", _load(file)), audio, text)
-    if any((folder / name).is_file() for name in (TOKENIZER_FILE, "vocab.json")):
+    if any((folder / name).is_file() for name in (TOKENIZER_FILE, "tokenizer_config.json")):
         model.tokenizer = os.fspath(folder)
     return model
 
@@ -108,8 +108,7 @@ def read_clsp(weights: ForeignWeights, audio: dict[str, Any], text: dict[str, An
 
 def _audio_config(weights: ForeignWeights, changes: Mapping[str, Any]) -> AudioTowerConfig:
     sizes = {**_sizes(weights, changes.get("position_width", ZipformerConfig.position_width)), **changes}
-    columns, channels = weights.shape(f"{_FRONT}out.weight", 2)[1], weights.shape(f"{_FRONT}conv.7.weight", 4)[0]
-    mels = sizes.pop("n_mels", _multiple_of_four(columns // channels))
+    mels = sizes.pop("n_mels", _multiple_of_four(weights.shape(f"{_FRONT}out.weight", 2)[1] // sizes["channels"][-1]))
     return AudioTowerConfig(
         kind="zipformer",
         features="clsp",
@@ -167,7 +166,11 @@ def _sizes(weights: ForeignWeights, position_width: int) -> dict[str, Any]:
             raise ModelError(f"{weights.path}: {name} is {values}; it must be the same in all stacks")
     if f"{_ENCODER}downsample_output.bias" in weights:
         numbers["output_downsampling"] = weights.shape(f"{_ENCODER}downsample_output.bias", 1)[0]
-    return {**sizes, **numbers}
+    return {
+        **sizes,
+        **numbers,
+        "channels": [weights.shape(f"{_FRONT}conv.{index}.weight", 4)[0] for index in (0, 4, 7)],
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,7 +245,7 @@ def _facts(config: CLAPConfig) -> dict[str, Any]:
 def _encoder_facts(config: AudioTowerConfig) -> dict[str, Any]:
     sizes = config.zipformer
     lists = {name: values for name, values in sizes.lists().items() if name != "unmasked_width"}
-    names = ("query_width", "position_width", "value_width", "encoding_width", "output_downsampling")
+    names = ("channels", "query_width", "position_width", "value_width", "encoding_width", "output_downsampling")
     return {**lists, **{name: getattr(sizes, name) for name in names}}
 
 

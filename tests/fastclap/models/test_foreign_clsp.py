@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor
 
+from bench.icefall import Published
 from fastclap import CLAP
 from fastclap.commands.main import main
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig, ZipformerConfig
@@ -32,14 +33,18 @@ from fastclap.models.foreign import ForeignWeights
 from fastclap.models.foreign.clsp import read_clsp
 from fastclap.models.zipformer.tower import ZipformerTower
 from fastclap.testing import assert_close_rel
-from tests.fastclap.models.zipformer_peer import SMALL, WIDTHS, published
+from tests.fastclap.models.zipformer_peer import SMALL, WIDTHS
 
 CAPTIONS = ["A man speaks in an angry tone.", "A woman sounds sad.", "Calm.", "A sad man, softly."]
 ROBERTA = {"vocab_size": 40, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
 ROBERTA |= {"intermediate_size": 48, "max_position_embeddings": 34, "type_vocab_size": 1}
 TEXT: dict[str, Any] = {"model_type": "roberta", "layer_norm_eps": 1e-5, "pad_token_id": 1, **ROBERTA}
 DIM = 24
-SIZES = {"small, 40 bands": (SMALL, 40), "several widths, 80 bands": (WIDTHS, 80), "small, 128 bands": (SMALL, 128)}
+SIZES = {
+    "small, 40 bands": (SMALL, 40),
+    "several widths, 80 bands": (WIDTHS, 80),
+    "other channels, 128 bands": (replace(SMALL, channels=[4, 12, 20]), 128),
+}
 pytestmark = pytest.mark.filterwarnings("ignore:.*mel filters contain no DFT bin")
 
 
@@ -59,12 +64,13 @@ def shapes(config: ZipformerConfig, mels: int, text: dict[str, int], dim: int) -
         found.update({f"{name}.log_scale": (), f"{name}.bias": (width,)})
 
     lists = config.lists()
-    for index, channels in ((0, (8, 1)), (4, (32, 8)), (7, (128, 32))):
+    first, second, last = config.channels
+    for index, channels in ((0, (first, 1)), (4, (second, first)), (7, (last, second))):
         linear(f"encoder_embed.conv.{index}", *channels, 3, 3)
-    linear("encoder_embed.convnext.depthwise_conv", 128, 1, 7, 7)
-    linear("encoder_embed.convnext.pointwise_conv1", 384, 128, 1, 1)
-    linear("encoder_embed.convnext.pointwise_conv2", 128, 384, 1, 1)
-    linear("encoder_embed.out", lists["width"][0], 128 * {40: 9, 80: 19, 128: 31}[mels])
+    linear("encoder_embed.convnext.depthwise_conv", last, 1, 7, 7)
+    linear("encoder_embed.convnext.pointwise_conv1", 3 * last, last, 1, 1)
+    linear("encoder_embed.convnext.pointwise_conv2", last, 3 * last, 1, 1)
+    linear("encoder_embed.out", lists["width"][0], last * {40: 9, 80: 19, 128: 31}[mels])
     biased_norm("encoder_embed.out_norm", lists["width"][0])
     for index, factor in enumerate(lists["downsampling"]):
         width, hidden, heads, kernel = (lists[name][index] for name in ("width", "feedforward", "heads", "kernel"))
@@ -164,7 +170,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def save_folder(weights: dict[str, Tensor], tokenizer_folder: Path | None, folder: Path, file: str) -> None:
+def save_folder(weights: dict[str, Tensor], tokenizer_folder: Path, folder: Path, file: str) -> None:
     """As on the hub: safetensors or torch's format, names with a prefix, and code that must not run."""
     from safetensors.torch import save_file
 
@@ -176,9 +182,9 @@ def save_folder(weights: dict[str, Tensor], tokenizer_folder: Path | None, folde
         torch.save(tensors, folder / file)
     code = {"AutoConfig": "configuration_clsp.CLSPConfig", "AutoModel": "modeling_clsp.CLSPModel"}
     (folder / "config.json").write_text(json.dumps({"model_type": "its own", "auto_map": code}))
-    (folder / "modeling_clsp.py").write_text("raise SystemExit('this was run')")
-    if tokenizer_folder is not None:
-        shutil.copy(tokenizer_folder / "tokenizer.json", folder)
+    for name in ("configuration_clsp.py", "modeling_clsp.py"):
+        (folder / name).write_text("raise SystemExit('this was run')")
+    shutil.copy(tokenizer_folder / "tokenizer.json", folder)
 
 
 def save_icefall(weights: dict[str, Tensor], path: Path, prefix: str = "") -> None:
@@ -193,6 +199,16 @@ def save_icefall(weights: dict[str, Tensor], path: Path, prefix: str = "") -> No
     }
     model = {f"{prefix}{name}": tensor for name, tensor in weights.items()}
     torch.save({"model": model, "model_avg": average, **others}, path)
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks at the terminal whether a folder's code may run."""
+
+    def ask(*_: Any) -> str:
+        raise SystemExit("somebody was asked")
+
+    monkeypatch.setattr("builtins.input", ask)
 
 
 # -- its definition ---------------------------------------------------------------------------------------------------
@@ -253,6 +269,8 @@ def test_every_form_is_its_definition(size: str, tokenizer_folder: Path, tmp_pat
     torch.save(weights, tmp_path / "bare.pt")
     save_folder(weights, tokenizer_folder, tmp_path / "hub", "model.safetensors")
     save_folder(weights, tokenizer_folder, tmp_path / "bin", "pytorch_model.bin")
+    options = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}
+    (tmp_path / "bin/tokenizer_config.json").write_text(json.dumps(options))
     audio, text = audio_of(weights, config, mels, waves), text_of(weights, tokens_of(tokenizer_folder, CAPTIONS))
     for name in ("epoch-3.pt", "bare.pt", "hub/model.safetensors"):
         assert_embeds(CLAP.from_pretrained(tmp_path / name, tokenizer=tokenizer_folder), waves, audio, text, 1e-5)
@@ -262,7 +280,7 @@ def test_every_form_is_its_definition(size: str, tokenizer_folder: Path, tmp_pat
     assert model.log_logit_scale.item() == 2.5 and model.sampling_rate == 16000 and not model.training
     read = model.config.audio.zipformer
     assert replace(read, unmasked_width=config.unmasked_width).lists() == config.lists()  # it matters in training alone
-    for name in ("query_width", "position_width", "value_width", "encoding_width", "output_downsampling"):
+    for name in ("channels", "query_width", "position_width", "value_width", "encoding_width", "output_downsampling"):
         assert getattr(read, name) == getattr(config, name)
     assert model.config.text.max_tokens == 32
     model.save_pretrained(tmp_path / "ours")
@@ -325,16 +343,6 @@ def lhotses(mels: int) -> Callable[[Tensor], Tensor]:
     return lambda wave: torch.as_tensor(extractor.extract(wave.numpy(), 16000))
 
 
-def their_model(icefall: SimpleNamespace, config: ZipformerConfig, mels: int, monkeypatch: Any) -> Any:
-    """model.CLAP of these sizes, with a random RoBERTa instead of the one on the hub."""
-    monkeypatch.setattr(icefall.model.RobertaModel, "from_pretrained", lambda name: roberta())
-    encoder = published(icefall, config, mels)
-    width = max(config.lists()["width"])
-    return icefall.model.CLAP(
-        encoder.encoder_embed, encoder.encoder, None, encoder_dim=width, text_encoder_dim=64, joint_dim=DIM
-    )
-
-
 def run_theirs(model: Any, front_end: Callable[[Tensor], Tensor], waves: list[Tensor], tokens: Any) -> Any:
     """Clip by clip: in a batch, their convolutions see the padding."""
     with torch.no_grad():
@@ -343,17 +351,17 @@ def run_theirs(model: Any, front_end: Callable[[Tensor], Tensor], waves: list[Te
         return torch.cat(audio), model(text=tokens)[1]
 
 
-def icefalls_save(icefall: SimpleNamespace, monkeypatch: Any) -> Any:
+def icefalls_save(icefall: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`save_checkpoint` of icefall, whose one import of lhotse is for a type."""
-    for name in ("lhotse", "lhotse.dataset", "lhotse.dataset.sampling", "lhotse.dataset.sampling.base"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules["lhotse.dataset.sampling.base"].CutSampler = object  # type: ignore[attr-defined]
     file = Path(icefall.model.__file__).parents[4] / "icefall/checkpoint.py"
     spec = importlib.util.spec_from_file_location("icefall_checkpoint", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        for name in ("lhotse", "lhotse.dataset", "lhotse.dataset.sampling", "lhotse.dataset.sampling.base"):
+            patch.setitem(sys.modules, name, ModuleType(name))
+        sys.modules["lhotse.dataset.sampling.base"].CutSampler = object  # type: ignore[attr-defined]
+        spec.loader.exec_module(module)
     return module.save_checkpoint
 
 
@@ -369,21 +377,20 @@ def test_its_own_code_and_files(
 ) -> None:
     """Saved by its code after a step of its optimizer, read by ours, and the way back."""
     config, mels = SIZES[size]
-    features_of = front_end(mels)
-    save_checkpoint = icefalls_save(icefall, monkeypatch)
-    theirs = their_model(icefall, config, mels, monkeypatch)
-    theirs.load_state_dict(random_weights(config, mels))
+    features_of, roberta = front_end(mels), {k: v for k, v in TEXT.items() if k != "model_type"}
     tokens, waves = tokens_of(tokenizer_folder, CAPTIONS), clips(0.7, 0.31, 1.2)
-    optimizer = icefall.optim.ScaledAdam([{"named_params": list(theirs.named_parameters())}], lr=0.01)
-    scheduler = icefall.optim.Eden(optimizer, 100, 100.0)
-    encoded = theirs.train()(audio=features_of(waves[2])[None], audio_lens=torch.tensor([120]), text=tokens)
-    (encoded[0] @ encoded[1].T * encoded[2]).logsumexp(1).sum().backward()
-    optimizer.step()
-    theirs.eval()
-    average = their_model(icefall, config, mels, monkeypatch).double()
-    params = {"exp_dir": tmp_path, "num_mel_bins": mels, "env_info": {"git": None}, "best_train_loss": float("inf")}
-    save_checkpoint(tmp_path / "epoch-1.pt", theirs, average, params, optimizer, scheduler)
+    peer = Published(icefall, config, mels, roberta, DIM)
+    peer.model.load_state_dict(random_weights(config, mels))
+    peer.step(
+        torch.stack([features_of(wave[:4960]) for wave in waves]),
+        torch.tensor([31] * 3),
+        tokens_of(tokenizer_folder, CAPTIONS[:3]),
+    )
+    theirs, average = peer.model.eval(), Published(icefall, config, mels, roberta, DIM).model.double()
     state = theirs.state_dict()
+    params = {"exp_dir": tmp_path, "num_mel_bins": mels, "env_info": {"git": None}, "best_train_loss": float("inf")}
+    save_checkpoint = icefalls_save(icefall, monkeypatch)
+    save_checkpoint(tmp_path / "epoch-1.pt", theirs, average, params, peer.optimizer, peer.scheduler)
     save_folder(state, tokenizer_folder, tmp_path / "hub", "model.safetensors")
     audio, text = run_theirs(theirs, features_of, waves, tokens)
     for model in (
@@ -391,13 +398,13 @@ def test_its_own_code_and_files(
         CLAP.from_pretrained(tmp_path / "hub"),
     ):
         assert_embeds(model, waves, audio, text, 1e-5)
-        assert model.log_logit_scale.item() == theirs.logit_scale.item()
+        assert model.log_logit_scale.item() == theirs.logit_scale.item() != 2.5
     model.save_pretrained(tmp_path / "ours")
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "back.pt"), "--to", "clsp"]) == 0
-    again = their_model(icefall, config, mels, monkeypatch)
+    again = Published(icefall, config, mels, roberta, DIM).model.eval()
     again.load_state_dict(torch.load(tmp_path / "back.pt", weights_only=True)["model"], strict=True)
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
-    assert torch.equal(run_theirs(again.eval(), features_of, waves, tokens)[0], audio)
+    assert torch.equal(run_theirs(again, features_of, waves, tokens)[0], audio)
 
 
 # -- the way back -----------------------------------------------------------------------------------------------------
@@ -716,7 +723,9 @@ def test_every_command_takes_it(tokenizer_folder: Path, tmp_path: Path, capfd: A
     def figures(result: Any) -> Any:
         """Without the model's name and the time that it took."""
         if isinstance(result, dict):
-            return {k: figures(v) for k, v in result.items() if k not in ("model", "models", "time", "seconds")}
+            return {
+                k: figures(v) for k, v in result.items() if k not in ("model", "models", "index", "time", "seconds")
+            }
         return [figures(item) for item in result] if isinstance(result, list) else result
 
     for command in commands:
