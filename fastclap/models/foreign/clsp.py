@@ -107,14 +107,17 @@ def read_clsp(weights: ForeignWeights, audio: dict[str, Any], text: dict[str, An
 
 
 def _audio_config(weights: ForeignWeights, changes: Mapping[str, Any]) -> AudioTowerConfig:
-    sizes = {**_sizes(weights, changes.get("position_width", ZipformerConfig.position_width)), **changes}
-    mels = sizes.pop("n_mels", _multiple_of_four(weights.shape(f"{_FRONT}out.weight", 2)[1] // sizes["channels"][-1]))
+    changes = dict(changes)
+    mels = changes.pop("n_mels", None)
+    sizes = _sizes(weights, read_dataclass(ZipformerConfig, changes, "audio_config").position_width)
+    if mels is None:
+        mels = _multiple_of_four(weights.shape(f"{_FRONT}out.weight", 2)[1] // sizes["channels"][-1])
     return AudioTowerConfig(
         kind="zipformer",
         features="clsp",
         feature_options={} if mels == 128 else {"n_mels": mels},
         pooling="mean",
-        zipformer=read_dataclass(ZipformerConfig, sizes, "audio_config"),
+        zipformer=ZipformerConfig(**{**sizes, **changes}),
     )
 
 

@@ -326,6 +326,10 @@ def test_what_no_shape_tells_can_be_said(tokenizer_folder: Path, tmp_path: Path)
         read(n_mels=44)
     with pytest.raises(ConfigError, match=r"unknown configuration keys audio_config\.unmasked"):
         read(unmasked=[48])
+    with pytest.raises(ConfigError, match=r"audio_config\.position_width must be int, not 'four'"):
+        read(position_width="four")
+    with pytest.raises(ModelError, match="log-mel features"):
+        read(n_mels="many")
 
 
 # -- its own code -----------------------------------------------------------------------------------------------------
