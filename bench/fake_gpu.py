@@ -28,10 +28,13 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from fastclap.kernels import (
+    bias_norm,
     dispatch,
     feed_forward,
+    gated_convolution,
     layer_norm_gelu,
     residual_layer_norm,
+    swoosh,
     toeplitz_attention,
     waveform,
     waveform_convolution,
@@ -281,6 +284,13 @@ def _operators() -> Iterator[tuple[Any, str, Any]]:
     yield residual_layer_norm, "_forward", ops.residual_layer_norm
     yield residual_layer_norm, "_backward", ops.residual_layer_norm_backward
     yield feed_forward, "_gelu_backward", ops.gelu_backward
+    yield swoosh, "_forward", ops.swoosh
+    yield swoosh, "_slope", lambda x, dy, kind: torch.empty_like(x)
+    yield swoosh, "_backward", ops.swoosh_linear_backward
+    yield bias_norm, "_forward", ops.bias_norm
+    yield bias_norm, "_backward", ops.bias_norm_backward
+    yield gated_convolution, "_forward", ops.gated_convolution
+    yield gated_convolution, "_backward", ops.gated_convolution_backward
     yield waveform_convolution, "_forward", ops.waveform_convolution
     yield waveform_convolution, "_backward", ops.waveform_convolution_backward
     yield waveform, "_triton_engine", lambda crops, dtype: ops.normalize_waveform(*crops, dtype)

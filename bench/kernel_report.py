@@ -43,6 +43,9 @@ MODULES = (  # each offers compilations(arch)
     "fastclap.kernels.waveform_triton",
     "fastclap.kernels.waveform_convolution_triton",
     "fastclap.kernels.feed_forward_triton",
+    "fastclap.kernels.swoosh_triton",
+    "fastclap.kernels.bias_norm_triton",
+    "fastclap.kernels.gated_convolution_triton",
 )
 COLUMNS = (
     *("kernel", "arch", "matrix instructions", "registers", "stack B", "spill B"),

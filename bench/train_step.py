@@ -308,11 +308,16 @@ def _padded(encode: Callable[..., Tensor], token_counts: object = None, **inputs
 
 
 OPERATORS = (
+    "bias_norm",
+    "bypass",
     "feed_forward",
+    "gated_convolution",
     "gated_toeplitz_attention",
     "layer_norm_gelu",
     "normalize_waveform",
     "residual_layer_norm",
+    "swoosh",
+    "swoosh_linear",
     "waveform_convolution",
 )
 
