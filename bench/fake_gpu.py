@@ -33,6 +33,7 @@ from fastclap.kernels import (
     feed_forward,
     gated_convolution,
     layer_norm_gelu,
+    resampling,
     residual_layer_norm,
     swoosh,
     toeplitz_attention,
@@ -291,6 +292,8 @@ def _operators() -> Iterator[tuple[Any, str, Any]]:
     yield bias_norm, "_backward", ops.bias_norm_backward
     yield gated_convolution, "_forward", ops.gated_convolution
     yield gated_convolution, "_backward", ops.gated_convolution_backward
+    for name in ("downsample", "downsample_backward", "upsample_bypass", "upsample_bypass_backward"):
+        yield resampling, f"_{name}", getattr(ops, name)
     yield waveform_convolution, "_forward", ops.waveform_convolution
     yield waveform_convolution, "_backward", ops.waveform_convolution_backward
     yield waveform, "_triton_engine", lambda crops, dtype: ops.normalize_waveform(*crops, dtype)

@@ -46,6 +46,7 @@ MODULES = (  # each offers compilations(arch)
     "fastclap.kernels.swoosh_triton",
     "fastclap.kernels.bias_norm_triton",
     "fastclap.kernels.gated_convolution_triton",
+    "fastclap.kernels.resampling_triton",
 )
 COLUMNS = (
     *("kernel", "arch", "matrix instructions", "registers", "stack B", "spill B"),

@@ -310,6 +310,7 @@ def _padded(encode: Callable[..., Tensor], token_counts: object = None, **inputs
 OPERATORS = (
     "bias_norm",
     "bypass",
+    "downsample",
     "feed_forward",
     "gated_convolution",
     "gated_toeplitz_attention",
@@ -318,6 +319,7 @@ OPERATORS = (
     "residual_layer_norm",
     "swoosh",
     "swoosh_linear",
+    "upsample_bypass",
     "waveform_convolution",
 )
 

@@ -237,9 +237,9 @@ WAYS = {"norm": (True, False), "norm bypass": (True, True), "bypass": (False, Tr
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
-    """At the Zipformer's width every way, with a branch and without; with a float32 stream also the scale of a clip, and
-    beside a branch of bf16 or float32 for embedding and without gradients of parameters; at further widths, whose code
-    differs in the tile or in loads and stores alone, all of it."""
+    """At the Zipformer's width every way, with a branch and without; with a float32 stream also the scale of a clip,
+    and beside a branch of bf16 or float32 for embedding and without gradients of parameters; at further widths, whose
+    code differs in the tile or in loads and stores alone, all of it."""
     model, *others = WIDTHS
     for kinds, way, branch, clips in product(KINDS, WAYS, (True, False), (False, True)):
         norm, skips = WAYS[way]
@@ -247,7 +247,8 @@ def compilations(arch: int) -> Iterator[Compilation]:
             continue
         label = f"{way}{' branch' * branch}{' clips' * clips}"
         there = {"norm": norm, "bypass": skips, "branch": branch, "clips": clips}
-        for trained in (True, False) if kinds in (KINDS[0], KINDS[2]) and not clips else (True,):
+        embeds = kinds in (KINDS[0], KINDS[2]) and not clips
+        for trained in (True, False) if embeds else (True,):
             yield _compilation(label, model, kinds, there, backward=False, trained=trained)
             yield _compilation(label, model, kinds, there, backward=True, trained=trained)
     there = {"norm": True, "bypass": True, "branch": True, "clips": False}

@@ -38,6 +38,7 @@ FILES = (  # those that compile longest first
     "tests/kernels/test_swoosh_triton.py",
     "tests/kernels/test_bias_norm_triton.py",
     "tests/kernels/test_gated_convolution_triton.py",
+    "tests/kernels/test_resampling_triton.py",
     "tests/train/test_device.py",
 )
 ON_A_GPU = (*FILES, "-k", "not cpu")  # some tests run on both

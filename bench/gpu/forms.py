@@ -34,6 +34,12 @@ from fastclap.kernels.layer_norm_gelu import layer_norm_gelu, layer_norm_gelu_re
 from fastclap.kernels.log_mel.operator import log_mel
 from fastclap.kernels.log_mel.spec import LogMelSpec
 from fastclap.kernels.log_mel.torch_engine import log_mel_reference
+from fastclap.kernels.resampling import (
+    downsample,
+    downsample_reference,
+    upsample_bypass,
+    upsample_bypass_reference,
+)
 from fastclap.kernels.residual_layer_norm import dropout_mask as residual_dropout_mask
 from fastclap.kernels.residual_layer_norm import residual_layer_norm, residual_layer_norm_reference
 from fastclap.kernels.swoosh import swoosh_linear, swoosh_linear_reference
@@ -487,6 +493,20 @@ def _zipformers() -> Iterator[KernelForm]:
             found |= {"starts": starts, "upstream": normal(rows, 1280).to(dtype)}
             ways = gated_convolution, gated_convolution_reference
             yield _packed_form(f"gated convolution of {taps} {dtype_name(dtype)}", dtype, found, ("starts",), *ways)
+    for size in (2, 4, 8):
+        begins = [torch.arange(start, start + length, size) for start, length in zip(starts, LENGTHS, strict=False)]
+        first = torch.cat((*begins, starts[-1:])).int()
+        found = {
+            "x": normal(rows, 1280),
+            "weights": normal(size),
+            "first": first,
+            "upstream": normal(len(first) - 1, 1280),
+        }
+        yield _packed_form(f"downsample {size}", torch.float32, found, ("first",), downsample, downsample_reference)
+        found = {"original": normal(rows, 1280), "x": normal(len(first) - 1, 1280), "scale": normal(1280)}
+        found |= {"first": first, "upstream": normal(rows, 1280)}
+        ways = upsample_bypass, upsample_bypass_reference
+        yield _packed_form(f"upsample {size}", torch.float32, found, ("first",), *ways)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ MODULES = (
     "swoosh_triton",
     "bias_norm_triton",
     "gated_convolution_triton",
+    "resampling_triton",
 )
 MOST_USED = (
     "layer norm gelu forward 512 bf16 fp32 weight bias",
@@ -51,6 +52,9 @@ MOST_USED = (
     "bias norm backward 8192 fp32 fp32 norm bypass branch",
     "gated convolution forward 1280 of 15 bf16 fp32",
     "gated convolution backward 1280 of 15 bf16 fp32",
+    "resampling down 4 1280 fp32",
+    "resampling down backward 4 sums 1280 fp32",
+    "resampling up backward sums 1280 fp32",
 )
 RESIDUAL = (
     "residual layer norm forward 1024 fp32 bf16",
