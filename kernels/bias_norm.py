@@ -163,7 +163,7 @@ def _torch_engine(
     scale: Optional,
     sequence: Optional,
 ) -> Tensor:
-    z = x if branch is None else (x + branch).to(x.dtype)
+    z: Any = x if branch is None else (x + branch).to(x.dtype)
     dtype = x.dtype if original is None else original.dtype
     wide = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
     z, original, bias, log_scale, scale = (

@@ -129,8 +129,8 @@ def upsample_bypass(
         y: Tensor = compute(original, x, scale, first)
         return y
     wide = torch.promote_types(original.dtype, torch.float32)
-    tensors = (t.to(wide) for t in (original, x, scale))
-    return upsample_bypass_reference(*tensors, first, sequence).to(original.dtype)
+    y = upsample_bypass_reference(original.to(wide), x.to(wide), scale.to(wide), first, sequence)
+    return y.to(original.dtype)
 
 
 def _check_first(x: Tensor, first: Tensor, name_of_x: str = "x") -> None:

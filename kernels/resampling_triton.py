@@ -11,7 +11,7 @@ run to run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -119,7 +119,9 @@ def _up_backward_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _run(kernel: Any, groups: int, columns: int, tensors: list[Tensor | None], programs: int, **constants: Any) -> None:
+def _run(
+    kernel: Any, groups: int, columns: int, tensors: Sequence[Tensor | None], programs: int, **constants: Any
+) -> None:
     _, width, warps, registers = launch_tile(columns, backward=True)
     device = next(t for t in tensors if t is not None)
     with torch.cuda.device_of(device):

@@ -29,7 +29,8 @@ pytestmark = pytest.mark.skipif(
 )
 DEVICE = "cpu" if INTERPRETED else "cuda"
 LOW = torch.float16 if INTERPRETED else torch.bfloat16
-# Lengths of the groups, columns, and the most rows of a group: one row; short groups between; more groups than programs.
+# Lengths of the groups, columns, and the most rows of a group: one row; short groups between; more groups than
+# programs.
 CASES = [((1,), 1, 2), ((3, 3, 1, 2, 3, 1), 40, 3), ((8, 8, 5), 130, 8), ((2, 1) * 10, 1280, 2)]
 CASES += [] if INTERPRETED else [((4,) * 5_000 + (1,), 1280, 4)]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
