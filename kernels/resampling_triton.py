@@ -65,7 +65,7 @@ def _down_backward_kernel(
         share = 0.0
         for k in tl.static_range(SIZE):
             # from the last weight on: a group's last row has the weights of those that it lacks too
-            at: tl.constexpr = SIZE - 1 - k
+            at = SIZE - 1 - k
             share += tl.load(weights + at).to(tl.float32)
             if sums is not None:
                 values = _row(x, tl.minimum(begin + at, end - 1), column, inside, COLUMNS)

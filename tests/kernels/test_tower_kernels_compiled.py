@@ -49,7 +49,7 @@ MOST_USED = (
     "bias norm forward 1280 fp32 bf16 norm bypass branch",
     "bias norm backward 1280 fp32 bf16 norm bypass branch clips",
     "bias norm backward 1280 fp32 fp32 norm bypass branch",
-    "bias norm backward 8192 fp32 fp32 norm bypass branch",
+    "bias norm backward 4096 fp32 fp32 norm bypass branch",
     "gated convolution forward 1280 of 15 bf16 fp32",
     "gated convolution backward 1280 of 15 bf16 fp32",
     "resampling down 4 1280 fp32",
