@@ -41,7 +41,9 @@ from fastclap.kernels.triton_tools import INF, LOG2E, PRECISIONS, TYPE_NAMES, ji
 
 LIMIT = tl.constexpr(25.0)  # of a score, above which it is penalized
 CHANNELS = tl.constexpr(4)  # of a position, at most
-PADDING = 128  # the table has room for so many distances more, a row of the matrix is a multiple of it: no tile is larger
+PADDING = (
+    128  # the table has room for so many distances more, a row of the matrix is a multiple of it: no tile is larger
+)
 NARROW = 64  # values up to this width are multiplied without a matrix in memory
 VALUES, MATRIX, PENALTY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # where dS comes from
 
@@ -95,12 +97,11 @@ SUMMED_STRIPS, SUMMED_DISTANCES = 32, 64  # of a step of the program that adds t
 
 
 @triton.jit
-def _place(starts, blocks, heads, BLOCK: tl.constexpr):
-    """Of this program: its first row in the clip, the clip's first row and its length, the clip and the head."""
-    row, index = (tl.program_id(0) % blocks) * BLOCK, tl.program_id(0) // blocks
-    clip, head = index // heads, index % heads
-    first = tl.load(starts + clip)
-    return row, first.to(tl.int64), tl.load(starts + clip + 1) - first, clip, head
+def _place(starts, program, blocks, heads, BLOCK: tl.constexpr):
+    """Of a program: its first row in the clip, the clip's first row and its length, and the head."""
+    row, index = (program % blocks) * BLOCK, program // blocks
+    first = tl.load(starts + index // heads)
+    return row, first.to(tl.int64), tl.load(starts + index // heads + 1) - first, index % heads
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def _positions(p, row, stride, length, BM: tl.constexpr, POSITION: tl.constexpr)
 @triton.jit
 def _halves(word, DTYPE: tl.constexpr):
     """The two 16-bit numbers of a 32-bit word, as float32."""
-    if DTYPE == tl.bfloat16:
+    if DTYPE.is_bf16():
         return (word << 16).to(tl.float32, bitcast=True), (word & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
         low, high = (word & 0xFFFF).to(tl.uint16), (word >> 16).to(tl.uint16)
@@ -190,7 +191,7 @@ def _log_sum_kernel(
     HEAD: tl.constexpr, D: tl.constexpr, POSITION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, first, length, clip, head = _place(starts, blocks, heads, BM)
+    row, first, length, head = _place(starts, tl.program_id(0), blocks, heads, BM)
     if row >= length:
         return
     words = _further(_zero_distance(words, head, far), -row)
@@ -221,7 +222,7 @@ def _forward_kernel(
     HEAD: tl.constexpr, D: tl.constexpr, POSITION: tl.constexpr, VALUE: tl.constexpr, V: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, first, length, clip, head = _place(starts, blocks, heads, BM)
+    row, first, length, head = _place(starts, tl.program_id(0), blocks, heads, BM)
     if row >= length:
         return
     words = _further(_zero_distance(words, head, far), -row)
@@ -252,7 +253,7 @@ def _matrix_kernel(
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All weights of a block of rows, and zeros up to the next multiple of PADDING columns: readers need no mask."""
-    row, first, length, clip, head = _place(starts, blocks, heads, BM)
+    row, first, length, head = _place(starts, tl.program_id(0), blocks, heads, BM)
     if row >= length:
         return
     words = _further(_zero_distance(words, head, far), -row)
@@ -278,14 +279,9 @@ def _product_kernel(
     """BN columns of out = A·x, or of Aᵀ·x, clip by clip."""
     CHUNKS: tl.constexpr = (VALUE + BN - 1) // BN
     at = (tl.program_id(0) % CHUNKS) * BN  # programs side by side share the rows of A
-    index = tl.program_id(0) // CHUNKS
-    row, index = (index % blocks) * BM, index // blocks
-    clip, head = index // heads, index % heads
-    first = tl.load(starts + clip)
-    length = tl.load(starts + clip + 1) - first
+    row, first, length, head = _place(starts, tl.program_id(0) // CHUNKS, blocks, heads, BM)
     if row >= length:
         return
-    first = first.to(tl.int64)
     matrix += (head.to(tl.int64) * rows + first) * matrix_row
     x += first * x_row + head * VALUE + at
     result = tl.zeros((BM, BN), tl.float32)
@@ -332,14 +328,10 @@ def _change_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dS = A · (dO·Vᵀ - δ) of a tile in the place of A; `blocks` is how many of BM rows and of BN columns there are."""
-    column, index = (tl.program_id(0) % blocks) * BN, tl.program_id(0) // blocks
-    row, index = (index % blocks) * BM, index // blocks
-    clip, head = index // heads, index % heads
-    first = tl.load(starts + clip)
-    length = tl.load(starts + clip + 1) - first
+    column = (tl.program_id(0) % blocks) * BN
+    row, first, length, head = _place(starts, tl.program_id(0) // blocks, blocks, heads, BM)
     if (row >= length) | (column >= length):
         return
-    first = first.to(tl.int64)
     upstream += first * up_row + head * VALUE
     v += first * v_row + head * VALUE
     result = tl.zeros((BM, BN), tl.float32)
@@ -363,7 +355,7 @@ def _keys_kernel(
     HEAD: tl.constexpr, D: tl.constexpr, POSITION: tl.constexpr, VALUE: tl.constexpr, V: tl.constexpr,
     SOURCE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    column, first, length, clip, head = _place(starts, blocks, heads, BN)
+    column, first, length, head = _place(starts, tl.program_id(0), blocks, heads, BN)
     if column >= length:
         return
     q += first * q_row + head * HEAD
@@ -427,14 +419,15 @@ def _queries_kernel(
 
     `places` says of each strip which row it begins at and how long its clip is, `sums` is [heads, strips, 4, width].
     """
-    row, first, length, clip, head = _place(starts, blocks, heads, BM)
+    row, first, length, head = _place(starts, tl.program_id(0), blocks, heads, BM)
     if row >= length:
         return
+    clip = tl.program_id(0) // blocks // heads
     strip = (first // BM).to(tl.int32) + clip + row // BM  # each number once, clips being rounded up
     if head == 0:
         tl.store(places + 2 * strip, row)
         tl.store(places + 2 * strip + 1, length)
-    i, j = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    j = tl.arange(0, BN)[None, :]
     channel = tl.arange(0, 16)
     k += first * k_row + head * HEAD
     vectors += (head * (2 * far) + far - row - BN) * CHANNELS
