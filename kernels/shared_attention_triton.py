@@ -9,9 +9,9 @@ shared memory. Sums of exponentials are computed once for all users; then every 
   queries, for dK and dV; `_queries_kernel` for dQ, dP and sums of the table's gradient; nothing T x T is stored.
 * Wide values: `_matrix_kernel` writes the weights of a head, `_product_kernel` multiplies with them or their transpose,
   `_change_kernel` puts dS = A · (dO·Vᵀ - δ) in their place, out of which the two kernels above read. The matrix is
-  gone at the end of a pass. 26 clips of 30 s (58 M weights, 960 columns) on an H100: 0.1 ms to make and write, 0.2 ms
-  for each of three products at 70 % of the peak. Making them anew for every 256 columns would cost 0.2 ms a product
-  more, and dO·Vᵀ would be needed twice; 160 clips of 5 s (10 M weights, 20 MB, all of it in L2) cost a sixth of either.
+  gone at the end of a pass. Predicted for an H100, 26 clips of 30 s at 50 Hz (58 M weights, 960 columns): 0.1 ms to
+  make and write it, 0.2 ms for each of the three products at 70 % of the peak. To make the weights anew for every 256
+  columns would cost 0.2 ms a product more, and dO·Vᵀ be needed twice. 160 clips of 5 s have a sixth of it all.
 * `_delta_kernel`: δ_i = Σ_c out_ic · dout_ic. `_table_kernel` adds the sums up.
 
 The gradients of p and of the table want dS by distance: each row of a tile is rotated so that its elements of one

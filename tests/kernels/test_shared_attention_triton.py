@@ -32,7 +32,7 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"lengths": (2, 1), "heads": 2, "width": 32},
     {"lengths": (33, 32, 1, 45), "heads": 1, "width": 32, "wide": 70},
     {"lengths": (100,), "heads": 1, "width": 20, "channels": 3, "narrow": 5, "wide": 65},
-    {"lengths": (17, 64), "heads": 2, "width": 16, "channels": 1, "narrow": 33, "wide": 12, "more": 90},
+    {"lengths": (17, 40), "heads": 2, "width": 16, "channels": 1, "narrow": 66, "wide": 12, "more": 90},
 )
 # CLSP's layer: its heads, and long and short clips that no tile divides
 LARGE: tuple[dict[str, Any], ...] = (
