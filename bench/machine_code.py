@@ -222,8 +222,8 @@ def main() -> None:
         layer_norm_gelu_triton,
         offline,
         residual_layer_norm_triton,
-        swoosh_triton,
         shared_attention_triton,
+        swoosh_triton,
         toeplitz_attention_triton,
     )
     from fastclap.kernels.contrastive import triton_engine as contrastive
