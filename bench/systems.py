@@ -66,7 +66,7 @@ class Run:
 NO_TAG_LOSS = ("--loss.tag-weight", "0", "--data.balance", "none")
 ON_CLASSES = ("--data.tag-column", "classification_tag")
 LOG_MEL = ("--wavlm",)  # of which the small form is the log-mel tower with AdamW
-EQUAL_TIME = ("--steps", "400")
+EQUAL_TIME = ("--steps", "600")
 ADAMW = (
     *("--optimizer.kind", "adamw", "--optimizer.learning-rate", "3e-3", "--optimizer.schedule", "cosine"),
     *("--optimizer.warmup-start", "0"),
