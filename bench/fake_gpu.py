@@ -28,10 +28,14 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from fastclap.kernels import (
+    bias_norm,
     dispatch,
     feed_forward,
+    gated_convolution,
     layer_norm_gelu,
     residual_layer_norm,
+    shared_attention,
+    swoosh,
     toeplitz_attention,
     waveform,
     waveform_convolution,
@@ -283,6 +287,17 @@ def _operators() -> Iterator[tuple[Any, str, Any]]:
     yield feed_forward, "_gelu_backward", ops.gelu_backward
     yield waveform_convolution, "_forward", ops.waveform_convolution
     yield waveform_convolution, "_backward", ops.waveform_convolution_backward
+    yield swoosh, "_forward", ops.swoosh
+    yield swoosh, "_slope", lambda x, dy, _: x * dy  # which reads and writes as much
+    yield swoosh, "_backward", ops.swoosh_linear_backward
+    yield bias_norm, "_forward", ops.bias_norm
+    yield bias_norm, "_backward", ops.bias_norm_backward
+    yield gated_convolution, "_forward", ops.gated_convolution
+    yield gated_convolution, "_backward", ops.gated_convolution_backward
+    yield shared_attention, "_prepare", ops.shared_attention_sums
+    yield shared_attention, "_forward", ops.shared_attention
+    yield shared_attention, "_backward", ops.shared_attention_backward
+    yield shared_attention, "_penalty_gradients", ops.shared_attention_penalty
     yield waveform, "_triton_engine", lambda crops, dtype: ops.normalize_waveform(*crops, dtype)
     yield operator, "_info_nce", _info_nce
 

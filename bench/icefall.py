@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib
 import math
 import re
@@ -34,8 +35,12 @@ FOLDER = Path("egs") / "emilia" / "CLAP" / "spear_roberta"
 MODULES = ("scaling", "subsampling", "zipformer2", "optim", "clap_module", "attribute_perturbation", "model")
 
 
-def load(checkout: str | Path) -> SimpleNamespace:
+def load(checkout: str | Path, *, fused: bool = False) -> SimpleNamespace:
     """Its modules by name, as attributes.
+
+    Args:
+        checkout: folder of the repository.
+        fused: torch's compiler makes kernels of the Swoosh functions, such as k2 has, so that they are not slower.
 
     Raises:
         ConfigError: the folder is no such checkout.
@@ -43,7 +48,7 @@ def load(checkout: str | Path) -> SimpleNamespace:
     folder = Path(checkout) / FOLDER
     if not (folder / "zipformer2.py").exists():
         raise ConfigError(f"{checkout}: no checkout of yfyeung/icefall at its branch clsp ({FOLDER} is missing)")
-    stand_ins = {"k2": _k2(), "encoder_interface": _module("encoder_interface", EncoderInterface=nn.Module)}
+    stand_ins = {"k2": _k2(fused), "encoder_interface": _module("encoder_interface", EncoderInterface=nn.Module)}
     stand_ins |= {"lhotse": _module("lhotse"), "icefall": _module("icefall")}
     stand_ins["lhotse.utils"] = _module("lhotse.utils", fix_random_seed=torch.manual_seed)
     stand_ins["icefall.utils"] = _module("icefall.utils", torch_autocast=_autocast, make_pad_mask=_pad_mask)
@@ -207,9 +212,10 @@ def _pad_mask(lengths: Tensor, max_len: int = 0) -> Tensor:  # bool [B, T], True
     return torch.arange(longest, device=lengths.device) >= lengths[:, None]
 
 
-def _k2() -> Any:
+def _k2(fused: bool) -> Any:
     """Swoosh (Yao et al. 2024, arXiv 2310.11230) as k2 names it."""
     module = _module("k2")
+    made: Callable[[Any], Any] = functools.partial(torch.compile, dynamic=True) if fused else lambda function: function
     for name, offset, constant in (("l", 4.0, 0.035), ("r", 1.0, 0.313261687)):
 
         def forward(x: Tensor, offset: float = offset, constant: float = constant) -> Tensor:
@@ -218,7 +224,7 @@ def _k2() -> Any:
         def with_slope(x: Tensor, offset: float = offset, forward: Any = forward) -> tuple[Tensor, Tensor]:
             return forward(x), torch.sigmoid(x - offset) - 0.08
 
-        setattr(module, f"swoosh_{name}", forward)
-        setattr(module, f"swoosh_{name}_forward", forward)
-        setattr(module, f"swoosh_{name}_forward_and_deriv", with_slope)
+        setattr(module, f"swoosh_{name}", made(forward))
+        setattr(module, f"swoosh_{name}_forward", made(forward))
+        setattr(module, f"swoosh_{name}_forward_and_deriv", made(with_slope))
     return module

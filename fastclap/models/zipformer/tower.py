@@ -74,8 +74,7 @@ class ZipformerTower(AudioTower):
         with torch.autocast(audio.device.type, enabled=False):
             features, _ = self.log_mel(audio, lengths)
         features = features.to(self.encoder_embed.out.weight.dtype)
-        frames = self.log_mel.spec.frame_lengths(torch.tensor(sizes)).tolist()
-        packing = Packing([frames_of(count) for count in frames], audio.device)
+        packing = Packing([frames_of(self.log_mel.spec.frames(size)) for size in sizes], audio.device)
         x, packing = self.encode(features, packing)
         valid = torch.arange(packing.longest, device=x.device) < packing.starts.diff()[:, None]
         return self.pooling.pool(packing.unpack(x), valid)
