@@ -62,7 +62,7 @@ Key = TypeVar("Key", bound=Hashable)
 FORMAT = 1
 _STATE = "state.json"
 _TRAINER = "trainer.safetensors"
-_QUEUE, _MEAN = "queue/", "mean/"
+_QUEUE, _MEAN, _TOWER = "queue/", "mean/", "audio_tower/"
 _TEMPORARY = ".writing-"
 _BLOCK_BYTES = 1 << 30
 
@@ -388,6 +388,7 @@ def _contents(step: Step, frozen: Frozen | None = None) -> dict[str, dict[str, T
         trainer |= {f"{_QUEUE}{name}": value for name, value in step.queue.state_dict().items()}
     if step.mean is not None:
         trainer |= {f"{_MEAN}{name}": step.mean.tensors[name] for name in weights}
+    trainer |= {f"{_TOWER}{name}": x for name, x in step.model.audio_branch.training_state().items()}
     if step.average is None:
         return {WEIGHTS_FILE: weights, _TRAINER: trainer}
     averaged = {name: step.average.tensors[name] for name in weights}
@@ -606,13 +607,15 @@ def restore_step(path: Path, step: Step) -> None:
         step.queue.load_state_dict({n.removeprefix(_QUEUE): x for n, x in trainer.items() if n.startswith(_QUEUE)})
     if step.average is not None:
         step.average.load(load_weights(path))
+    held = {name.removeprefix(_TOWER): x for name, x in trainer.items() if name.startswith(_TOWER)}
+    step.model.audio_branch.load_training_state(held)
     if step.mean is not None:
         means = {name.removeprefix(_MEAN): value for name, value in trainer.items() if name.startswith(_MEAN)}
         step.mean.load(load_weights(path) | means)
     for name, parameter in step.model.named_parameters():
-        held = {key: trainer[f"{key}/{name}"] for key in state_names(step.optimizer) if f"{key}/{name}" in trainer}
-        if held:  # whole numbers belong to the host
+        state = {key: trainer[f"{key}/{name}"] for key in state_names(step.optimizer) if f"{key}/{name}" in trainer}
+        if state:  # whole numbers belong to the host
             step.optimizer.state[parameter] = {
                 key: placed_like(parameter, value) if value.is_floating_point() else int(value)
-                for key, value in held.items()
+                for key, value in state.items()
             }

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastclap.errors import FastclapError, required
 
-_USAGE = """usage: fastclap-train RECIPE [--small] [--parity] [--config FILE] [--data.train MANIFEST ...] [...]
+_USAGE = """usage: fastclap-train RECIPE [--small] [--parity] [--wavlm] [--config FILE] [--data.train MANIFEST ...]
 
 Train a dual encoder. Recipes:
 {recipes}
@@ -23,6 +23,7 @@ Train a dual encoder. Recipes:
   fastclap-train RECIPE --help      every flag of a recipe, with its default
   --small                           the recipe with small towers from scratch, for a CPU
   --parity                          the recipe as published where the default does better
+  --wavlm                           a recipe of CLSP with WavLM and AdamW for its Zipformer and ScaledAdam
   fastclap-train average RUN        a model with the mean weights of the last checkpoints (average --help)
   --config FILE                     YAML or TOML file laid over the recipe; flags override it
 

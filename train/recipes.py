@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
-from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
+from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig, ZipformerConfig
+from fastclap.errors import ConfigError
 from fastclap.train.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
 
 
@@ -194,40 +196,71 @@ def ra_clap() -> TrainConfig:
 
 
 def clsp_stage1() -> TrainConfig:
-    """CLSP stage 1: one global caption a clip, towers slower than heads.
+    """CLSP stage 1: SPEAR's Zipformer and RoBERTa, one caption a clip, encoders slower than heads.
 
-    Head, scale, batch (8 x 800 s) and the ratio of learning rates are those of arXiv 2601.03065 and its recipe.
-    WavLM-Large stands for SPEAR-XLarge, AdamW for ScaledAdam (hence the learning rate), and an exponential average of
-    the weights for that of the last checkpoints, which `fastclap-train average` makes.
+    Parts, batch (8 x 800 s), lengths, optimizer, schedule and number of epochs are those of arXiv 2601.03065 and its
+    code. The released model starts the further stages from the mean of the weights over epochs 18 to 45.
     """
     return TrainConfig(
         run_dir="runs/clsp-stage1",
-        data=DataConfig(crop_seconds=30.0, batch_seconds=6400.0),
+        data=DataConfig(crop_seconds=30.0, min_seconds=4.0, max_seconds=30.0, batch_seconds=6400.0),
         model=CLAPConfig(
-            audio=_pretrained_wavlm(),
+            audio=AudioTowerConfig(kind="zipformer", pretrained="marcoyang/spear-xlarge-speech-audio", features="clsp"),
             text=TextTowerConfig(kind="hf", pretrained="roberta-base", pooling="pooler", max_tokens=512),
             head=HeadConfig(kind="clsp", dim=512),
         ),
         optimizer=OptimizerConfig(
-            learning_rate=1e-3, tower_lr_scale=0.02222, weight_decay=0.0, warmup_steps=500, ema_decay=0.999
+            kind="scaled-adam",
+            learning_rate=0.045,
+            tower_lr_scale=0.02222,
+            schedule="eden",
+            warmup_steps=500,
+            warmup_start=0.5,
+            average_every=200,
         ),
         batch_size=2048,
-        steps=20_000,
+        epochs=100,
         seed=42,
         save_every=4000,
-        keep=5,
+        keep=30,
     )
 
 
 def clsp_stage2() -> TrainConfig:
-    """CLSP stage 2: two captions a clip, fine ones on schedule (--init-from the first stage).
-
-    Stage 1's differences from the publication hold here too; towers and heads now learn equally fast, as published.
-    """
+    """CLSP stage 2: two captions a clip, fine ones on schedule (--init-from the first stage)."""
     config = clsp_stage1()
     config.run_dir = "runs/clsp-stage2"
     config.data.captions, config.data.fine_characters = "pair", [128, 768]
-    config.optimizer.learning_rate, config.optimizer.tower_lr_scale = 2e-5, 1.0
+    config.data.min_seconds = 2.0
+    config.optimizer.learning_rate, config.optimizer.tower_lr_scale = 0.001, 1.0
+    config.epochs = 400
+    return config
+
+
+def clsp_stage3() -> TrainConfig:
+    """CLSP stage 3: a global and a fine caption, and one that contradicts the clip (--init-from the first stage)."""
+    config = clsp_stage2()
+    config.run_dir = "runs/clsp-stage3"
+    config.data.captions, config.loss.local_weight = "perturbed", 0.2
+    config.data.batch_seconds = 6000.0
+    return config
+
+
+def with_wavlm(config: TrainConfig) -> TrainConfig:
+    """A recipe of CLSP with WavLM-Large and AdamW for its Zipformer and ScaledAdam; learning rates are ours."""
+    audio, optimizer = config.model.audio, config.optimizer
+    if audio.kind != "zipformer":
+        raise ConfigError("--wavlm puts WavLM in the place of a Zipformer, and this recipe has none")
+    first = optimizer.tower_lr_scale != 1.0
+    config.model.audio = _pretrained_wavlm()
+    config.optimizer = OptimizerConfig(
+        learning_rate=1e-3 if first else 2e-5,
+        tower_lr_scale=optimizer.tower_lr_scale,
+        weight_decay=0.0,
+        warmup_steps=500,
+        ema_decay=0.999,
+    )
+    config.steps, config.epochs, config.keep = 20_000, 0, 5
     return config
 
 
@@ -266,13 +299,56 @@ def small_form(config: TrainConfig) -> TrainConfig:
         config.run_dir += "-small"
         return config
     base = small()
+    if audio.kind == "zipformer":
+        base.model.audio = _small_zipformer(base.model.audio)
+        base.optimizer = _small_scaled_adam()
     config.model, config.optimizer = base.model, base.optimizer
     config.steps, config.epochs, config.batch_size, config.save_every = base.steps, 0, base.batch_size, base.save_every
+    config.keep, config.data.min_seconds, config.data.max_seconds = base.keep, 0.0, None
     config.data.crop_seconds, config.data.cache_mb = base.data.crop_seconds, base.data.cache_mb
     config.data.rare_clips, config.data.fine_characters = min(config.data.rare_clips, 2), None
     config.data.batch_seconds = None
     config.run_dir += "-small"
     return config
+
+
+def _small_zipformer(log_mel: AudioTowerConfig) -> AudioTowerConfig:
+    """A Zipformer with as many parameters as the small log-mel tower (0.5 M), from scratch.
+
+    Its schedules settle within a thousand steps.
+    """
+    return replace(
+        log_mel,
+        kind="zipformer",
+        feature_options={**log_mel.feature_options, "n_mels": 64},
+        pooling="statistics",
+        zipformer=ZipformerConfig(
+            channels=[4, 8, 16],
+            downsampling=[1, 2],
+            layers=[1, 1],
+            width=[104],
+            unmasked_width=[64],
+            feedforward=[192],
+            heads=[4],
+            kernel=[15, 7],
+            query_width=16,
+            schedule_start=0.0,
+            schedule_seconds=2.4,
+        ),
+    )
+
+
+def _small_scaled_adam() -> OptimizerConfig:
+    return OptimizerConfig(
+        kind="scaled-adam",
+        learning_rate=0.045,
+        schedule="eden",
+        eden_batches=500,
+        eden_epochs=50,
+        warmup_steps=50,
+        warmup_start=0.5,
+        ema_decay=0.99,
+    )
 
 
 def parity(config: TrainConfig) -> TrainConfig:
@@ -300,7 +376,12 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "ra-clap": ra_clap,
     "clsp-stage1": clsp_stage1,
     "clsp-stage2": clsp_stage2,
+    "clsp-stage3": clsp_stage3,
 }
 
-FORMS: dict[str, Callable[[TrainConfig], TrainConfig]] = {"--parity": parity, "--small": small_form}
+FORMS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
+    "--wavlm": with_wavlm,
+    "--parity": parity,
+    "--small": small_form,
+}
 """Flags that change a recipe as a whole, before its configuration file and its other flags."""
