@@ -42,13 +42,14 @@ from bench.steady import Steady
 from bench.tables import markdown
 from bench.train_step import PRODUCT, Form, software, tokenized, work
 from fastclap import CLAP
-from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig, ZipformerConfig
+from fastclap.config import ZipformerConfig
 from fastclap.data import Batch
 from fastclap.features import LogMel
 from fastclap.files import write_atomic
 from fastclap.models.tokenizer import Tokenizer, train_tokenizer
-from fastclap.train.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
+from fastclap.train.config import TrainConfig
 from fastclap.train.distributed import World
+from fastclap.train.recipes import RECIPES
 from fastclap.train.step import Step
 
 OURS, PUBLISHED = "fastclap", "CLSP's code, as published"
@@ -111,23 +112,17 @@ SIZES = {
 
 
 def train_config(size: Size, *, checkpoint_activations: bool = False) -> TrainConfig:
-    """Of the second stage."""
-    return TrainConfig(
-        data=DataConfig(captions="pair", crop_seconds=30.0, batch_seconds=SECONDS_A_BATCH),
-        model=CLAPConfig(
-            audio=AudioTowerConfig(kind="zipformer", features="clsp", zipformer=size.zipformer),
-            text=TextTowerConfig(
-                kind="hf", hf_config={"model_type": "roberta", **size.roberta}, pooling="pooler", max_tokens=512
-            ),
-            head=HeadConfig("clsp", size.dim),
-        ),
-        loss=LossConfig(share_equal_captions=False),
-        optimizer=OptimizerConfig(
-            kind="scaled-adam", learning_rate=0.001, schedule="eden", warmup_steps=500, warmup_start=0.5
-        ),
-        chunk_size=0,
-        checkpoint_activations=checkpoint_activations,
-    )
+    """The recipe of the second stage for these sizes, random weights and whole batches.
+
+    The mean of the weights, which both sides update every 200 steps, is left out of both.
+    """
+    config = RECIPES["clsp-stage2"]()
+    config.model.audio.pretrained, config.model.audio.zipformer = None, size.zipformer
+    config.model.text.pretrained, config.model.text.hf_config = None, {"model_type": "roberta", **size.roberta}
+    config.model.head.dim = size.dim
+    config.optimizer.average_every, config.chunk_size = 0, 0
+    config.checkpoint_activations = checkpoint_activations
+    return config
 
 
 def captions(clips: int) -> list[str]:

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
@@ -43,6 +43,7 @@ from fastclap.kernels import (
 from fastclap.kernels.contrastive import operator
 from fastclap.kernels.contrastive.shared import Results
 from fastclap.models import packing
+from fastclap.models.zipformer.limits import Training
 
 ARCHITECTURE, MULTIPROCESSORS = 90, 132  # of an H100 or H200
 MASK_ALIGNMENT = 16  # elements, to which torch pads the rows of a mask for its memory-efficient attention
@@ -269,6 +270,15 @@ def _attention(
     ]
 
 
+_plain_draws = Training.__init__
+
+
+def _draws(training: Training, batches: float, draws: int) -> None:
+    """A Zipformer's draws on the host, where it looks at them: of numbers, not of shapes."""
+    with unset_fake_temporarily():
+        _plain_draws(training, batches, draws)
+
+
 def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     """`copy.deepcopy` of a tensor without data; torch's own copies the storage, byte by byte from nowhere."""
     made = memo[id(tensor)] = torch.empty_like(tensor, requires_grad=tensor.requires_grad)
@@ -307,6 +317,7 @@ def _answers() -> Iterator[tuple[Any, str, Any]]:
     yield dispatch, "architecture", lambda _: ARCHITECTURE
     yield dispatch, "multiprocessors", lambda _: MULTIPROCESSORS
     yield packing, "_has_flash", lambda _: packing._varlen_attention() is not None
+    yield Training, "__init__", _draws
     yield torch.cuda.amp.common, "amp_definitely_not_available", lambda: False
     yield torch.cuda, "is_bf16_supported", lambda *_, **__: True
     yield torch._C, "_select_conv_backend", lambda *_, **__: torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
