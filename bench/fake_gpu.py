@@ -42,6 +42,7 @@ from fastclap.kernels import (
 )
 from fastclap.kernels.contrastive import operator
 from fastclap.kernels.contrastive.shared import Results
+from fastclap.kernels.log_mel import operator as log_mel
 from fastclap.models import packing
 from fastclap.models.zipformer.limits import Training
 
@@ -294,6 +295,10 @@ def _operators() -> Iterator[tuple[Any, str, Any]]:
     yield layer_norm_gelu, "_backward", ops.layer_norm_gelu_backward
     yield residual_layer_norm, "_forward", ops.residual_layer_norm
     yield residual_layer_norm, "_backward", ops.residual_layer_norm_backward
+    yield shared_attention, "_prepare", ops.shared_attention_sums
+    yield shared_attention, "_forward", ops.shared_attention
+    yield shared_attention, "_backward", ops.shared_attention_backward
+    yield shared_attention, "_penalty_gradients", ops.shared_attention_penalty
     yield feed_forward, "_gelu_backward", ops.gelu_backward
     yield waveform_convolution, "_forward", ops.waveform_convolution
     yield waveform_convolution, "_backward", ops.waveform_convolution_backward
@@ -304,10 +309,7 @@ def _operators() -> Iterator[tuple[Any, str, Any]]:
     yield bias_norm, "_backward", ops.bias_norm_backward
     yield gated_convolution, "_forward", ops.gated_convolution
     yield gated_convolution, "_backward", ops.gated_convolution_backward
-    yield shared_attention, "_prepare", ops.shared_attention_sums
-    yield shared_attention, "_forward", ops.shared_attention
-    yield shared_attention, "_backward", ops.shared_attention_backward
-    yield shared_attention, "_penalty_gradients", ops.shared_attention_penalty
+    yield log_mel, "_features", lambda batch, spec, _: ops.log_mel(*batch, spec.key, "auto")
     yield waveform, "_triton_engine", lambda crops, dtype: ops.normalize_waveform(*crops, dtype)
     yield operator, "_info_nce", _info_nce
 

@@ -43,6 +43,8 @@ MODULES = (  # each offers compilations(arch)
     "fastclap.kernels.waveform_triton",
     "fastclap.kernels.waveform_convolution_triton",
     "fastclap.kernels.feed_forward_triton",
+    "fastclap.kernels.shared_attention_triton",
+    "fastclap.kernels.scaled_adam_triton",
 )
 COLUMNS = (
     *("kernel", "arch", "matrix instructions", "registers", "stack B", "spill B"),

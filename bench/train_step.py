@@ -313,6 +313,7 @@ OPERATORS = (
     "layer_norm_gelu",
     "normalize_waveform",
     "residual_layer_norm",
+    "shared_attention",
     "waveform_convolution",
 )
 

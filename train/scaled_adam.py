@@ -6,7 +6,7 @@ optim.py of yfyeung/icefall, described in Yao et al. 2024, "Zipformer", arXiv:23
 parameter p of more than one value, with gradient g after clipping:
 
     v ← β2·v + (1 − β2)·g²
-    Δ ← β1·Δ − (1 − β1)·lr·max(rms(p), min_rms)·g / (√v̂ + ε)         v̂ = v / (1 − β2^t), as in Adam
+    Δ ← β1·Δ − (1 − β1)·lr·max(rms(p), min_rms)·g / (√v̂ + ε)         v̂ = v / (1 − β2^t), or v once 1 − β2^t ≥ 0.99
     p ← p + Δ
 
 Every `size_period` steps rms(p) is measured anew, and Δ also receives (1 − β1)·s·p, where s is Adam's step for the
@@ -21,15 +21,14 @@ Gradients of a parameter group are scaled so that their norm, with each paramete
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-# Values whose update takes place at once: temporary memory is one float for each of them.
-_AT_ONCE = 1 << 26
+from fastclap.kernels.scaled_adam import Change, sums, update_
 
 
 class ScaledAdam(Optimizer):
@@ -37,11 +36,11 @@ class ScaledAdam(Optimizer):
 
     No step waits for the device: norms, median and threshold stay there. How many steps there were is known on the
     host, so a step that is left out on the device (see `found_inf`) counts there too. A gradient that is None is zero:
-    its parameter goes on by momentum. Gradients are scaled in place.
+    its parameter goes on by momentum. What is in the gradients after a step is undefined.
 
     icefall's differs in three details: its count leaves out steps that its gradient scaler has left out; it writes
     zeros for gradients that are not finite, where this leaves out the group's step; and where all gradients are zero
-    just when the threshold is due, it multiplies those of the next hundred steps by 20.
+    just when the first threshold is due, it multiplies those until the next by 20.
 
     Args:
         params: float32 or float64, as for any optimizer of torch.
@@ -54,6 +53,7 @@ class ScaledAdam(Optimizer):
         size_period: steps from one change of the sizes to the next.
         min_rms, max_rms: bounds of the sizes.
         scalar_max: bound of single numbers.
+        backend: engine of what is done with every value, "auto", "triton" or "torch".
 
     Attributes:
         found_inf: float tensor [] on the parameters' device that the caller sets: other than 0, the next step changes
@@ -82,8 +82,10 @@ class ScaledAdam(Optimizer):
         min_rms: float = 1e-5,
         max_rms: float = 3.0,
         scalar_max: float = 10.0,
+        backend: str = "auto",
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        given = locals()
+        options = {name: given[name] for name in given if name not in ("self", "params", "backend", "__class__")}
         if not 0 < betas[0] <= betas[1] < 1:
             raise ValueError(
                 f"ScaledAdam: betas are {betas}; they must lie between 0 and 1, the first not above the other"
@@ -95,6 +97,7 @@ class ScaledAdam(Optimizer):
             if options[name] <= 0:
                 raise ValueError(f"ScaledAdam: {name} is {options[name]}; it must be positive")
         self.found_inf: Tensor | None = None
+        self.backend = backend
         super().__init__(params, options)
         dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
         if not dtypes <= {torch.float32, torch.float64}:
@@ -126,7 +129,7 @@ class ScaledAdam(Optimizer):
 
         total, products = first.new_zeros(()), {}
         if wide:
-            squares, each = _sums(wide, [p.grad for p in wide])
+            squares, each = sums(wide, [p.grad for p in wide], self.backend)
             total = total + (torch.stack([self.state[p]["size"][0] for p in wide]).square() * squares).sum()
             products = dict(zip(wide, each.unbind(), strict=True))
         if single:
@@ -203,24 +206,13 @@ class ScaledAdam(Optimizer):
                 rate = -group["lr"] * group["scalar_lr_scale"] * correction
                 growth = rate * gradients.sum(1) / (size[:, 1].sqrt() + eps)
                 growth = growth.masked_fill(rms < group["min_rms"], 0.0).minimum((group["max_rms"] - rms) / rms)
-                growth = ((1 - beta1) * growth).masked_fill(skip, 0.0)
+                growth = (1 - beta1) * growth
         torch._foreach_copy_([state["size"] for state in states], torch.where(skip, before, size).unbind())
         rates = -group["lr"] * (1 - beta1) * size[:, 0].clamp(min=group["min_rms"])
         correction = 1 - beta2 ** (step + 1)
         deltas, squares = ([state[name] for state in states] for name in ("delta", "exp_avg_sq"))
-        _update(
-            parameters,
-            [p.grad for p in parameters],
-            deltas,
-            squares,
-            rates=rates,
-            growth=growth,
-            scale=scale,
-            skip=skip,
-            betas=(beta1, beta2),
-            correction=correction if correction < 0.99 else 1.0,
-            eps=eps,
-        )
+        change = Change(rates, growth, scale, skip, beta1, beta2, correction if correction < 0.99 else 1.0, eps)
+        update_(parameters, [p.grad for p in parameters], deltas, squares, change, self.backend)
 
     def _step_single(
         self,
@@ -253,77 +245,7 @@ def _or_zeros(p: Tensor) -> Tensor:
     return p.grad
 
 
-def _sums(
-    parameters: list[Tensor],
-    gradients: list[Tensor | None],
-) -> tuple[Tensor, Tensor]:
-    """Σg² and Σp·g of each parameter, [n] both."""
-    zero = parameters[0].new_zeros(())
-    present = [g for g in gradients if g is not None]
-    norms = iter(torch._foreach_norm(present) if present else [])
-    squares = [zero if g is None else next(norms) for g in gradients]
-    products = [
-        zero if g is None else torch.dot(p.reshape(-1), g.reshape(-1))
-        for p, g in zip(parameters, gradients, strict=True)
-    ]
-    return torch.stack(squares).square(), torch.stack(products)
-
-
 def _root_mean_squares(parameters: list[Tensor]) -> Tensor:
     """Of each parameter, [n]."""
     roots = [math.sqrt(p.numel()) for p in parameters]
     return torch.stack(torch._foreach_div(torch._foreach_norm(parameters), roots))
-
-
-def _update(
-    parameters: list[Tensor],
-    gradients: list[Tensor | None],
-    deltas: list[Tensor],
-    squares: list[Tensor],
-    *,
-    rates: Tensor,  # [n]
-    growth: Tensor | None,  # [n]
-    scale: Tensor,  # []
-    skip: Tensor,  # bool []
-    betas: tuple[float, float],
-    correction: float,
-    eps: float,
-) -> None:
-    """Δ and v of each parameter, and the parameter, in place; nothing where `skip` is true.
-
-    With g the gradient times `scale`: v ← β2·v + (1 − β2)·g², Δ ← β1·Δ + growth·p + rates·g / (√(v / correction) + ε),
-    p ← p + Δ.
-    """
-    beta1, beta2 = (scale.new_full((), beta).masked_fill_(skip, 1.0) for beta in betas)
-    taken = torch.where(skip, 0.0, torch.ones_like(scale))
-    each_rate, each_growth = rates.unbind(), [None] * len(parameters) if growth is None else growth.unbind()
-    for part in _parts(parameters):
-        ps, ds, vs = parameters[part], deltas[part], squares[part]
-        gs = [torch.zeros_like(p) if g is None else g for p, g in zip(ps, gradients[part], strict=True)]
-        torch._foreach_mul_(gs, scale)
-        for g in gs:
-            g.masked_fill_(skip, 0.0)  # which may not be finite
-        torch._foreach_mul_(vs, beta2)
-        torch._foreach_addcmul_(vs, gs, gs, value=1 - betas[1])
-        denominators = torch._foreach_sqrt(vs)
-        if correction != 1.0:
-            torch._foreach_mul_(denominators, correction**-0.5)
-        torch._foreach_add_(denominators, eps)
-        torch._foreach_div_(gs, denominators)
-        torch._foreach_mul_(ds, beta1)
-        for p, g, d, rate, grown in zip(ps, gs, ds, each_rate[part], each_growth[part], strict=True):
-            if grown is not None:
-                d.addcmul_(p, grown)
-            d.addcmul_(g, rate)
-            p.addcmul_(d, taken)
-
-
-def _parts(tensors: list[Tensor]) -> Iterator[slice]:
-    """Neighbours of at most `_AT_ONCE` values together, or a single tensor that has more."""
-    begin = values = 0
-    for at, tensor in enumerate(tensors):
-        if at > begin and values + tensor.numel() > _AT_ONCE:
-            yield slice(begin, at)
-            begin, values = at, 0
-        values += tensor.numel()
-    yield slice(begin, len(tensors))

@@ -30,11 +30,13 @@ FILES = (  # those that compile longest first
     "tests/kernels/log_mel/test_triton_engine.py",
     "tests/kernels/contrastive/test_triton_engine.py",
     "tests/kernels/test_toeplitz_attention_triton.py",
+    "tests/kernels/test_shared_attention_triton.py",
     "tests/kernels/test_layer_norm_gelu_triton.py",
     "tests/kernels/test_residual_layer_norm_triton.py",
     "tests/kernels/test_waveform_triton.py",
     "tests/kernels/test_waveform_convolution_triton.py",
     "tests/kernels/test_feed_forward_triton.py",
+    "tests/kernels/test_scaled_adam_triton.py",
     "tests/train/test_device.py",
 )
 ON_A_GPU = (*FILES, "-k", "not cpu")  # some tests run on both

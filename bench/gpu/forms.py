@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -34,6 +35,7 @@ from fastclap.kernels.log_mel.spec import LogMelSpec
 from fastclap.kernels.log_mel.torch_engine import log_mel_reference
 from fastclap.kernels.residual_layer_norm import dropout_mask as residual_dropout_mask
 from fastclap.kernels.residual_layer_norm import residual_layer_norm, residual_layer_norm_reference
+from fastclap.kernels.shared_attention import shared_attention
 from fastclap.kernels.toeplitz_attention import (
     dropout_mask,
     gated_toeplitz_attention,
@@ -348,6 +350,47 @@ def _attentions() -> Iterator[KernelForm]:
     yield _attention_form("attention step", bf16, 299, lengths=True, dropout=True)
     for dtype, tf32 in ((bf16, False), (fp32, False), (fp32, True)):
         yield _attention_form("attention step", dtype, 299, lengths=True, forward=True, tf32=tf32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention weights with several users
+
+SHARING_CLIPS = (37, 101, 64)  # rows of each
+SHARING_SIZES = (8 * 32, 8 * 32, 8 * 4)  # CLSP's: queries, keys and positions of eight heads
+
+
+def _draw_shared_attention(dtype: torch.dtype) -> Tensors:
+    normal, rows = _normal(sum(SHARING_CLIPS)), sum(SHARING_CLIPS)
+    scales = torch.tensor([32**-0.25, 32**-0.25, 1.0]).repeat_interleave(torch.tensor(SHARING_SIZES))
+    found = {"projected": normal(rows, sum(SHARING_SIZES)) * scales, "table": normal(8, 4, 2 * max(SHARING_CLIPS) - 1)}
+    for name, shape in (("wide", (1, 960)), ("first", (8, 12)), ("second", (8, 12))):
+        found |= {name: normal(rows, *shape), f"upstream_{name}": normal(rows, *shape)}
+    return {name: x.to(dtype) for name, x in found.items()}
+
+
+def _shared_attention(inputs: Tensors, engine: str, penalty: float) -> Tensors:
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items() if not name.startswith("upstream")}
+    q, k, p = (x.unflatten(1, (8, -1)) for x in leaves["projected"].split(SHARING_SIZES, 1))
+    starts = torch.tensor([0, *itertools.accumulate(SHARING_CLIPS)], dtype=torch.int32, device=q.device)
+    weights = shared_attention(q, k, p, leaves["table"], starts, SHARING_CLIPS, penalty=penalty, backend=engine)
+    outputs = {name: weights.attend(leaves[name]) for name in ("wide", "first", "second")}
+    upstreams = [inputs[f"upstream_{name}"] for name in outputs]
+    gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), upstreams)
+    found = {name: out.detach() for name, out in outputs.items()}
+    return found | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+
+
+def _shared_attentions() -> Iterator[KernelForm]:
+    for dtype, penalty in product((torch.bfloat16, torch.float32), (0.0, 1e-4)):
+        call: Callable[..., Tensors] = functools.partial(_shared_attention, penalty=penalty)
+        yield KernelForm(
+            f"shared attention {dtype_name(dtype)}{', penalty' * (penalty > 0)}",
+            dtype,
+            functools.partial(_draw_shared_attention, dtype),
+            call,
+            lambda inputs, call=call: call(_doubled(inputs), "reference"),  # type: ignore[misc]
+            2.5 * ROUNDING[dtype],
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -705,6 +748,7 @@ def _log_mels() -> Iterator[KernelForm]:
 FORMS: tuple[KernelForm, ...] = (
     *_losses(),
     *_attentions(),
+    *_shared_attentions(),
     *_layer_norm_gelus(),
     *_feed_forwards(),
     *_residual_layer_norms(),

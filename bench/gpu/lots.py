@@ -15,6 +15,7 @@ LOG_MEL = (*KERNELS, "kernels/log_mel/*.py", "fastclap/features.py")
 TOWERS = (
     *KERNELS,
     "kernels/toeplitz_attention*.py",
+    "kernels/shared_attention*.py",
     "kernels/*layer_norm*.py",
     "kernels/waveform*.py",
     "kernels/feed_forward*.py",

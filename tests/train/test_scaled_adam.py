@@ -20,13 +20,16 @@ from torch import Tensor, nn
 import fastclap
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.errors import ConfigError
+from fastclap.kernels import scaled_adam
 from fastclap.testing import assert_close_rel, host_syncs
-from fastclap.train import checkpoint, scaled_adam
+from fastclap.train import checkpoint, memory
 from fastclap.train.cli import main
 from fastclap.train.config import OptimizerConfig, TrainConfig
+from fastclap.train.distributed import World
 from fastclap.train.loop import train
 from fastclap.train.scaled_adam import ScaledAdam
 from fastclap.train.step import Step, WeightMean, build_optimizer, scheduled_learning_rate
+from tests.train.test_distributed import exported, on_ranks, without_dropout
 from tests.train.test_resume import assert_same_checkpoint, assert_same_run, metrics
 
 Build = Callable[..., TrainConfig]
@@ -494,6 +497,30 @@ def test_no_step_of_a_run_waits_for_the_device(tiny: Build) -> None:
         cpu = tuple(str(package / part) for part in ("data", "evaluation", "kernels/log_mel", "kernels/contrastive"))
         counts.append(len([entry for entry in found if not entry.rpartition(" at ")[2].startswith(cpu)]))
     assert counts[0] == counts[1]
+
+
+def test_two_processes_train_like_one(tiny: Build) -> None:
+    alone, both = (as_clsp(without_dropout(tiny(name, chunk_size=3))) for name in ("alone", "both"))
+    for config in (alone, both):
+        config.optimizer.eps = 1e-3  # Adam divides rounding noise by itself where a gradient is about zero
+    train(alone)
+    assert on_ranks(2, train, both) == [0, 0]
+    for name, tensor in exported(alone).items():
+        assert_close_rel(name, tensor, exported(both)[name], 1e-4)
+
+
+def test_the_mean_of_the_weights_is_part_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = a_model()
+    trained = sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(memory, "measure", lambda *_: memory.Kept(0, trained, trained))
+    monkeypatch.setattr(memory, "free_bytes", lambda _: round(((1 << 30) + 12 * trained + 4.5 * trained) / 0.93))
+
+    def chunk(every: int) -> int:
+        config = TrainConfig(batch_size=8, checkpoint_activations="off")
+        config.optimizer.average_every = every
+        return memory.plan(model, [], config, World(0, 1, torch.device("cpu"), None)).chunk_size  # type: ignore[arg-type]
+
+    assert (chunk(0), chunk(200)) == (4, 1)
 
 
 def test_skipped_steps_change_no_weight(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,14 @@ Every part takes `training`, None where the model is evaluated: see `fastclap.mo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastclap.kernels.bias_norm import bias_norm, bypass
 from fastclap.kernels.gated_convolution import gated_convolution
-from fastclap.kernels.shared_attention import SharedAttention, shared_attention
+from fastclap.kernels.shared_attention import Weights, shared_attention
 from fastclap.kernels.swoosh import Kind, swoosh_linear
 from fastclap.models.zipformer.limits import Balancer, Schedule, Scheduled, Training, Whitener, limited
 
@@ -106,7 +106,7 @@ class ActivatedLinear(nn.Linear):
         dropout: rate.
     """
 
-    def __init__(self, inner: int, outer: int, kind: Kind, scale: float, dropout: Scheduled = 0.0) -> None:
+    def __init__(self, inner: int, outer: int, kind: Literal["l", "r"], scale: float, dropout: Scheduled = 0.0) -> None:
         super().__init__(inner, outer)
         self.kind, self.dropout = kind, dropout
         with torch.no_grad():
@@ -155,7 +155,7 @@ class AttentionWeights(nn.Module):
         encoding: Tensor,  # [2T - 1, encoding width], of distances from -(T - 1) to T - 1
         rows: Rows,
         training: Training | None,
-    ) -> SharedAttention:
+    ) -> Weights:
         heads, width = self.sizes.heads, self.sizes.query_width
         q, k, p = self.in_proj(x).split([heads * width, heads * width, heads * self.sizes.position_width], 1)
         k = self.whiten_keys(self.balance_keys(k, training), training)
@@ -179,7 +179,7 @@ class SelfAttention(nn.Module):
         self.out_proj = scaled_linear(values, sizes.width, 0.05)
         self.whiten = Whitener(_rising(7.5, 3.0))
 
-    def forward(self, x: Tensor, weights: SharedAttention, training: Training | None) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights, training: Training | None) -> Tensor:
         attended = weights.attend(self.in_proj(x).unflatten(1, (self.heads, -1))).flatten(1)
         return self.whiten(self.out_proj(attended), training)
 
@@ -196,7 +196,7 @@ class NonlinearAttention(nn.Module):
         self.whiten1 = Whitener(_rising(5.0))
         self.whiten2 = Whitener(_rising(5.0, 3.0))
 
-    def forward(self, x: Tensor, weights: SharedAttention, training: Training | None) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights, training: Training | None) -> Tensor:
         s, x, y = self.in_proj(x).chunk(3, 1)
         s = self.balancer(s, training).tanh()
         values = self.whiten1(x, training) * s
@@ -221,7 +221,7 @@ class Convolution(nn.Module):
         if training is not None:
             x = self.balance_gate(x, training)
         conv = self.depthwise_conv
-        x = gated_convolution(x, conv.weight, conv.bias, rows.starts, rows.lengths)
+        x = gated_convolution(x, conv.weight, conv.bias, rows.starts)
         x = self.whiten(self.balancer2(x, training), training)
         return self.out_proj.activated(x, rows, training)
 
