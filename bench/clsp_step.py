@@ -213,9 +213,10 @@ class Forms:
         """
         assert self.checkout is not None
         parts = icefall.load(self.checkout, fused=self.device.type == "cuda")
-        step = icefall.Published(
-            parts, self.size.zipformer, MELS, self.size.roberta, self.size.dim, self.device
-        )
+        with torch.device(self.device):  # random weights are drawn there
+            step = icefall.Published(
+                parts, self.size.zipformer, MELS, self.size.roberta, self.size.dim, self.device
+            )
         step.set_batch_count(BATCHES)
         return step
 

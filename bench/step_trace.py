@@ -307,6 +307,11 @@ def _attention_product(q: Tensor) -> int:
     return 2 * batch * heads * length**2 * width
 
 
+def _pairs(x: Tensor, longest: int) -> int:
+    """Twice the pairs of rows of equally long clips in every head of x [R, H, d]."""
+    return 2 * x.shape[0] * x.shape[1] * longest
+
+
 def _convolution_backward(up: Tensor, _: Tensor, weight: Tensor, *options: Any) -> int:
     """Of the gradients that are wanted, of input and weight; torch's own formula forgets the groups."""
     return 2 * up.numel() * weight[0].numel() * sum(options[-1][:2])
@@ -316,6 +321,16 @@ _FLOPS: dict[str, Callable[..., int]] = {  # the others are torch's
     "convolution_backward": _convolution_backward,
     "gated_toeplitz_attention": lambda q, *_: 2 * _attention_product(q),
     "gated_toeplitz_attention_backward": lambda need, upstream, *_: 5 * _attention_product(upstream),
+    "shared_attention_sums": lambda q, k, p, table, starts, longest: _pairs(q, longest) * (q.shape[2] + p.shape[2]),
+    "shared_attention": lambda q, k, p, table, v, *others: (
+        _pairs(v, others[-1]) * (q.shape[2] + p.shape[2] + v.shape[2])
+    ),
+    "shared_attention_backward": lambda need, upstream, out, q, k, p, table, v, *others: (
+        _pairs(v, others[-1]) * (3 * (q.shape[2] + p.shape[2]) + 2 * v.shape[2])
+    ),
+    "shared_attention_penalty": lambda need, q, k, p, table, packed, starts, longest, penalty: (
+        3 * _pairs(q, longest) * (q.shape[2] + p.shape[2])
+    ),
     "info_nce": lambda a, b, *_: 6 * len(a) * len(b) * a.shape[1],  # the logits and both gradients
 }
 
@@ -361,13 +376,23 @@ class Traced:
         return (self.held - self.casts) / self.rows
 
 
+Parts = Sequence[tuple[Any, str, str]]  # a function's owner, its name, and the phase that it belongs to
+OUR_PARTS: Parts = (*((step, name, "loss") for name in LOSSES), (Step, "update", "optimizer"))
+
+
 def traced(
-    call: Callable[[], Any], model: nn.Module, optimizer: torch.optim.Optimizer, rows: int, *, compiled: bool = False
+    call: Callable[[], Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rows: int,
+    *,
+    compiled: bool = False,
+    parts: Parts = OUR_PARTS,
 ) -> Traced:
     """Traces a call that takes one step of the model, within `fake_gpu` or `without_data`.
 
     The optimizer's state is made before, as in every step but the first. If parts of the model are to be compiled, that
-    too is done before, by a call that does not count.
+    too is done before, by a call that does not count. `parts` are what is neither forward nor backward pass.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not optimizer.state:
@@ -395,12 +420,9 @@ def traced(
         result.arrivals[parameter] = result.phase("backward").predicted_ms
 
     with contextlib.ExitStack() as stack:
-        for owner, name, instead in (
-            *((step, name, trace.within("loss", getattr(step, name))) for name in LOSSES),
-            (Step, "update", trace.within("optimizer", Step.update)),
-            (torch.autograd, "_engine_run_backward", run_backward),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, instead))
+        for owner, name, phase in parts:
+            stack.enter_context(mock.patch.object(owner, name, trace.within(phase, getattr(owner, name))))
+        stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", run_backward))
         for parameter in parameters:
             stack.callback(parameter.register_post_accumulate_grad_hook(arrived).remove)
         if compiled:
@@ -577,15 +599,20 @@ def trace_recipe(arguments: argparse.Namespace, device: torch.device, tokenizer:
             sent = sending(
                 lambda world: Step(subject.model, config, world).gradients, result.arrivals, device, arguments.ranks
             )
-    for phase in PHASES:
-        record.add({"phase": phase}, **figures(result.phase(phase)))
-    record.add({"phase": "all"}, **figures(result.total), model_flops=own_flops)
-    record.add({"memory": "step"}, **memory(result))
+    add_rows(record, result, own_flops)
     case = {"gradients": "sent", "ranks": arguments.ranks}
     if sent is None:
         record.add(case, reason="with --chunk gradients of one rank arrive in another order than those of several")
     else:
         record.add(case, **asdict(sent))
+
+
+def add_rows(record: Record, result: Traced, own_flops: int) -> None:
+    """Of a traced step: its phases, its memory, its operations."""
+    for phase in PHASES:
+        record.add({"phase": phase}, **figures(result.phase(phase)))
+    record.add({"phase": "all"}, **figures(result.total), model_flops=own_flops)
+    record.add({"memory": "step"}, **memory(result))
     for (phase, name), cost in sorted(result.costs.items(), key=lambda item: -item[1].bytes):
         record.add({"phase": phase, "operation": name}, **figures(cost))
 
