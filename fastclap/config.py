@@ -108,7 +108,8 @@ class AudioTowerConfig:
     log-mel features. pe-audio: the audio encoder of PE-AV on the waveform. zipformer: SPEAR's encoder, CLSP's tower, on
     log-mel features."""
     pretrained: str | None = None
-    """Folder or hub id of the transformers weights to start from (every kind but log-mel)."""
+    """Folder or hub id of the transformers weights to start from (every kind but log-mel). zipformer: SPEAR's or CLSP's
+    weights, also as a file: marcoyang/spear-xlarge-speech-audio, or icefall's .pt."""
     hf_config: dict[str, Any] | None = None
     """transformers configuration: with `pretrained` the entries to change (such as {"layerdrop": 0.0}), without it the
     whole description of a randomly initialised model. An exported model holds the complete configuration here."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import warnings
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -80,7 +81,10 @@ PRESETS = MappingProxyType(
             padding_value=0.0,
         ),
         "beats": dataclasses.replace(_KALDI, n_mels=128, input_scale=32768.0, mean=15.41663, std=2 * 6.55582),
-        "clsp": dataclasses.replace(_KALDI, n_mels=128, framing="no_snip_edges", f_max=7600.0, floor=1e-10),
+        # lhotse's energy_floor, 1e-10, is that of a whole frame; its mel bands have the floor of torchaudio
+        "clsp": dataclasses.replace(
+            _KALDI, n_mels=128, framing="no_snip_edges", f_max=7600.0, padding_value=math.log(1e-10)
+        ),
         "torchaudio": LogMelSpec(sampling_rate=16000, n_fft=400, win_length=400, hop_length=200, n_mels=128),
     }
 )
@@ -141,7 +145,7 @@ class LogMel(nn.Module):
       clap-fusion  the same, truncation="fusion" (mel bank of torchaudio); one channel, not its stack of four
       ast          transformers.ASTFeatureExtractor: 1024 frames
       beats        BEATs' preprocess: Kaldi on 16-bit values, normalised
-      clsp         CLSP and lhotse: Kaldi, snip_edges=False, 128 mels, 20-7600 Hz, floor 1e-10
+      clsp         CLSP and lhotse: Kaldi, snip_edges=False, 128 mels, 20-7600 Hz, padding ln 1e-10
       torchaudio   MelSpectrogram() with its defaults, then log(max(mel, 1e-10))
 
     Overrides are the fields of `LogMelSpec`; window and hop stay in samples when sampling_rate changes. Two that are

@@ -523,7 +523,7 @@ def build_audio_tower(config: AudioTowerConfig, load_pretrained: bool = True) ->
     if config.kind == "pe-audio":
         return PEAudioTower(config)
     if config.kind == "zipformer":
-        return ZipformerTower(config)
+        return ZipformerTower(config, load_pretrained)
     towers = {"wav2vec2": Wav2Vec2Tower, "whisper": WhisperTower, "ast": ASTTower, "clap-htsat": CLAPHTSATTower}
     if config.kind not in towers:
         raise ConfigError(

@@ -103,6 +103,9 @@ def _audio_tower(config: AudioTowerConfig) -> str:
         return f"transformer on log-mel features ({config.features}), {config.layers} layers of width {config.width}"
     if config.kind == "cnn14":
         return f"Cnn14, from {config.convolution_channels} channels to width {config.width}"
+    if config.kind == "zipformer":
+        lists = config.zipformer.lists()
+        return f"Zipformer on log-mel features, {sum(lists['layers'])} layers, width {max(lists['width'])}"
     return _transformers_tower(config.kind, config)
 
 

@@ -300,8 +300,8 @@ class CLAP(DualEncoder):
 
         Args:
             path: an exported folder, a run folder (its newest checkpoint is read), a hub id, or a checkpoint of another
-                code (see `read_checkpoint`): a ParaSpeechCLAP `.pth.tar`, a LAION-CLAP `.pt`, or the folder of a
-                transformers `ClapModel`.
+                code (see `read_checkpoint`): a ParaSpeechCLAP `.pth.tar`, a LAION-CLAP or CLSP `.pt`, or the folder of
+                a transformers `ClapModel`.
             device: where to put it.
             dtype: of the parameters; float32 by default.
             tokenizer: folder or hub id of a tokenizer, or one that is loaded. By default the model's own; checkpoints
@@ -418,12 +418,13 @@ def read_checkpoint(
 
     Args:
         path: a ParaSpeechCLAP `.pth.tar`, a LAION-CLAP `.pt` (HTSAT without fusion, RoBERTa), an MS-CLAP `.pth` (2022
-            or 2023), VoiceCLAP-Small's folder or weights, or the folder of a transformers `ClapModel` (without fusion),
-            `PeAudioVideoModel` or `PeAudioModel`.
+            or 2023), VoiceCLAP-Small's folder or weights, CLSP's folder or icefall's `.pt`, or the folder of a
+            transformers `ClapModel` (without fusion), `PeAudioVideoModel` or `PeAudioModel`.
         tokenizer: folder or hub id, or a loaded one. By default that of the published text tower, from the hub; of a
             transformers folder, its own.
         audio_config: entries of the audio tower's transformers configuration that are not as published, such as
-            `{"num_attention_heads": 12}`; of ParaSpeechCLAP, `model_type` where the tower is not WavLM.
+            `{"num_attention_heads": 12}`; of ParaSpeechCLAP, `model_type` where the tower is not WavLM; of CLSP, fields
+            of `ZipformerConfig`, and `n_mels`.
         text_config: likewise of the text tower.
 
     Raises:

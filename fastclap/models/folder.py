@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,9 @@ CARD_FILE = "README.md"
 FROZEN_FILE = "frozen.safetensors"  # in a run folder: the tensors that all of its checkpoints share
 FROZEN_NOTE = "frozen.json"  # in a checkpoint: the size and fingerprint of that file
 _MODEL_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CARD_FILE}
-FOREIGN_TYPES = frozenset({"clap", "pe_audio", "pe_audio_video", "voiceclap-small"})
+FOREIGN_TYPES = frozenset({"clap", "clsp", "pe_audio", "pe_audio_video", "voiceclap-small"})
 """`model_type` in the config.json of folders that `fastclap.models.foreign` reads."""
+_WEIGHTS = ["*.safetensors", "*.bin", "*.pt"]
 # of transformers' CLAP (its tokenizer) and of ParaSpeechCLAP
 _FOREIGN_FILES = {"tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "*.pth.tar"}
 
@@ -93,6 +94,31 @@ def find_model(path: str | os.PathLike[str]) -> Path:
     return steps[max(steps)]
 
 
+def find_weights_file(path: str | os.PathLike[str]) -> Path:
+    """A file of weights: the path itself, that of a folder, or either on the hub (owner/name, owner/name/file).
+
+    Raises:
+        ModelError: there is none, or there are several.
+    """
+    found = Path(path)
+    if not found.exists():
+        found = _download(os.fspath(path), [WEIGHTS_FILE])
+        if not found.is_file() and not (found / WEIGHTS_FILE).exists():
+            found = _download(os.fspath(path), _WEIGHTS)
+    if found.is_file():
+        return found
+    for name in (WEIGHTS_FILE, "pytorch_model.bin"):
+        if (found / name).is_file():
+            return found / name
+    files = sorted(file for pattern in _WEIGHTS for file in found.glob(pattern))
+    if len(files) != 1:
+        what = (
+            f"name one of {', '.join(file.name for file in files)}" if files else f"no weights ({', '.join(_WEIGHTS)})"
+        )
+        raise ModelError(f"{path}: {what}")
+    return files[0]
+
+
 def is_foreign(path: Path) -> bool:
     """Whether this is a checkpoint that `fastclap.models.foreign` reads: a weights file, or a transformers folder."""
     return path.is_file() or format_of(path) in FOREIGN_TYPES
@@ -104,7 +130,11 @@ def format_of(folder: Path) -> str | int | None:
         data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return data.get("format_version", data.get("model_type")) if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        return None
+    if "modeling_clsp." in str(data.get("auto_map")):  # whatever CLSP's code calls its type
+        return "clsp"
+    return data.get("format_version", data.get("model_type"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,9 +256,9 @@ def fingerprint(path: Path) -> dict[str, Any]:
 def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` file or of a file that `torch.save` wrote, on the CPU.
 
-    A torch file is read with `weights_only=True`: a pickle that would run code is refused, and none of it is run. Of
-    NumPy, plain numbers are let through, because training codes keep a loss or an epoch with the weights. A state dict
-    under the key `state_dict`, `model` or `model_state_dict` is unwrapped.
+    A torch file is read with `weights_only=True`: a pickle that would run code is refused, and none of it is run. Plain
+    numbers of NumPy and paths are let through, because training codes keep a loss or a folder with the weights. A state
+    dict under the key `state_dict`, `model` or `model_state_dict` is unwrapped.
 
     Raises:
         ModelError: the file is missing, damaged, not a state dict, or a pickle that does more than hold tensors.
@@ -246,7 +276,7 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             size = path.stat().st_size
             raise ModelError(f"{path}: truncated or damaged ({error}; {size} bytes); copy or save it again") from error
     try:
-        with torch.serialization.safe_globals(_numpy_numbers()):
+        with torch.serialization.safe_globals([*_numpy_numbers(), *_paths()]):
             data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
@@ -268,6 +298,12 @@ def _numpy_numbers() -> list[Any]:
     scalar = np.float64(0).__reduce__()[0]  # NumPy 1 and 2 pickle it under different names
     kinds = [type(np.dtype(kind)) for kind in ("?", "i4", "i8", "f4", "f8")]
     return [np.dtype, *kinds, *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+
+
+def _paths() -> list[Any]:
+    """What the unpickling of a path calls, which touches no file: Python 3.13 pickles it under another name."""
+    names = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    return [(PurePosixPath, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name in names]
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
@@ -310,7 +346,7 @@ def write_model(
     if others or (folder.exists() and not folder.is_dir()):
         what = f"holds other files ({', '.join(sorted(others)[:3])})" if others else "is a file"
         raise ModelError(f"{folder} {what}; save the model to a folder of its own")
-    with _replacing(folder) as temporary:
+    with replacing_folder(folder) as temporary:
         fields = {"format_version": FORMAT_VERSION, **config.to_dict()}
         (temporary / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -321,7 +357,7 @@ def write_model(
 
 
 @contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing_folder(folder: Path) -> Iterator[Path]:
     """A folder to write to; it is then flushed to the disk and renamed to `folder`, or removed after an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     # fixed names, so that the next save clears what a killed one has left behind
@@ -352,7 +388,8 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
-def _download(name: str) -> Path:
+def _download(name: str, patterns: list[str] | None = None) -> Path:
+    """A file, or a folder with the files of a model or those of the patterns."""
     file = re.fullmatch(r"([\w.-]+/[\w.-]+)/([\w./-]+\.(?:pth|pt|bin|safetensors|tar))", name)
     if not is_hub_id(name) and file is None:
         raise ModelError(f"{name}: no such model folder")
@@ -361,8 +398,8 @@ def _download(name: str) -> Path:
     try:
         if file is not None:
             return Path(hf_hub_download(file[1], file[2]))
-        folder = Path(snapshot_download(name, allow_patterns=sorted(_MODEL_FILES | _FOREIGN_FILES)))
-        if format_of(folder) in FOREIGN_TYPES and not (folder / WEIGHTS_FILE).exists():
+        folder = Path(snapshot_download(name, allow_patterns=patterns or sorted(_MODEL_FILES | _FOREIGN_FILES)))
+        if patterns is None and format_of(folder) in FOREIGN_TYPES and not (folder / WEIGHTS_FILE).exists():
             snapshot_download(name, allow_patterns=["pytorch_model*", "model*.safetensors*"])
         return folder
     except Exception as error:  # every failure of the network, the hub or the name ends here

@@ -101,7 +101,7 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            source = AutoTokenizer.from_pretrained(name)
+            source = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ModelError(f"{name}: no tokenizer could be loaded ({error})") from error
         backend = getattr(source, "backend_tokenizer", None)

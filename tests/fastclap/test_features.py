@@ -70,8 +70,7 @@ def beats(x: Tensor) -> Tensor:
 
 
 def clsp(x: Tensor) -> Tensor:
-    options = {"num_mel_bins": 128, "snip_edges": False, "high_freq": -400.0, "use_log_fbank": False}
-    return kaldi.fbank(x[None], **options).clamp(min=1e-10).log()
+    return kaldi.fbank(x[None], num_mel_bins=128, snip_edges=False, high_freq=-400.0)
 
 
 def melspectrogram(**options: object) -> Origin:

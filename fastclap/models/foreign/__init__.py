@@ -1,11 +1,9 @@
-"""Reading checkpoints of other codes: ParaSpeechCLAP, LAION-CLAP, MS-CLAP, VoiceCLAP, PE-AV, and transformers'.
+"""Reading checkpoints of other codes: ParaSpeechCLAP, CLSP, LAION-CLAP, MS-CLAP, VoiceCLAP, PE-AV, and transformers'.
 
 A foreign state dict holds weights and no configuration. Widths, depths, kernel and window sizes are read from the
 shapes, the rest is as published, and both can be overridden. Keys are renamed, and later everything must fit: a key
 that is missing, left over or of another shape is an error that names it, since a model with a few random layers would
-still give plausible numbers. Only tensors and plain numbers are unpickled.
-
-The released CLSP, which is code and weights together, is wrapped in `fastclap.models.clsp` instead.
+still give plausible numbers. Only tensors, plain numbers and paths are unpickled.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from typing import Any
 
 from fastclap.errors import ModelError
 from fastclap.models.folder import FOREIGN_TYPES, SavedModel, find_model, format_of, is_foreign, load_state_dict_file
+from fastclap.models.foreign.clsp import icefall_names, read_clsp, read_clsp_folder
 from fastclap.models.foreign.laion import read_laion
 from fastclap.models.foreign.msclap import read_msclap
 from fastclap.models.foreign.paraspeechclap import read_paraspeechclap
@@ -31,11 +30,13 @@ _FILES = {
     "audio_branch.base.": ("ParaSpeechCLAP", read_paraspeechclap),
     "logit_scale_a": ("LAION-CLAP", read_laion),
     "caption_encoder.": ("MS-CLAP", read_msclap),
+    "encoder_embed.": ("CLSP", read_clsp),
     "text_encoder.": ("VoiceCLAP", read_voiceclap),
 }
 # by the model_type in config.json
 _FOLDERS = {
     "clap": read_transformers,
+    "clsp": read_clsp_folder,
     "pe_audio": read_pe_audio,
     "pe_audio_video": read_pe_audio,
     "voiceclap-small": read_voiceclap_folder,
@@ -87,7 +88,7 @@ def read_foreign(
 
 
 def _read_file(path: Path, audio: dict[str, Any], text: dict[str, Any]) -> ForeignModel:
-    weights = modern_names(load_state_dict_file(path))
+    weights = icefall_names(modern_names(load_state_dict_file(path)))
     for sign, (code, read) in _FILES.items():
         if any(name.startswith(sign) for name in weights):
             return read(ForeignWeights(path, code, weights), audio, text)
@@ -97,6 +98,6 @@ def _read_file(path: Path, audio: dict[str, Any], text: dict[str, Any]) -> Forei
     raise ModelError(
         f"{path}: the state dict of neither ParaSpeechCLAP (audio_branch.base.*, text_branch.base.*, "
         f"audio_projection.linear1.weight, log_logit_scale, …) nor LAION-CLAP (logit_scale_a, …) nor MS-CLAP "
-        f"(audio_encoder.base.*, caption_encoder.base.*, …) nor VoiceCLAP (audio_encoder.blocks.*, text_encoder.*, …); "
-        f"it holds {names}"
+        f"(audio_encoder.base.*, caption_encoder.base.*, …) nor VoiceCLAP (audio_encoder.blocks.*, "
+        f"text_encoder.*, …) nor CLSP (encoder_embed.*, encoder.*, text_encoder.*, …); it holds {names}"
     )

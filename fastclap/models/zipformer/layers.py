@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastclap.kernels.bias_norm import bias_norm, bypass
 from fastclap.kernels.gated_convolution import gated_convolution
 from fastclap.kernels.shared_attention import Weights, shared_attention
-from fastclap.kernels.swoosh import Kind, swoosh_linear
+from fastclap.kernels.swoosh import swoosh_linear
 from fastclap.models.zipformer.limits import Balancer, Schedule, Scheduled, Training, Whitener, limited
 
 DROPOUT = Schedule((0, 0.3), (20_000, 0.1))
@@ -118,7 +118,7 @@ class ActivatedLinear(nn.Linear):
         if training is not None:
             kept = training.kept(self.dropout, len(rows.lengths), x.shape[1], device=x.device)
             mask = None if kept is None else kept * (1 / (1 - training.at(self.dropout)))
-        return swoosh_linear(x, self.kind, self.weight, self.bias, mask, rows.sequence)
+        return swoosh_linear(x, self.kind, self.weight, self.bias, mask, None if mask is None else rows.sequence)
 
 
 class FeedForward(nn.Module):

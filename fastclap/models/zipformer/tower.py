@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastclap.config import AudioTowerConfig
 from fastclap.errors import ConfigError
 from fastclap.models.audio_tower import AudioTower, features_of
+from fastclap.models.foreign.clsp import load_spear
 from fastclap.models.freezing import Stages
 from fastclap.models.packing import Packing, longest_of
 from fastclap.models.pooling import Pooling
@@ -27,13 +28,14 @@ class ZipformerTower(AudioTower):
 
     Args:
         config: of the tower.
+        load_pretrained: start from the encoder that `config.pretrained` names.
 
     Attributes:
         encoder_embed, encoder: the convolutions and the stacks, under the names of icefall's checkpoints.
         batches: that the schedules are past; `begin_step` sets it in training.
     """
 
-    def __init__(self, config: AudioTowerConfig) -> None:
+    def __init__(self, config: AudioTowerConfig, load_pretrained: bool = True) -> None:
         super().__init__()
         if config.pooling == "token" or config.hidden_states != "last":
             raise ConfigError("a zipformer tower pools its result, by mean, statistics or attention")
@@ -48,6 +50,8 @@ class ZipformerTower(AudioTower):
         limit = FRAMES * spec.hop_length + spec.n_fft
         self.min_samples = bisect.bisect_left(range(limit), FRAMES, key=spec.frames)
         self.batches = config.zipformer.schedule_start
+        if config.pretrained is not None and load_pretrained:
+            load_spear(config, nn.ModuleDict({"encoder_embed": self.encoder_embed, "encoder": self.encoder}))
 
     def begin_step(self, number: int, seconds: float) -> None:
         sizes = self.config.zipformer

@@ -264,7 +264,7 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"holds no model\*\.safetensors; download the whole model"):
         CLAP.from_pretrained(folder)
     save(model, folder, model_type="pe_video")
-    with pytest.raises(ModelError, match="model_type clap, pe_audio, pe_audio_video"):
+    with pytest.raises(ModelError, match="model_type clap, clsp, pe_audio, pe_audio_video"):
         read_checkpoint(folder)
     assert set(_FOLDERS) == FOREIGN_TYPES
 
