@@ -2,6 +2,8 @@
 
     python -m bench.step_trace [--size large|base|tiny] [--batch 32] [--seconds 10] [--tags 28] [--compile] [--chunk 0]
         [--checkpoint-activations] [--ranks 8] [--top 25] [--ablation] [--out FOLDER]
+    python -m bench.step_trace --system clsp [--size spear-xlarge|spear-base|tiny] [--batch 26] [--seconds 30]
+        [--icefall CHECKOUT] ...
 
 It is `fastclap.train.step.Step` of `fastclap-train paraspeechclap-intrinsic` (WavLM-Large, XLM-R base, contrastive and
 tag loss, bf16 autocast, AdamW) on fake CUDA tensors (`bench.fake_gpu`), whose operations are counted as they come.
@@ -27,6 +29,11 @@ when no activations are alive but embeddings, and nothing is said of how gradien
 `--checkpoint-activations` what is computed again counts in the backward pass. Gradients leave a rank in the buckets of
 `Gradients`: from the order in which they arrive in this step, and an assumed rate of the link, it follows how many
 bytes are left to send when the last one is there.
+
+With `--system clsp` it is the step of `bench.clsp_step`: the second stage of CLSP, two captions a clip, without tags. Which
+limits act in it, and which clips skip what, is drawn as in training, from one seed. With `--icefall` it is that of the
+published code: numbers that it reads off the device, which has none here, are replaced by what they would be for clips
+of equal length (see `host_reads`), and k2's Swoosh counts as one operation.
 
 `--ablation` traces the forms of `bench.train_step` instead, each with one optimisation more than the one before, with
 its batch and loss (no tags).
@@ -657,7 +664,7 @@ def tables(record: dict[str, Any], top: int) -> str:
     settings, rows = record["runs"][-1]["settings"], record["rows"]
     versions = ", ".join(f"{name} {version}" for name, version in record["runs"][-1]["software"].items() if version)
     forms = [row for row in rows if "form" in row["case"]]
-    subject = "each form of `bench.train_step`" if forms else RECIPE
+    subject = "each form of `bench.train_step`" if forms else settings["subject"]
     how = [f"towers of size {settings['size']}", f"{settings['batch']} clips of {settings['seconds']:g} s"]
     how += [f"chunks of {settings['chunk']}"] * bool(settings["chunk"])
     how += ["layers compiled"] * settings["compile"]
