@@ -5,9 +5,9 @@
 
 measures both on the CPU; on a GPU they are the lot `clsp` of `python -m bench.gpu`. A step is that of the second stage:
 a Zipformer, RoBERTa and its pooler, two captions a clip (a short and a long one), ScaledAdam and Eden, schedules as
-after 100,000 batches, forward pass, loss, backward pass and optimizer, from a batch on the host. Weights are random. Clips
-are noise of equal length, as many as make up the seconds of a batch, and no two captions are equal. Forms are timed in
-turn, in blocks of consecutive steps (`bench.steady`).
+after 100,000 batches, forward pass, loss, backward pass and optimizer, from a batch on the host. Weights are random.
+Clips are noise of equal length, as many as make up the seconds of a batch, and no two captions are equal. Forms are
+timed in turn, in blocks of consecutive steps (`bench.steady`).
 
 The published step is put together from its own parts by `bench.icefall`; what its loader processes prepare, its
 features and the tokens of all captions, is prepared outside of the step, where ours makes the features itself from
@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -111,8 +112,8 @@ SIZES = {
 }
 
 
-def train_config(size: Size, *, checkpoint_activations: bool = False) -> TrainConfig:
-    """The recipe of the second stage for these sizes, random weights and whole batches.
+def train_config(size: Size, *, chunk_size: int = 0, checkpoint_activations: bool = False) -> TrainConfig:
+    """The recipe of the second stage for these sizes and random weights; by default of whole batches.
 
     The mean of the weights, which both sides update every 200 steps, is left out of both.
     """
@@ -120,8 +121,8 @@ def train_config(size: Size, *, checkpoint_activations: bool = False) -> TrainCo
     config.model.audio.pretrained, config.model.audio.zipformer = None, size.zipformer
     config.model.text.pretrained, config.model.text.hf_config = None, {"model_type": "roberta", **size.roberta}
     config.model.head.dim = size.dim
-    config.optimizer.average_every, config.chunk_size = 0, 0
-    config.checkpoint_activations = checkpoint_activations
+    config.optimizer.average_every = 0
+    config.chunk_size, config.checkpoint_activations = chunk_size, checkpoint_activations
     return config
 
 
@@ -156,9 +157,7 @@ class HostBatch:
 def host_batch(size: Size, tokenizer: Tokenizer, clips: int, seconds: float, pin: bool = False) -> HostBatch:
     """A batch of noise for either form, and its FLOPs."""
     texts = captions(clips)
-    made = replace(
-        synthetic_batch(clips, seconds, 0, least=1.0), captions=texts, caption_ids=torch.arange(len(texts))
-    )
+    made = replace(synthetic_batch(clips, seconds, 0, least=1.0), captions=texts, caption_ids=torch.arange(len(texts)))
     batch = tokenized(made, tokenizer, 512)
     frames = LogMel("clsp").spec.frame_lengths(torch.tensor(batch.samples)).tolist()
     flops = model_flops.clsp_training_step(size.zipformer, MELS, size.roberta, size.dim, frames, batch.tokens)
@@ -177,13 +176,13 @@ class Forms:
     def __init__(self, size: Size, device: torch.device, checkout: Path | None) -> None:
         self.size, self.device, self.checkout = size, device, checkout
         self.tokenizer = train_tokenizer(CAPTIONS, 1000)
-        self.autocast = torch.bfloat16 if device.type == "cuda" else None
+        self.bf16 = device.type == "cuda"
 
     def ours(self) -> Form:
         return Form(OURS, "every optimisation, eager", self._ours, "high")
 
     def published(self) -> Form:
-        notes = f"{'bf16 autocast' if self.autocast else 'float32'}, k2's Swoosh by torch, features made beforehand"
+        notes = f"{'bf16 autocast' if self.bf16 else 'float32'}, k2's Swoosh by torch, features made beforehand"
         return Form(PUBLISHED, notes, self._published)
 
     def our_step(self, **options: Any) -> Step:
@@ -205,32 +204,36 @@ class Forms:
         call.objective = step.objective  # type: ignore[attr-defined]
         return call
 
-    def published_step(self) -> icefall.Published:
-        """Its step, with its schedules where ours are.
+    @functools.cached_property
+    def modules(self) -> SimpleNamespace:
+        """Of the published code.
 
         Raises:
             ConfigError: the checkout is none of it.
         """
         assert self.checkout is not None
-        parts = icefall.load(self.checkout, fused=self.device.type == "cuda")
+        return icefall.load(self.checkout, fused=self.device.type == "cuda")
+
+    def published_step(self) -> icefall.Published:
+        """Its step, with its schedules where ours are."""
         with torch.device(self.device):  # random weights are drawn there
             step = icefall.Published(
-                parts, self.size.zipformer, MELS, self.size.roberta, self.size.dim, self.device
+                self.modules, self.size.zipformer, MELS, self.size.roberta, self.size.dim, self.device
             )
         step.set_batch_count(BATCHES)
         return step
 
+    def published_call(self, step: icefall.Published, batch: HostBatch) -> Tensor:
+        """Copies what the loader hands over to the device and takes a step on it."""
+        assert batch.batch.text is not None
+        inputs = (*batch.features, *batch.batch.text.values())
+        features, frames, *text = (x.to(self.device, non_blocking=True) for x in inputs)
+        return step.step(
+            features, frames, dict(zip(batch.batch.text, text, strict=True)), torch.bfloat16 if self.bf16 else None
+        )
+
     def _published(self) -> Callable[[HostBatch], Any]:
-        step = self.published_step()
-
-        def call(batch: HostBatch) -> Any:
-            assert batch.batch.text is not None
-            features, frames, *text = (
-                x.to(self.device, non_blocking=True) for x in (*batch.features, *batch.batch.text.values())
-            )
-            return step.step(features, frames, dict(zip(batch.batch.text, text, strict=True)), self.autocast)
-
-        return call
+        return functools.partial(self.published_call, self.published_step())
 
 
 def entry(form: Form, batch: HostBatch, peak_tflops: float | None, seconds: float) -> Entry:
@@ -276,8 +279,8 @@ def tables(record: dict[str, Any]) -> str:
     parts = [
         f"{machine['device']} ({machine['cpu']}, {machine['threads']} threads), {versions}, {run['date']}; load "
         f"{settings['load_before']:.1f} before it began.",
-        f"A training step of CLSP's second stage, size {settings['size']}, clips of noise of equal length, two captions "
-        "each. Milliseconds: median (10th to 90th percentile) of blocks of consecutive steps, both forms in turn. "
+        f"A training step of CLSP's second stage, size {settings['size']}, clips of noise of equal length, two "
+        "captions each. Milliseconds: median (10th to 90th percentile) of blocks of consecutive steps, both in turn. "
         f"Utilisation is model FLOPs over {settings['peak_tflops']:.3g} TFLOP/s, a product of "
         f"{settings['peak_product']} in the same run.",
     ]

@@ -27,9 +27,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastclap.config import ZipformerConfig
 from fastclap.errors import ConfigError
+from fastclap.kernels.swoosh import swoosh
 
 FOLDER = Path("egs") / "emilia" / "CLAP" / "spear_roberta"
 MODULES = ("scaling", "subsampling", "zipformer2", "optim", "clap_module", "attribute_perturbation", "model")
@@ -193,6 +195,62 @@ class Published:
             self.model.logit_scale.clamp_(0, math.log(100))
         self.optimizer.zero_grad()
         return loss.detach()
+
+
+class _AsExpected(int):
+    """A number of frames that the code compares with what it is told elsewhere."""
+
+    def __eq__(self, _: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def without_numbers(modules: SimpleNamespace, frames: int) -> Iterator[list[str]]:
+    """Inside it CLSP's published code goes on without the numbers that it reads off the device; gives their places.
+
+    Checks hold, whiteners find their limit held (and save themselves the push), gradients are not clipped, and masks of
+    padding are those of clips that all have so many frames. A Swoosh is an operation, and so is its derivative.
+    """
+    reads: list[str] = []
+
+    def read(value: Any) -> Callable[[Tensor], Any]:
+        def look(x: Tensor) -> Any:
+            caller = sys._getframe(1)
+            reads.append(f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno}")
+            return value(x)
+
+        return look
+
+    def mask(lengths: Tensor, _: int = 0) -> Tensor:
+        reads.append("make_pad_mask")
+        longest = (frames, (frames + 1) // 2)[reads.count("make_pad_mask") % 2 == 0]
+        return torch.zeros(len(lengths), longest, dtype=torch.bool, device=lengths.device)
+
+    def autocast(device_type: str = "cuda", **options: Any) -> Any:
+        return torch.autocast(device_type, **options)
+
+    number = read(lambda x: 1.0 if x.is_floating_point() else _AsExpected(frames))
+    operator = torch.ops.fastclap.swoosh
+    with contextlib.ExitStack() as stack:
+        for name, value in (("item", number), ("__bool__", read(lambda _: True))):
+            stack.enter_context(mock.patch.object(FakeTensor, name, value, create=True))
+        stack.enter_context(mock.patch.object(modules.model, "make_pad_mask", mask))
+        for module in vars(modules).values():
+            if hasattr(module, "torch_autocast"):
+                stack.enter_context(mock.patch.object(module, "torch_autocast", autocast))
+        for kind in "lr":
+            functions: dict[str, Callable[[Tensor], Any]] = {
+                f"swoosh_{kind}": functools.partial(swoosh, kind=kind),
+                f"swoosh_{kind}_forward": lambda x, kind=kind: operator(x, None, None, kind),  # type: ignore[misc]
+                f"swoosh_{kind}_forward_and_deriv": lambda x, kind=kind: tuple(  # type: ignore[misc]
+                    operator(x, None, None, kind) for _ in range(2)
+                ),
+            }
+            for name, function in functions.items():
+                stack.enter_context(mock.patch.object(modules.scaling.k2, name, function))
+        yield reads
 
 
 def _module(name: str, **content: Any) -> Any:

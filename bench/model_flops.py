@@ -15,8 +15,8 @@ and the backward pass twice that, less the gradient of the first convolution's i
 (activation checkpointing, gradient caching) and the loss do not count: this is the work of the model, whatever a
 program spends on it, so its share of the hardware's peak is the model FLOPs utilisation.
 
-A layer of a Zipformer, with H heads of queries, positions and values of width q, p and v, feed-forward modules of 3/4, 1
-and 5/4 of width f, and depthwise kernels of k frames, is
+A layer of a Zipformer, with H heads of queries, positions and values of width q, p and v, feed-forward modules of 3/4,
+1 and 5/4 of width f, and depthwise kernels of k frames, is
 
     feed-forward   12·F·h·f
     weights        2·F·h·H·(2q + p) + 2·F²·H·(q + p)

@@ -30,10 +30,10 @@ when no activations are alive but embeddings, and nothing is said of how gradien
 `Gradients`: from the order in which they arrive in this step, and an assumed rate of the link, it follows how many
 bytes are left to send when the last one is there.
 
-With `--system clsp` it is the step of `bench.clsp_step`: the second stage of CLSP, two captions a clip, without tags. Which
-limits act in it, and which clips skip what, is drawn as in training, from one seed. With `--icefall` it is that of the
-published code: numbers that it reads off the device, which has none here, are replaced by what they would be for clips
-of equal length (see `host_reads`), and k2's Swoosh counts as one operation.
+With `--system clsp` it is the step of `bench.clsp_step`: the second stage of CLSP, two captions a clip, without tags.
+Which limits act in it, and which clips skip what, is drawn as in training, from one seed. With `--icefall` it is that
+of the published code: numbers that it reads off the device, which has none here, are replaced by what they would be for
+clips of equal length (see `bench.icefall.without_numbers`).
 
 `--ablation` traces the forms of `bench.train_step` instead, each with one optimisation more than the one before, with
 its batch and loss (no tags).
@@ -61,7 +61,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bench import model_flops, timing, train_step
+from bench import clsp_step, icefall, model_flops, timing, train_step
 from bench.fake_compiler import Graph, fake_compiler
 from bench.fake_gpu import fake_gpu
 from bench.parity import CAPTIONS, synthetic_batch
@@ -73,6 +73,7 @@ from fastclap.data import Batch
 from fastclap.data.dataset import distinct_texts
 from fastclap.files import write_atomic
 from fastclap.models.tokenizer import Tokenizer, train_tokenizer
+from fastclap.models.zipformer.encoder import frames_of
 from fastclap.prompts import DEFAULT_TEMPLATE, fill_template
 from fastclap.train import step
 from fastclap.train.config import TrainConfig
@@ -420,8 +421,7 @@ def traced(
         with trace.during("backward"):
             return backward(*args, **kwargs)
 
-    def arrived(parameter: Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter)
+    def arrived(parameter: Any) -> None:
         result.arrivals.pop(parameter, None)  # with several backward passes it is complete after the last
         result.costs = trace.costs
         result.arrivals[parameter] = result.phase("backward").predicted_ms
@@ -624,6 +624,32 @@ def add_rows(record: Record, result: Traced, own_flops: int) -> None:
         record.add({"phase": phase, "operation": name}, **figures(cost))
 
 
+def trace_clsp(arguments: argparse.Namespace, device: torch.device, _: Tokenizer, record: Record) -> None:
+    """The rows of CLSP's step, or of its published code's."""
+    forms = clsp_step.Forms(clsp_step.SIZES[arguments.size], device, arguments.icefall)
+    batch = clsp_step.host_batch(forms.size, forms.tokenizer, arguments.batch, arguments.seconds)
+    if arguments.icefall is not None:
+        theirs, reads = traced_published(forms, batch)
+        add_rows(record, theirs, batch.flops)
+        record.add({"host": "reads"}, count=len(reads), places=sorted(set(reads)))
+        return
+    with fake_gpu():
+        ours = forms.our_step(chunk_size=arguments.chunk, checkpoint_activations=arguments.checkpoint_activations)
+        call = functools.partial(ours, [batch.batch.to(device)])
+        add_rows(record, traced(call, ours.model, ours.optimizer, arguments.batch), batch.flops)
+
+
+def traced_published(forms: clsp_step.Forms, batch: clsp_step.HostBatch) -> tuple[Traced, list[str]]:
+    """A step of CLSP's published code, and the places where it reads a number off the device."""
+    forms.modules = icefall.load(forms.checkout)  # type: ignore[arg-type, misc]  # instead of compiled functions
+    frames = frames_of(batch.features[0].shape[1])
+    with fake_gpu(), icefall.without_numbers(forms.modules, frames) as reads:
+        step = forms.published_step()
+        parts = ((type(step.loss), "forward", "loss"), (type(step.optimizer), "step", "optimizer"))
+        call = functools.partial(forms.published_call, step, batch)
+        return traced(call, step.model, step.optimizer, batch.clips, parts=parts), reads
+
+
 def trace_forms(arguments: argparse.Namespace, device: torch.device, tokenizer: Tokenizer, record: Record) -> None:
     """A row for each form of `bench.train_step`."""
     size = SIZES[arguments.size]
@@ -698,8 +724,10 @@ def _recipe_tables(rows: Sequence[Row], top: int) -> Iterator[str]:
         f"{held['held_bytes_a_clip'] / 1e6:.0f} MB a clip without those. At most {giga(held['peak_bytes'])} GB. "
         f"The trace took the host {held['host_seconds']:.3g} s."
     )
-    sent = next(row for row in rows if "gradients" in row["case"])
-    yield _sending_sentence(sent)
+    for sent in (row for row in rows if "gradients" in row["case"]):
+        yield _sending_sentence(sent)
+    for reads in (row for row in rows if "host" in row["case"]):
+        yield f"It reads {reads['count']} numbers off the device."
     operations = [row for row in rows if "operation" in row["case"]][:top]
     if not operations:
         return
@@ -742,18 +770,52 @@ def _form_cells(row: Row) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--size", choices=SIZES, default="large")
-    found.add_argument("--batch", type=int, default=32, help="clips")
-    found.add_argument("--seconds", type=float, default=10.0, help="length of a clip")
+    found.add_argument("--system", choices=SYSTEMS, default="paraspeechclap", help="whose step")
+    found.add_argument("--size", choices=[*SIZES, *clsp_step.SIZES], help="default: large, spear-xlarge")
+    found.add_argument("--batch", type=int, help="clips (default: 32; of CLSP as many as have 800 s)")
+    found.add_argument("--seconds", type=float, help="length of a clip (default: 10; of CLSP 30)")
     found.add_argument("--tags", type=int, default=28, help="of the tag loss; 0: the contrastive loss alone")
     found.add_argument("--chunk", type=int, default=0, help="clips a chunk of the gradient cache; 0: none")
     found.add_argument("--checkpoint-activations", action="store_true", help="as the flag of fastclap-train")
     found.add_argument("--compile", action="store_true", help="as `fastclap-train` does on a GPU")
     found.add_argument("--ranks", type=int, default=8, help="between which gradients are averaged")
+    found.add_argument("--icefall", type=Path, help="checkout of CLSP's published code, whose step it then is")
     found.add_argument("--ablation", action="store_true", help="the forms of bench.train_step instead")
     found.add_argument("--top", type=int, default=25, help="operations in the table")
     found.add_argument("--out", type=Path, help="folder that receives record.json and record.md")
     return found
+
+
+SYSTEMS = {"paraspeechclap": trace_recipe, "clsp": trace_clsp}
+
+
+def completed(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with what is not given.
+
+    Raises:
+        SystemExit: some do not go together.
+    """
+    clsp = arguments.system == "clsp"
+    sizes: Iterable[str] = clsp_step.SIZES if clsp else SIZES
+    arguments.size = arguments.size or ("spear-xlarge" if clsp else "large")
+    if arguments.size not in sizes:
+        raise SystemExit(
+            f"--size {arguments.size} is none of --system {arguments.system}; choose of {', '.join(sizes)}"
+        )
+    arguments.seconds = arguments.seconds or (30.0 if clsp else 10.0)
+    arguments.batch = arguments.batch or (int(clsp_step.SECONDS_A_BATCH / arguments.seconds) if clsp else 32)
+    unknown = ("ablation", "compile") if clsp else ("icefall",)
+    for name in unknown:
+        if getattr(arguments, name):
+            raise SystemExit(f"--system {arguments.system} knows no --{name}; leave one of them out")
+    return arguments
+
+
+def subject(arguments: argparse.Namespace) -> str:
+    """What the traced step is of."""
+    if arguments.system == "clsp":
+        return "clsp-stage2" if arguments.icefall is None else "CLSP's code, as published"
+    return RECIPE
 
 
 def measure(arguments: argparse.Namespace) -> str:
@@ -769,10 +831,11 @@ def measure(arguments: argparse.Namespace) -> str:
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             software=train_step.software(None),
             machine=timing.machine(torch.device("cpu")),
-            settings={name: value for name, value in vars(arguments).items() if name not in ("out", "top")}
-            | {"assumed_tflops": TFLOPS, "assumed_tbytes": TBYTES},
+            settings={name: value for name, value in vars(arguments).items() if name not in ("out", "top", "icefall")}
+            | {"subject": subject(arguments), "assumed_tflops": TFLOPS, "assumed_tbytes": TBYTES},
         )
-        (trace_forms if arguments.ablation else trace_recipe)(arguments, device, tokenizer, record)
+        trace = trace_forms if arguments.ablation else SYSTEMS[arguments.system]
+        trace(arguments, device, tokenizer, record)
         record.update_run(status="done")
         text = tables(record.content, arguments.top)
         write_atomic(out / "record.md", text.encode())
@@ -780,7 +843,7 @@ def measure(arguments: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
+    arguments = completed(parser().parse_args(argv))
     for name, least in (("batch", 2), ("tags", 0), ("chunk", 0), ("ranks", 2), ("top", 0)):
         if getattr(arguments, name) < least:
             raise SystemExit(f"--{name} must be at least {least}, is {getattr(arguments, name)}")

@@ -60,6 +60,11 @@ _TOWER_FORMS = (
 )
 _STEP_FORMS = ("loss ids", *_TOWER_FORMS)
 
+_ZIPFORMER_FORMS = (
+    *("shared attention", "swoosh", "bias norm", "bypass", "gated convolution", "downsample", "upsample"),
+    "log-mel int16 to float32, clsp-128, lengths",
+)
+
 _LOTS = (
     Lot(
         "smoke",
@@ -84,6 +89,14 @@ _LOTS = (
         _STEP_FORMS,
         235,
         STEP,
+    ),
+    Lot(
+        "clsp",
+        "a training step of CLSP with SPEAR-XLarge, 800 s of audio in clips of 30 s and of 5 s: ours, published",
+        ("bench.gpu.clsp:long", "bench.gpu.clsp:short"),
+        ("loss ids", *_ZIPFORMER_FORMS),
+        200,
+        (*STEP, *LOG_MEL, "fastclap/models/zipformer/*.py", "train/scaled_adam.py"),
     ),
     Lot(
         "loss",

@@ -26,7 +26,7 @@ from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench import peers
+from bench import clsp_step, peers
 from bench.gpu import compiling, forms, kernels, loss, smoke
 from bench.gpu.compiling import compile_forms, rehearsed
 from bench.gpu.forms import FORMS, KernelForm, chosen
@@ -187,6 +187,24 @@ def test_embedding_launches_what_its_lot_compiles(wide_model: CLAP, bf16: bool) 
     found = launched(embed, 90)
     assert kinds(found) == TOWER_KERNELS
     assert names(found, keys_of(LOTS["embed"].forms)) == []
+
+
+def test_a_step_of_clsp_launches_what_its_lot_compiles(tf32: None) -> None:
+    """At full width and one layer a stack; every limit and every skip that a step may draw."""
+    xlarge = clsp_step.SIZES["spear-xlarge"]
+    layers = [1] * len(xlarge.zipformer.lists()["layers"])
+    size = dataclasses.replace(
+        xlarge,
+        zipformer=dataclasses.replace(xlarge.zipformer, layers=layers, schedule_start=0.0),
+        roberta={**xlarge.roberta, "num_hidden_layers": 1, "vocab_size": 1000, "intermediate_size": 128},
+    )
+    forms = clsp_step.Forms(size, CPU, None)
+    step, batch = forms.our_step(), clsp_step.host_batch(size, forms.tokenizer, 2, 0.3).batch
+    step.objective._autocast_dtype = torch.bfloat16
+    found = launched(lambda: step([batch]), 90)
+    wanted = {"contrastive", "log_mel", "shared_attention", "swoosh", "bias_norm", "gated_convolution", "resampling"}
+    assert kinds(found) >= wanted
+    assert names(found, keys_of(LOTS["clsp"].forms)) == []
 
 
 def test_the_log_mel_tower_launches_what_its_lot_compiles(tokenizer: Tokenizer, tf32: None) -> None:

@@ -209,9 +209,7 @@ def test_operators_pass_opcheck() -> None:
         v = v.detach()
         out = ops.shared_attention(*made_of, v, log_sum, packed, x.starts, 7)
         saved = (out, *made_of, v, log_sum, packed, x.starts, 7)
-        torch.library.opcheck(
-            ops.shared_attention_backward.default, ([True] * 5, upstream, *saved), test_utils=tests
-        )
+        torch.library.opcheck(ops.shared_attention_backward.default, ([True] * 5, upstream, *saved), test_utils=tests)
     torch.library.opcheck(
         ops.shared_attention_penalty.default, ([True] * 4, *made_of, packed, x.starts, 7, 0.5), test_utils=tests
     )
