@@ -16,6 +16,7 @@ from fastclap.data import BatchSampler, ClipDataset, load_manifest
 from fastclap.grad_cache import GradCache
 from fastclap.models.clap import CLAP
 from fastclap.models.zipformer.tower import ZipformerTower
+from fastclap.testing import host_syncs
 from fastclap.train import checkpoint
 from fastclap.train.config import OptimizerConfig, TrainConfig
 from fastclap.train.loop import train
@@ -129,3 +130,17 @@ def test_steps_move_the_schedules(tiny: Build) -> None:
     for _ in range(3):
         step([batch])
     assert model.audio_branch.batches == pytest.approx(2 * 8 * 0.5 / 0.01)  # type: ignore[union-attr]
+
+
+def test_no_pass_waits_for_the_device(tiny: Build) -> None:
+    """With lengths that the host knows, forward and backward pass read no number, with every limit."""
+    model, batch = model_and_batch(configured(tiny))
+    tower: Any = model.audio_branch
+    tower.batches = 1000.0
+    torch.manual_seed(4)
+    with host_syncs() as found:
+        out = tower(batch.audio, batch.lengths, host_lengths=batch.samples)
+        out.backward(torch.ones_like(out))
+        tower.end_step(tower.findings())
+    # the front-end checks lengths that are on the host anyway
+    assert [sync for sync in found if "log_mel" not in sync] == []
