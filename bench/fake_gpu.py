@@ -34,6 +34,7 @@ from fastclap.kernels import (
     gated_convolution,
     layer_norm_gelu,
     residual_layer_norm,
+    scaled_adam_triton,
     shared_attention,
     swoosh,
     toeplitz_attention,
@@ -271,6 +272,30 @@ def _attention(
     ]
 
 
+# What the optimizer's launches read and write; they are no operators.
+_launches = torch.library.Library("fastclap_launches", "DEF")
+_launches.define("scaled_adam_sums(Tensor[] parameters, Tensor[] gradients) -> Tensor")
+_launches.define(
+    "scaled_adam_step(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] deltas, Tensor(c!)[] squares) -> ()"
+)
+torch.library.register_fake(
+    "fastclap_launches::scaled_adam_sums", lambda parameters, _: parameters[0].new_empty(len(parameters), 2)
+)
+torch.library.register_fake("fastclap_launches::scaled_adam_step", lambda *_: None)
+
+
+def _scaled_adam_sums(parameters: list[Tensor], gradients: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    made = torch.ops.fastclap_launches.scaled_adam_sums(parameters, [g for g in gradients if g is not None])
+    return made[:, 0], made[:, 1]
+
+
+def _scaled_adam_step(
+    parameters: list[Tensor], gradients: list[Tensor | None], deltas: list[Tensor], squares: list[Tensor], *_: Any
+) -> None:
+    present = [g for g in gradients if g is not None]
+    torch.ops.fastclap_launches.scaled_adam_step(parameters, present, deltas, squares)
+
+
 _plain_draws = Training.__init__
 
 
@@ -309,6 +334,8 @@ def _operators() -> Iterator[tuple[Any, str, Any]]:
     yield bias_norm, "_backward", ops.bias_norm_backward
     yield gated_convolution, "_forward", ops.gated_convolution
     yield gated_convolution, "_backward", ops.gated_convolution_backward
+    yield scaled_adam_triton, "sums", _scaled_adam_sums
+    yield scaled_adam_triton, "update_", _scaled_adam_step
     yield log_mel, "_features", lambda batch, spec, _: ops.log_mel(*batch, spec.key, "auto")
     yield waveform, "_triton_engine", lambda crops, dtype: ops.normalize_waveform(*crops, dtype)
     yield operator, "_info_nce", _info_nce

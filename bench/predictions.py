@@ -369,6 +369,74 @@ def reference_cell(rows: int, shares: tuple[float, float], tflops: float | None,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# CLSP's step, with SPEAR-XLarge and RoBERTa
+
+
+@dataclass(frozen=True)
+class ClspStep:
+    """A traced step of 800 s of audio.
+
+    Attributes:
+        operations: of all phases.
+        tflop: of its products.
+        gbytes: that are read and written, of all operations and of those that are no products.
+        held: GB alive when the backward pass begins, above `standing`.
+        standing: GB of weights and optimizer state.
+    """
+
+    operations: int
+    tflop: float
+    gbytes: tuple[float, float]
+    held: float
+    standing: float
+
+
+# By `bench.step_trace --system clsp`, with and without `--icefall`, for clips of so many seconds.
+CLSP = {
+    (30, clsp_step.OURS): ClspStep(0, 0.0, (0.0, 0.0), 0.0, 0.0),
+    (30, clsp_step.PUBLISHED): ClspStep(0, 0.0, (0.0, 0.0), 0.0, 0.0),
+    (5, clsp_step.OURS): ClspStep(0, 0.0, (0.0, 0.0), 0.0, 0.0),
+    (5, clsp_step.PUBLISHED): ClspStep(0, 0.0, (0.0, 0.0), 0.0, 0.0),
+}
+CLSP_READS = 0  # numbers that the published step reads off the device, in its first hundred steps: traced
+
+
+def clsp_clips(seconds: int) -> int:
+    return int(clsp_step.SECONDS_A_BATCH / seconds)
+
+
+def clsp_tflop(seconds: int) -> float:
+    """Of the model, forward and backward pass of a batch."""
+    size, clips = clsp_step.SIZES["spear-xlarge"], clsp_clips(seconds)
+    tokens = clsp_step.SHORT_TOKENS * clips + clsp_step.LONG_TOKENS * clips
+    return 0.0
+
+
+def clsp_ms(step: ClspStep, machine: Machine) -> float:
+    """Products, other bytes and gaps between operations, one after the other."""
+    products = 1e3 * step.tflop / (PRODUCT_SHARE * machine.tflops)
+    return products + step.gbytes[1] / (COPY_SHARE * machine.tbytes) + 1e-3 * GAP_US * step.operations
+
+
+def clsp_rows() -> Iterator[list[str]]:
+    for (seconds, form), step in CLSP.items():
+        yield [
+            f"{clsp_clips(seconds)} of {seconds} s",
+            form,
+            f"{step.operations:,}",
+            f"{step.tflop:.3g}",
+            *(f"{x:.0f}" for x in (*step.gbytes, step.standing + step.held)),
+            *(clsp_cell(seconds, step, machine) for machine in MACHINES),
+        ]
+
+
+def clsp_cell(seconds: int, step: ClspStep, machine: Machine) -> str:
+    ms = clsp_ms(step, machine)
+    audio = 1e3 * clsp_clips(seconds) * seconds / ms
+    return f"{ms:.0f} ms, {audio:,.0f} s/s, {1e3 * clsp_tflop(seconds) / ms / machine.tflops:.0%}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Page
 
 
