@@ -33,6 +33,7 @@ from fastclap.kernels import (
     feed_forward,
     gated_convolution,
     layer_norm_gelu,
+    resampling,
     residual_layer_norm,
     scaled_adam_triton,
     shared_attention,
@@ -325,6 +326,15 @@ def _operators() -> Iterator[tuple[Any, str, Any]]:
     yield shared_attention, "_backward", ops.shared_attention_backward
     yield shared_attention, "_penalty_gradients", ops.shared_attention_penalty
     yield feed_forward, "_gelu_backward", ops.gelu_backward
+    yield swoosh, "_forward", ops.swoosh
+    yield swoosh, "_slope", lambda x, dy, kind: torch.empty_like(x)
+    yield swoosh, "_backward", ops.swoosh_linear_backward
+    yield bias_norm, "_forward", ops.bias_norm
+    yield bias_norm, "_backward", ops.bias_norm_backward
+    yield gated_convolution, "_forward", ops.gated_convolution
+    yield gated_convolution, "_backward", ops.gated_convolution_backward
+    for name in ("downsample", "downsample_backward", "upsample_bypass", "upsample_bypass_backward"):
+        yield resampling, f"_{name}", getattr(ops, name)
     yield waveform_convolution, "_forward", ops.waveform_convolution
     yield waveform_convolution, "_backward", ops.waveform_convolution_backward
     yield swoosh, "_forward", ops.swoosh

@@ -45,6 +45,10 @@ MODULES = (  # each offers compilations(arch)
     "fastclap.kernels.feed_forward_triton",
     "fastclap.kernels.shared_attention_triton",
     "fastclap.kernels.scaled_adam_triton",
+    "fastclap.kernels.swoosh_triton",
+    "fastclap.kernels.bias_norm_triton",
+    "fastclap.kernels.gated_convolution_triton",
+    "fastclap.kernels.resampling_triton",
 )
 COLUMNS = (
     *("kernel", "arch", "matrix instructions", "registers", "stack B", "spill B"),

@@ -216,10 +216,13 @@ def log_mel_tile(code: Sequence[Instruction], groups: int) -> Counts:
 def main() -> None:
     from bench.kernel_peers import FRONT_ENDS
     from fastclap.kernels import (
+        bias_norm_triton,
         feed_forward_triton,
+        gated_convolution_triton,
         layer_norm_gelu_triton,
         offline,
         residual_layer_norm_triton,
+        swoosh_triton,
         toeplitz_attention_triton,
     )
     from fastclap.kernels.contrastive import triton_engine as contrastive
@@ -243,6 +246,16 @@ def main() -> None:
     rows += [(name, "a row", row_tile(machine_code(module, name))) for module, name in norms]
     for name in ("feed forward bf16 sums", "feed forward bf16 a sums"):
         rows.append((name, "256 values of a row", row_tile(machine_code(feed_forward_triton, name))))
+    for name in ("forward bf16 mask", "backward a bf16 mask"):
+        tile = row_tile(machine_code(swoosh_triton, f"swoosh l {name}"))
+        rows.append((f"swoosh l {name}", "256 values of a row", tile))
+    for name in ("forward 1280 fp32 bf16 norm bypass branch", "backward 1280 fp32 bf16 norm bypass branch"):
+        tile = row_tile(machine_code(bias_norm_triton, f"bias norm {name}"))
+        rows.append((f"bias norm {name}", "a row, of each of its warps", tile))
+    for name in (f"{way} 1280 of {taps} bf16 fp32" for way in ("forward", "backward") for taps in (31, 15)):
+        code = machine_code(gated_convolution_triton, f"gated convolution {name}")
+        what = f"{gated_convolution_triton.TURN} rows of {gated_convolution_triton.WIDTH} columns"
+        rows.append((f"gated convolution {name}", what, Counts.of(shortest(code, *loops(code)[-1]))))
     for label, form in FORMS.items():
         groups = -(-FRONT_ENDS[label].n_mels // log_mel.feature_flags(FRONT_ENDS[label])["MELS"])
         tile = log_mel_tile(machine_code(log_mel, f"log-mel {form} fp32 to fp32"), groups)

@@ -308,12 +308,19 @@ def _padded(encode: Callable[..., Tensor], token_counts: object = None, **inputs
 
 
 OPERATORS = (
+    "bias_norm",
+    "bypass",
+    "downsample",
     "feed_forward",
+    "gated_convolution",
     "gated_toeplitz_attention",
     "layer_norm_gelu",
     "normalize_waveform",
     "residual_layer_norm",
     "shared_attention",
+    "swoosh",
+    "swoosh_linear",
+    "upsample_bypass",
     "waveform_convolution",
 )
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastclap.kernels import dispatch
-from fastclap.kernels.rows import check_floating, check_index, why_not_triton
+from fastclap.kernels.rows import WIDEST_BIAS_NORM, check_floating, check_index, why_not_triton
 
 Optional = Tensor | None
 NAMES = ("x", "branch", "original", "bias", "log_scale", "scale")  # of what gets a gradient, in the operator's order
@@ -82,7 +82,7 @@ def bias_norm(
             order of the clips. Values are not checked.
         branch: [R, C], which is added to x; the sum is rounded to the dtype of x.
         backend: "triton", "torch", "reference", or "auto": Triton on CUDA devices from sm_80 on for float32, bfloat16
-            and float16 with C ≤ 8192, else torch. On a CPU "triton" needs TRITON_INTERPRET=1.
+            and float16 with C ≤ 4096, else torch. On a CPU "triton" needs TRITON_INTERPRET=1.
 
     Every tensor has a floating dtype of its own.
 
@@ -118,7 +118,7 @@ def _compute(tensors: tuple[Optional, ...], sequence: Optional, backend: str) ->
     assert x is not None
     _check(x, branch, original, bias, log_scale, scale, sequence)
     named = {name: tensor for name, tensor in zip(NAMES, tensors, strict=True) if tensor is not None}
-    engine = dispatch.engine(x, backend, why_not_triton(named, x.shape[1], dispatch.WIDEST_NORM))
+    engine = dispatch.engine(x, backend, why_not_triton(named, x.shape[1], WIDEST_BIAS_NORM))
     if scale is None or scale.dim() == 1:
         sequence = None
     if engine != "triton":
@@ -163,7 +163,7 @@ def _torch_engine(
     scale: Optional,
     sequence: Optional,
 ) -> Tensor:
-    z = x if branch is None else (x + branch).to(x.dtype)
+    z: Any = x if branch is None else (x + branch).to(x.dtype)
     dtype = x.dtype if original is None else original.dtype
     wide = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
     z, original, bias, log_scale, scale = (

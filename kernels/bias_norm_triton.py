@@ -25,12 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastclap.kernels import dispatch
 from fastclap.kernels.layer_norm_gelu_triton import _programs, _rows, _rows_at
 from fastclap.kernels.offline import Compilation, signature_and_attrs
 from fastclap.kernels.residual_layer_norm_triton import _columns, _parameter, launch_tile
+from fastclap.kernels.rows import WIDEST_BIAS_NORM
 from fastclap.kernels.triton_tools import jit_for_any_size
 
+NARROW, FULL_REGISTERS = 1536, 160  # up to this width a thread of several warps has 12 values
 ROUNDS = 2  # of programs, where a clip has its own: clips are of unequal lengths
 
 
@@ -96,27 +97,28 @@ def _backward_kernel(
         known = (row < end) | (ROWS == 1)  # a tile of one row exists
         inside = known[:, None] & ((column < COLUMNS) | (COLUMNS == WIDTH))[None, :]
         at = (row * COLUMNS)[:, None] + column[None, :]
-        upstream = _rows_at(dy, row, dy_stride, column, inside)
-        gradient = upstream
-        if scale is not None:
-            gradient = upstream * _parameter(scale, column, COLUMNS)
-        if d_original is not None:
-            tl.store(d_original + at, (upstream - gradient).to(d_original.dtype.element_ty), mask=inside)
+        gradient = _rows_at(dy, row, dy_stride, column, inside)
         if z is not None:
             values = _rows_at(z, row, stride, column, inside)
         if bias is not None:
             inverse = tl.load(inverse_rms + row, mask=known, other=0.0)
             gain = inverse * tl.exp(tl.load(log_scale).to(tl.float32))
+        if original is not None:  # first, so that its values need no registers beside those that follow
+            normal = values if bias is None else values * gain[:, None]
+            dscale += gradient * (normal - _rows_at(original, row, original_stride, column, inside))
+        if scale is not None:
+            share = gradient * _parameter(scale, column, COLUMNS)
+            if d_original is not None:
+                tl.store(d_original + at, (gradient - share).to(d_original.dtype.element_ty), mask=inside)
+            gradient = share
+        if bias is not None:
             along = tl.sum(gradient * values, 1) * gain
-            centred = tl.where(inside, values - _parameter(bias, column, COLUMNS), 0.0)
-            by_norm = centred * (along * inverse * inverse / COLUMNS)[:, None]
+            by_norm = tl.where(inside, values - _parameter(bias, column, COLUMNS), 0.0)
+            by_norm *= (along * inverse * inverse / COLUMNS)[:, None]
             gradient = gradient * gain[:, None] - by_norm
-            values *= gain[:, None]
             if NORM_SUMS:
                 dbias += by_norm
                 dlog_scale += along
-        if original is not None:
-            dscale += upstream * (values - _rows_at(original, row, original_stride, column, inside))
         if dx is not None:
             tl.store(dx + at, gradient.to(dx.dtype.element_ty), mask=inside)
         if d_branch is not None:
@@ -132,6 +134,12 @@ def _backward_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launch
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _backward_tile(columns: int) -> tuple[int, int, int, int]:
+    """(rows, width, warps, registers) of a tile: with 16 values a thread the sums take more than those of LayerNorm."""
+    rows, width, warps, registers = launch_tile(columns, backward=True)
+    return rows, width, warps, max(registers, FULL_REGISTERS) if columns > NARROW else registers
 
 
 def _stride(tensor: Tensor | None, otherwise: Tensor) -> int:
@@ -196,7 +204,7 @@ def backward(
         torch.empty(dy.shape, dtype=kind, device=dy.device) if needed else None
         for kind, needed in zip((dtype, branch_dtype, dy.dtype), need[:3], strict=True)
     )
-    tile_rows, width, warps, registers = launch_tile(columns, backward=True)
+    tile_rows, width, warps, registers = _backward_tile(columns)
     programs = _programs(dy, triton.cdiv(rows, tile_rows), warps, registers)
     parts, starts = 1, None
     if sequence is not None and scale is not None:
@@ -230,24 +238,25 @@ def backward(
 # ---------------------------------------------------------------------------------------------------------------------
 
 # The Zipformer's; several rows a warp; neither a power of two nor a multiple of 16; the widest.
-WIDTHS = (1280, 80, 500, dispatch.WIDEST_NORM)
+WIDTHS = (1280, 80, 500, WIDEST_BIAS_NORM)
 # Dtypes of x and original, which are the stream, and of the branch.
 KINDS = (("fp32", "bf16"), ("fp32", "fp16"), ("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"))
 WAYS = {"norm": (True, False), "norm bypass": (True, True), "bypass": (False, True)}  # with a norm, and a bypass
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
-    """At the Zipformer's width every way, with a branch and without, for training and for embedding, with all gradients
-    and without those of parameters; the scale of a clip with a float32 stream; at further widths, whose code differs in
-    the tile or in loads and stores alone, all of it."""
+    """At the Zipformer's width every way, with a branch and without; with a float32 stream also the scale of a clip,
+    and beside a branch of bf16 or float32 for embedding and without gradients of parameters; at further widths, whose
+    code differs in the tile or in loads and stores alone, all of it."""
     model, *others = WIDTHS
     for kinds, way, branch, clips in product(KINDS, WAYS, (True, False), (False, True)):
         norm, skips = WAYS[way]
-        if clips and (kinds[0] != "fp32" or not skips):
+        if clips and (kinds[0] != "fp32" or not skips or not branch):
             continue
         label = f"{way}{' branch' * branch}{' clips' * clips}"
         there = {"norm": norm, "bypass": skips, "branch": branch, "clips": clips}
-        for trained in (True, False):
+        embeds = kinds in (KINDS[0], KINDS[2]) and not clips
+        for trained in (True, False) if embeds else (True,):
             yield _compilation(label, model, kinds, there, backward=False, trained=trained)
             yield _compilation(label, model, kinds, there, backward=True, trained=trained)
     there = {"norm": True, "bypass": True, "branch": True, "clips": False}
@@ -269,7 +278,7 @@ def _compilation(
     missing = {name for part, names in absent.items() if not there[part] for name in names}
     if not trained:
         missing |= {"original", *(() if there["norm"] else ("z",))} if backward else {"z", "inverse_rms"}
-    rows, width, warps, registers = launch_tile(columns, backward)
+    rows, width, warps, registers = _backward_tile(columns) if backward else launch_tile(columns, backward=False)
     stream, branch = kinds
     types = dict.fromkeys(("x", "original", "y", "z", "dy", "dx", "d_original"), stream)
     types |= dict.fromkeys(("branch", "d_branch"), branch) | dict.fromkeys(("sequence", "starts"), "i64")

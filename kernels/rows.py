@@ -9,6 +9,9 @@ from torch import Tensor
 
 from fastclap.kernels.layer_norm_gelu import DTYPES
 
+# Values of a row that BiasNorm's Triton engine keeps in registers; beside 8192 its sums do not fit those of sm_100.
+WIDEST_BIAS_NORM = 4096
+
 
 def check_floating(x: Tensor, others: Mapping[str, tuple[Tensor | None, Sequence[int]]], name: str = "x") -> None:
     """Checks that x is floating, and the others too, on its device and of their shapes; None among them is left out.

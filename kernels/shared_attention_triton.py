@@ -41,7 +41,9 @@ from fastclap.kernels.triton_tools import INF, LOG2E, PRECISIONS, TYPE_NAMES, ji
 
 LIMIT = tl.constexpr(25.0)  # of a score, above which it is penalized
 CHANNELS = tl.constexpr(4)  # of a position, at most
-PADDING = 128  # the table has room for so many distances more, a row of the matrix is a multiple of it: no tile is larger
+PADDING = (
+    128  # the table has room for so many distances more, a row of the matrix is a multiple of it: no tile is larger
+)
 NARROW = 64  # values up to this width are multiplied without a matrix in memory
 VALUES, MATRIX, PENALTY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # where dS comes from
 
@@ -126,7 +128,7 @@ def _positions(p, row, stride, length, BM: tl.constexpr, POSITION: tl.constexpr)
 @triton.jit
 def _halves(word, DTYPE: tl.constexpr):
     """The two 16-bit numbers of a 32-bit word, as float32."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         return (word << 16).to(tl.float32, bitcast=True), (word & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
         low, high = (word & 0xFFFF).to(tl.uint16), (word >> 16).to(tl.uint16)

@@ -270,7 +270,8 @@ class _SwooshLinear(torch.autograd.Function):
         dispatch.refuse_second_order("swoosh_linear")
         x, mask, sequence, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-        dx = dweight = dbias = a = None
+        dx = dweight = dbias = None
+        a: Any = None
         operators = torch.ops.fastclap
         compiling = torch.compiler.is_compiling()
         if need_x:

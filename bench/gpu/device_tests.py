@@ -37,6 +37,10 @@ FILES = (  # those that compile longest first
     "tests/kernels/test_waveform_convolution_triton.py",
     "tests/kernels/test_feed_forward_triton.py",
     "tests/kernels/test_scaled_adam_triton.py",
+    "tests/kernels/test_swoosh_triton.py",
+    "tests/kernels/test_bias_norm_triton.py",
+    "tests/kernels/test_gated_convolution_triton.py",
+    "tests/kernels/test_resampling_triton.py",
     "tests/train/test_device.py",
 )
 ON_A_GPU = (*FILES, "-k", "not cpu")  # some tests run on both

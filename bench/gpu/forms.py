@@ -27,15 +27,24 @@ from bench.kernel_peers import FRONT_ENDS, in_dtype
 from bench.peers import SCALE
 from bench.run import dtype_name
 from fastclap.features import PRESETS
+from fastclap.kernels.bias_norm import bias_norm, bias_norm_reference, bypass, bypass_reference
 from fastclap.kernels.contrastive.shared import QueueRows
 from fastclap.kernels.feed_forward import feed_forward, feed_forward_reference
+from fastclap.kernels.gated_convolution import gated_convolution, gated_convolution_reference
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu, layer_norm_gelu_reference
 from fastclap.kernels.log_mel.operator import log_mel
 from fastclap.kernels.log_mel.spec import LogMelSpec
 from fastclap.kernels.log_mel.torch_engine import log_mel_reference
+from fastclap.kernels.resampling import (
+    downsample,
+    downsample_reference,
+    upsample_bypass,
+    upsample_bypass_reference,
+)
 from fastclap.kernels.residual_layer_norm import dropout_mask as residual_dropout_mask
 from fastclap.kernels.residual_layer_norm import residual_layer_norm, residual_layer_norm_reference
 from fastclap.kernels.shared_attention import shared_attention
+from fastclap.kernels.swoosh import swoosh_linear, swoosh_linear_reference
 from fastclap.kernels.toeplitz_attention import (
     dropout_mask,
     gated_toeplitz_attention,
@@ -467,6 +476,83 @@ def _feed_forwards() -> Iterator[KernelForm]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the Zipformer's kernels on packed rows
+
+LENGTHS = (70, 1, 130)  # of clips
+
+
+def _packed_form(
+    name: str,
+    dtype: torch.dtype,
+    found: Tensors,
+    constants: Sequence[str],
+    function: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+) -> KernelForm:
+    """Of a function that takes the inputs by name, of which `constants` have no gradient."""
+
+    def results(inputs: Tensors, function: Callable[..., Tensor]) -> Tensors:
+        fixed = {name: inputs[name] for name in constants}
+        leaves = _without(inputs, "upstream", *constants)
+        return _output_and_gradients(
+            lambda *t: function(**dict(zip(leaves, t, strict=True)), **fixed), leaves, inputs["upstream"]
+        )
+
+    return KernelForm(
+        f"{name}, {sum(LENGTHS)} rows",
+        dtype,
+        lambda: dict(found),
+        lambda inputs, engine: results(inputs, functools.partial(function, backend=engine)),
+        lambda inputs: results(_doubled(inputs), reference),
+        ROUNDING[dtype],
+    )
+
+
+def _zipformers() -> Iterator[KernelForm]:
+    """With a stream in float32, branches and products in bf16 or float32."""
+    rows, normal = sum(LENGTHS), _normal(7)
+    sequence = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
+    starts = torch.cat((torch.zeros(1, dtype=torch.long), torch.tensor(LENGTHS).cumsum(0))).int()
+    for dtype in (torch.bfloat16, torch.float32):
+        for hidden, kind in ((500, "r"), (528, "l")):
+            found = {"x": 3 * normal(rows, hidden), "weight": normal(72, hidden) * hidden**-0.5, "bias": normal(72)}
+            found = {name: x.to(dtype) for name, x in (*found.items(), ("upstream", normal(rows, 72)))}
+            found |= {"mask": (normal(len(LENGTHS), hidden) > -1) / 0.84, "sequence": sequence}
+            ways = (functools.partial(way, kind=kind) for way in (swoosh_linear, swoosh_linear_reference))
+            name = f"swoosh {kind} {dtype_name(dtype)} of {hidden}"
+            yield _packed_form(name, dtype, found, ("mask", "sequence"), *ways)
+        stream = {name: normal(rows, 1280) for name in ("x", "original", "upstream")}
+        stream["branch"] = normal(rows, 1280).to(dtype)
+        norm = {"bias": normal(1280) / 2, "log_scale": torch.tensor(0.3)}
+        scales = {"": {"scale": normal(1280)}, " of clips": {"scale": normal(3, 1280), "sequence": sequence}}
+        for name, scale in scales.items():
+            fixed = ("sequence",) if "sequence" in scale else ()
+            label = f"{name} float32, {dtype_name(dtype)}"
+            found = {**stream, **norm, **scale}
+            yield _packed_form(f"bias norm{label}", dtype, found, fixed, bias_norm, bias_norm_reference)
+            yield _packed_form(f"bypass{label}", dtype, {**stream, **scale}, fixed, bypass, bypass_reference)
+        for taps in (15, 31):
+            found = {"u": normal(rows, 2560).to(dtype), "weight": normal(1280, 1, taps), "bias": normal(1280)}
+            found |= {"starts": starts, "upstream": normal(rows, 1280).to(dtype)}
+            ways = gated_convolution, gated_convolution_reference
+            yield _packed_form(f"gated convolution of {taps} {dtype_name(dtype)}", dtype, found, ("starts",), *ways)
+    for size in (2, 4, 8):
+        begins = [torch.arange(start, start + length, size) for start, length in zip(starts, LENGTHS, strict=False)]
+        first = torch.cat((*begins, starts[-1:])).int()
+        found = {
+            "x": normal(rows, 1280),
+            "weights": normal(size),
+            "first": first,
+            "upstream": normal(len(first) - 1, 1280),
+        }
+        yield _packed_form(f"downsample {size}", torch.float32, found, ("first",), downsample, downsample_reference)
+        found = {"original": normal(rows, 1280), "x": normal(len(first) - 1, 1280), "scale": normal(1280)}
+        found |= {"first": first, "upstream": normal(rows, 1280)}
+        ways = upsample_bypass, upsample_bypass_reference
+        yield _packed_form(f"upsample {size}", torch.float32, found, ("first",), *ways)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # LayerNorm of a residual stream
 
 RESIDUAL = ("x", "branch", "branch_bias", "weight", "bias")
@@ -752,6 +838,7 @@ FORMS: tuple[KernelForm, ...] = (
     *_layer_norm_gelus(),
     *_feed_forwards(),
     *_residual_layer_norms(),
+    *_zipformers(),
     *_waveforms(),
     *_convolutions(),
     *_log_mels(),

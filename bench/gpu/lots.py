@@ -20,7 +20,11 @@ TOWERS = (
     "kernels/waveform*.py",
     "kernels/feed_forward*.py",
 )
-MODEL = (*TOWERS, "fastclap/models/*.py")
+ZIPFORMER = (
+    *("kernels/rows.py", "kernels/swoosh*.py", "kernels/bias_norm*.py", "kernels/gated_convolution*.py"),
+    "kernels/resampling*.py",
+)
+MODEL = (*TOWERS, *ZIPFORMER, "fastclap/models/*.py")
 STEP = (*LOSS, *MODEL, "fastclap/grad_cache.py", "train/step.py", "train/distributed.py")
 
 

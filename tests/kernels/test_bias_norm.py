@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastclap.kernels.bias_norm import bias_norm, bias_norm_reference, bypass, bypass_reference
-from fastclap.kernels.dispatch import WIDEST_NORM
+from fastclap.kernels.rows import WIDEST_BIAS_NORM
 from fastclap.testing import assert_close_rel
 
 SEQUENCE = torch.tensor([0, 0, 1, 1, 1, 3, 3])
@@ -132,8 +132,8 @@ def test_wrong_arguments_are_named() -> None:
     refused(ValueError, "bias is on meta, x on cpu; move it there first", x, bias.to("meta"), log_scale)
     refused(ValueError, "backend must be one of", x, bias, log_scale, backend="cuda")
     refused(ValueError, r"cannot be used: x is torch\.float64", x.double(), bias, log_scale, backend="triton")
-    wide = torch.zeros(1, WIDEST_NORM + 1)
-    refused(ValueError, f"more than {WIDEST_NORM}", wide, wide[0], log_scale, backend="triton")
+    wide = torch.zeros(1, WIDEST_BIAS_NORM + 1)
+    refused(ValueError, f"more than {WIDEST_BIAS_NORM}", wide, wide[0], log_scale, backend="triton")
     with pytest.raises(ValueError, match=r"original must be \[7, 6\] beside x \[7, 6\], is \[6, 6\]"):
         bypass(original[1:], x, scale)
 

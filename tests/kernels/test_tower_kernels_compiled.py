@@ -20,6 +20,10 @@ MODULES = (
     "waveform_triton",
     "waveform_convolution_triton",
     "feed_forward_triton",
+    "swoosh_triton",
+    "bias_norm_triton",
+    "gated_convolution_triton",
+    "resampling_triton",
 )
 MOST_USED = (
     "layer norm gelu forward 512 bf16 fp32 weight bias",
@@ -39,6 +43,18 @@ MOST_USED = (
     "feed forward bf16 a sums",
     "feed forward fp16 a sums unaligned",
     "feed forward fp32 a sums",
+    "swoosh l forward bf16 mask",
+    "swoosh l backward a bf16 mask",
+    "swoosh l backward a fp32 mask",
+    "bias norm forward 1280 fp32 bf16 norm bypass branch",
+    "bias norm backward 1280 fp32 bf16 norm bypass branch clips",
+    "bias norm backward 1280 fp32 fp32 norm bypass branch",
+    "bias norm backward 4096 fp32 fp32 norm bypass branch",
+    "gated convolution forward 1280 of 15 bf16 fp32",
+    "gated convolution backward 1280 of 15 bf16 fp32",
+    "resampling down 4 1280 fp32",
+    "resampling down backward 4 sums 1280 fp32",
+    "resampling up backward sums 1280 fp32",
 )
 RESIDUAL = (
     "residual layer norm forward 1024 fp32 bf16",
@@ -139,6 +155,20 @@ def test_the_feed_forward_moves_16_bytes_at_a_time_and_its_threads_share_nothing
         assert ".v4.b32" in result.ptx and "ld.global.b16" not in result.ptx and "st.global.b16" not in result.ptx
         assert result.shared == 0 and "bar.sync" not in result.ptx and "shfl.sync.bfly" not in result.ptx
         assert result.programs >= programs_of_multiprocessor(1, module.REGISTERS) > 0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_zipformers_kernels_leave_threads_alone_and_fit_as_their_launchers_count(arch: int) -> None:
+    from fastclap.kernels.layer_norm_gelu_triton import programs_of_multiprocessor
+
+    for name in (name for name in MOST_USED if name.startswith(("swoosh", "bias norm", "gated"))):
+        compilation, result = compiled(name, arch)
+        assert compilation.maxnreg is not None
+        assert result.programs >= programs_of_multiprocessor(compilation.num_warps, compilation.maxnreg) > 0, name
+        if not name.startswith("bias norm"):
+            assert result.shared == 0 and "bar.sync" not in result.ptx and "shfl.sync" not in result.ptx
+        if not name.startswith("gated"):
+            assert ".v4.b32" in result.ptx and "ld.global.b16" not in result.ptx and "st.global.b16" not in result.ptx
 
 
 @pytest.mark.slow
