@@ -327,7 +327,7 @@ def _operators() -> Iterator[tuple[Any, str, Any]]:
     yield shared_attention, "_penalty_gradients", ops.shared_attention_penalty
     yield feed_forward, "_gelu_backward", ops.gelu_backward
     yield swoosh, "_forward", ops.swoosh
-    yield swoosh, "_slope", lambda x, dy, kind: torch.empty_like(x)
+    yield swoosh, "_slope", lambda x, dy, _: x * dy  # which reads and writes as much
     yield swoosh, "_backward", ops.swoosh_linear_backward
     yield bias_norm, "_forward", ops.bias_norm
     yield bias_norm, "_backward", ops.bias_norm_backward
@@ -337,13 +337,6 @@ def _operators() -> Iterator[tuple[Any, str, Any]]:
         yield resampling, f"_{name}", getattr(ops, name)
     yield waveform_convolution, "_forward", ops.waveform_convolution
     yield waveform_convolution, "_backward", ops.waveform_convolution_backward
-    yield swoosh, "_forward", ops.swoosh
-    yield swoosh, "_slope", lambda x, dy, _: x * dy  # which reads and writes as much
-    yield swoosh, "_backward", ops.swoosh_linear_backward
-    yield bias_norm, "_forward", ops.bias_norm
-    yield bias_norm, "_backward", ops.bias_norm_backward
-    yield gated_convolution, "_forward", ops.gated_convolution
-    yield gated_convolution, "_backward", ops.gated_convolution_backward
     yield scaled_adam_triton, "sums", _scaled_adam_sums
     yield scaled_adam_triton, "update_", _scaled_adam_step
     yield log_mel, "_features", lambda batch, spec, _: ops.log_mel(*batch, spec.key, "auto")
