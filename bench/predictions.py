@@ -371,45 +371,38 @@ def reference_cell(rows: int, shares: tuple[float, float], tflops: float | None,
 # ---------------------------------------------------------------------------------------------------------------------
 # CLSP's step, with SPEAR-XLarge and RoBERTa
 
+CLSP_OURS, CLSP_PUBLISHED = "fastclap", "published code"
+
 
 @dataclass(frozen=True)
 class ClspStep:
     """A traced step of 800 s of audio.
 
     Attributes:
+        clips, seconds: how many, and how long each.
         operations: of all phases.
         tflop: of its products.
-        gbytes: that are read and written, of all operations and of those that are no products.
-        held: GB alive when the backward pass begins, above `standing`.
-        standing: GB of weights and optimizer state.
+        gbytes: that are read and written, by all operations and by those that are no products.
+        held: GB alive when the backward pass begins, weights and optimizer state among them.
     """
 
+    clips: int
+    seconds: int
     operations: int
     tflop: float
     gbytes: tuple[float, float]
     held: float
-    standing: float
 
 
-# By `bench.step_trace --system clsp`, with and without `--icefall`, for clips of so many seconds.
-CLSP = {
-    (30, clsp_step.OURS): ClspStep(0, 0.0, (0.0, 0.0), 0.0, 0.0),
-    (30, clsp_step.PUBLISHED): ClspStep(0, 0.0, (0.0, 0.0), 0.0, 0.0),
-    (5, clsp_step.OURS): ClspStep(0, 0.0, (0.0, 0.0), 0.0, 0.0),
-    (5, clsp_step.PUBLISHED): ClspStep(0, 0.0, (0.0, 0.0), 0.0, 0.0),
-}
-CLSP_READS = 0  # numbers that the published step reads off the device, in its first hundred steps: traced
-
-
-def clsp_clips(seconds: int) -> int:
-    return int(clsp_step.SECONDS_A_BATCH / seconds)
-
-
-def clsp_tflop(seconds: int) -> float:
-    """Of the model, forward and backward pass of a batch."""
-    size, clips = clsp_step.SIZES["spear-xlarge"], clsp_clips(seconds)
-    tokens = clsp_step.SHORT_TOKENS * clips + clsp_step.LONG_TOKENS * clips
-    return 0.0
+# By `bench.step_trace --system clsp --seconds ...`, with and without `--icefall`.
+CLSP = (
+    (CLSP_OURS, ClspStep(26, 30, 0, 0.0, (0, 0), 0.0)),
+    (CLSP_PUBLISHED, ClspStep(26, 30, 0, 0.0, (0, 0), 0.0)),
+    (CLSP_OURS, ClspStep(160, 5, 0, 0.0, (0, 0), 0.0)),
+    (CLSP_PUBLISHED, ClspStep(160, 5, 0, 0.0, (0, 0), 0.0)),
+)
+CLSP_TFLOP = {30: 0.0, 5: 0.0}  # of the model in such a step, by `bench.model_flops`
+CLSP_READS = 0  # numbers that the published step reads off the device: traced, in its first hundred steps
 
 
 def clsp_ms(step: ClspStep, machine: Machine) -> float:
@@ -419,21 +412,16 @@ def clsp_ms(step: ClspStep, machine: Machine) -> float:
 
 
 def clsp_rows() -> Iterator[list[str]]:
-    for (seconds, form), step in CLSP.items():
-        yield [
-            f"{clsp_clips(seconds)} of {seconds} s",
-            form,
-            f"{step.operations:,}",
-            f"{step.tflop:.3g}",
-            *(f"{x:.0f}" for x in (*step.gbytes, step.standing + step.held)),
-            *(clsp_cell(seconds, step, machine) for machine in MACHINES),
-        ]
+    for form, step in CLSP:
+        traced = (f"{step.operations:,}", f"{step.tflop:.3g}", *(f"{x:.3g}" for x in (*step.gbytes, step.held)))
+        cells = (clsp_cell(step, machine) for machine in MACHINES)
+        yield [f"{step.clips} × {step.seconds} s", form, *traced, *cells]
 
 
-def clsp_cell(seconds: int, step: ClspStep, machine: Machine) -> str:
+def clsp_cell(step: ClspStep, machine: Machine) -> str:
     ms = clsp_ms(step, machine)
-    audio = 1e3 * clsp_clips(seconds) * seconds / ms
-    return f"{ms:.0f} ms, {audio:,.0f} s/s, {1e3 * clsp_tflop(seconds) / ms / machine.tflops:.0%}"
+    share = 1e3 * CLSP_TFLOP[step.seconds] / ms / machine.tflops
+    return f"{ms:.0f} ms, {1e3 * step.clips * step.seconds / ms:,.0f} s/s, {share:.0%}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -565,7 +553,22 @@ the model's {pair_tflop():.3g} TFLOP a pair (`bench.model_flops`).
 - GB held: {HELD_BY_128:.0f} for a batch of 128 (traced), which is 16 bytes a parameter and {clip_gb():.2f} GB a clip; at most {FREE_SHARE:.0%} is free.
 - The reference multiplies {pair_tflop() + checkpointed_tflop():.3g} TFLOP a pair (gradient checkpointing). As released: float32 without tensor cores, at
   {percent(RELEASED_SHARES)} of {FLOAT32_TFLOPS:g} TFLOP/s, and {HOST_READS} reads of {READ_US:g} µs by the host. Tuned (no statistics, TF32, bf16 autocast):
-  {percent(TUNED_SHARES)} of the rate of products. All assumed."""  # noqa: E501
+  {percent(TUNED_SHARES)} of the rate of products. All assumed.
+
+## CLSP's training step
+
+SPEAR-XLarge and RoBERTa (724 M parameters), 800 s of audio, two captions a clip, ScaledAdam, bf16 autocast. s/s: seconds of
+audio a second; %: of the rate of products, by the model's own TFLOP ({CLSP_TFLOP[30]:.3g} with clips of 30 s, {CLSP_TFLOP[5]:.3g} of 5 s).
+
+{markdown(("clips", "step", "operations", "TFLOP", "GB", "of which not products", "GB held", *(m.name for m in MACHINES)), clsp_rows())}
+
+- Traced (`bench.step_trace --system clsp`): operations, TFLOP, GB read and written, GB held with weights and optimizer
+  state. The time is products + other bytes + gaps, each at the rates above; the host is assumed to keep ahead.
+- Both steps are traced with the limits that one draw activates. Which those are is random: an active one costs ours a
+  product of its own only where the code looks at covariances, of which it launches a quarter, and the published code,
+  once the limits hold, a fortieth.
+- The published step reads {CLSP_READS} numbers off the device, and waits for it each time; that is not in its time. k2's Swoosh
+  counts as an operation, and as two where its derivative is wanted."""  # noqa: E501
     )
 
 
