@@ -118,7 +118,7 @@ def test_published_hyper_parameters() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("form", [[], ["--small"], ["--parity"], ["--small", "--parity"]])
 def test_every_form_of_every_recipe_is_possible(name: str, form: list[str]) -> None:
-    start = ["--init-from", "stage1"] if name in ("ra-clap", "clsp-stage2") else []
+    start = ["--init-from", "stage1"] if name in ("ra-clap", "clsp-stage2", "clsp-stage3") else []
     config = parsed(name, *form, "--data.train", "a.jsonl", *start)
     config.check()
     assert config.loss.share_equal_captions == ("--parity" not in form)
@@ -126,7 +126,22 @@ def test_every_form_of_every_recipe_is_possible(name: str, form: list[str]) -> N
         assert config.model.audio.pretrained == "openai/whisper-tiny.en" and config.model.audio.window == "clip"
         assert config.model.head == RECIPES[name]().model.head and config.model.text == RECIPES[name]().model.text
     elif "--small" in form:
-        assert config.model == RECIPES["small"]().model and (config.steps, config.batch_size) == (1000, 32)
+        small = RECIPES["small"]().model
+        if RECIPES[name]().model.audio.kind == "zipformer":
+            assert config.model.audio.kind == "zipformer" and config.optimizer.kind == "scaled-adam"
+            small.audio = config.model.audio
+        assert config.model == small and (config.steps, config.batch_size) == (1000, 32)
+
+
+def test_wavlm_takes_the_place_of_a_zipformer() -> None:
+    for name in ("clsp-stage1", "clsp-stage2", "clsp-stage3"):
+        config = parsed(name, "--wavlm", "--data.train", "a.jsonl")
+        config.check()
+        assert config.model.audio.pretrained == "microsoft/wavlm-large" and config.optimizer.kind == "adamw"
+        assert config.data == parsed(name, "--data.train", "a.jsonl").data
+        assert parsed(name, "--wavlm", "--small", "--data.train", "a.jsonl").model == RECIPES["small"]().model
+    with pytest.raises(ConfigError, match="this recipe has none"):
+        parsed("small", "--wavlm", "--data.train", "a.jsonl")
 
 
 def test_second_stages_and_layer_weights() -> None:

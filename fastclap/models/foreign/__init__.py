@@ -88,7 +88,10 @@ def read_foreign(
 
 
 def _read_file(path: Path, audio: dict[str, Any], text: dict[str, Any]) -> ForeignModel:
-    weights = icefall_names(modern_names(load_state_dict_file(path)))
+    weights = modern_names(load_state_dict_file(path))
+    if any(name.startswith("audio_branch.encoder_embed.") for name in weights):
+        raise ModelError(f"{path}: the weights of a fastclap model without its configuration; name its folder")
+    weights = icefall_names(weights)
     for sign, (code, read) in _FILES.items():
         if any(name.startswith(sign) for name in weights):
             return read(ForeignWeights(path, code, weights), audio, text)

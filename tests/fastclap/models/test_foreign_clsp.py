@@ -584,6 +584,9 @@ def test_damaged_malicious_and_wrong_files(tokenizer_folder: Path, tmp_path: Pat
     torch.save({"model": {name: tensor for name, tensor in weights.items() if name.startswith("encoder")}}, file)
     with pytest.raises(ModelError, match=r"epoch-3\.pt: an encoder of speech without one of text .*audio\.pretrained"):
         CLAP.from_pretrained(file, tokenizer=tokenizer_folder)
+    CLAP(small_config()).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ModelError, match=r"model\.safetensors: the weights of a fastclap model .*; name its folder"):
+        CLAP.from_pretrained(tmp_path / "ours/model.safetensors", tokenizer=tokenizer_folder)
 
 
 # -- SPEAR ------------------------------------------------------------------------------------------------------------
