@@ -66,6 +66,7 @@ _STEP_FORMS = ("loss ids", *_TOWER_FORMS)
 
 _ZIPFORMER_FORMS = (
     *("shared attention", "swoosh", "bias norm", "bypass", "gated convolution", "downsample", "upsample"),
+    "scaled adam",
     "log-mel int16 to float32, clsp-128, lengths",
 )
 
@@ -100,7 +101,7 @@ _LOTS = (
         ("bench.gpu.clsp:long", "bench.gpu.clsp:short"),
         ("loss ids", *_ZIPFORMER_FORMS),
         200,
-        (*STEP, *LOG_MEL, "fastclap/models/zipformer/*.py", "train/scaled_adam.py"),
+        (*STEP, *LOG_MEL, "fastclap/models/zipformer/*.py", "train/scaled_adam.py", "kernels/scaled_adam*.py"),
     ),
     Lot(
         "loss",
