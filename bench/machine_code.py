@@ -222,6 +222,7 @@ def main() -> None:
         layer_norm_gelu_triton,
         offline,
         residual_layer_norm_triton,
+        shared_attention_triton,
         swoosh_triton,
         toeplitz_attention_triton,
     )
@@ -241,6 +242,9 @@ def main() -> None:
     for kernel in ("forward 64 bf16", "keys 64 bf16", "queries 64 bf16 table"):
         tile = attention_tile(machine_code(toeplitz_attention_triton, f"attention {kernel}"))
         rows.append((f"attention {kernel}", "a tile", tile))
+    for kernel in ("log_sum bf16", "forward bf16", "keys bf16 values", "queries bf16 values"):
+        tile = attention_tile(machine_code(shared_attention_triton, f"shared attention {kernel}"))
+        rows.append((f"shared attention {kernel}", "a tile of 64 x 64 scores", tile))
     norms = [(layer_norm_gelu_triton, f"layer norm gelu {name}") for name in NORMS]
     norms += [(residual_layer_norm_triton, f"residual layer norm {name}") for name in RESIDUAL]
     rows += [(name, "a row", row_tile(machine_code(module, name))) for module, name in norms]

@@ -11,7 +11,9 @@ Each run is one `fastclap-train RECIPE --small` through the real command line. T
   compositional captions, which name both kinds of tags and which none of them was trained on.
 * distillation: `ra-clap` from an `ess-clap` model, against the same further training without a teacher.
 * fine: `clsp-stage2` (global and fine captions) from a `clsp-stage1` model, against the same further training with
-  global captions only: retrieval with fine captions.
+  global captions only: retrieval with fine captions. Both with the log-mel tower.
+* towers: the small Zipformer of these two recipes, with ScaledAdam, against that log-mel tower, which has as many
+  parameters: in about the same time, and in as many steps.
 
 The test manifest is seen by nothing but the scores. Runs that the record has already are not repeated.
 """
@@ -63,6 +65,12 @@ class Run:
 
 NO_TAG_LOSS = ("--loss.tag-weight", "0", "--data.balance", "none")
 ON_CLASSES = ("--data.tag-column", "classification_tag")
+LOG_MEL = ("--wavlm",)  # of which the small form is the log-mel tower with AdamW
+EQUAL_TIME = ("--steps", "400")
+ADAMW = (
+    *("--optimizer.kind", "adamw", "--optimizer.learning-rate", "3e-3", "--optimizer.schedule", "cosine"),
+    *("--optimizer.warmup-start", "0"),
+)
 RUNS = {
     "tags of classes": Run("paraspeechclap-intrinsic", ON_CLASSES),
     "tags of classes, loss alone": Run("paraspeechclap-intrinsic", (*ON_CLASSES, "--data.balance", "none")),
@@ -75,9 +83,14 @@ RUNS = {
     "first stage, ESS-CLAP": Run("ess-clap"),
     "with teacher": Run("ra-clap", start="first stage, ESS-CLAP"),
     "without teacher": Run("ra-clap", ("--loss.teacher", "None"), start="first stage, ESS-CLAP"),
-    "first stage, CLSP": Run("clsp-stage1"),
-    "global and fine": Run("clsp-stage2", start="first stage, CLSP"),
-    "global only": Run("clsp-stage2", ("--data.captions", "global"), start="first stage, CLSP"),
+    "first stage, CLSP": Run("clsp-stage1", LOG_MEL),
+    "global and fine": Run("clsp-stage2", LOG_MEL, start="first stage, CLSP"),
+    "global only": Run("clsp-stage2", (*LOG_MEL, "--data.captions", "global"), start="first stage, CLSP"),
+    "Zipformer, first stage": Run("clsp-stage1"),
+    "Zipformer, second stage": Run("clsp-stage2", start="Zipformer, first stage"),
+    "Zipformer, first stage, equal time": Run("clsp-stage1", EQUAL_TIME),
+    "Zipformer, second stage, equal time": Run("clsp-stage2", EQUAL_TIME, start="Zipformer, first stage, equal time"),
+    "Zipformer with AdamW, first stage, equal time": Run("clsp-stage1", (*EQUAL_TIME, *ADAMW)),
 }
 
 
@@ -114,6 +127,19 @@ COMPARISONS = {
         "CLSP: global and fine captions",
         ("global and fine", "global only", "first stage, CLSP"),
         ("fine R@1", "fine R@10", "fine mAP@10", "global mAP@10", "class UAR, caption prompts"),
+    ),
+    "towers": Comparison(
+        "CLSP: a Zipformer and a log-mel transformer of as many parameters",
+        (
+            "first stage, CLSP",
+            "global and fine",
+            "Zipformer, first stage, equal time",
+            "Zipformer, second stage, equal time",
+            "Zipformer with AdamW, first stage, equal time",
+            "Zipformer, first stage",
+            "Zipformer, second stage",
+        ),
+        ("class UAR, caption prompts", "sex UAR", "global mAP@10", "fine mAP@10"),
     ),
 }
 

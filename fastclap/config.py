@@ -164,10 +164,11 @@ class AudioTowerConfig:
     repeat: Literal["whole", "cut"] = "whole"
     """clap-htsat, cnn14: a shorter clip is repeated as often as it fits, with silence after (whole, as in LAION-CLAP),
     or until the window is full (cut, as in MS-CLAP)."""
-    feature_normalization: Literal["global", "per-mel", "clip"] = "global"
+    feature_normalization: Literal["global", "per-mel", "clip"] | None = None
     """log-mel: statistics that `fit_feature_statistics` measures once and the model keeps: one mean and standard
-    deviation, or one pair a band; clip subtracts each clip's own mean level instead of the global mean, which makes the
-    embedding independent of the recording level."""
+    deviation (global, the default), or one pair a band; clip subtracts each clip's own mean level instead of the global
+    mean, which makes the embedding independent of the recording level. zipformer: none, as published,
+    or clip, with which it is also augmented as the log-mel tower is."""
     width: int = 128
     """log-mel: width of the transformer. cnn14: of the output (published: 2048)."""
     layers: int = 3
@@ -187,18 +188,18 @@ class AudioTowerConfig:
     dropout: float = 0.1
     """log-mel: dropout of every residual branch and of the convolutions' output."""
     random_gain: float = 0.0
-    """log-mel: in training each clip is made louder or softer by up to this many dB."""
+    """log-mel, zipformer: in training each clip is made louder or softer by up to this many dB."""
     frequency_warp: float = 0.0
-    """log-mel: in training the mel axis of each clip is stretched or squeezed by up to this share, as by a shorter or
-    longer vocal tract."""
+    """log-mel, zipformer: in training the mel axis of each clip is stretched or squeezed by up to this share, as by a
+    shorter or longer vocal tract."""
     time_masks: int = 2
-    """log-mel: SpecAugment time masks a clip in training."""
+    """log-mel, zipformer: SpecAugment time masks a clip in training."""
     time_mask_width: int = 20
-    """log-mel: largest width of a time mask, in frames (drawn uniformly from 0 to this)."""
+    """log-mel, zipformer: largest width of a time mask, in frames (drawn uniformly from 0 to this)."""
     frequency_masks: int = 2
-    """log-mel: SpecAugment frequency masks a clip in training."""
+    """log-mel, zipformer: SpecAugment frequency masks a clip in training."""
     frequency_mask_width: int = 16
-    """log-mel: largest width of a frequency mask, in mel bands (drawn uniformly from 0 to this)."""
+    """log-mel, zipformer: largest width of a frequency mask, in mel bands (drawn uniformly from 0 to this)."""
     zipformer: ZipformerConfig = field(default_factory=ZipformerConfig)
     """zipformer: its sizes."""
 

@@ -8,9 +8,11 @@ multiplies A with three sets of values: head 0 alone with wide ones, then all he
 Rows are packed: the frames of all clips one after the other, no padding between them.
 
 The torch engine keeps A, and autograd adds the users' gradients of it. Clips of one length that follow one another are
-one batch. The Triton engine (`fastclap.kernels.shared_attention_triton`) keeps the logarithms of the rows' sums alone
-and makes A anew for every user; the softmax's gradient is linear in that of A, so that the users' gradients of q, k, p
-and table add up here too. Eager calls go through an autograd.Function, and under torch.compile through operators
+one batch, on a CPU the short ones only.
+
+The Triton engine (`fastclap.kernels.shared_attention_triton`) keeps the logarithms of the rows' sums alone and makes A
+anew for every user; the softmax's gradient is linear in that of A, so that the users' gradients of q, k, p and table
+add up here too. Eager calls go through an autograd.Function, and under torch.compile through operators
 `fastclap::shared_attention…`.
 """
 
@@ -29,6 +31,7 @@ from fastclap.kernels import dispatch
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST_HEAD = 64  # of q and k, in the Triton engine
 MOST_CHANNELS = 4  # of a position, in the Triton engine
+ALONE = 64  # rows from which on a CPU is faster with a clip by itself: its scores stay in the cache
 PENALIZED = 25.0  # absolute value of a score above which the penalty pushes it back
 
 Gradients = tuple["Tensor | None", ...]
@@ -98,9 +101,7 @@ def shared_attention(
     engine = dispatch.engine(q, backend, _why_not_triton(q, p))
     if engine == "triton":
         return _TritonWeights(q, k, p, table, starts, max(lengths), float(penalty))
-    # One clip at a time, the bias by index: as plain as it can be.
-    runs = [(n, 1) for n in lengths] if engine == "reference" else _runs(lengths)
-    return _TorchWeights(q, k, p, table, runs, float(penalty), by_index=engine == "reference")
+    return _TorchWeights(q, k, p, table, lengths, float(penalty), by_index=engine == "reference")
 
 
 def _check(
@@ -143,7 +144,7 @@ def _check(
 
 def _check_values(v: Tensor, q: Tensor) -> Tensor:
     """v in autocast's dtype."""
-    dtype = dispatch.autocast_dtype(v)
+    dtype = dispatch.autocast_dtype(q)
     v = v if dtype is None else v.to(dtype)
     rows, heads, _ = q.shape
     if v.dim() != 3 or v.shape[0] != rows or v.shape[1] not in (1, heads) or not v.shape[2]:
@@ -170,9 +171,11 @@ def _why_not_triton(q: Tensor, p: Tensor) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(rows of a clip, clips) of each run of clips of one length."""
-    return ((length, len(list(group))) for length, group in itertools.groupby(lengths))
+def _runs(lengths: Sequence[int], alone: float) -> Iterator[tuple[int, int]]:
+    """(rows of a clip, clips) of each run of clips of one length; clips of `alone` rows or more by themselves."""
+    for length, group in itertools.groupby(lengths):
+        clips = len(list(group))
+        yield from [(length, 1)] * clips if length >= alone else [(length, clips)]
 
 
 class _TorchWeights:
@@ -184,11 +187,11 @@ class _TorchWeights:
         k: Tensor,
         p: Tensor,
         table: Tensor,
-        runs: Iterator[tuple[int, int]] | list[tuple[int, int]],
+        lengths: Sequence[int],
         penalty: float,
         by_index: bool,
     ) -> None:
-        self.q, self.runs = q, list(runs)
+        self.q, self.runs = q, list(_runs(lengths, ALONE if q.device.type == "cpu" else math.inf))
         wide = torch.promote_types(q.dtype, torch.float32)
         parts = zip(*(self._batches(x.to(wide)) for x in (q, k, p)), strict=True)
         bias = _biases_by_index if by_index else _biases
@@ -226,10 +229,11 @@ def _biases(p: Tensor, table: Tensor) -> Tensor:
     """Σ_c p_c · table_c[j - i], [clips, H, T, T], p being [clips, H, T, c]: upstream's relative shift."""
     # By distance, then row i from distance -i on: a row is one element shorter than the step from one to the next.
     by_distance = p @ table
-    clips, heads, length, distances = by_distance.shape
-    flat = by_distance.flatten(2)[..., length - 1 :]
-    flat = torch.nn.functional.pad(flat, (0, length * (distances - 1) - flat.shape[2]))
-    return flat.view(clips, heads, length, distances - 1)[..., :length] if length > 1 else by_distance
+    length, distances = by_distance.shape[2:]
+    if length == 1:
+        return by_distance
+    shifted = by_distance.flatten(2)[..., length - 1 : -1].unflatten(2, (length, distances - 1))
+    return shifted[..., :length]
 
 
 def _biases_by_index(p: Tensor, table: Tensor) -> Tensor:
@@ -265,8 +269,8 @@ class _TritonWeights:
     def __init__(
         self, q: Tensor, k: Tensor, p: Tensor, table: Tensor, starts: Tensor, longest: int, penalty: float
     ) -> None:  # fmt: skip
+        prepare: Any = torch.ops.fastclap.shared_attention_sums if torch.compiler.is_compiling() else _prepare
         with torch.no_grad():
-            prepare = torch.ops.fastclap.shared_attention_sums if torch.compiler.is_compiling() else _prepare
             self.log_sum, self.packed = prepare(q, k, p, table, starts, longest)
         if penalty:
             q, k, p, table = _Penalty.apply(q, k, p, table, self.packed, starts, longest, penalty)

@@ -9,9 +9,9 @@ shared memory. Sums of exponentials are computed once for all users; then every 
   queries, for dK and dV; `_queries_kernel` for dQ, dP and sums of the table's gradient; nothing T x T is stored.
 * Wide values: `_matrix_kernel` writes the weights of a head, `_product_kernel` multiplies with them or their transpose,
   `_change_kernel` puts dS = A · (dO·Vᵀ - δ) in their place, out of which the two kernels above read. The matrix is
-  gone at the end of a pass. 26 clips of 30 s (58 M weights, 960 columns) on an H100: 0.1 ms to make and write, 0.2 ms
-  for each of three products at 70 % of the peak. Making them anew for every 256 columns would cost 0.2 ms a product
-  more, and dO·Vᵀ would be needed twice; 160 clips of 5 s (10 M weights, 20 MB, all of it in L2) cost a sixth of either.
+  gone at the end of a pass. Predicted for an H100, 26 clips of 30 s at 50 Hz (58 M weights, 960 columns): 0.1 ms to
+  make and write it, 0.2 ms for each of the three products at 70 % of the peak. To make the weights anew for every 256
+  columns would cost 0.2 ms a product more, and dO·Vᵀ be needed twice. 160 clips of 5 s have a sixth of it all.
 * `_delta_kernel`: δ_i = Σ_c out_ic · dout_ic. `_table_kernel` adds the sums up.
 
 The gradients of p and of the table want dS by distance: each row of a tile is rotated so that its elements of one
@@ -97,12 +97,11 @@ SUMMED_STRIPS, SUMMED_DISTANCES = 32, 64  # of a step of the program that adds t
 
 
 @triton.jit
-def _place(starts, blocks, heads, BLOCK: tl.constexpr):
-    """Of this program: its first row in the clip, the clip's first row and its length, the clip and the head."""
-    row, index = (tl.program_id(0) % blocks) * BLOCK, tl.program_id(0) // blocks
-    clip, head = index // heads, index % heads
-    first = tl.load(starts + clip)
-    return row, first.to(tl.int64), tl.load(starts + clip + 1) - first, clip, head
+def _place(starts, program, blocks, heads, BLOCK: tl.constexpr):
+    """Of a program: its first row in the clip, the clip's first row and its length, and the head."""
+    row, index = (program % blocks) * BLOCK, program // blocks
+    first = tl.load(starts + index // heads)
+    return row, first.to(tl.int64), tl.load(starts + index // heads + 1) - first, index % heads
 
 
 @triton.jit
@@ -128,7 +127,7 @@ def _positions(p, row, stride, length, BM: tl.constexpr, POSITION: tl.constexpr)
 @triton.jit
 def _halves(word, DTYPE: tl.constexpr):
     """The two 16-bit numbers of a 32-bit word, as float32."""
-    if tl.bfloat16 == DTYPE:
+    if DTYPE.is_bf16():
         return (word << 16).to(tl.float32, bitcast=True), (word & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
         low, high = (word & 0xFFFF).to(tl.uint16), (word >> 16).to(tl.uint16)
@@ -192,7 +191,7 @@ def _log_sum_kernel(
     HEAD: tl.constexpr, D: tl.constexpr, POSITION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, first, length, clip, head = _place(starts, blocks, heads, BM)
+    row, first, length, head = _place(starts, tl.program_id(0), blocks, heads, BM)
     if row >= length:
         return
     words = _further(_zero_distance(words, head, far), -row)
@@ -223,7 +222,7 @@ def _forward_kernel(
     HEAD: tl.constexpr, D: tl.constexpr, POSITION: tl.constexpr, VALUE: tl.constexpr, V: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, first, length, clip, head = _place(starts, blocks, heads, BM)
+    row, first, length, head = _place(starts, tl.program_id(0), blocks, heads, BM)
     if row >= length:
         return
     words = _further(_zero_distance(words, head, far), -row)
@@ -254,7 +253,7 @@ def _matrix_kernel(
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All weights of a block of rows, and zeros up to the next multiple of PADDING columns: readers need no mask."""
-    row, first, length, clip, head = _place(starts, blocks, heads, BM)
+    row, first, length, head = _place(starts, tl.program_id(0), blocks, heads, BM)
     if row >= length:
         return
     words = _further(_zero_distance(words, head, far), -row)
@@ -280,14 +279,9 @@ def _product_kernel(
     """BN columns of out = A·x, or of Aᵀ·x, clip by clip."""
     CHUNKS: tl.constexpr = (VALUE + BN - 1) // BN
     at = (tl.program_id(0) % CHUNKS) * BN  # programs side by side share the rows of A
-    index = tl.program_id(0) // CHUNKS
-    row, index = (index % blocks) * BM, index // blocks
-    clip, head = index // heads, index % heads
-    first = tl.load(starts + clip)
-    length = tl.load(starts + clip + 1) - first
+    row, first, length, head = _place(starts, tl.program_id(0) // CHUNKS, blocks, heads, BM)
     if row >= length:
         return
-    first = first.to(tl.int64)
     matrix += (head.to(tl.int64) * rows + first) * matrix_row
     x += first * x_row + head * VALUE + at
     result = tl.zeros((BM, BN), tl.float32)
@@ -334,14 +328,10 @@ def _change_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dS = A · (dO·Vᵀ - δ) of a tile in the place of A; `blocks` is how many of BM rows and of BN columns there are."""
-    column, index = (tl.program_id(0) % blocks) * BN, tl.program_id(0) // blocks
-    row, index = (index % blocks) * BM, index // blocks
-    clip, head = index // heads, index % heads
-    first = tl.load(starts + clip)
-    length = tl.load(starts + clip + 1) - first
+    column = (tl.program_id(0) % blocks) * BN
+    row, first, length, head = _place(starts, tl.program_id(0) // blocks, blocks, heads, BM)
     if (row >= length) | (column >= length):
         return
-    first = first.to(tl.int64)
     upstream += first * up_row + head * VALUE
     v += first * v_row + head * VALUE
     result = tl.zeros((BM, BN), tl.float32)
@@ -365,7 +355,7 @@ def _keys_kernel(
     HEAD: tl.constexpr, D: tl.constexpr, POSITION: tl.constexpr, VALUE: tl.constexpr, V: tl.constexpr,
     SOURCE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    column, first, length, clip, head = _place(starts, blocks, heads, BN)
+    column, first, length, head = _place(starts, tl.program_id(0), blocks, heads, BN)
     if column >= length:
         return
     q += first * q_row + head * HEAD
@@ -429,14 +419,15 @@ def _queries_kernel(
 
     `places` says of each strip which row it begins at and how long its clip is, `sums` is [heads, strips, 4, width].
     """
-    row, first, length, clip, head = _place(starts, blocks, heads, BM)
+    row, first, length, head = _place(starts, tl.program_id(0), blocks, heads, BM)
     if row >= length:
         return
+    clip = tl.program_id(0) // blocks // heads
     strip = (first // BM).to(tl.int32) + clip + row // BM  # each number once, clips being rounded up
     if head == 0:
         tl.store(places + 2 * strip, row)
         tl.store(places + 2 * strip + 1, length)
-    i, j = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    j = tl.arange(0, BN)[None, :]
     channel = tl.arange(0, 16)
     k += first * k_row + head * HEAD
     vectors += (head * (2 * far) + far - row - BN) * CHANNELS

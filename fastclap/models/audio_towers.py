@@ -26,10 +26,11 @@ from fastclap.features import LogMel
 from fastclap.kernels.waveform import normalize_waveform
 from fastclap.models import wavlm
 from fastclap.models.audio_tower import AudioTower, features_of
+from fastclap.models.augmentation import augmented, louder_or_softer
 from fastclap.models.cnn14 import Cnn14Tower
 from fastclap.models.fixed_window import FixedWindowTower
 from fastclap.models.freezing import Stages, transformer_layers
-from fastclap.models.layers import Transformer, as_float, length_mask, masked_mean, prepare_waveform
+from fastclap.models.layers import Transformer, length_mask, masked_mean, prepare_waveform
 from fastclap.models.packing import Packing, longest_of
 from fastclap.models.pe_audio import PEAudioTower
 from fastclap.models.pooling import Pooling
@@ -134,21 +135,13 @@ class LogMelTower(AudioTower):
         if lengths is not None and host_lengths is not None:
             audio = audio[:, : longest_of("host_lengths", host_lengths, audio)]
             sizes = self.log_mel.spec.frame_lengths(torch.tensor(host_lengths)).tolist()
-        if self.training and config.random_gain:
-            decibels = config.random_gain * (2 * torch.rand(len(audio), 1, device=audio.device) - 1)
-            audio = as_float(audio) * 10 ** (decibels / 20)
+        if self.training:
+            audio = louder_or_softer(audio, config)
         features, frames, valid = self._features(audio, lengths)
         x = (features - self.feature_mean.float()) / self.feature_std.float()
-        if self.training and config.frequency_warp:
-            x = warp_bands(x, config.frequency_warp)
-        hidden = ~valid
-        if self.training and config.time_masks:
-            hidden = hidden | uniform_spans(frames, x.shape[1], config.time_masks, config.time_mask_width)
-        x = x.masked_fill(hidden[..., None], 0.0)
-        if self.training and config.frequency_masks:
-            bands = torch.full_like(frames, x.shape[2])
-            spans = uniform_spans(bands, x.shape[2], config.frequency_masks, config.frequency_mask_width)
-            x = x.masked_fill(spans[:, None], 0.0)
+        if self.training:
+            x = augmented(x, frames, config)
+        x = x.masked_fill(~valid[..., None], 0.0)
         x = x.to(self.input.weight.dtype)
         x = x.transpose(1, 2)[..., None] if config.convolution == "time" else x[:, None]
         for convolution in self.convolutions:  # [B, channels, frames, bands]
@@ -175,37 +168,6 @@ class LogMelTower(AudioTower):
 
     def _pool(self, x: Tensor, valid: Tensor) -> Tensor:
         return self.pooling.pool(x, valid).to(x.dtype)
-
-
-def uniform_spans(
-    lengths: Tensor,  # [B] valid size of the axis
-    size: int,
-    count: int,
-    max_width: int,
-) -> Tensor:  # bool [B, size], True where masked
-    """SpecAugment: union of `count` spans an item, width uniform in 0..max_width, at most half of the item each."""
-    draws = torch.rand(2, lengths.shape[0], count, 1, device=lengths.device)
-    lengths = lengths[:, None, None]
-    width = torch.minimum((draws[0] * (max_width + 1)).long(), lengths // 2)
-    start = (draws[1] * (lengths - width + 1)).long()
-    position = torch.arange(size, device=lengths.device)
-    return ((position >= start) & (position < start + width)).any(1)
-
-
-def warp_bands(
-    features: Tensor,  # [B, T, bands]
-    share: float,
-) -> Tensor:  # [B, T, bands]
-    """Vocal tract length perturbation (Jaitly & Hinton 2013) on the mel axis: band i takes the value at i·(1 ± share).
-
-    The factor is drawn for each clip, uniformly; values between bands are interpolated and the last band is repeated.
-    """
-    batch, frames, bands = features.shape
-    factor = 1 + share * (2 * torch.rand(batch, 1, device=features.device) - 1)
-    position = (torch.arange(bands, device=features.device) * factor).clamp(max=bands - 1)
-    low = position.long().clamp(max=bands - 2)
-    left, right = (features.gather(2, at[:, None].expand(-1, frames, -1)) for at in (low, low + 1))
-    return torch.lerp(left, right, (position - low)[:, None].to(features.dtype))
 
 
 class Wav2Vec2Tower(AudioTower):

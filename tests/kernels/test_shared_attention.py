@@ -16,7 +16,7 @@ from fastclap.kernels.shared_attention import shared_attention
 from fastclap.testing import assert_close_rel
 from tests.kernels.shared_attention_cases import Case, case, check, oracle
 
-CLIPS = ((1,), (2,), (33,), (100,), (7, 7, 7), (33, 2, 1, 50, 50))
+CLIPS = ((1,), (2,), (33,), (100,), (7, 7, 7), (33, 2, 1, 50, 50), (65, 65))
 HEADS, WIDTH, CHANNELS, VALUE, MODEL, ENCODED = 4, 32, 4, 12, 48, 24  # of upstream's modules
 
 

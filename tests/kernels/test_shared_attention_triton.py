@@ -30,9 +30,9 @@ TORCH_TOLERANCE = {torch.float32: 3e-3, torch.float16: 5e-3, torch.bfloat16: 4e-
 SHAPES: tuple[dict[str, Any], ...] = (
     {"lengths": (1,), "heads": 1, "width": 16, "more": 0},
     {"lengths": (2, 1), "heads": 2, "width": 32},
-    {"lengths": (33, 32, 1, 45), "heads": 2, "width": 32},
-    {"lengths": (100, 31), "heads": 1, "width": 20, "channels": 3, "narrow": 5, "wide": 70},
-    {"lengths": (17, 64), "heads": 3, "width": 16, "channels": 1, "narrow": 33, "wide": 12, "more": 90},
+    {"lengths": (33, 32, 1, 45), "heads": 1, "width": 32, "wide": 70},
+    {"lengths": (100,), "heads": 1, "width": 20, "channels": 3, "narrow": 5, "wide": 65},
+    {"lengths": (17, 40), "heads": 2, "width": 16, "channels": 1, "narrow": 66, "wide": 12, "more": 90},
 )
 # CLSP's layer: its heads, and long and short clips that no tile divides
 LARGE: tuple[dict[str, Any], ...] = (
@@ -87,7 +87,7 @@ def exact(x: Case, penalty: float = 0.0) -> tuple[Tensor, ...]:
 
 def test_large_scores() -> None:
     """Scores of some hundreds: only the running maximum keeps their exponentials finite."""
-    x = case((40,), scale=60.0, device=DEVICE)
+    x = case((40,), heads=1, scale=60.0, device=DEVICE)
     # Scores of 500 are themselves rounded to 3e-5, and to more by tf32x3.
     check("large scores", x, x.results("triton"), exact(x), 3e-4 if INTERPRETED else 2e-3)
 
@@ -95,7 +95,7 @@ def test_large_scores() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_penalty_is_a_term_of_the_loss_and_counts_once(dtype: torch.dtype) -> None:
     # Multiples of 1/4 in q and k and of 1/2 in p and the table: every score is exact, and none is at ±25.
-    x = case((40, 9), scale=12.0, dtype=dtype, device=DEVICE)
+    x = case((40, 9), wide=12, scale=12.0, dtype=dtype, device=DEVICE)
     with torch.no_grad():
         for leaf, step in ((x.q, 0.5), (x.k, 0.5), (x.p, 2.0), (x.table, 0.5)):
             leaf.copy_((leaf / step).round() * step)
@@ -123,7 +123,7 @@ def test_any_strides_and_a_table_of_16_bits() -> None:
 
 
 def test_a_clip_alone_is_the_clip_in_a_batch_whatever_the_others_hold() -> None:
-    x = case((20, 33, 9), device=DEVICE)
+    x = case((20, 33, 9), heads=1, wide=70, device=DEVICE)
     with torch.no_grad():
         for leaf in (x.q, x.k, x.p, *x.values):
             leaf[:20] = float("nan")
@@ -143,24 +143,24 @@ def test_a_clip_alone_is_the_clip_in_a_batch_whatever_the_others_hold() -> None:
 
 
 def test_two_runs_are_equal_bit_by_bit() -> None:
-    x = case((45, 33, 12), dtype=DTYPES[-1], scale=12.0, device=DEVICE)
+    x = case((45, 12), heads=1, wide=70, dtype=DTYPES[-1], scale=12.0, device=DEVICE)
     assert all(map(torch.equal, x.results("triton", 0.5), x.results("triton", 0.5)))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU has tiles of its own, and `LARGE`")
-@pytest.mark.parametrize("sides", ((32, 64), (64, 64)), ids=str)
+@pytest.mark.parametrize("sides", ((16, 32), (32, 64), (64, 64)), ids=str)
 def test_tiles_of_all_gpus_sum_the_same_distances(sides: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     from fastclap.kernels import shared_attention_triton as engine
 
     used = {tiles[engine.KERNELS.index("queries")][:2] for some in engine.TILES.values() for tiles in some.values()}
-    assert used == {(32, 32), (32, 64), (64, 64)}, "those of this test, and the interpreter's"
+    assert used == {(16, 32), (32, 64), (64, 64)}, "those of this test"
     monkeypatch.setattr(engine, "INTERPRETER_TILE", engine.Tile(*sides, 32, 4, 1))
-    x = case((131, 64, 41), heads=1)
+    x = case((100, 41), heads=1, wide=12)
     check(f"{sides}", x, x.results("triton"), exact(x), TOLERANCE[torch.float32])
 
 
 def test_only_the_gradients_asked_for() -> None:
-    x = case((19,), device=DEVICE)
+    x = case((19,), heads=1, wide=70, device=DEVICE)
     expected = oracle(x)[3:]
     for index in range(len(x.leaves)):
         leaves = [leaf.detach().requires_grad_(i == index) for i, leaf in enumerate(x.leaves)]
@@ -226,7 +226,9 @@ def test_compiles_without_a_graph_break(penalty: float) -> None:
     outputs = torch.compile(attend, fullgraph=True, backend="aot_eager")(*x.leaves)
     gradients = torch.autograd.grad(outputs, x.leaves, [u / 2 for u in x.upstreams])
     halves = [out / 2 for out in outputs]
-    check("compiled", x, (*halves, *gradients), oracle(x, penalty), 10 * TOLERANCE[torch.float32])
+    expected, plain = oracle(x, penalty), oracle(x)
+    assert not penalty or (expected[3] - plain[3]).norm() > 0.1 * plain[3].norm(), "there are such scores"
+    check("compiled", x, (*halves, *gradients), expected, 10 * TOLERANCE[torch.float32])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")

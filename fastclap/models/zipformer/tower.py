@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from fastclap.config import AudioTowerConfig
 from fastclap.errors import ConfigError
 from fastclap.models.audio_tower import AudioTower, features_of
+from fastclap.models.augmentation import augmented, louder_or_softer
 from fastclap.models.foreign.clsp import load_spear
 from fastclap.models.freezing import Stages
+from fastclap.models.layers import length_mask, masked_mean
 from fastclap.models.packing import Packing, longest_of
 from fastclap.models.pooling import Pooling
 from fastclap.models.zipformer.encoder import FRONT_DRAWS, Front, Zipformer, frames_of
@@ -39,6 +41,12 @@ class ZipformerTower(AudioTower):
         super().__init__()
         if config.pooling == "token" or config.hidden_states != "last":
             raise ConfigError("a zipformer tower pools its result, by mean, statistics or attention")
+        self.by_clip = config.feature_normalization == "clip"
+        if config.feature_normalization is not None and not self.by_clip:
+            raise ConfigError(
+                f"feature_normalization {config.feature_normalization}: a zipformer takes its features as they are, or "
+                "with clip less each clip's level; leave it out"
+            )
         self.config = config
         self.log_mel = features_of(config.features, config.feature_options)
         spec = self.log_mel.spec
@@ -75,8 +83,14 @@ class ZipformerTower(AudioTower):
             audio = audio.masked_fill(torch.arange(audio.shape[1], device=audio.device) >= ends[:, None], 0)
             sizes = [max(size, self.min_samples) for size in sizes]
             lengths = torch.tensor(sizes, device=audio.device)
+        augment = self.by_clip and self.training
         with torch.autocast(audio.device.type, enabled=False):
-            features, _ = self.log_mel(audio, lengths)
+            features, frames = self.log_mel(louder_or_softer(audio, self.config) if augment else audio, lengths)
+            if self.by_clip:
+                level = masked_mean(features, length_mask(frames, features.shape[1])).mean(1)
+                features = features - level[:, None, None]
+            if augment:
+                features = augmented(features, frames, self.config)
         features = features.to(self.encoder_embed.out.weight.dtype)
         packing = Packing([frames_of(self.log_mel.spec.frames(size)) for size in sizes], audio.device)
         x, packing = self.encode(features, packing)

@@ -20,9 +20,8 @@ from fastclap.models.audio_towers import (
     Wav2Vec2Tower,
     build_audio_tower,
     proportional_spans,
-    uniform_spans,
-    warp_bands,
 )
+from fastclap.models.augmentation import uniform_spans, warp_bands
 from fastclap.models.clap import CLAP
 from fastclap.models.cnn14 import Cnn14Tower
 from fastclap.models.layers import length_mask

@@ -343,3 +343,28 @@ def test_poolings_and_layers_that_do_not_exist_are_refused() -> None:
     for options in ({"pooling": "token"}, {"hidden_states": "weighted"}):
         with pytest.raises(ConfigError, match="pools its result"):
             ZipformerTower(AudioTowerConfig(kind="zipformer", zipformer=SMALL, **options))  # type: ignore[arg-type]
+
+
+def test_with_clip_normalization_a_clip_is_augmented_and_independent_of_its_level() -> None:
+    plain = dict(kind="zipformer", features="clsp", feature_options={"n_mels": MELS}, zipformer=SMALL)
+    audio = 0.1 * torch.randn(3, 9000, generator=torch.Generator().manual_seed(12))
+    vectors = {}
+    for normalization in (None, "clip"):
+        torch.manual_seed(0)
+        built = ZipformerTower(AudioTowerConfig(feature_normalization=normalization, **plain)).eval()  # type: ignore[arg-type]
+        with torch.inference_mode():
+            vectors[normalization] = built(audio), built(0.5 * audio)
+    torch.testing.assert_close(*vectors["clip"], rtol=0, atol=1e-4)
+    assert (vectors[None][0] - vectors[None][1]).norm() > 0.1
+    built.train()
+    seen: list[Tensor] = []
+    built.encoder_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for gain in (0.0, 6.0):
+        built.config.random_gain = gain
+        torch.manual_seed(1)
+        built(audio)
+    hidden = (seen[0] == 0).sum((1, 2))
+    assert (hidden > 0).any()  # spans of SpecAugment, at the clip's level
+    assert seen[0].shape == seen[1].shape and not torch.equal(seen[0], seen[1])
+    with pytest.raises(ConfigError, match="feature_normalization global"):
+        ZipformerTower(AudioTowerConfig(feature_normalization="global", **plain))  # type: ignore[arg-type]
