@@ -396,13 +396,13 @@ class ClspStep:
 
 # By `bench.step_trace --system clsp --seconds ...`, with and without `--icefall`.
 CLSP = (
-    (CLSP_OURS, ClspStep(26, 30, 0, 0.0, (0, 0), 0.0)),
-    (CLSP_PUBLISHED, ClspStep(26, 30, 0, 0.0, (0, 0), 0.0)),
-    (CLSP_OURS, ClspStep(160, 5, 0, 0.0, (0, 0), 0.0)),
-    (CLSP_PUBLISHED, ClspStep(160, 5, 0, 0.0, (0, 0), 0.0)),
+    (CLSP_OURS, ClspStep(26, 30, 7368, 62.4, (415, 313), 36.9)),
+    (CLSP_PUBLISHED, ClspStep(26, 30, 10682, 59.3, (1011, 871), 41.0)),
+    (CLSP_OURS, ClspStep(160, 5, 7317, 68.2, (481, 360), 44.2)),
+    (CLSP_PUBLISHED, ClspStep(160, 5, 10640, 70.4, (911, 779), 47.5)),
 )
-CLSP_TFLOP = {30: 0.0, 5: 0.0}  # of the model in such a step, by `bench.model_flops`
-CLSP_READS = 0  # numbers that the published step reads off the device: traced, in its first hundred steps
+CLSP_TFLOP = {30: 58.134, 5: 64.386}  # of the model in such a step, by `bench.model_flops`
+CLSP_READS = 9  # numbers that the published step reads off the device: traced, in its first hundred steps
 
 
 def clsp_ms(step: ClspStep, machine: Machine) -> float:
@@ -413,7 +413,7 @@ def clsp_ms(step: ClspStep, machine: Machine) -> float:
 
 def clsp_rows() -> Iterator[list[str]]:
     for form, step in CLSP:
-        traced = (f"{step.operations:,}", f"{step.tflop:.3g}", *(f"{x:.3g}" for x in (*step.gbytes, step.held)))
+        traced = (f"{step.operations:,}", f"{step.tflop:.3g}", *(f"{x:,.0f}" for x in (*step.gbytes, step.held)))
         cells = (clsp_cell(step, machine) for machine in MACHINES)
         yield [f"{step.clips} × {step.seconds} s", form, *traced, *cells]
 
@@ -557,16 +557,16 @@ the model's {pair_tflop():.3g} TFLOP a pair (`bench.model_flops`).
 
 ## CLSP's training step
 
-SPEAR-XLarge and RoBERTa (724 M parameters), 800 s of audio, two captions a clip, ScaledAdam, bf16 autocast. s/s: seconds of
-audio a second; %: of the rate of products, by the model's own TFLOP ({CLSP_TFLOP[30]:.3g} with clips of 30 s, {CLSP_TFLOP[5]:.3g} of 5 s).
+SPEAR-XLarge and RoBERTa (724 M parameters), 800 s of audio, two captions a clip, ScaledAdam, bf16 autocast. s/s:
+seconds of audio a second; %: of the rate of products, by the model's own TFLOP ({CLSP_TFLOP[30]:.3g} with clips of 30 s, {CLSP_TFLOP[5]:.3g} of 5 s).
 
 {markdown(("clips", "step", "operations", "TFLOP", "GB", "of which not products", "GB held", *(m.name for m in MACHINES)), clsp_rows())}
 
 - Traced (`bench.step_trace --system clsp`): operations, TFLOP, GB read and written, GB held with weights and optimizer
   state. The time is products + other bytes + gaps, each at the rates above; the host is assumed to keep ahead.
-- Both steps are traced with the limits that one draw activates. Which those are is random: an active one costs ours a
-  product of its own only where the code looks at covariances, of which it launches a quarter, and the published code,
-  once the limits hold, a fortieth.
+- Which limits on activations act in a step is random; both are traced with one draw. Our whiteners are launched in a
+  quarter of the steps, those of the published code, once their limits hold, in a fortieth: of ours that is 1.7 TFLOP,
+  30 GB and 1,150 operations (traced).
 - The published step reads {CLSP_READS} numbers off the device, and waits for it each time; that is not in its time. k2's Swoosh
   counts as an operation, and as two where its derivative is wanted."""  # noqa: E501
     )

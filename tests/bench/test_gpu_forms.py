@@ -202,8 +202,8 @@ def test_a_step_of_clsp_launches_what_its_lot_compiles(tf32: None) -> None:
     step, batch = forms.our_step(), clsp_step.host_batch(size, forms.tokenizer, 2, 0.3).batch
     step.objective._autocast_dtype = torch.bfloat16
     found = launched(lambda: step([batch]), 90)
-    wanted = {"contrastive", "log_mel", "shared_attention", "swoosh", "bias_norm", "gated_convolution", "resampling"}
-    assert kinds(found) >= wanted
+    wanted = {"contrastive", "log_mel", "shared_attention", "bias_norm", "gated_convolution", "resampling"}
+    assert kinds(found) == wanted | {"feed_forward", "scaled_adam"}  # Swoosh is compiled from GELU's file
     assert names(found, keys_of(LOTS["clsp"].forms)) == []
 
 
