@@ -526,31 +526,31 @@ def _zipformers() -> Iterator[KernelForm]:
         stream["branch"] = normal(rows, 1280).to(dtype)
         norm = {"bias": normal(1280) / 2, "log_scale": torch.tensor(0.3)}
         scales = {"": {"scale": normal(1280)}, " of clips": {"scale": normal(3, 1280), "sequence": sequence}}
-        for name, scale in scales.items():
+        for name, scale in scales.items() if dtype == torch.bfloat16 else [("", scales[""])]:
             fixed = ("sequence",) if "sequence" in scale else ()
             label = f"{name} float32, {dtype_name(dtype)}"
             found = {**stream, **norm, **scale}
             yield _packed_form(f"bias norm{label}", dtype, found, fixed, bias_norm, bias_norm_reference)
             yield _packed_form(f"bypass{label}", dtype, {**stream, **scale}, fixed, bypass, bypass_reference)
-        for taps in (15, 31):
+        for taps in (15, 31) if dtype == torch.bfloat16 else (31,):
             found = {"u": normal(rows, 2560).to(dtype), "weight": normal(1280, 1, taps), "bias": normal(1280)}
             found |= {"starts": starts, "upstream": normal(rows, 1280).to(dtype)}
             ways = gated_convolution, gated_convolution_reference
             yield _packed_form(f"gated convolution of {taps} {dtype_name(dtype)}", dtype, found, ("starts",), *ways)
-    for size in (2, 4, 8):
-        begins = [torch.arange(start, start + length, size) for start, length in zip(starts, LENGTHS, strict=False)]
-        first = torch.cat((*begins, starts[-1:])).int()
-        found = {
-            "x": normal(rows, 1280),
-            "weights": normal(size),
-            "first": first,
-            "upstream": normal(len(first) - 1, 1280),
-        }
-        yield _packed_form(f"downsample {size}", torch.float32, found, ("first",), downsample, downsample_reference)
-        found = {"original": normal(rows, 1280), "x": normal(len(first) - 1, 1280), "scale": normal(1280)}
-        found |= {"first": first, "upstream": normal(rows, 1280)}
-        ways = upsample_bypass, upsample_bypass_reference
-        yield _packed_form(f"upsample {size}", torch.float32, found, ("first",), *ways)
+    size = 4
+    begins = [torch.arange(start, start + length, size) for start, length in zip(starts, LENGTHS, strict=False)]
+    first = torch.cat((*begins, starts[-1:])).int()
+    found = {
+        "x": normal(rows, 1280),
+        "weights": normal(size),
+        "first": first,
+        "upstream": normal(len(first) - 1, 1280),
+    }
+    yield _packed_form(f"downsample {size}", torch.float32, found, ("first",), downsample, downsample_reference)
+    found = {"original": normal(rows, 1280), "x": normal(len(first) - 1, 1280), "scale": normal(1280)}
+    found |= {"first": first, "upstream": normal(rows, 1280)}
+    ways = upsample_bypass, upsample_bypass_reference
+    yield _packed_form(f"upsample {size}", torch.float32, found, ("first",), *ways)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

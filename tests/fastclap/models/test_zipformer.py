@@ -346,7 +346,7 @@ def test_poolings_and_layers_that_do_not_exist_are_refused() -> None:
 
 
 def test_with_clip_normalization_a_clip_is_augmented_and_independent_of_its_level() -> None:
-    plain = dict(kind="zipformer", features="clsp", feature_options={"n_mels": MELS}, zipformer=SMALL)
+    plain = {"kind": "zipformer", "features": "clsp", "feature_options": {"n_mels": MELS}, "zipformer": SMALL}
     audio = 0.1 * torch.randn(3, 9000, generator=torch.Generator().manual_seed(12))
     vectors = {}
     for normalization in (None, "clip"):
