@@ -112,8 +112,8 @@ SIZES = {
 }
 
 
-def train_config(size: Size, *, chunk_size: int = 0, checkpoint_activations: bool = False) -> TrainConfig:
-    """The recipe of the second stage for these sizes and random weights; by default of whole batches.
+def train_config(size: Size, **options: Any) -> TrainConfig:
+    """The recipe of the second stage for these sizes and random weights, with whole batches unless options say other.
 
     The mean of the weights, which both sides update every 200 steps, is left out of both.
     """
@@ -122,8 +122,7 @@ def train_config(size: Size, *, chunk_size: int = 0, checkpoint_activations: boo
     config.model.text.pretrained, config.model.text.hf_config = None, {"model_type": "roberta", **size.roberta}
     config.model.head.dim = size.dim
     config.optimizer.average_every = 0
-    config.chunk_size, config.checkpoint_activations = chunk_size, checkpoint_activations
-    return config
+    return replace(config, **{"chunk_size": 0, **options})
 
 
 def captions(clips: int) -> list[str]:

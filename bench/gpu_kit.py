@@ -164,13 +164,13 @@ def copy_checkout(checkout: Path, target: Path) -> None:
     def ignored(folder: str, names: list[str]) -> set[str]:
         paths = {name: Path(folder, name) for name in names}
         large = {name for name, path in paths.items() if path.is_file() and path.stat().st_size > LARGEST_FILE}
-        return large | shutil.ignore_patterns(*NOT_COPIED)(folder, names)
+        dangling = {name for name, path in paths.items() if not path.exists()}  # links to what is not there
+        return large | dangling | shutil.ignore_patterns(*NOT_COPIED)(folder, names)
 
     if not (checkout / CHECKOUTS[target.name]).is_file():
         raise SystemExit(f"bench.gpu_kit: {checkout} is not the checkout wanted: it has no {CHECKOUTS[target.name]}")
     folder = FOLDERS.get(target.name, "")
-    # links as the files that they name, if those are there
-    shutil.copytree(checkout / folder, target / folder, ignore=ignored, ignore_dangling_symlinks=True)
+    shutil.copytree(checkout / folder, target / folder, ignore=ignored)
     command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     if found.returncode == 0:

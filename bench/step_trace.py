@@ -809,8 +809,10 @@ def completed(arguments: argparse.Namespace) -> argparse.Namespace:
         raise SystemExit(
             f"--size {arguments.size} is none of --system {arguments.system}; choose of {', '.join(sizes)}"
         )
-    arguments.seconds = arguments.seconds or (30.0 if clsp else 10.0)
-    arguments.batch = arguments.batch or (int(clsp_step.SECONDS_A_BATCH / arguments.seconds) if clsp else 32)
+    if arguments.seconds is None:
+        arguments.seconds = 30.0 if clsp else 10.0
+    if arguments.batch is None:
+        arguments.batch = int(clsp_step.SECONDS_A_BATCH / max(0.1, arguments.seconds)) if clsp else 32
     unknown = ("ablation", "compile") if clsp else ("icefall",)
     for name in unknown:
         if getattr(arguments, name):

@@ -140,11 +140,11 @@ def run_lot(lot: Lot, path: Path, settings: Settings, about: dict[str, Any], sec
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     record.begin(lot.name, about["machine"]["device"], lot.code, date=date, **about, budget_s=round(seconds, 1))
     print(f"[{lot.name}] {lot.what}", flush=True)
-    if settings.device == "cuda" and lot.forms:
+    if settings.device == "cuda" and (lot.forms or lot.calls):
         from bench.gpu.compiling import compile_forms
 
         capability = about["machine"]["capability"].replace(".", "")
-        compiled = compile_forms(lot.forms, int(capability), seconds=0.5 * seconds)
+        compiled = compile_forms(lot.forms, int(capability), 0.5 * seconds, lot.calls)
         record.update_run(compiled=compiled)
     status = run_stages(record, lot.stages, settings, deadline)
     record.update_run(status=status, seconds=round(time.monotonic() - start, 1))

@@ -7,12 +7,16 @@ each of them keeps 12 GB between its steps (weights, gradients, optimizer state)
 
 from __future__ import annotations
 
+from dataclasses import replace
+from unittest import mock
+
 import torch
 
-from bench.clsp_step import SECONDS_A_BATCH, SIZES, Forms, entry, host_batch
+from bench.clsp_step import BATCHES, SECONDS_A_BATCH, SIZES, Forms, entry, host_batch
 from bench.compare import ceilings
 from bench.run import ABSENT, Run
 from bench.steady import Steady
+from fastclap.models.zipformer.limits import Training
 
 NO_CHECKOUT = {"notes": "no checkout given"}
 
@@ -25,6 +29,28 @@ def long(run: Run) -> None:
 def short(run: Run) -> None:
     """Clips of 5 s, of which there are more captions."""
     _in_turn(run, 5.0)
+
+
+def rehearse() -> None:
+    """Takes our step at full width with few layers, captions and frames, on a CPU: it launches what the stages do.
+
+    Once every limit acts and once none, and schedules are past their end, and at their beginning, where clips skip.
+    """
+    xlarge = SIZES["spear-xlarge"]
+    of_stacks = {"downsampling": [1, 2, 4, 8], "layers": [1], "kernel": [31, 31, 15, 15], "feedforward": [128]}
+    roberta = {**xlarge.roberta, "num_hidden_layers": 1, "vocab_size": 1000, "intermediate_size": 128}
+    size = replace(xlarge, zipformer=replace(xlarge.zipformer, **of_stacks), roberta=roberta)
+    forms = Forms(size, torch.device("cpu"), None)
+    step, batch = forms.our_step(precision="bf16"), host_batch(size, forms.tokenizer, 2, 0.3).batch
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        for start, draw in ((BATCHES, 0.0), (BATCHES, 0.999), (0.0, 0.999)):
+            step.model.config.audio.zipformer.schedule_start = start
+            with mock.patch.object(Training, "draw", lambda _, draw=draw: draw):
+                step([batch])
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _in_turn(run: Run, seconds: float) -> None:
