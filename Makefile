@@ -35,7 +35,7 @@ bench: $(INSTALLED)
 
 # What a machine with a GPU and no package index needs to run bench.gpu: .gpu-kit/run.sh, see bench/gpu_kit.py.
 gpu-kit: $(INSTALLED)
-	$(BIN)/python -m bench.gpu_kit $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(OPEN_CLIP),--open-clip $(OPEN_CLIP)) $(if $(WITHOUT),--without $(WITHOUT)) $(if $(LIMIT),--limit $(LIMIT))
+	$(BIN)/python -m bench.gpu_kit $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(OPEN_CLIP),--open-clip $(OPEN_CLIP)) $(if $(ICEFALL),--icefall $(ICEFALL)) $(if $(WITHOUT),--without $(WITHOUT)) $(if $(LIMIT),--limit $(LIMIT))
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
@@ -35,6 +35,7 @@ from fastclap.kernels import (
     layer_norm_gelu,
     resampling,
     residual_layer_norm,
+    scaled_adam_triton,
     shared_attention,
     swoosh,
     toeplitz_attention,
@@ -43,7 +44,9 @@ from fastclap.kernels import (
 )
 from fastclap.kernels.contrastive import operator
 from fastclap.kernels.contrastive.shared import Results
+from fastclap.kernels.log_mel import operator as log_mel
 from fastclap.models import packing
+from fastclap.models.zipformer.limits import Training
 
 ARCHITECTURE, MULTIPROCESSORS = 90, 132  # of an H100 or H200
 MASK_ALIGNMENT = 16  # elements, to which torch pads the rows of a mask for its memory-efficient attention
@@ -270,6 +273,39 @@ def _attention(
     ]
 
 
+# What the optimizer's launches read and write; they are no operators.
+_launches = torch.library.Library("fastclap_launches", "DEF")
+_launches.define("scaled_adam_sums(Tensor[] parameters, Tensor[] gradients) -> Tensor")
+_launches.define(
+    "scaled_adam_step(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] deltas, Tensor(c!)[] squares) -> ()"
+)
+torch.library.register_fake(
+    "fastclap_launches::scaled_adam_sums", lambda parameters, _: parameters[0].new_empty(len(parameters), 2)
+)
+torch.library.register_fake("fastclap_launches::scaled_adam_step", lambda *_: None)
+
+
+def _scaled_adam_sums(parameters: list[Tensor], gradients: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    made = torch.ops.fastclap_launches.scaled_adam_sums(parameters, [g for g in gradients if g is not None])
+    return made[:, 0], made[:, 1]
+
+
+def _scaled_adam_step(
+    parameters: list[Tensor], gradients: list[Tensor | None], deltas: list[Tensor], squares: list[Tensor], *_: Any
+) -> None:
+    present = [g for g in gradients if g is not None]
+    torch.ops.fastclap_launches.scaled_adam_step(parameters, present, deltas, squares)
+
+
+_plain_draws = Training.__init__
+
+
+def _draws(training: Training, batches: float, draws: int) -> None:
+    """A Zipformer's draws on the host, where it looks at them: of numbers, not of shapes."""
+    with unset_fake_temporarily():
+        _plain_draws(training, batches, draws)
+
+
 def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     """`copy.deepcopy` of a tensor without data; torch's own copies the storage, byte by byte from nowhere."""
     made = memo[id(tensor)] = torch.empty_like(tensor, requires_grad=tensor.requires_grad)
@@ -291,7 +327,7 @@ def _operators() -> Iterator[tuple[Any, str, Any]]:
     yield shared_attention, "_penalty_gradients", ops.shared_attention_penalty
     yield feed_forward, "_gelu_backward", ops.gelu_backward
     yield swoosh, "_forward", ops.swoosh
-    yield swoosh, "_slope", lambda x, dy, kind: torch.empty_like(x)
+    yield swoosh, "_slope", lambda x, dy, _: x * dy  # which reads and writes as much
     yield swoosh, "_backward", ops.swoosh_linear_backward
     yield bias_norm, "_forward", ops.bias_norm
     yield bias_norm, "_backward", ops.bias_norm_backward
@@ -301,6 +337,9 @@ def _operators() -> Iterator[tuple[Any, str, Any]]:
         yield resampling, f"_{name}", getattr(ops, name)
     yield waveform_convolution, "_forward", ops.waveform_convolution
     yield waveform_convolution, "_backward", ops.waveform_convolution_backward
+    yield scaled_adam_triton, "sums", _scaled_adam_sums
+    yield scaled_adam_triton, "update_", _scaled_adam_step
+    yield log_mel, "_features", lambda batch, spec, _: ops.log_mel(*batch, spec.key, "auto")
     yield waveform, "_triton_engine", lambda crops, dtype: ops.normalize_waveform(*crops, dtype)
     yield operator, "_info_nce", _info_nce
 
@@ -310,6 +349,7 @@ def _answers() -> Iterator[tuple[Any, str, Any]]:
     yield dispatch, "architecture", lambda _: ARCHITECTURE
     yield dispatch, "multiprocessors", lambda _: MULTIPROCESSORS
     yield packing, "_has_flash", lambda _: packing._varlen_attention() is not None
+    yield Training, "__init__", _draws
     yield torch.cuda.amp.common, "amp_definitely_not_available", lambda: False
     yield torch.cuda, "is_bf16_supported", lambda *_, **__: True
     yield torch._C, "_select_conv_backend", lambda *_, **__: torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]

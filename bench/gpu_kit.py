@@ -1,6 +1,6 @@
 """What a machine with a GPU and no package index needs for `bench.gpu`: wheels, checkouts and a script, in one folder.
 
-    make gpu-kit [REFERENCE=CHECKOUT] [OPEN_CLIP=CHECKOUT] [WITHOUT="NAME ..."] [LIMIT=MIB]
+    make gpu-kit [REFERENCE=CHECKOUT] [OPEN_CLIP=CHECKOUT] [ICEFALL=CHECKOUT] [WITHOUT="NAME ..."] [LIMIT=MIB]
     .gpu-kit/run.sh --plan                          # there, in a copy of this tree: python -m bench.gpu --plan
 
 The image is assumed to have Python 3.12 and the packages of `IMAGE`, above all torch and Triton, which every record
@@ -65,7 +65,12 @@ LEFT_OUT = {
 # A checkout is copied for its code: neither what tests and explains it nor what is large.
 NOT_COPIED = (".git*", "tests", "docs", "tutorials", "__pycache__", "*.png", "*.jpg", "*.pdf", "*.ipynb", "*.csv")
 LARGEST_FILE = 2 << 20
-CHECKOUTS = {"reference": "scripts/train.py", "open_clip": "src/open_clip/clap_model.py"}  # what each must have
+CHECKOUTS = {  # what each must have
+    "reference": "scripts/train.py",
+    "open_clip": "src/open_clip/clap_model.py",
+    "icefall": "egs/emilia/CLAP/spear_roberta/zipformer2.py",
+}
+FOLDERS = {"icefall": "egs/emilia/CLAP/spear_roberta"}  # that are taken along, where it is not all of the checkout
 
 WHEELS_FOR = ("--python-version", "3.12", "--implementation", "cp", "--only-binary=:all:")
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
@@ -95,6 +100,7 @@ if [ ! -d "$installed" ]; then
     mv -T "$new" "$installed"
 fi
 
+if [ -d "$kit/icefall" ]; then set -- --icefall "$kit/icefall" "$@"; fi
 if [ -d "$kit/open_clip" ]; then set -- --open-clip "$kit/open_clip" "$@"; fi
 if [ -d "$kit/reference" ]; then set -- --reference "$kit/reference" "$@"; fi
 export PYTHONPATH="$root:$installed${PYTHONPATH:+:$PYTHONPATH}"
@@ -158,25 +164,25 @@ def copy_checkout(checkout: Path, target: Path) -> None:
     def ignored(folder: str, names: list[str]) -> set[str]:
         paths = {name: Path(folder, name) for name in names}
         large = {name for name, path in paths.items() if path.is_file() and path.stat().st_size > LARGEST_FILE}
-        return large | shutil.ignore_patterns(*NOT_COPIED)(folder, names)
+        dangling = {name for name, path in paths.items() if not path.exists()}  # links to what is not there
+        return large | dangling | shutil.ignore_patterns(*NOT_COPIED)(folder, names)
 
     if not (checkout / CHECKOUTS[target.name]).is_file():
         raise SystemExit(f"bench.gpu_kit: {checkout} is not the checkout wanted: it has no {CHECKOUTS[target.name]}")
-    shutil.copytree(checkout, target, ignore=ignored)
+    folder = FOLDERS.get(target.name, "")
+    shutil.copytree(checkout / folder, target / folder, ignore=ignored)
     command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     if found.returncode == 0:
         (target / "COMMIT").write_text(found.stdout)
 
 
-def make_kit(
-    kit: Path, without: Iterable[str] = (), reference: Path | None = None, open_clip: Path | None = None
-) -> None:
-    """Makes a new kit next to the old one and then replaces that."""
+def make_kit(kit: Path, without: Iterable[str] = (), **checkouts: Path | None) -> None:
+    """Makes a new kit next to the old one and then replaces that; checkouts are by the names of `CHECKOUTS`."""
     new = kit.with_name(f"{kit.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     (new / "wheels").mkdir(parents=True)
-    for name, checkout in zip(CHECKOUTS, (reference, open_clip), strict=True):
+    for name, checkout in checkouts.items():
         if checkout is not None:
             copy_checkout(checkout, new / name)
     download(requirements(without), new / "wheels")
@@ -224,11 +230,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, help="checkout of ParaSpeechCLAP to take along")
     parser.add_argument("--open-clip", type=Path, help="checkout of open_clip to take along")
+    parser.add_argument("--icefall", type=Path, help="checkout of yfyeung/icefall, branch clsp, to take along")
     parser.add_argument("--without", nargs="+", choices=KIT, default=[], metavar="NAME", help="packages to leave out")
     parser.add_argument("--limit", type=float, default=LIMIT_MIB, help="largest size in MiB (default: %(default)s)")
     args = parser.parse_args(arguments)
     kit = ROOT / ".gpu-kit"
-    make_kit(kit, args.without, args.reference, args.open_clip)
+    make_kit(kit, args.without, **{name: getattr(args, name) for name in CHECKOUTS})
     print(report(kit))
     problem = too_large(kit, args.limit)
     if problem is not None:

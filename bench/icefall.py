@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib
 import math
 import re
@@ -26,16 +27,22 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastclap.config import ZipformerConfig
 from fastclap.errors import ConfigError
+from fastclap.kernels.swoosh import swoosh
 
 FOLDER = Path("egs") / "emilia" / "CLAP" / "spear_roberta"
 MODULES = ("scaling", "subsampling", "zipformer2", "optim", "clap_module", "attribute_perturbation", "model")
 
 
-def load(checkout: str | Path) -> SimpleNamespace:
+def load(checkout: str | Path, *, fused: bool = False) -> SimpleNamespace:
     """Its modules by name, as attributes.
+
+    Args:
+        checkout: folder of the repository.
+        fused: torch's compiler makes kernels of the Swoosh functions, such as k2 has, so that they are not slower.
 
     Raises:
         ConfigError: the folder is no such checkout.
@@ -43,7 +50,7 @@ def load(checkout: str | Path) -> SimpleNamespace:
     folder = Path(checkout) / FOLDER
     if not (folder / "zipformer2.py").exists():
         raise ConfigError(f"{checkout}: no checkout of yfyeung/icefall at its branch clsp ({FOLDER} is missing)")
-    stand_ins = {"k2": _k2(), "encoder_interface": _module("encoder_interface", EncoderInterface=nn.Module)}
+    stand_ins = {"k2": _k2(fused), "encoder_interface": _module("encoder_interface", EncoderInterface=nn.Module)}
     stand_ins |= {"lhotse": _module("lhotse"), "icefall": _module("icefall")}
     stand_ins["lhotse.utils"] = _module("lhotse.utils", fix_random_seed=torch.manual_seed)
     stand_ins["icefall.utils"] = _module("icefall.utils", torch_autocast=_autocast, make_pad_mask=_pad_mask)
@@ -190,6 +197,62 @@ class Published:
         return loss.detach()
 
 
+class _AsExpected(int):
+    """A number of frames that the code compares with what it is told elsewhere."""
+
+    def __eq__(self, _: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def without_numbers(modules: SimpleNamespace, frames: int) -> Iterator[list[str]]:
+    """Inside it CLSP's published code goes on without the numbers that it reads off the device; gives their places.
+
+    Checks hold, whiteners find their limit held (and save themselves the push), gradients are not clipped, and masks of
+    padding are those of clips that all have so many frames. A Swoosh is an operation, and so is its derivative.
+    """
+    reads: list[str] = []
+
+    def read(value: Any) -> Callable[[Tensor], Any]:
+        def look(x: Tensor) -> Any:
+            caller = sys._getframe(1)
+            reads.append(f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno}")
+            return value(x)
+
+        return look
+
+    def mask(lengths: Tensor, _: int = 0) -> Tensor:
+        reads.append("make_pad_mask")
+        longest = (frames, (frames + 1) // 2)[reads.count("make_pad_mask") % 2 == 0]
+        return torch.zeros(len(lengths), longest, dtype=torch.bool, device=lengths.device)
+
+    def autocast(device_type: str = "cuda", **options: Any) -> Any:
+        return torch.autocast(device_type, **options)
+
+    number = read(lambda x: 1.0 if x.is_floating_point() else _AsExpected(frames))
+    operator = torch.ops.fastclap.swoosh
+    with contextlib.ExitStack() as stack:
+        for name, value in (("item", number), ("__bool__", read(lambda _: True))):
+            stack.enter_context(mock.patch.object(FakeTensor, name, value, create=True))
+        stack.enter_context(mock.patch.object(modules.model, "make_pad_mask", mask))
+        for module in vars(modules).values():
+            if hasattr(module, "torch_autocast"):
+                stack.enter_context(mock.patch.object(module, "torch_autocast", autocast))
+        for kind in "lr":
+            functions: dict[str, Callable[[Tensor], Any]] = {
+                f"swoosh_{kind}": functools.partial(swoosh, kind=kind),
+                f"swoosh_{kind}_forward": lambda x, kind=kind: operator(x, None, None, kind),  # type: ignore[misc]
+                f"swoosh_{kind}_forward_and_deriv": lambda x, kind=kind: tuple(  # type: ignore[misc]
+                    operator(x, None, None, kind) for _ in range(2)
+                ),
+            }
+            for name, function in functions.items():
+                stack.enter_context(mock.patch.object(modules.scaling.k2, name, function))
+        yield reads
+
+
 def _module(name: str, **content: Any) -> Any:
     module = ModuleType(name)
     vars(module).update(content)
@@ -207,9 +270,10 @@ def _pad_mask(lengths: Tensor, max_len: int = 0) -> Tensor:  # bool [B, T], True
     return torch.arange(longest, device=lengths.device) >= lengths[:, None]
 
 
-def _k2() -> Any:
+def _k2(fused: bool) -> Any:
     """Swoosh (Yao et al. 2024, arXiv 2310.11230) as k2 names it."""
     module = _module("k2")
+    made: Callable[[Any], Any] = functools.partial(torch.compile, dynamic=True) if fused else lambda function: function
     for name, offset, constant in (("l", 4.0, 0.035), ("r", 1.0, 0.313261687)):
 
         def forward(x: Tensor, offset: float = offset, constant: float = constant) -> Tensor:
@@ -218,7 +282,7 @@ def _k2() -> Any:
         def with_slope(x: Tensor, offset: float = offset, forward: Any = forward) -> tuple[Tensor, Tensor]:
             return forward(x), torch.sigmoid(x - offset) - 0.08
 
-        setattr(module, f"swoosh_{name}", forward)
-        setattr(module, f"swoosh_{name}_forward", forward)
-        setattr(module, f"swoosh_{name}_forward_and_deriv", with_slope)
+        setattr(module, f"swoosh_{name}", made(forward))
+        setattr(module, f"swoosh_{name}_forward", made(forward))
+        setattr(module, f"swoosh_{name}_forward_and_deriv", made(with_slope))
     return module

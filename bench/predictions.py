@@ -369,6 +369,62 @@ def reference_cell(rows: int, shares: tuple[float, float], tflops: float | None,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# CLSP's step, with SPEAR-XLarge and RoBERTa
+
+CLSP_OURS, CLSP_PUBLISHED = "fastclap", "published code"
+
+
+@dataclass(frozen=True)
+class ClspStep:
+    """A traced step of 800 s of audio.
+
+    Attributes:
+        clips, seconds: how many, and how long each.
+        operations: of all phases.
+        tflop: of its products.
+        gbytes: that are read and written, by all operations and by those that are no products.
+        held: GB alive when the backward pass begins, weights and optimizer state among them.
+    """
+
+    clips: int
+    seconds: int
+    operations: int
+    tflop: float
+    gbytes: tuple[float, float]
+    held: float
+
+
+# By `bench.step_trace --system clsp --seconds ...`, with and without `--icefall`.
+CLSP = (
+    (CLSP_OURS, ClspStep(26, 30, 7368, 62.4, (415, 313), 36.9)),
+    (CLSP_PUBLISHED, ClspStep(26, 30, 10682, 59.3, (1011, 871), 41.0)),
+    (CLSP_OURS, ClspStep(160, 5, 7317, 68.2, (481, 360), 44.2)),
+    (CLSP_PUBLISHED, ClspStep(160, 5, 10640, 70.4, (911, 779), 47.5)),
+)
+CLSP_TFLOP = {30: 58.134, 5: 64.386}  # of the model in such a step, by `bench.model_flops`
+CLSP_READS = 9  # numbers that the published step reads off the device: traced, in its first hundred steps
+
+
+def clsp_ms(step: ClspStep, machine: Machine) -> float:
+    """Products, other bytes and gaps between operations, one after the other."""
+    products = 1e3 * step.tflop / (PRODUCT_SHARE * machine.tflops)
+    return products + step.gbytes[1] / (COPY_SHARE * machine.tbytes) + 1e-3 * GAP_US * step.operations
+
+
+def clsp_rows() -> Iterator[list[str]]:
+    for form, step in CLSP:
+        traced = (f"{step.operations:,}", f"{step.tflop:.3g}", *(f"{x:,.0f}" for x in (*step.gbytes, step.held)))
+        cells = (clsp_cell(step, machine) for machine in MACHINES)
+        yield [f"{step.clips} × {step.seconds} s", form, *traced, *cells]
+
+
+def clsp_cell(step: ClspStep, machine: Machine) -> str:
+    ms = clsp_ms(step, machine)
+    share = 1e3 * CLSP_TFLOP[step.seconds] / ms / machine.tflops
+    return f"{ms:.0f} ms, {1e3 * step.clips * step.seconds / ms:,.0f} s/s, {share:.0%}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Page
 
 
@@ -497,7 +553,22 @@ the model's {pair_tflop():.3g} TFLOP a pair (`bench.model_flops`).
 - GB held: {HELD_BY_128:.0f} for a batch of 128 (traced), which is 16 bytes a parameter and {clip_gb():.2f} GB a clip; at most {FREE_SHARE:.0%} is free.
 - The reference multiplies {pair_tflop() + checkpointed_tflop():.3g} TFLOP a pair (gradient checkpointing). As released: float32 without tensor cores, at
   {percent(RELEASED_SHARES)} of {FLOAT32_TFLOPS:g} TFLOP/s, and {HOST_READS} reads of {READ_US:g} µs by the host. Tuned (no statistics, TF32, bf16 autocast):
-  {percent(TUNED_SHARES)} of the rate of products. All assumed."""  # noqa: E501
+  {percent(TUNED_SHARES)} of the rate of products. All assumed.
+
+## CLSP's training step
+
+SPEAR-XLarge and RoBERTa (724 M parameters), 800 s of audio, two captions a clip, ScaledAdam, bf16 autocast. s/s:
+seconds of audio a second; %: of the rate of products, by the model's own TFLOP ({CLSP_TFLOP[30]:.3g} with clips of 30 s, {CLSP_TFLOP[5]:.3g} of 5 s).
+
+{markdown(("clips", "step", "operations", "TFLOP", "GB", "of which not products", "GB held", *(m.name for m in MACHINES)), clsp_rows())}
+
+- Traced (`bench.step_trace --system clsp`): operations, TFLOP, GB read and written, GB held with weights and optimizer
+  state. The time is products + other bytes + gaps, each at the rates above; the host is assumed to keep ahead.
+- Which limits on activations act in a step is random; both are traced with one draw. Our whiteners are launched in a
+  quarter of the steps, those of the published code, once their limits hold, in a fortieth: of ours that is 1.7 TFLOP,
+  30 GB and 1,150 operations (traced).
+- The published step reads {CLSP_READS} numbers off the device, and waits for it each time; that is not in its time. k2's Swoosh
+  counts as an operation, and as two where its derivative is wanted."""  # noqa: E501
     )
 
 

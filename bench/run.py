@@ -221,11 +221,13 @@ class Settings:
         device: "cuda", or "cpu" for a dry run: the same code at tiny sizes, in float32, which says nothing about speed.
         reference: a checkout of ParaSpeechCLAP.
         open_clip: a checkout of open_clip with CLAP.
+        icefall: a checkout of yfyeung/icefall, branch clsp.
     """
 
     device: str
     reference: Path | None = None
     open_clip: Path | None = None
+    icefall: Path | None = None
 
 
 @dataclass(eq=False)  # an entry equals itself alone

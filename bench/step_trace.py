@@ -2,6 +2,8 @@
 
     python -m bench.step_trace [--size large|base|tiny] [--batch 32] [--seconds 10] [--tags 28] [--compile] [--chunk 0]
         [--checkpoint-activations] [--ranks 8] [--top 25] [--ablation] [--out FOLDER]
+    python -m bench.step_trace --system clsp [--size spear-xlarge|spear-base|tiny] [--batch 26] [--seconds 30]
+        [--icefall CHECKOUT] ...
 
 It is `fastclap.train.step.Step` of `fastclap-train paraspeechclap-intrinsic` (WavLM-Large, XLM-R base, contrastive and
 tag loss, bf16 autocast, AdamW) on fake CUDA tensors (`bench.fake_gpu`), whose operations are counted as they come.
@@ -28,6 +30,11 @@ when no activations are alive but embeddings, and nothing is said of how gradien
 `Gradients`: from the order in which they arrive in this step, and an assumed rate of the link, it follows how many
 bytes are left to send when the last one is there.
 
+With `--system clsp` it is the step of `bench.clsp_step`: the second stage of CLSP, two captions a clip, without tags.
+Which limits act in it, and which clips skip what, is drawn as in training, from one seed. With `--icefall` it is that
+of the published code: numbers that it reads off the device, which has none here, are replaced by what they would be for
+clips of equal length (see `bench.icefall.without_numbers`).
+
 `--ablation` traces the forms of `bench.train_step` instead, each with one optimisation more than the one before, with
 its batch and loss (no tags).
 """
@@ -37,6 +44,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import random
 import tempfile
 import time
 import weakref
@@ -54,7 +62,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bench import model_flops, timing, train_step
+from bench import clsp_step, icefall, model_flops, timing, train_step
 from bench.fake_compiler import Graph, fake_compiler
 from bench.fake_gpu import fake_gpu
 from bench.parity import CAPTIONS, synthetic_batch
@@ -66,6 +74,7 @@ from fastclap.data import Batch
 from fastclap.data.dataset import distinct_texts
 from fastclap.files import write_atomic
 from fastclap.models.tokenizer import Tokenizer, train_tokenizer
+from fastclap.models.zipformer.encoder import frames_of
 from fastclap.prompts import DEFAULT_TEMPLATE, fill_template
 from fastclap.train import step
 from fastclap.train.config import TrainConfig
@@ -307,6 +316,11 @@ def _attention_product(q: Tensor) -> int:
     return 2 * batch * heads * length**2 * width
 
 
+def _pairs(x: Tensor, longest: int) -> int:
+    """Twice the pairs of rows of equally long clips in every head of x [R, H, d]."""
+    return 2 * x.shape[0] * x.shape[1] * longest
+
+
 def _convolution_backward(up: Tensor, _: Tensor, weight: Tensor, *options: Any) -> int:
     """Of the gradients that are wanted, of input and weight; torch's own formula forgets the groups."""
     return 2 * up.numel() * weight[0].numel() * sum(options[-1][:2])
@@ -316,6 +330,16 @@ _FLOPS: dict[str, Callable[..., int]] = {  # the others are torch's
     "convolution_backward": _convolution_backward,
     "gated_toeplitz_attention": lambda q, *_: 2 * _attention_product(q),
     "gated_toeplitz_attention_backward": lambda need, upstream, *_: 5 * _attention_product(upstream),
+    "shared_attention_sums": lambda q, k, p, table, starts, longest: _pairs(q, longest) * (q.shape[2] + p.shape[2]),
+    "shared_attention": lambda q, k, p, table, v, *others: (
+        _pairs(v, others[-1]) * (q.shape[2] + p.shape[2] + v.shape[2])
+    ),
+    "shared_attention_backward": lambda need, upstream, out, q, k, p, table, v, *others: (
+        _pairs(v, others[-1]) * (3 * (q.shape[2] + p.shape[2]) + 2 * v.shape[2])
+    ),
+    "shared_attention_penalty": lambda need, q, k, p, table, packed, starts, longest, penalty: (
+        3 * _pairs(q, longest) * (q.shape[2] + p.shape[2])
+    ),
     "info_nce": lambda a, b, *_: 6 * len(a) * len(b) * a.shape[1],  # the logits and both gradients
 }
 
@@ -361,13 +385,23 @@ class Traced:
         return (self.held - self.casts) / self.rows
 
 
+Parts = Sequence[tuple[Any, str, str]]  # a function's owner, its name, and the phase that it belongs to
+OUR_PARTS: Parts = (*((step, name, "loss") for name in LOSSES), (Step, "update", "optimizer"))
+
+
 def traced(
-    call: Callable[[], Any], model: nn.Module, optimizer: torch.optim.Optimizer, rows: int, *, compiled: bool = False
+    call: Callable[[], Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rows: int,
+    *,
+    compiled: bool = False,
+    parts: Parts = OUR_PARTS,
 ) -> Traced:
     """Traces a call that takes one step of the model, within `fake_gpu` or `without_data`.
 
     The optimizer's state is made before, as in every step but the first. If parts of the model are to be compiled, that
-    too is done before, by a call that does not count.
+    too is done before, by a call that does not count. `parts` are what is neither forward nor backward pass.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not optimizer.state:
@@ -388,19 +422,15 @@ def traced(
         with trace.during("backward"):
             return backward(*args, **kwargs)
 
-    def arrived(parameter: Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter)
+    def arrived(parameter: Any) -> None:
         result.arrivals.pop(parameter, None)  # with several backward passes it is complete after the last
         result.costs = trace.costs
         result.arrivals[parameter] = result.phase("backward").predicted_ms
 
     with contextlib.ExitStack() as stack:
-        for owner, name, instead in (
-            *((step, name, trace.within("loss", getattr(step, name))) for name in LOSSES),
-            (Step, "update", trace.within("optimizer", Step.update)),
-            (torch.autograd, "_engine_run_backward", run_backward),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, instead))
+        for owner, name, phase in parts:
+            stack.enter_context(mock.patch.object(owner, name, trace.within(phase, getattr(owner, name))))
+        stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", run_backward))
         for parameter in parameters:
             stack.callback(parameter.register_post_accumulate_grad_hook(arrived).remove)
         if compiled:
@@ -577,17 +607,54 @@ def trace_recipe(arguments: argparse.Namespace, device: torch.device, tokenizer:
             sent = sending(
                 lambda world: Step(subject.model, config, world).gradients, result.arrivals, device, arguments.ranks
             )
-    for phase in PHASES:
-        record.add({"phase": phase}, **figures(result.phase(phase)))
-    record.add({"phase": "all"}, **figures(result.total), model_flops=own_flops)
-    record.add({"memory": "step"}, **memory(result))
+    add_rows(record, result, own_flops)
     case = {"gradients": "sent", "ranks": arguments.ranks}
     if sent is None:
         record.add(case, reason="with --chunk gradients of one rank arrive in another order than those of several")
     else:
         record.add(case, **asdict(sent))
+
+
+def add_rows(record: Record, result: Traced, own_flops: int) -> None:
+    """Of a traced step: its phases, its memory, its operations."""
+    for phase in PHASES:
+        record.add({"phase": phase}, **figures(result.phase(phase)))
+    record.add({"phase": "all"}, **figures(result.total), model_flops=own_flops)
+    record.add({"memory": "step"}, **memory(result))
     for (phase, name), cost in sorted(result.costs.items(), key=lambda item: -item[1].bytes):
         record.add({"phase": phase, "operation": name}, **figures(cost))
+
+
+def trace_clsp(arguments: argparse.Namespace, device: torch.device, _: Tokenizer, record: Record) -> None:
+    """The rows of CLSP's step, or of its published code's."""
+    forms = clsp_step.Forms(clsp_step.SIZES[arguments.size], device, arguments.icefall)
+    batch = clsp_step.host_batch(forms.size, forms.tokenizer, arguments.batch, arguments.seconds)
+    if arguments.icefall is not None:
+        theirs, reads = traced_published(forms, batch)
+        add_rows(record, theirs, batch.flops)
+        record.add({"host": "reads"}, count=len(reads), places=sorted(set(reads)))
+        return
+    with fake_gpu():
+        ours = forms.our_step(chunk_size=arguments.chunk, checkpoint_activations=arguments.checkpoint_activations)
+        call = functools.partial(ours, [batch.batch.to(device)])
+        add_rows(record, traced(call, ours.model, ours.optimizer, arguments.batch), batch.flops)
+
+
+def traced_published(forms: clsp_step.Forms, batch: clsp_step.HostBatch) -> tuple[Traced, list[str]]:
+    """A step of CLSP's published code, and the places where it reads a number off the device.
+
+    Its whiteners look as seldom as those that have found their limit held, which most have after some steps.
+    """
+    forms.modules = icefall.load(forms.checkout)  # type: ignore[arg-type, misc]  # instead of compiled functions
+    frames = frames_of(batch.features[0].shape[1])
+    with fake_gpu(), icefall.without_numbers(forms.modules, frames) as reads:
+        step = forms.published_step()
+        for module in step.model.modules():
+            if hasattr(module, "min_prob"):
+                module.prob = module.min_prob
+        parts = ((type(step.loss), "forward", "loss"), (type(step.optimizer), "step", "optimizer"))
+        call = functools.partial(forms.published_call, step, batch)
+        return traced(call, step.model, step.optimizer, batch.clips, parts=parts), reads
 
 
 def trace_forms(arguments: argparse.Namespace, device: torch.device, tokenizer: Tokenizer, record: Record) -> None:
@@ -630,7 +697,7 @@ def tables(record: dict[str, Any], top: int) -> str:
     settings, rows = record["runs"][-1]["settings"], record["rows"]
     versions = ", ".join(f"{name} {version}" for name, version in record["runs"][-1]["software"].items() if version)
     forms = [row for row in rows if "form" in row["case"]]
-    subject = "each form of `bench.train_step`" if forms else RECIPE
+    subject = "each form of `bench.train_step`" if forms else settings["subject"]
     how = [f"towers of size {settings['size']}", f"{settings['batch']} clips of {settings['seconds']:g} s"]
     how += [f"chunks of {settings['chunk']}"] * bool(settings["chunk"])
     how += ["layers compiled"] * settings["compile"]
@@ -664,8 +731,10 @@ def _recipe_tables(rows: Sequence[Row], top: int) -> Iterator[str]:
         f"{held['held_bytes_a_clip'] / 1e6:.0f} MB a clip without those. At most {giga(held['peak_bytes'])} GB. "
         f"The trace took the host {held['host_seconds']:.3g} s."
     )
-    sent = next(row for row in rows if "gradients" in row["case"])
-    yield _sending_sentence(sent)
+    for sent in (row for row in rows if "gradients" in row["case"]):
+        yield _sending_sentence(sent)
+    for reads in (row for row in rows if "host" in row["case"]):
+        yield f"It reads {reads['count']} numbers off the device."
     operations = [row for row in rows if "operation" in row["case"]][:top]
     if not operations:
         return
@@ -708,23 +777,60 @@ def _form_cells(row: Row) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--size", choices=SIZES, default="large")
-    found.add_argument("--batch", type=int, default=32, help="clips")
-    found.add_argument("--seconds", type=float, default=10.0, help="length of a clip")
+    found.add_argument("--system", choices=SYSTEMS, default="paraspeechclap", help="whose step")
+    found.add_argument("--size", choices=[*SIZES, *clsp_step.SIZES], help="default: large, spear-xlarge")
+    found.add_argument("--batch", type=int, help="clips (default: 32; of CLSP as many as have 800 s)")
+    found.add_argument("--seconds", type=float, help="length of a clip (default: 10; of CLSP 30)")
     found.add_argument("--tags", type=int, default=28, help="of the tag loss; 0: the contrastive loss alone")
     found.add_argument("--chunk", type=int, default=0, help="clips a chunk of the gradient cache; 0: none")
     found.add_argument("--checkpoint-activations", action="store_true", help="as the flag of fastclap-train")
     found.add_argument("--compile", action="store_true", help="as `fastclap-train` does on a GPU")
     found.add_argument("--ranks", type=int, default=8, help="between which gradients are averaged")
+    found.add_argument("--icefall", type=Path, help="checkout of CLSP's published code, whose step it then is")
     found.add_argument("--ablation", action="store_true", help="the forms of bench.train_step instead")
     found.add_argument("--top", type=int, default=25, help="operations in the table")
     found.add_argument("--out", type=Path, help="folder that receives record.json and record.md")
     return found
 
 
+SYSTEMS = {"paraspeechclap": trace_recipe, "clsp": trace_clsp}
+
+
+def completed(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with what is not given.
+
+    Raises:
+        SystemExit: some do not go together.
+    """
+    clsp = arguments.system == "clsp"
+    sizes: Iterable[str] = clsp_step.SIZES if clsp else SIZES
+    arguments.size = arguments.size or ("spear-xlarge" if clsp else "large")
+    if arguments.size not in sizes:
+        raise SystemExit(
+            f"--size {arguments.size} is none of --system {arguments.system}; choose of {', '.join(sizes)}"
+        )
+    if arguments.seconds is None:
+        arguments.seconds = 30.0 if clsp else 10.0
+    if arguments.batch is None:
+        arguments.batch = int(clsp_step.SECONDS_A_BATCH / max(0.1, arguments.seconds)) if clsp else 32
+    unknown = ("ablation", "compile") if clsp else ("icefall",)
+    for name in unknown:
+        if getattr(arguments, name):
+            raise SystemExit(f"--system {arguments.system} knows no --{name}; leave one of them out")
+    return arguments
+
+
+def subject(arguments: argparse.Namespace) -> str:
+    """What the traced step is of."""
+    if arguments.system == "clsp":
+        return "clsp-stage2" if arguments.icefall is None else "CLSP's code, as published"
+    return RECIPE
+
+
 def measure(arguments: argparse.Namespace) -> str:
     """The tables; the record is in `record.json` of `arguments.out`, if that is given."""
     torch.manual_seed(0)
+    random.seed(0)  # by which CLSP's published code draws
     tokenizer, device = train_tokenizer(CAPTIONS, 1000), torch.device("cuda", 0)
     with contextlib.ExitStack() as stack:
         out = arguments.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -735,10 +841,11 @@ def measure(arguments: argparse.Namespace) -> str:
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             software=train_step.software(None),
             machine=timing.machine(torch.device("cpu")),
-            settings={name: value for name, value in vars(arguments).items() if name not in ("out", "top")}
-            | {"assumed_tflops": TFLOPS, "assumed_tbytes": TBYTES},
+            settings={name: value for name, value in vars(arguments).items() if name not in ("out", "top", "icefall")}
+            | {"subject": subject(arguments), "assumed_tflops": TFLOPS, "assumed_tbytes": TBYTES},
         )
-        (trace_forms if arguments.ablation else trace_recipe)(arguments, device, tokenizer, record)
+        trace = trace_forms if arguments.ablation else SYSTEMS[arguments.system]
+        trace(arguments, device, tokenizer, record)
         record.update_run(status="done")
         text = tables(record.content, arguments.top)
         write_atomic(out / "record.md", text.encode())
@@ -746,7 +853,7 @@ def measure(arguments: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
+    arguments = completed(parser().parse_args(argv))
     for name, least in (("batch", 2), ("tags", 0), ("chunk", 0), ("ranks", 2), ("top", 0)):
         if getattr(arguments, name) < least:
             raise SystemExit(f"--{name} must be at least {least}, is {getattr(arguments, name)}")

@@ -140,11 +140,11 @@ def run_lot(lot: Lot, path: Path, settings: Settings, about: dict[str, Any], sec
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     record.begin(lot.name, about["machine"]["device"], lot.code, date=date, **about, budget_s=round(seconds, 1))
     print(f"[{lot.name}] {lot.what}", flush=True)
-    if settings.device == "cuda" and lot.forms:
+    if settings.device == "cuda" and (lot.forms or lot.calls):
         from bench.gpu.compiling import compile_forms
 
         capability = about["machine"]["capability"].replace(".", "")
-        compiled = compile_forms(lot.forms, int(capability), seconds=0.5 * seconds)
+        compiled = compile_forms(lot.forms, int(capability), 0.5 * seconds, lot.calls)
         record.update_run(compiled=compiled)
     status = run_stages(record, lot.stages, settings, deadline)
     record.update_run(status=status, seconds=round(time.monotonic() - start, 1))
@@ -159,7 +159,8 @@ def run_lots(names: Sequence[str], out: Path, settings: Settings, seconds: float
     folder = out / folder_of(found["device"])
     about = {"command": " ".join(["python -m bench.gpu", *sys.argv[1:]]), "commit": commit()}
     about |= {"software": software(), "machine": found}
-    for what, checkout in (("reference", settings.reference), ("open_clip", settings.open_clip)):
+    for what in ("reference", "open_clip", "icefall"):
+        checkout = getattr(settings, what)
         if checkout is not None:
             from bench.reference_step import commit_of
 
@@ -192,6 +193,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU: tests the code, not the speed")
     parser.add_argument("--reference", type=Path, help="checkout of ParaSpeechCLAP")
     parser.add_argument("--open-clip", type=Path, help="checkout of open_clip with CLAP")
+    parser.add_argument("--icefall", type=Path, help="checkout of yfyeung/icefall, branch clsp")
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records (default: %(default)s)")
     args = parser.parse_args()
     if args.plan:
@@ -212,7 +214,7 @@ def main() -> int:
         return 0
     if args.dry_run and args.out == RECORDS:
         parser.error("--dry-run needs --out: a CPU's figures are no records")
-    settings = Settings("cpu" if args.dry_run else "cuda", args.reference, args.open_clip)
+    settings = Settings("cpu" if args.dry_run else "cuda", args.reference, args.open_clip, args.icefall)
     # Peers may leave large files in the compilers' caches: theirs go with the run.
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache

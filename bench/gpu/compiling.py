@@ -9,11 +9,12 @@ with which Triton starts the kernels of a signature is built too.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -32,13 +33,14 @@ LONG_TRANSFORM, LONG_TRANSFORM_SECONDS = 32, 55.0  # of a log-mel kernel with so
 _fork = multiprocessing.get_context("fork")
 
 
-def compile_forms(prefixes: Sequence[str], arch: int, seconds: float) -> dict[str, Any]:
+def compile_forms(prefixes: Sequence[str], arch: int, seconds: float, calls: Sequence[str] = ()) -> dict[str, Any]:
     """Compiles the kernels of the forms whose names begin with any of these, as far as Triton's cache lacks them.
 
     Args:
         prefixes: of names of `bench.gpu.forms`.
         arch: compute capability of the GPU, such as 90.
         seconds: until it stops, with what it has.
+        calls: "module:function" of what else is rehearsed.
 
     Returns:
         `kernels`, of which `hits` were in the cache and `misses` not, `done` of the latter, and `seconds`.
@@ -50,7 +52,7 @@ def compile_forms(prefixes: Sequence[str], arch: int, seconds: float) -> dict[st
     chosen(prefixes)
     start = time.monotonic()
     here, there = _fork.Pipe(duplex=False)
-    process = _fork.Process(target=_compile, args=(there, tuple(prefixes), arch, start, seconds))
+    process = _fork.Process(target=_compile, args=(there, tuple(prefixes), tuple(calls), arch, start, seconds))
     process.start()
     assert process.pid is not None
     there.close()
@@ -92,7 +94,9 @@ class Progress:
         )
 
 
-def _compile(out: Connection, prefixes: tuple[str, ...], arch: int, start: float, seconds: float) -> None:
+def _compile(
+    out: Connection, prefixes: tuple[str, ...], calls: tuple[str, ...], arch: int, start: float, seconds: float
+) -> None:
     """Rehearses, compiles, and sends its progress whenever that changes."""
     import torch
 
@@ -101,7 +105,7 @@ def _compile(out: Connection, prefixes: tuple[str, ...], arch: int, start: float
     torch.set_num_threads(1)  # threads would not survive the forks
     progress = Progress()
     missing: list[Compilation] = []
-    for compilation in rehearsed(prefixes, arch, progress.failed).values():
+    for compilation in rehearsed(prefixes, arch, progress.failed, calls).values():
         if is_cached(compilation, arch):
             progress.hits += 1
         else:
@@ -139,20 +143,32 @@ def _compile(out: Connection, prefixes: tuple[str, ...], arch: int, start: float
     os._exit(0)
 
 
-def rehearsed(prefixes: Sequence[str], arch: int, failed: dict[str, str]) -> dict[str, Compilation]:
-    """What the forms launch, by cache key; a form that raises is added to `failed`."""
+def rehearsed(
+    prefixes: Sequence[str], arch: int, failed: dict[str, str], calls: Sequence[str] = ()
+) -> dict[str, Compilation]:
+    """What the forms and calls launch, by cache key; one that raises is added to `failed`."""
     import torch
 
+    cpu = torch.device("cpu")
+    named: dict[str, Callable[[], Any]] = {
+        form.name: lambda form=form: form.ours(form.inputs(cpu))  # type: ignore[misc]
+        for form in chosen(prefixes)
+    }
+    named |= {name: _function(name) for name in calls}
     found: dict[str, Compilation] = {}
-    for form in chosen(prefixes):
+    for name, call in named.items():
         try:
-            new = launched(lambda: form.ours(form.inputs(torch.device("cpu"))), arch)  # noqa: B023
+            new = launched(call, arch)
         except Exception as error:
-            failed[form.name] = timing.in_words(error)
+            failed[name] = timing.in_words(error)
         else:
-            named = {key: replace(c, name=f"{c.name} of {form.name}") for key, c in new.items()}
-            found = named | found
+            found = {key: replace(c, name=f"{c.name} of {name}") for key, c in new.items()} | found
     return found
+
+
+def _function(name: str) -> Callable[[], Any]:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _expected_seconds(c: Compilation) -> float:

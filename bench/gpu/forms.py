@@ -43,6 +43,7 @@ from fastclap.kernels.resampling import (
 )
 from fastclap.kernels.residual_layer_norm import dropout_mask as residual_dropout_mask
 from fastclap.kernels.residual_layer_norm import residual_layer_norm, residual_layer_norm_reference
+from fastclap.kernels.scaled_adam import Change, sums, update_
 from fastclap.kernels.shared_attention import shared_attention
 from fastclap.kernels.swoosh import swoosh_linear, swoosh_linear_reference
 from fastclap.kernels.toeplitz_attention import (
@@ -831,6 +832,44 @@ def _log_mels() -> Iterator[KernelForm]:
     yield _log_mel_form("log-mel clap tower int16 to float32, lengths", PRESETS["clap"], int16, fp32, True)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# ScaledAdam
+
+
+def _scaled_adams() -> Iterator[KernelForm]:
+    """With a step of the sizes and without, of parameters at multiples of 16 bytes and elsewhere."""
+    sizes, normal = (4100, 8, 132), _normal(13)
+    for grows, offset in product((False, True), (0, 1)):
+        found = {name: normal(offset + sum(sizes)) for name in ("p", "g", "delta", "square")}
+        found |= {"square": found["square"].square(), "scale": torch.tensor(0.5), "skip": torch.tensor(False)}
+        found |= {name: -1e-3 * normal(len(sizes)).abs() for name in ("rates", "growth")[: 1 + grows]}
+
+        def call(inputs: Tensors, engine: str, offset: int = offset) -> Tensors:
+            flat = {name: inputs[name].clone() for name in ("p", "g", "delta", "square")}
+            p, g, delta, square = (list(x[offset:].split(sizes)) for x in flat.values())
+            squares, products = sums(p, list(g), engine)
+            numbers = (inputs["rates"], inputs.get("growth"), inputs["scale"], inputs["skip"], 0.9, 0.98, 0.5, 1e-8)
+            update_(p, list(g), delta, square, Change(*numbers), engine)
+            changed = {name: flat[name][offset:] for name in ("p", "delta", "square")}
+            return {"squares": squares.clone(), "products": products.clone(), **changed}
+
+        def reference(inputs: Tensors, offset: int = offset) -> Tensors:
+            exact = _doubled(inputs)
+            p, g, delta, square = (exact[name][offset:] for name in ("p", "g", "delta", "square"))
+            each = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(p.device)
+            zeros = torch.zeros(len(sizes), dtype=p.dtype, device=p.device)
+            found = {"squares": zeros.index_add(0, each, g.square()), "products": zeros.index_add(0, each, p * g)}
+            g = g * exact["scale"]
+            square = 0.98 * square + (1 - 0.98) * g.square()
+            change = exact["rates"][each] * g / ((square / 0.5).sqrt() + 1e-8)
+            delta = 0.9 * delta + change + (exact["growth"][each] * p if "growth" in exact else 0.0)
+            return {**found, "p": p + delta, "delta": delta, "square": square}
+
+        label = f"{'with' if grows else 'without'} sizes{', unaligned' * offset}"
+        draw = functools.partial(dict, found)
+        yield KernelForm(f"scaled adam {label}", torch.float32, draw, call, reference, ROUNDING[torch.float32])
+
+
 FORMS: tuple[KernelForm, ...] = (
     *_losses(),
     *_attentions(),
@@ -842,4 +881,5 @@ FORMS: tuple[KernelForm, ...] = (
     *_waveforms(),
     *_convolutions(),
     *_log_mels(),
+    *_scaled_adams(),
 )

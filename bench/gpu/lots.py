@@ -38,6 +38,7 @@ class Lot:
         stages: "module:function" of a `bench.run.Run`, each run in a process of its own.
         forms: how the names of the kernel forms (`bench.gpu.forms`) begin that it launches, which are compiled first.
         seconds: expected on an H100; a record knows better.
+        calls: "module:function" of what launches kernels in forms of its own, which are compiled first too.
         measures: globs of the files that it measures: when one of them changes, its record is out of date.
     """
 
@@ -47,6 +48,7 @@ class Lot:
     forms: tuple[str, ...]
     seconds: float
     measures: tuple[str, ...]
+    calls: tuple[str, ...] = ()
 
     @property
     def code(self) -> str:
@@ -88,6 +90,15 @@ _LOTS = (
         _STEP_FORMS,
         235,
         STEP,
+    ),
+    Lot(
+        "clsp",
+        "a training step of CLSP with SPEAR-XLarge, 800 s of audio in clips of 30 s and of 5 s: ours, published",
+        ("bench.gpu.clsp:long", "bench.gpu.clsp:short"),
+        (),
+        200,
+        (*STEP, *LOG_MEL, "fastclap/models/zipformer/*.py", "train/scaled_adam.py", "kernels/scaled_adam*.py"),
+        ("bench.gpu.clsp:rehearse",),
     ),
     Lot(
         "loss",

@@ -17,6 +17,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- tables of bench.gpu: begin -->", "<!-- end -->"
 UNMEASURED = "**Nothing here has been measured on a GPU yet.**"
 OURS = ("fastclap", "fastclap Triton")  # forms of the kernels that are ours
+PUBLISHED = "CLSP's code, as published"  # form of the lot `clsp` (`bench.clsp_step`)
 COMMON_SIZES = ("clips", "seconds", "heads", "frames", "head_width", "rows", "channels")  # in all cases of a kernel
 FORMS_ON_PAGE = ("fastclap Triton", "materialised, compiled", "open_clip, compiled", "inf_cl", "memeff")
 
@@ -53,7 +54,12 @@ def tables_of(devices: dict[Path, Records]) -> str:
     """The training step and the loss on every device that has records."""
     parts = []
     for folder, records in devices.items():
-        tables = [*_step(records, brief=True), *_loss(records, FORMS_ON_PAGE), *_state(records)]
+        tables = [
+            *_step(records, brief=True),
+            *_clsp(records, brief=True),
+            *_loss(records, FORMS_ON_PAGE),
+            *_state(records),
+        ]
         if tables:
             link = f"../bench/records/gpu/{folder.name}/README.md"
             parts += [f"On one {_device(records)} ([all of it]({link})):", *tables]
@@ -71,6 +77,7 @@ def report(records: Records) -> str:
         *_failures(records),
         *_absent(records),
         *_step(records, brief=False),
+        *_clsp(records, brief=False),
         *_profile(records),
         *_open_clip(records),
         *_train(records),
@@ -221,6 +228,24 @@ def _step(records: Records, *, brief: bool) -> Iterator[str]:
 
 def _step_cells(row: Row) -> list[str]:
     return [_ms(row), _figure(row, "clips_per_s"), _percent(row, "mfu"), _gigabytes(row)]
+
+
+def _clsp(records: Records, *, brief: bool) -> Iterator[str]:
+    cases = rows_of(records, "clsp", form=..., clips=..., seconds=...)
+    for clips, seconds in _unique((row["case"]["clips"], row["case"]["seconds"]) for row in cases):
+        chosen = [row for row in cases if row["case"]["clips"] == clips and row["case"]["seconds"] == seconds]
+        chosen = [row for row in chosen if not brief or "median_ms" in row]
+        if not chosen:
+            continue
+        yield f"A training step of CLSP's second stage with SPEAR-XLarge, {clips} clips of {seconds:g} s:"
+        published = next((row.get("median_ms") for row in chosen if row["case"]["form"] == PUBLISHED), None)
+        yield markdown(
+            ["form", "ms", "clips/s", "of the matmul peak", "memory", "s of audio/s", "× published"],
+            [
+                [row["case"]["form"], *_step_cells(row), _figure(row, "audio_s_per_s"), _gain(row, published)]
+                for row in chosen
+            ],
+        )
 
 
 def _gain(row: Row, base_ms: float | None) -> str:

@@ -26,7 +26,7 @@ from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench import peers
+from bench import clsp_step, peers
 from bench.gpu import compiling, forms, kernels, loss, smoke
 from bench.gpu.compiling import compile_forms, rehearsed
 from bench.gpu.forms import FORMS, KernelForm, chosen
@@ -187,6 +187,30 @@ def test_embedding_launches_what_its_lot_compiles(wide_model: CLAP, bf16: bool) 
     found = launched(embed, 90)
     assert kinds(found) == TOWER_KERNELS
     assert names(found, keys_of(LOTS["embed"].forms)) == []
+
+
+def test_a_step_of_clsp_is_rehearsed_for_its_lot() -> None:
+    """Steps of other lengths than those that are rehearsed, with other draws, launch nothing else."""
+    lot, failed = LOTS["clsp"], {}  # type: ignore[var-annotated]
+    known = rehearsed(lot.forms, 90, failed, lot.calls)
+    assert failed == {}
+    wanted = {"contrastive", "log_mel", "shared_attention", "bias_norm", "gated_convolution", "resampling"}
+    assert kinds(known) == wanted | {"feed_forward", "scaled_adam"}  # Swoosh is compiled from GELU's file
+    size = dataclasses.replace(
+        clsp_step.SIZES["tiny"],
+        zipformer=dataclasses.replace(
+            clsp_step.SIZES["spear-xlarge"].zipformer,
+            downsampling=[1, 4], layers=[1], kernel=[31, 15], feedforward=[192], channels=[2, 4, 8],
+        ),
+    )  # fmt: skip
+    forms = clsp_step.Forms(size, CPU, None)
+    step, batch = forms.our_step(precision="bf16"), clsp_step.host_batch(size, forms.tokenizer, 3, 0.47).batch
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = launched(lambda: step([batch]), 90)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert {"shared_attention", "resampling"} < kinds(found) and names(found, set(known)) == []
 
 
 def test_the_log_mel_tower_launches_what_its_lot_compiles(tokenizer: Tokenizer, tf32: None) -> None:

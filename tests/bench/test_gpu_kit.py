@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_kit
+from bench import gpu_kit, icefall
 from bench.reference_step import commit_of
 
 if sys.version_info >= (3, 11):
@@ -97,6 +97,23 @@ def test_a_copied_checkout_names_its_commit(kit: Path, tmp_path: Path) -> None:
     gpu_kit.make_kit(kit, reference=tmp_path / "checkout")
     assert not (kit / "reference" / ".git").exists()
     assert commit_of(kit / "reference") == git("rev-parse", "HEAD")
+
+
+def test_of_icefall_only_the_training_of_clsp_is_taken_and_links_are_files(kit: Path, tmp_path: Path) -> None:
+    checkout, folder = tmp_path / "checkout", Path(gpu_kit.FOLDERS["icefall"])
+    (checkout / folder).mkdir(parents=True)
+    (checkout / folder / "zipformer2.py").symlink_to("../elsewhere.py")
+    (checkout / folder / "encoder_interface.py").symlink_to("../missing.py")
+    (checkout / folder.parent / "elsewhere.py").write_text("layers")
+    gpu_kit.make_kit(kit, icefall=checkout)
+    copied = kit / "icefall" / folder / "zipformer2.py"
+    assert [path for path in (kit / "icefall").rglob("*") if path.is_file()] == [copied]
+    assert copied.read_text() == "layers" and not copied.is_symlink()
+    found = run(kit, "--plan")
+    assert found.stdout.splitlines()[0] == str(["--icefall", str(kit / "icefall"), "--plan"])
+    assert folder == icefall.FOLDER
+    with pytest.raises(SystemExit, match=r"has no egs/emilia/CLAP/spear_roberta/zipformer2\.py"):
+        gpu_kit.make_kit(kit, icefall=tmp_path)
 
 
 def test_a_new_kit_takes_the_place_of_the_old_one(kit: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import predictions
+from bench import clsp_step, predictions
 from bench.kernel_peers import FRONT_ENDS
 from bench.machines import H100, H200, MACHINES, Machine
 from bench.predictions import FORMS, FOUR, MATERIALISED, THREE
+from fastclap.models.tokenizer import train_tokenizer
 
 RECORD = Path(__file__).resolve().parents[2] / "bench" / "records" / "PREDICTED.md"
 each_machine = pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
@@ -192,3 +193,32 @@ def test_the_reference_is_slower_than_ours(machine: Machine) -> None:
     rows = [row for row in predictions.step_rows() if row[0] == "32"]
     eager, compiled, released, tuned = (rate(row[index]) for row in rows)
     assert released < tuned < eager < compiled
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLSP's step
+
+
+@each_machine
+def test_time_of_a_clsp_step_is_its_products_other_bytes_and_gaps(machine: Machine) -> None:
+    step = predictions.ClspStep(26, 30, 1000, 50.0, (300.0, 200.0), 30.0)
+    ms = 50e3 / (0.81 * machine.tflops) + 200 / (0.9 * machine.tbytes) + 2.0
+    assert predictions.clsp_ms(step, machine) == pytest.approx(ms)
+    share = 1e3 * predictions.CLSP_TFLOP[30] / ms / machine.tflops
+    assert predictions.clsp_cell(step, machine) == f"{ms:.0f} ms, {1e3 * 780 / ms:,.0f} s/s, {share:.0%}"
+
+
+@pytest.mark.parametrize("seconds", (30, 5))
+def test_the_traced_clsp_steps_are_of_one_batch(seconds: int) -> None:
+    (ours, step), (published, other) = (row for row in predictions.CLSP if row[1].seconds == seconds)
+    assert (ours, published) == (predictions.CLSP_OURS, predictions.CLSP_PUBLISHED)
+    clips = int(clsp_step.SECONDS_A_BATCH / seconds)
+    assert step.clips == other.clips == clips
+    size = clsp_step.SIZES["spear-xlarge"]
+    batch = clsp_step.host_batch(size, train_tokenizer(clsp_step.CAPTIONS, 1000), clips, float(seconds))
+    assert 1e-12 * batch.flops == pytest.approx(predictions.CLSP_TFLOP[seconds], rel=1e-3)
+    for traced in (step, other):  # limits and padding on top, and nothing is left out
+        assert predictions.CLSP_TFLOP[seconds] < traced.tflop < 1.15 * predictions.CLSP_TFLOP[seconds]
+        assert 0 < traced.gbytes[1] < traced.gbytes[0]
+    for machine in MACHINES:
+        assert predictions.clsp_ms(step, machine) < predictions.clsp_ms(other, machine)

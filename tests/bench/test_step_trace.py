@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import step_trace, train_step
+from bench import clsp_step, step_trace, train_step
 from bench.fake_compiler import fake_compiler
 from bench.fake_gpu import Engine, fake_gpu, without_data
 from bench.parity import CAPTIONS
@@ -405,3 +406,61 @@ def test_nothing_of_the_fake_gpu_stays() -> None:
         assert torch.empty(2, device="cuda").is_cuda
     assert plain == (F.scaled_dot_product_attention, nn.Module.to, torch.autograd._engine_run_backward)
     assert torch.ones(2).sum().item() == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLSP
+
+
+def clsp_record(tmp_path: Path, *options: str) -> tuple[list[dict[str, Any]], str]:
+    arguments = ["--system", "clsp", "--size", "tiny", "--batch", "3", "--seconds", "0.5", "--out", str(tmp_path)]
+    step_trace.main([*arguments, *options])
+    return json.loads((tmp_path / "record.json").read_text())["rows"], (tmp_path / "record.md").read_text()
+
+
+def operations(rows: list[dict[str, Any]]) -> dict[tuple[str, str], int]:
+    found = [row for row in rows if "operation" in row["case"]]
+    return {(row["case"]["phase"], row["case"]["operation"]): row["operations"] for row in found}
+
+
+def test_a_step_of_clsp_runs_on_its_kernels(tmp_path: Path) -> None:
+    rows, page = clsp_record(tmp_path)
+    found, sizes = operations(rows), clsp_step.SIZES["tiny"].zipformer
+    layers = sum(sizes.lists()["layers"])
+    assert found["forward", "log_mel"] == 1 and found["loss", "info_nce"] == 1
+    assert found["forward", "shared_attention_sums"] == layers
+    assert found["forward", "shared_attention"] == found["backward", "shared_attention_backward"] == 3 * layers
+    assert found["forward", "gated_convolution"] == found["backward", "gated_convolution_backward"] == 2 * layers
+    assert found["forward", "swoosh"] == 4 + 5 * layers  # the front's four, three feed-forwards and two convolutions
+    resampled = sum(factor > 1 for factor in sizes.lists()["downsampling"])
+    assert found["forward", "upsample_bypass"] == resampled and found["forward", "downsample"] == resampled + 1
+    (total,) = (row for row in rows if row["case"] == {"phase": "all"})
+    assert total["flops"] == pytest.approx(total["model_flops"], rel=0.3)  # whiteners, attention, padded captions
+    assert "A step of clsp-stage2, towers of size tiny, 3 clips of 0.5 s" in page
+
+
+def test_the_published_step_has_the_products_of_ours(tmp_path: Path, icefall: Any) -> None:
+    rows, page = clsp_record(tmp_path, "--icefall", os.environ["FASTCLAP_ICEFALL"])
+    (total,) = (row for row in rows if row["case"] == {"phase": "all"})
+    assert total["flops"] == pytest.approx(total["model_flops"], rel=0.4)
+    assert all(
+        next(row for row in rows if row["case"] == {"phase": phase})["operations"] for phase in step_trace.PHASES
+    )
+    (reads,) = (row for row in rows if "host" in row["case"])
+    assert reads["count"] >= len(reads["places"]) > 2 and "make_pad_mask" in reads["places"]
+    assert f"It reads {reads['count']} numbers off the device." in page
+    assert os.environ["FASTCLAP_ICEFALL"] not in page + (tmp_path / "record.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--system", "clsp", "--size", "large"), "--size large is none of --system clsp"),
+        (("--size", "spear-xlarge"), "none of --system paraspeechclap"),
+        (("--system", "clsp", "--compile"), "knows no --compile"),
+        (("--icefall", "checkout"), "--system paraspeechclap knows no --icefall"),
+    ],
+)
+def test_what_does_not_go_together_is_named(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        step_trace.main(arguments)

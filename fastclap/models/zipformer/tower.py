@@ -92,8 +92,7 @@ class ZipformerTower(AudioTower):
             if augment:
                 features = augmented(features, frames, self.config)
         features = features.to(self.encoder_embed.out.weight.dtype)
-        counts = self.log_mel.spec.frame_lengths(torch.tensor(sizes)).tolist()
-        packing = Packing([frames_of(count) for count in counts], audio.device)
+        packing = Packing([frames_of(self.log_mel.spec.frames(size)) for size in sizes], audio.device)
         x, packing = self.encode(features, packing)
         valid = torch.arange(packing.longest, device=x.device) < packing.starts.diff()[:, None]
         return self.pooling.pool(packing.unpack(x), valid)
