@@ -9,11 +9,13 @@ Every part takes `training`, None where the model is evaluated: see `fastclap.mo
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from fastclap.kernels import dispatch
 from fastclap.kernels.bias_norm import bias_norm, bypass
 from fastclap.kernels.gated_convolution import gated_convolution
 from fastclap.kernels.shared_attention import Weights, shared_attention
@@ -61,6 +63,23 @@ def scaled_linear(inner: int, outer: int, scale: float, bias: bool = True) -> nn
 
 def _rising(limit: float, ratio: float = 2.0) -> Schedule:
     return Schedule((0, limit), (20_000, ratio * limit))
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), x.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, low: Tensor) -> tuple[Tensor, None]:
+        return g + low, None
+
+
+def forked(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The stream, and what products take of it under autocast: their gradients meet in one operation without a cast."""
+    dtype = dispatch.autocast_dtype(x)
+    return (x, x) if dtype is None or x.dtype == dtype else _Fork.apply(x, dtype)
 
 
 class BiasNorm(nn.Module):
@@ -274,22 +293,24 @@ class Layer(nn.Module):
         training: Training | None,
     ) -> Tensor:  # [R, C]
         training = None if training is None else training.begin()
+        x, low = forked(x)
         original = x
-        weights = self.self_attn_weights(x, encoding, rows, training)
-        x = x + self.feed_forward1(x, rows, training)
+        weights = self.self_attn_weights(low, encoding, rows, training)
+        x, low = forked(x + self.feed_forward1(low, rows, training))
         attended = self._clips(self.attention_skip, rows, training, x)
-        branch = self.balancer_na(self.nonlin_attention(x, weights, training), training)
-        x = x + self._of_kept(branch, attended)
-        x = x + self._of_kept(self.self_attn1(x, weights, training), attended)
-        branch = self.conv_module1(x, rows, training)
-        x = x + self._of_kept(branch, self._clips(self.convolution_skip, rows, training, x))
-        branch = self.balancer_ff2(self.feed_forward2(x, rows, training), training)
+        branch = self.balancer_na(self.nonlin_attention(low, weights, training), training)
+        x, low = forked(x + self._of_kept(branch, attended))
+        x, low = forked(x + self._of_kept(self.self_attn1(low, weights, training), attended))
+        branch = self.conv_module1(low, rows, training)
+        x, low = forked(x + self._of_kept(branch, self._clips(self.convolution_skip, rows, training, x)))
+        branch = self.balancer_ff2(self.feed_forward2(low, rows, training), training)
         branch = self._of_kept(branch, self._clips(self.feed_forward_skip, rows, training, x))
-        x = bypass(original, x, self.bypass_mid.scale(len(rows.lengths), training), rows.sequence, branch)
-        x = x + self._of_kept(self.self_attn2(x, weights, training), attended)
-        branch = self.conv_module2(x, rows, training)
-        x = x + self._of_kept(branch, self._clips(self.convolution_skip, rows, training, x))
-        branch = self.balancer_ff3(self.feed_forward3(x, rows, training), training)
+        scale = self.bypass_mid.scale(len(rows.lengths), training)
+        x, low = forked(bypass(original, x, scale, rows.sequence, branch))
+        x, low = forked(x + self._of_kept(self.self_attn2(low, weights, training), attended))
+        branch = self.conv_module2(low, rows, training)
+        x, low = forked(x + self._of_kept(branch, self._clips(self.convolution_skip, rows, training, x)))
+        branch = self.balancer_ff3(self.feed_forward3(low, rows, training), training)
         branch = self._of_kept(branch, self._clips(self.feed_forward_skip, rows, training, x))
         x = self.balancer1(x + branch, training)
         log_scale, scale = self.norm.scale(training), self.bypass.scale(len(rows.lengths), training)
