@@ -58,12 +58,15 @@ def plan(model: CLAP, manifest: Sequence[Row], config: TrainConfig, world: World
         config: `chunk_size` and `checkpoint_activations` are chosen where they are "auto".
         world: this process; all of them get the form that fits the one with the least memory.
     """
-    rows = config.batch_size // world.size
-    fixed = None if config.chunk_size == "auto" else min(config.chunk_size or rows, rows)
+    rows = whole = config.batch_size // world.size
+    if config.data.batch_seconds is not None:  # so many of the longest clips; of shorter ones there are more
+        rows = max(1, min(rows, int(config.data.batch_seconds / (config.data.crop_seconds * world.size))))
+    asked = None if config.chunk_size == "auto" else min(config.chunk_size or whole, whole)
+    fixed = None if asked is None else min(asked, rows)
     again = {"auto": None, "on": True, "off": False}[config.checkpoint_activations]
     free = free_bytes(world.device)
     if free is None or (fixed is not None and again is not None):
-        return Plan(fixed or rows, bool(again), "")
+        return Plan(asked or whole, bool(again), "")
     captions = [text for row in manifest[:_ROWS] for text in (*row.captions[:1], *row.fine_captions[:1])]
     kept = measure(model, captions, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -79,7 +82,8 @@ def plan(model: CLAP, manifest: Sequence[Row], config: TrainConfig, world: World
     how = [f"in {math.ceil(rows / chunk)} chunks of {chunk}" if chunk < rows else "at once"]
     how += ["layers computed again"] * checkpoint
     text = f"{room / 1e9:.1f} GB free for activations, {need / 1e9:.2f} GB a clip: {rows} clips {', '.join(how)}"
-    return Plan(chunk, checkpoint, f"memory: {text}")
+    # what fits at once as the longest clips does so as more of shorter ones
+    return Plan(asked or (whole if chunk >= rows else chunk), checkpoint, f"memory: {text}")
 
 
 def choose(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fastclap.models.clap import CLAP
 from fastclap.models.tokenizer import train_tokenizer
 from fastclap.train import memory
 from fastclap.train.config import TrainConfig
+from fastclap.train.distributed import World
 from fastclap.train.loop import train
 from fastclap.train.memory import Kept, choose
 
@@ -131,6 +133,22 @@ def test_a_cpu_takes_the_batch_whole() -> None:
     assert memory.plan(a_model(), [], of_seconds(1.0, batch_size=12), world) == (12, False, "")
     fixed = of_seconds(1.0, batch_size=12, chunk_size=5, checkpoint_activations="on")
     assert memory.plan(a_model(), [], fixed, world) == (5, True, "")
+
+
+def test_of_a_batch_by_seconds_the_longest_clips_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, world = a_model(), World(0, 2, torch.device("cpu"), None)
+    manifest = [SimpleNamespace(captions=(text,), fine_captions=()) for text in CAPTIONS]
+    config = of_seconds(10.0, batch_size=256)
+    config.data.batch_seconds = 400.0  # 20 clips of 10 s for each of two processes
+    monkeypatch.setattr(memory, "measure", lambda *_: Kept(0, GIB, GIB))
+    state = 16 * sum(p.numel() for p in model.parameters()) + memory._SLACK
+    for room, chunk in ((21, 128), (19, 10)):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, room=room: (room * GIB + state) / memory._USABLE)
+        assert memory.plan(model, manifest, config, world).chunk_size == chunk  # type: ignore[arg-type]
+    config.chunk_size = 64
+    assert memory.plan(model, manifest, config, world).chunk_size == 64  # type: ignore[arg-type]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    assert memory.plan(model, manifest, config, world).chunk_size == 64  # type: ignore[arg-type]
 
 
 def test_sharded_towers_have_whole_gradients_where_a_step_has_several_backward_passes(
