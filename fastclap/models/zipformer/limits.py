@@ -167,9 +167,9 @@ class _Balance(torch.autograd.Function):
         by_square = -off_ratio * mean / (2 * deviation**3) * (variance > 1e-20) + off_size / (2 * size.square())
         a, b = by_mean / count, 2 * by_square / count
         scale = _GRADIENT_SHARE / (b.square() * variance + (a + b * mean).square()).clamp(min=1e-40).sqrt()
-        wide_g = g.to(wide)
-        pushed = torch.addcmul(wide_g, wide_g.abs(), (a * scale) + (b * scale) * x).to(g.dtype)
-        return pushed, None, None, None, None, None, None
+        # operations of two dtypes, so that neither x nor g is cast by itself
+        pushed = torch.addcmul(g, g.abs(), torch.addcmul(a * scale, b * scale, x))
+        return pushed.to(g.dtype), None, None, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
