@@ -122,7 +122,7 @@ def train_config(size: Size, **options: Any) -> TrainConfig:
     config.model.text.pretrained, config.model.text.hf_config = None, {"model_type": "roberta", **size.roberta}
     config.model.head.dim = size.dim
     config.optimizer.average_every = 0
-    return replace(config, **{"chunk_size": 0, **options})
+    return replace(config, **{"chunk_size": 0, "checkpoint_activations": "off", **options})
 
 
 def captions(clips: int) -> list[str]:
@@ -191,7 +191,7 @@ class Forms:
             model = CLAP(config.model, self.tokenizer)
         model = model.to(self.device).train()
         for tower in (model.audio_branch, model.text_branch):
-            tower.prepare_training(checkpoint=config.checkpoint_activations)
+            tower.prepare_training(checkpoint=config.checkpoint_activations == "on")
         return Step(model, config, World(0, 1, self.device, None))
 
     def _ours(self) -> Callable[[HostBatch], Any]:

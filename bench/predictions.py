@@ -396,9 +396,9 @@ class ClspStep:
 
 # By `bench.step_trace --system clsp --seconds ...`, with and without `--icefall`.
 CLSP = (
-    (CLSP_OURS, ClspStep(26, 30, 7368, 62.4, (415, 313), 36.9)),
+    (CLSP_OURS, ClspStep(26, 30, 7238, 62.4, (394, 293), 36.4)),
     (CLSP_PUBLISHED, ClspStep(26, 30, 10682, 59.3, (1011, 871), 41.0)),
-    (CLSP_OURS, ClspStep(160, 5, 7317, 68.2, (481, 360), 44.2)),
+    (CLSP_OURS, ClspStep(160, 5, 7187, 68.2, (460, 339), 43.7)),
     (CLSP_PUBLISHED, ClspStep(160, 5, 10640, 70.4, (911, 779), 47.5)),
 )
 CLSP_TFLOP = {30: 58.134, 5: 64.386}  # of the model in such a step, by `bench.model_flops`

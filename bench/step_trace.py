@@ -635,7 +635,8 @@ def trace_clsp(arguments: argparse.Namespace, device: torch.device, _: Tokenizer
         record.add({"host": "reads"}, count=len(reads), places=sorted(set(reads)))
         return
     with fake_gpu():
-        ours = forms.our_step(chunk_size=arguments.chunk, checkpoint_activations=arguments.checkpoint_activations)
+        again = "on" if arguments.checkpoint_activations else "off"
+        ours = forms.our_step(chunk_size=arguments.chunk, checkpoint_activations=again)
         call = functools.partial(ours, [batch.batch.to(device)])
         add_rows(record, traced(call, ours.model, ours.optimizer, arguments.batch), batch.flops)
 

@@ -7,7 +7,9 @@ each of them keeps 12 GB between its steps (weights, gradients, optimizer state)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -31,26 +33,27 @@ def short(run: Run) -> None:
     _in_turn(run, 5.0)
 
 
-def rehearse() -> None:
-    """Takes our step at full width with few layers, captions and frames, on a CPU: it launches what the stages do.
+def rehearsal() -> Callable[[], None]:
+    """A call that takes our step at full width with few layers, captions and frames, on a CPU.
 
-    Once every limit acts and once none, and schedules are past their end, and at their beginning, where clips skip.
+    It launches what the stages do: once every limit acts and once none, with schedules past their end, and at their
+    beginning, where clips skip layers.
     """
     xlarge = SIZES["spear-xlarge"]
-    of_stacks = {"downsampling": [1, 2, 4, 8], "layers": [1], "kernel": [31, 31, 15, 15], "feedforward": [128]}
+    of_stacks: dict[str, Any] = {"downsampling": [1, 2, 4, 8], "layers": [1], "kernel": [31, 31, 15, 15]}
     roberta = {**xlarge.roberta, "num_hidden_layers": 1, "vocab_size": 1000, "intermediate_size": 128}
-    size = replace(xlarge, zipformer=replace(xlarge.zipformer, **of_stacks), roberta=roberta)
-    forms = Forms(size, torch.device("cpu"), None)
-    step, batch = forms.our_step(precision="bf16"), host_batch(size, forms.tokenizer, 2, 0.3).batch
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    zipformer = replace(xlarge.zipformer, feedforward=[128], **of_stacks)
+    forms = Forms(replace(xlarge, zipformer=zipformer, roberta=roberta), torch.device("cpu"), None)
+    step, batch = forms.our_step(precision="bf16"), host_batch(forms.size, forms.tokenizer, 2, 0.3).batch
+    form = replace(forms.ours(), step=lambda batch: step([batch]))  # in the float32 precision that the form has
+
+    def call() -> None:
         for start, draw in ((BATCHES, 0.0), (BATCHES, 0.999), (0.0, 0.999)):
-            step.model.config.audio.zipformer.schedule_start = start
+            zipformer.schedule_start = start
             with mock.patch.object(Training, "draw", lambda _, draw=draw: draw):
-                step([batch])
-    finally:
-        torch.set_float32_matmul_precision(before)
+                form(batch)
+
+    return call
 
 
 def _in_turn(run: Run, seconds: float) -> None:

@@ -40,7 +40,7 @@ def compile_forms(prefixes: Sequence[str], arch: int, seconds: float, calls: Seq
         prefixes: of names of `bench.gpu.forms`.
         arch: compute capability of the GPU, such as 90.
         seconds: until it stops, with what it has.
-        calls: "module:function" of what else is rehearsed.
+        calls: "module:function" that makes a call, which is rehearsed too.
 
     Returns:
         `kernels`, of which `hits` were in the cache and `misses` not, `done` of the latter, and `seconds`.
@@ -154,11 +154,10 @@ def rehearsed(
         form.name: lambda form=form: form.ours(form.inputs(cpu))  # type: ignore[misc]
         for form in chosen(prefixes)
     }
-    named |= {name: _function(name) for name in calls}
     found: dict[str, Compilation] = {}
-    for name, call in named.items():
+    for name in (*named, *calls):
         try:
-            new = launched(call, arch)
+            new = launched(named.get(name) or _made(name), arch)
         except Exception as error:
             failed[name] = timing.in_words(error)
         else:
@@ -166,9 +165,10 @@ def rehearsed(
     return found
 
 
-def _function(name: str) -> Callable[[], Any]:
+def _made(name: str) -> Callable[[], Any]:
+    """The call that a "module:function" makes."""
     module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
+    return getattr(importlib.import_module(module), function)()
 
 
 def _expected_seconds(c: Compilation) -> float:

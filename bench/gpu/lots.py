@@ -38,7 +38,7 @@ class Lot:
         stages: "module:function" of a `bench.run.Run`, each run in a process of its own.
         forms: how the names of the kernel forms (`bench.gpu.forms`) begin that it launches, which are compiled first.
         seconds: expected on an H100; a record knows better.
-        calls: "module:function" of what launches kernels in forms of its own, which are compiled first too.
+        calls: "module:function" that makes a call for `bench.gpu.rehearsal`, whose kernels are compiled first too.
         measures: globs of the files that it measures: when one of them changes, its record is out of date.
     """
 
@@ -98,7 +98,7 @@ _LOTS = (
         (),
         200,
         (*STEP, *LOG_MEL, "fastclap/models/zipformer/*.py", "train/scaled_adam.py", "kernels/scaled_adam*.py"),
-        ("bench.gpu.clsp:rehearse",),
+        ("bench.gpu.clsp:rehearsal",),
     ),
     Lot(
         "loss",

@@ -248,7 +248,7 @@ def test_lots_measure_files_that_exist() -> None:
     for lot in lots.LOTS.values():
         assert all(list(ROOT.glob(pattern)) for pattern in lot.measures), lot.name
         assert lot.seconds <= 240 and lot.stages
-    assert list(lots.LOTS)[:4] == ["smoke", "tests", "step", "loss"]
+    assert list(lots.LOTS)[:4] == ["smoke", "tests", "step", "clsp"]
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

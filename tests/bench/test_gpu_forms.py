@@ -102,7 +102,7 @@ def test_everything_that_is_launched_is_among_the_modules_compilations(arch: int
     failed: dict[str, str] = {}
     found = rehearsed(("",), arch, failed)
     assert failed == {} and names(found, known) == []
-    assert 100 < len(found) < 200  # a cold lot compiles them in a minute
+    assert 100 < len(found) < 250  # few enough to be compiled by a cold lot
 
 
 def test_sizes_do_not_change_the_kernels_of_a_call() -> None:

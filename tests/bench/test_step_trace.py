@@ -439,6 +439,15 @@ def test_a_step_of_clsp_runs_on_its_kernels(tmp_path: Path) -> None:
     assert "A step of clsp-stage2, towers of size tiny, 3 clips of 0.5 s" in page
 
 
+def test_layers_of_clsp_that_are_computed_again_hold_less(tmp_path: Path) -> None:
+    plain, _ = clsp_record(tmp_path / "plain")
+    again, page = clsp_record(tmp_path / "again", "--checkpoint-activations")
+    layers = sum(clsp_step.SIZES["tiny"].zipformer.lists()["layers"])
+    assert operations(again)["backward", "shared_attention"] == 3 * layers
+    held = [next(row["held_bytes"] for row in rows if "memory" in row["case"]) for rows in (plain, again)]
+    assert held[1] < 0.8 * held[0] and "activations checkpointed" in page
+
+
 def test_the_published_step_has_the_products_of_ours(tmp_path: Path, icefall: Any) -> None:
     rows, page = clsp_record(tmp_path, "--icefall", os.environ["FASTCLAP_ICEFALL"])
     (total,) = (row for row in rows if row["case"] == {"phase": "all"})
