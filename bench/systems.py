@@ -13,7 +13,7 @@ Each run is one `fastclap-train RECIPE --small` through the real command line. T
 * fine: `clsp-stage2` (global and fine captions) from a `clsp-stage1` model, against the same further training with
   global captions only: retrieval with fine captions. Both with the log-mel tower.
 * towers: the small Zipformer of these two recipes, with ScaledAdam, against that log-mel tower, which has as many
-  parameters: in about the same time, and in as many steps.
+  parameters, in about the same time: 600 steps for 1000.
 
 The test manifest is seen by nothing but the scores. Runs that the record has already are not repeated.
 """
@@ -86,11 +86,9 @@ RUNS = {
     "first stage, CLSP": Run("clsp-stage1", LOG_MEL),
     "global and fine": Run("clsp-stage2", LOG_MEL, start="first stage, CLSP"),
     "global only": Run("clsp-stage2", (*LOG_MEL, "--data.captions", "global"), start="first stage, CLSP"),
-    "Zipformer, first stage": Run("clsp-stage1"),
-    "Zipformer, second stage": Run("clsp-stage2", start="Zipformer, first stage"),
-    "Zipformer, first stage, equal time": Run("clsp-stage1", EQUAL_TIME),
-    "Zipformer, second stage, equal time": Run("clsp-stage2", EQUAL_TIME, start="Zipformer, first stage, equal time"),
-    "Zipformer with AdamW, first stage, equal time": Run("clsp-stage1", (*EQUAL_TIME, *ADAMW)),
+    "Zipformer, first stage": Run("clsp-stage1", EQUAL_TIME),
+    "Zipformer, second stage": Run("clsp-stage2", EQUAL_TIME, start="Zipformer, first stage"),
+    "Zipformer with AdamW, first stage": Run("clsp-stage1", (*EQUAL_TIME, *ADAMW)),
 }
 
 
@@ -133,11 +131,9 @@ COMPARISONS = {
         (
             "first stage, CLSP",
             "global and fine",
-            "Zipformer, first stage, equal time",
-            "Zipformer, second stage, equal time",
-            "Zipformer with AdamW, first stage, equal time",
             "Zipformer, first stage",
             "Zipformer, second stage",
+            "Zipformer with AdamW, first stage",
         ),
         ("class UAR, caption prompts", "sex UAR", "global mAP@10", "fine mAP@10"),
     ),

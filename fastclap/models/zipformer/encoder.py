@@ -191,7 +191,7 @@ class Stack(nn.Module):
         self,
         x: Tensor,  # [R, C]
         rows: Rows,
-        mask: Tensor | None,  # [B, C], 0 for channels of clips that are dropped after every layer
+        mask: Tensor | None,  # bool [B, C], False for channels of clips that are dropped after every layer
         batches: float | None,  # that the schedules are past; None: evaluation
     ) -> Tensor:  # [R, C]
         encoding = encoded_distances(max(rows.lengths), self.encoding_width, x.device).to(x.dtype)
@@ -310,7 +310,7 @@ class Zipformer(nn.Module):
         return self.downsample_output(x, first), Packing(rows.lengths, x.device)
 
     def _masks(self, clips: int, batches: float | None, x: Tensor) -> Sequence[Tensor | None]:
-        """What is multiplied onto each stack's channels, [B, C]; the same clips are chosen for all stacks."""
+        """Channels that each stack keeps, bool [B, C]; the same clips are chosen for all stacks."""
         if batches is None:
             return [None] * len(self.widths)
         some = torch.rand(clips, 1, device=x.device) > _MASKED_CLIPS
@@ -319,7 +319,7 @@ class Zipformer(nn.Module):
         for width, unmasked in zip(self.widths, self.unmasked, strict=True):
             half = unmasked + (width - unmasked) // 2
             channel = torch.arange(width, device=x.device)
-            masks.append(((channel < unmasked) | (some & (channel < half)) | fewer).to(x.dtype))
+            masks.append((channel < unmasked) | (some & (channel < half)) | fewer)
         return masks
 
     @staticmethod
