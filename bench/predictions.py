@@ -396,9 +396,9 @@ class ClspStep:
 
 # By `bench.step_trace --system clsp --seconds ...`, with and without `--icefall`.
 CLSP = (
-    (CLSP_OURS, ClspStep(26, 30, 7238, 62.4, (394, 293), 36.4)),
+    (CLSP_OURS, ClspStep(26, 30, 5952, 59.2, (341, 250), 35.1)),
     (CLSP_PUBLISHED, ClspStep(26, 30, 10682, 59.3, (1011, 871), 41.0)),
-    (CLSP_OURS, ClspStep(160, 5, 7187, 68.2, (460, 339), 43.7)),
+    (CLSP_OURS, ClspStep(160, 5, 5901, 64.9, (406, 296), 42.3)),
     (CLSP_PUBLISHED, ClspStep(160, 5, 10640, 70.4, (911, 779), 47.5)),
 )
 CLSP_TFLOP = {30: 58.134, 5: 64.386}  # of the model in such a step, by `bench.model_flops`
@@ -564,9 +564,9 @@ seconds of audio a second; %: of the rate of products, by the model's own TFLOP 
 
 - Traced (`bench.step_trace --system clsp`): operations, TFLOP, GB read and written, GB held with weights and optimizer
   state. The time is products + other bytes + gaps, each at the rates above; the host is assumed to keep ahead.
-- Which limits on activations act in a step is random; both are traced with one draw. Our whiteners are launched in a
-  quarter of the steps, those of the published code, once their limits hold, in a fortieth: of ours that is 1.7 TFLOP,
-  30 GB and 1,150 operations (traced).
+- Which limits on activations act in a step is random; both are traced with one draw, with whiteners that have found
+  their limits held and look in a fortieth of the steps. While all of them look in a quarter, it is some 2 TFLOP and
+  40 GB more.
 - The published step reads {CLSP_READS} numbers off the device, and waits for it each time; that is not in its time. k2's Swoosh
   counts as an operation, and as two where its derivative is wanted."""  # noqa: E501
     )

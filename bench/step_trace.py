@@ -75,6 +75,7 @@ from fastclap.data.dataset import distinct_texts
 from fastclap.files import write_atomic
 from fastclap.models.tokenizer import Tokenizer, train_tokenizer
 from fastclap.models.zipformer.encoder import frames_of
+from fastclap.models.zipformer.limits import RARELY
 from fastclap.prompts import DEFAULT_TEMPLATE, fill_template
 from fastclap.train import step
 from fastclap.train.config import TrainConfig
@@ -626,7 +627,7 @@ def add_rows(record: Record, result: Traced, own_flops: int) -> None:
 
 
 def trace_clsp(arguments: argparse.Namespace, device: torch.device, _: Tokenizer, record: Record) -> None:
-    """The rows of CLSP's step, or of its published code's."""
+    """The rows of CLSP's step, or of its published code's, whose whiteners have found their limits held."""
     forms = clsp_step.Forms(clsp_step.SIZES[arguments.size], device, arguments.icefall)
     batch = clsp_step.host_batch(forms.size, forms.tokenizer, arguments.batch, arguments.seconds)
     if arguments.icefall is not None:
@@ -637,15 +638,14 @@ def trace_clsp(arguments: argparse.Namespace, device: torch.device, _: Tokenizer
     with fake_gpu():
         again = "on" if arguments.checkpoint_activations else "off"
         ours = forms.our_step(chunk_size=arguments.chunk, checkpoint_activations=again)
+        for whitener in ours.model.audio_branch.whiteners:
+            whitener.launched = RARELY  # most have found their limit held after some steps
         call = functools.partial(ours, [batch.batch.to(device)])
         add_rows(record, traced(call, ours.model, ours.optimizer, arguments.batch), batch.flops)
 
 
 def traced_published(forms: clsp_step.Forms, batch: clsp_step.HostBatch) -> tuple[Traced, list[str]]:
-    """A step of CLSP's published code, and the places where it reads a number off the device.
-
-    Its whiteners look as seldom as those that have found their limit held, which most have after some steps.
-    """
+    """A step of CLSP's published code, and the places where it reads a number off the device."""
     forms.modules = icefall.load(forms.checkout)  # type: ignore[arg-type, misc]  # instead of compiled functions
     frames = frames_of(batch.features[0].shape[1])
     with fake_gpu(), icefall.without_numbers(forms.modules, frames) as reads:

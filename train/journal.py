@@ -21,6 +21,7 @@ from torch import Tensor
 import fastclap
 from fastclap.errors import ConfigError, TrainingError
 from fastclap.files import write_atomic
+from fastclap.models.packing import HostCopy
 from fastclap.train.best import Best
 from fastclap.train.config import TrainConfig
 from fastclap.train.distributed import World
@@ -152,25 +153,6 @@ class Journal:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # from the device to the host
-
-
-class HostCopy:
-    """A tensor on its way from the device to the host; reading it waits for no later work."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._host = tensor.detach()
-        if tensor.is_cuda:
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._host.copy_(tensor.detach(), non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def read(self) -> Tensor:
-        """The tensor on the host, once it is there."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host
 
 
 class LogStep(NamedTuple):

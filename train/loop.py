@@ -27,10 +27,10 @@ from fastclap.data import Batch
 from fastclap.errors import TrainingError
 from fastclap.files import write_atomic
 from fastclap.grad_cache import is_out_of_memory
+from fastclap.models.packing import HostCopy
 from fastclap.train import distributed
 from fastclap.train.config import TrainConfig
 from fastclap.train.distributed import World
-from fastclap.train.journal import HostCopy
 from fastclap.train.run import Run, prepare
 
 

@@ -110,6 +110,25 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
+class HostCopy:
+    """A tensor on its way from the device to the host; reading it waits for no later work."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = tensor.detach()
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor.detach(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> Tensor:
+        """The tensor on the host, once it is there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
 def longest_of(name: str, lengths: Sequence[int], batch: Tensor) -> int:
     """The largest of the host's lengths of the rows of `batch` [B, T, ...].
 

@@ -176,7 +176,7 @@ class _Balance(torch.autograd.Function):
 # Whitener
 # ---------------------------------------------------------------------------------------------------------------------
 
-_RARELY, _OFTEN = 0.025, 0.25  # probability with which a whitener looks, after its limit held, and after it did not
+RARELY, OFTEN = 0.025, 0.25  # probability with which a whitener looks, after its limit held, and after it did not
 
 
 class Whitener(nn.Module):
@@ -185,7 +185,7 @@ class Whitener(nn.Module):
     The distance is the mean squared eigenvalue over the squared mean eigenvalue, 1 if all are equal.
 
     It looks at a quarter of the batches while it finds the limit exceeded, and at a fortieth after it found it held.
-    What it finds stays on the device, so the host launches it for a quarter of them.
+    What it finds stays on the device, and the host, which launches it, learns of it a step later.
 
     Args:
         limit: of the distance.
@@ -194,6 +194,7 @@ class Whitener(nn.Module):
 
     Attributes:
         probability: float32 [], with which it looks. Only `settle` changes it, between two steps.
+        launched: the most that it may be, as far as the host knows.
         found: float32 [2], how often since then the limit held, and how often it was exceeded.
     """
 
@@ -202,9 +203,9 @@ class Whitener(nn.Module):
 
     def __init__(self, limit: Scheduled, share: float = 0.01, groups: int = 1) -> None:
         super().__init__()
-        self.limit, self.share, self.groups = limit, share, groups
+        self.limit, self.share, self.groups, self.launched = limit, share, groups, OFTEN
         # no part of a model, so of no state dict; a run's checkpoints keep the probabilities
-        self.register_buffer("probability", torch.tensor(_OFTEN), persistent=False)
+        self.register_buffer("probability", torch.tensor(OFTEN), persistent=False)
         self.register_buffer("found", torch.zeros(2), persistent=False)
 
     def forward(
@@ -215,7 +216,7 @@ class Whitener(nn.Module):
         if training is None:
             return x
         draw = training.draw()
-        if draw > _OFTEN or not x.requires_grad:
+        if draw > self.launched or not x.requires_grad:
             return x
         return _Whiten.apply(x, self, draw, training.at(self.limit))
 
@@ -223,13 +224,14 @@ class Whitener(nn.Module):
 def settle(
     whiteners: Sequence[Whitener],
     found: Tensor,  # float32 [whiteners · 2]: of all processes
-) -> None:
-    """What the whiteners have found since the last step decides how often they look from now on."""
+) -> Tensor:  # float32 [whiteners]
+    """What the whiteners have found since the last step decides how often they look from now on: the result."""
     probabilities = [each.probability for each in whiteners]
     held, exceeded = found.view(-1, 2).unbind(1)
-    settled = torch.where(exceeded > 0, _OFTEN, torch.where(held > 0, _RARELY, torch.stack(probabilities)))
+    settled = torch.where(exceeded > 0, OFTEN, torch.where(held > 0, RARELY, torch.stack(probabilities)))
     torch._foreach_copy_(probabilities, list(settled.unbind()))
     torch._foreach_zero_([each.found for each in whiteners])
+    return settled
 
 
 class _Whiten(torch.autograd.Function):

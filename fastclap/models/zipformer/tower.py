@@ -17,7 +17,7 @@ from fastclap.models.augmentation import augmented, louder_or_softer
 from fastclap.models.foreign.clsp import load_spear
 from fastclap.models.freezing import Stages
 from fastclap.models.layers import length_mask, masked_mean
-from fastclap.models.packing import Packing, longest_of
+from fastclap.models.packing import HostCopy, Packing, longest_of
 from fastclap.models.pooling import Pooling
 from fastclap.models.zipformer.encoder import FRONT_DRAWS, Front, Zipformer, frames_of
 from fastclap.models.zipformer.limits import Training, Whitener, settle
@@ -58,6 +58,7 @@ class ZipformerTower(AudioTower):
         limit = FRAMES * spec.hop_length + spec.n_fft
         self.min_samples = bisect.bisect_left(range(limit), FRAMES, key=spec.frames)
         self.batches = config.zipformer.schedule_start
+        self._told: HostCopy | None = None  # probabilities of the whiteners after the last step
         if config.pretrained is not None and load_pretrained:
             load_spear(config, nn.ModuleDict({"encoder_embed": self.encoder_embed, "encoder": self.encoder}))
 
@@ -126,11 +127,23 @@ class ZipformerTower(AudioTower):
         return torch.cat([each.found for each in self.whiteners]) if self.training else None
 
     def end_step(self, findings: Tensor) -> None:
-        settle(self.whiteners, findings)
+        copy: HostCopy | None = HostCopy(settle(self.whiteners, findings))
+        # on a GPU the host goes by what it was told a step ago, which is there by now
+        if findings.device.type == "cuda":
+            copy, self._told = self._told, copy
+        if copy is not None:
+            self._launch(copy.read())
+
+    def _launch(self, probabilities: Tensor) -> None:
+        for each, probability in zip(self.whiteners, probabilities.tolist(), strict=True):
+            each.launched = probability
 
     def training_state(self) -> dict[str, Tensor]:
-        return {"whitening": torch.stack([each.probability for each in self.whiteners])}
+        launched = torch.tensor([each.launched for each in self.whiteners])
+        return {"whitening": torch.stack([each.probability for each in self.whiteners]), "launched": launched}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         for each, probability in zip(self.whiteners, state["whitening"], strict=True):
             each.probability.copy_(probability)
+        self._launch(state["launched"])
+        self._told = HostCopy(torch.stack([each.probability for each in self.whiteners]))
