@@ -565,8 +565,8 @@ seconds of audio a second; %: of the rate of products, by the model's own TFLOP 
 - Traced (`bench.step_trace --system clsp`): operations, TFLOP, GB read and written, GB held with weights and optimizer
   state. The time is products + other bytes + gaps, each at the rates above; the host is assumed to keep ahead.
 - Which limits on activations act in a step is random; both are traced with one draw, with whiteners that have found
-  their limits held and look in a fortieth of the steps. While all of them look in a quarter, it is some 2 TFLOP and
-  40 GB more.
+  their limits held and look in a fortieth of the steps. While all of them look in a quarter, it is 3 TFLOP and 43 GB
+  more (traced).
 - The published step reads {CLSP_READS} numbers off the device, and waits for it each time; that is not in its time. k2's Swoosh
   counts as an operation, and as two where its derivative is wanted."""  # noqa: E501
     )
