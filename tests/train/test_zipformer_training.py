@@ -144,3 +144,32 @@ def test_no_pass_waits_for_the_device(tiny: Build) -> None:
         tower.end_step(tower.findings())
     # the front-end checks lengths that are on the host anyway
     assert [sync for sync in found if "log_mel" not in sync] == []
+
+
+def test_on_a_gpu_the_host_goes_by_what_it_was_told_a_step_ago(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = model_and_batch(configured(tiny))
+    tower = model.audio_branch
+    assert isinstance(tower, ZipformerTower)
+    first = tower.whiteners[0]
+    held = torch.zeros(len(tower.whiteners), 2)
+    held[0, 0] = 1
+
+    class OnGPU(torch.Tensor):
+        """Findings whose device is said to be a GPU."""
+
+        @property
+        def device(self) -> torch.device:  # type: ignore[override]
+            return torch.device("cuda")
+
+    findings = held.flatten().as_subclass(OnGPU)
+    tower.end_step(findings)
+    assert first.probability.item() == pytest.approx(0.025) and first.launched == 0.25
+    state = tower.training_state()
+    tower.end_step(torch.zeros_like(held).flatten().as_subclass(OnGPU))
+    assert first.launched == pytest.approx(0.025)
+    resumed = model_and_batch(configured(tiny, "other"))[0].audio_branch
+    assert isinstance(resumed, ZipformerTower)
+    resumed.load_training_state(state)
+    assert resumed.whiteners[0].launched == 0.25  # as the uninterrupted run then
+    resumed.end_step(torch.zeros_like(held).flatten().as_subclass(OnGPU))
+    assert resumed.whiteners[0].launched == pytest.approx(0.025)
