@@ -84,7 +84,7 @@ def test_a_summary_has_a_row_for_each_kernel_and_architecture_with_ranges_over_i
     assert "**3 compilations (3 for sm_80), none with a problem.**" in kernel_report.page(results[:3], "COMMAND")
 
 
-@pytest.mark.parametrize("page", ["kernels", "kernels-towers", "kernels-logmel"])
+@pytest.mark.parametrize("page", ["kernels", "kernels-towers", "kernels-zipformer", "kernels-logmel"])
 def test_pages_in_the_records_name_every_kernel_of_their_modules_and_fit_on_a_page(page: str) -> None:
     text = (ROOT / "bench" / "records" / f"{page}.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 70
