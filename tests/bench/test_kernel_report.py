@@ -87,7 +87,7 @@ def test_a_summary_has_a_row_for_each_kernel_and_architecture_with_ranges_over_i
 @pytest.mark.parametrize("page", ["kernels", "kernels-towers", "kernels-zipformer", "kernels-logmel"])
 def test_pages_in_the_records_name_every_kernel_of_their_modules_and_fit_on_a_page(page: str) -> None:
     text = (ROOT / "bench" / "records" / f"{page}.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 70
+    assert len(text.splitlines()) < 85
     (command,) = (line for line in text.splitlines() if line.startswith("    python -m bench.kernel_report"))
     modules = command.split("--module ")[1].split(" --")[0].split()
     assert command.endswith(f"--out bench/records/{page}.md")
