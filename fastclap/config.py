@@ -55,7 +55,8 @@ class ZipformerConfig:
     """Frames, of 50 a second, that become one of the result: 1 or 2."""
     schedule_start: float = 100_000.0
     """Batches that the schedules are taken to be past. Dropout, skips and limits are strong at first and settle within
-    20,000 batches; as CLSP was trained, they begin long after that. 0: trained from scratch."""
+    20,000 batches; as CLSP was trained, they begin long after that. 0: trained from scratch, until training goes on
+    from that model (--init-from)."""
     schedule_seconds: float = 600.0
     """Audio that counts as a batch of the schedules. Less of it lets them settle within a shorter training."""
 

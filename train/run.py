@@ -310,6 +310,8 @@ def build_model(config: TrainConfig, manifest: Manifest, resume_path: Path | Non
         model.card = None  # it describes the weights that training starts from
         if config.init_from:  # else it stays as it was asked for, which is what a further start compares
             config.model = model.config
+            if resume_path is None:
+                model.audio_branch.go_on_training()
         return model
     tokenizer = None
     if config.model.text.kind == "small":

@@ -75,6 +75,9 @@ class AudioTower(nn.Module):
             seconds: of audio in a step of all processes together.
         """
 
+    def go_on_training(self) -> None:
+        """Training begins with a tower that was trained before: for what differs then from the first time."""
+
     def findings(self) -> Tensor | None:  # float32 [n]
         """What the backward passes of this step have found, to be summed over the processes; None: nothing."""
         return None

@@ -173,3 +173,17 @@ def test_on_a_gpu_the_host_goes_by_what_it_was_told_a_step_ago(tiny: Build, monk
     assert resumed.whiteners[0].launched == 0.25  # as the uninterrupted run then
     resumed.end_step(torch.zeros_like(held).flatten().as_subclass(OnGPU))
     assert resumed.whiteners[0].launched == pytest.approx(0.025)
+
+
+def test_a_further_stage_begins_after_the_schedules(tiny: Build) -> None:
+    first, second = configured(tiny, "first", steps=2), configured(tiny, "second", steps=4)
+    train(first)
+    second.init_from = str(Path(first.run_dir) / "model")
+    second.steps = 2
+    train(second)
+    for config, start in ((first, 0.0), (second, 100_000.0)):
+        saved = CLAP.from_pretrained(Path(config.run_dir) / "model").config.audio.zipformer
+        assert saved.schedule_start == start
+    second.steps, second.resume = 4, True
+    train(second)
+    assert CLAP.from_pretrained(Path(second.run_dir) / "model").config.audio.zipformer.schedule_start == 100_000.0

@@ -22,6 +22,7 @@ from fastclap.models.pooling import Pooling
 from fastclap.models.zipformer.encoder import FRONT_DRAWS, Front, Zipformer, frames_of
 from fastclap.models.zipformer.limits import Training, Whitener, settle
 
+SETTLED = 100_000.0  # batches that the published stages after the first begin at
 FRAMES = 9  # of features, that the convolutions need for one of their own
 
 
@@ -65,6 +66,10 @@ class ZipformerTower(AudioTower):
     def begin_step(self, number: int, seconds: float) -> None:
         sizes = self.config.zipformer
         self.batches = sizes.schedule_start + number * seconds / sizes.schedule_seconds
+
+    def go_on_training(self) -> None:
+        sizes = self.config.zipformer
+        sizes.schedule_start = max(sizes.schedule_start, SETTLED)
 
     def summarize(
         self,
