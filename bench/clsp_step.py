@@ -335,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
-    for name, least in (("seconds_a_batch", 0.2), ("minutes", 0.0), *(("seconds", 0.1),)):
+    for name, least in (("seconds_a_batch", 0.2), ("minutes", 0.0), ("seconds", 0.1)):
         value = getattr(arguments, name)
         if min(value if isinstance(value, list) else [value]) <= least:
             raise SystemExit(f"--{name.replace('_', '-')} must be above {least:g}, is {value}")

@@ -396,9 +396,9 @@ class ClspStep:
 
 # By `bench.step_trace --system clsp --seconds ...`, with and without `--icefall`.
 CLSP = (
-    (CLSP_OURS, ClspStep(26, 30, 5952, 59.2, (341, 250), 35.1)),
+    (CLSP_OURS, ClspStep(26, 30, 5949, 59.2, (341, 250), 35.1)),
     (CLSP_PUBLISHED, ClspStep(26, 30, 10682, 59.3, (1011, 871), 41.0)),
-    (CLSP_OURS, ClspStep(160, 5, 5901, 64.9, (406, 296), 42.3)),
+    (CLSP_OURS, ClspStep(160, 5, 5898, 64.9, (406, 296), 42.3)),
     (CLSP_PUBLISHED, ClspStep(160, 5, 10640, 70.4, (911, 779), 47.5)),
 )
 CLSP_TFLOP = {30: 58.134, 5: 64.386}  # of the model in such a step, by `bench.model_flops`

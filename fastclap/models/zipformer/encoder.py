@@ -26,7 +26,7 @@ from fastclap.kernels.resampling import downsample, upsample_bypass
 from fastclap.kernels.swoosh import swoosh
 from fastclap.models.layers import length_mask
 from fastclap.models.packing import Packing, to_device
-from fastclap.models.zipformer.layers import DRAWS, DROPOUT, BiasNorm, Bypass, Layer, Rows, Sizes
+from fastclap.models.zipformer.layers import DRAWS, DROPOUT, BiasNorm, Bypass, Layer, Rows, Sizes, scaled
 from fastclap.models.zipformer.limits import Balancer, Schedule, Training, Whitener, fraction_of_gradient
 
 FRONT_DRAWS = 8  # that the convolutions make on the host
@@ -48,11 +48,7 @@ class ConvNeXt(nn.Module):
         hidden = 3 * channels
         self.depthwise_conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
         self.pointwise_conv1 = nn.Conv2d(channels, hidden, 1)
-        self.pointwise_conv2 = nn.Conv2d(hidden, channels, 1)
-        with torch.no_grad():
-            self.pointwise_conv2.weight.mul_(0.01)
-            assert self.pointwise_conv2.bias is not None
-            self.pointwise_conv2.bias.uniform_(-0.001, 0.001)
+        self.pointwise_conv2 = scaled(nn.Conv2d(hidden, channels, 1), 0.01)
         self.skip = Schedule((0, 0.2), (20_000, 0.015))
         self.hidden_balancer = Balancer((0.3, 1.0), (0.75, 5.0))
 
@@ -102,18 +98,18 @@ class Front(nn.Module):
     def forward(
         self,
         features: Tensor,  # [B, T, bands]
-        packing: Packing,  # of the result's frames
+        grids: Grids,  # of the result's frames
         training: Training | None,
     ) -> Tensor:  # [R, width]
+        packing = grids.packing
         x, lengths = features[:, None], packing.starts.diff()
         equal = min(packing.lengths) == frames_of(features.shape[1])
-        for index, (convolution, more) in enumerate(zip(self.conv.values(), (None, 2, 0), strict=True)):
+        own = (2 * lengths + 5, lengths + 2, lengths)  # frames that a convolution makes of the clip's own
+        for index, convolution in enumerate(self.conv.values()):
             x = convolution(x)
             if index == 0:
                 x = fraction_of_gradient(x, 0.2, training)
-            # frames that are made of the clip's own: 2 T' + 5 after the first convolution, T' + 2 after the second
-            own = 2 * lengths + 5 if more is None else lengths + more
-            valid = None if equal else length_mask(own, x.shape[2])[:, None, :, None]
+            valid = None if equal else length_mask(own[index], x.shape[2])[:, None, :, None]
             x = swoosh(self.balancers[index](x, training, 1, valid), "r")
         if valid is not None:
             x = x.masked_fill(~valid, 0.0)
@@ -123,11 +119,8 @@ class Front(nn.Module):
         x = self.convnext_whiten(x.transpose(1, 2), training).transpose(1, 2)
         x = self.out_whiten(self.out(x.flatten(1)), training)
         x = bias_norm(x, self.out_norm.bias, self.out_norm.scale(training))
-        kept = None if training is None else training.kept(DROPOUT, packing.count, x.shape[1], device=x.device)
-        if training is None or kept is None:
-            return x
-        factor = kept * (1 / (1 - training.at(DROPOUT)))
-        return x * Grids(packing).at(1)[0].of_clip(factor)
+        factor = None if training is None else training.dropout(DROPOUT, packing.count, x.shape[1], device=x.device)
+        return x if factor is None else x * grids.at(1)[0].of_clip(factor)
 
 
 def encoded_distances(longest: int, width: int, device: torch.device) -> Tensor:  # float32 [2 · longest - 1, width]
@@ -235,12 +228,10 @@ class Zipformer(nn.Module):
     def __init__(self, config: ZipformerConfig) -> None:
         super().__init__()
         lists = config.lists()
-        for name, odd in (("kernel", 1), ("feedforward", 0)):
+        for name, must, divisor, remainder in (("kernel", "odd", 2, 1), ("feedforward", "a multiple of 4", 4, 0)):
             for value in lists[name]:
-                if value % (2 if odd else 4) != odd:
-                    raise ConfigError(
-                        f"zipformer.{name} has {value}; it must be {'odd' if odd else 'a multiple of 4'} in every stack"
-                    )
+                if value % divisor != remainder:
+                    raise ConfigError(f"zipformer.{name} has {value}; it must be {must} in every stack")
         for width, unmasked in zip(lists["width"], lists["unmasked_width"], strict=True):
             if unmasked > width or width % 4:
                 raise ConfigError(
@@ -284,11 +275,11 @@ class Zipformer(nn.Module):
     def forward(
         self,
         x: Tensor,  # [R, first_width]
-        packing: Packing,
-        batches: float | None = None,  # that the schedules are past; None: evaluation
+        grids: Grids,
+        batches: float | None,  # that the schedules are past; None: evaluation
     ) -> tuple[Tensor, Packing]:  # [R', width]
         """The result, and where its frames lie."""
-        grids = Grids(packing)
+        packing = grids.packing
         masks = self._masks(packing.count, batches, x)
         outputs: list[Tensor] = []
         for part, factor, width, mask in zip(self.encoders, self.factors, self.widths, masks, strict=True):
@@ -337,20 +328,20 @@ class Grids:
     """Where the frames of the clips lie at each rate."""
 
     def __init__(self, packing: Packing) -> None:
-        self._packing = packing
+        self.packing = packing
         self._known: dict[int, tuple[Rows, Tensor]] = {}
 
     def at(self, factor: int) -> tuple[Rows, Tensor]:
         """The rows where `factor` frames are taken together, and the first frame of each group, int32 [R' + 1]."""
         if factor not in self._known:
-            lengths = [-(-length // factor) for length in self._packing.lengths]
-            begins = itertools.accumulate(self._packing.lengths, initial=0)
+            lengths = [-(-length // factor) for length in self.packing.lengths]
+            begins = itertools.accumulate(self.packing.lengths, initial=0)
             first = [
                 np.arange(begin, begin + length, factor)
-                for begin, length in zip(begins, self._packing.lengths, strict=False)
+                for begin, length in zip(begins, self.packing.lengths, strict=False)
             ]
-            ends = np.concatenate([*first, [self._packing.total]]).astype(np.int32)
-            device = self._packing.starts.device
+            ends = np.concatenate([*first, [self.packing.total]]).astype(np.int32)
+            device = self.packing.starts.device
             sequence = np.repeat(np.arange(len(lengths)), lengths)
             starts = np.cumsum([0, *lengths]).astype(np.int32)
             sent = to_device(torch.from_numpy(np.concatenate([ends, sequence, starts]).astype(np.int32)), device)

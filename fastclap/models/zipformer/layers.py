@@ -9,7 +9,7 @@ Every part takes `training`, None where the model is evaluated: see `fastclap.mo
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,14 +51,16 @@ class Sizes(NamedTuple):
     encoding_width: int
 
 
-def scaled_linear(inner: int, outer: int, scale: float, bias: bool = True) -> nn.Linear:
-    """A linear layer that begins with `scale` of torch's weights, and with biases within a tenth of it."""
-    linear = nn.Linear(inner, outer, bias=bias)
-    with torch.no_grad():
-        linear.weight.mul_(scale)
-        if bias:
-            linear.bias.uniform_(-0.1 * scale, 0.1 * scale)
-    return linear
+Scalable = TypeVar("Scalable", nn.Linear, nn.Conv2d)
+
+
+@torch.no_grad()
+def scaled(module: Scalable, scale: float) -> Scalable:
+    """The module, which begins with `scale` of torch's weights, and with biases within a tenth of it."""
+    module.weight.mul_(scale)
+    if module.bias is not None:
+        module.bias.uniform_(-0.1 * scale, 0.1 * scale)
+    return module
 
 
 def _rising(limit: float, ratio: float = 2.0) -> Schedule:
@@ -128,15 +130,12 @@ class ActivatedLinear(nn.Linear):
     def __init__(self, inner: int, outer: int, kind: Literal["l", "r"], scale: float, dropout: Scheduled = 0.0) -> None:
         super().__init__(inner, outer)
         self.kind, self.dropout = kind, dropout
-        with torch.no_grad():
-            self.weight.mul_(scale)
-            self.bias.uniform_(-0.1 * scale, 0.1 * scale)
+        scaled(self, scale)
 
     def activated(self, x: Tensor, rows: Rows, training: Training | None) -> Tensor:
         mask = None
         if training is not None:
-            kept = training.kept(self.dropout, len(rows.lengths), x.shape[1], device=x.device)
-            mask = None if kept is None else kept * (1 / (1 - training.at(self.dropout)))
+            mask = training.dropout(self.dropout, len(rows.lengths), x.shape[1], device=x.device)
         return swoosh_linear(x, self.kind, self.weight, self.bias, mask, None if mask is None else rows.sequence)
 
 
@@ -162,8 +161,9 @@ class AttentionWeights(nn.Module):
         super().__init__()
         self.sizes = sizes
         joint = (2 * sizes.query_width + sizes.position_width) * sizes.heads
-        self.in_proj = scaled_linear(sizes.width, joint, sizes.query_width**-0.25)
-        self.linear_pos = scaled_linear(sizes.encoding_width, sizes.heads * sizes.position_width, 0.05, bias=False)
+        self.in_proj = scaled(nn.Linear(sizes.width, joint), sizes.query_width**-0.25)
+        positions = nn.Linear(sizes.encoding_width, sizes.heads * sizes.position_width, bias=False)
+        self.linear_pos = scaled(positions, 0.05)
         self.position_skip = Schedule((0, 0.5), (4000, 0))
         self.balance_keys = Balancer((0.4, 0.6), (0.0, 100.0), 0.025)
         self.whiten_keys = Whitener(_rising(3.0), 0.025, sizes.heads)
@@ -195,7 +195,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, values = sizes.heads, sizes.heads * sizes.value_width
         self.in_proj = nn.Linear(sizes.width, values)
-        self.out_proj = scaled_linear(values, sizes.width, 0.05)
+        self.out_proj = scaled(nn.Linear(values, sizes.width), 0.05)
         self.whiten = Whitener(_rising(7.5, 3.0))
 
     def forward(self, x: Tensor, weights: Weights, training: Training | None) -> Tensor:
@@ -210,7 +210,7 @@ class NonlinearAttention(nn.Module):
         super().__init__()
         hidden = 3 * width // 4
         self.in_proj = nn.Linear(width, 3 * hidden)
-        self.out_proj = scaled_linear(hidden, width, 0.05)
+        self.out_proj = scaled(nn.Linear(hidden, width), 0.05)
         self.balancer = Balancer((Schedule((0, 0.25), (20_000, 0.05)), Schedule((0, 0.75), (20_000, 0.95))), (0.5, 5.0))
         self.whiten1 = Whitener(_rising(5.0))
         self.whiten2 = Whitener(_rising(5.0, 3.0))

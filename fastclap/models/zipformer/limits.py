@@ -74,6 +74,11 @@ class Training:
         probability = self.at(rate)
         return None if probability == 0.0 else torch.rand(*shape, device=device) > probability
 
+    def dropout(self, rate: Scheduled, *shape: int, device: torch.device) -> Tensor | None:
+        """Factors of dropout, float32: 0, or 1 / (1 - rate) where `kept` is True; None at a rate of 0."""
+        kept = self.kept(rate, *shape, device=device)
+        return None if kept is None else kept * (1 / (1 - self.at(rate)))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Balancer

@@ -19,7 +19,7 @@ from fastclap.models.freezing import Stages
 from fastclap.models.layers import length_mask, masked_mean
 from fastclap.models.packing import HostCopy, Packing, longest_of
 from fastclap.models.pooling import Pooling
-from fastclap.models.zipformer.encoder import FRONT_DRAWS, Front, Zipformer, frames_of
+from fastclap.models.zipformer.encoder import FRONT_DRAWS, Front, Grids, Zipformer, frames_of
 from fastclap.models.zipformer.limits import Training, Whitener, settle
 
 SETTLED = 100_000.0  # batches that the published stages after the first begin at
@@ -86,7 +86,7 @@ class ZipformerTower(AudioTower):
         if min(sizes) < self.min_samples:
             audio = F.pad(audio, (0, max(0, self.min_samples - audio.shape[1])))
             ends = torch.tensor(sizes, device=audio.device)
-            audio = audio.masked_fill(torch.arange(audio.shape[1], device=audio.device) >= ends[:, None], 0)
+            audio = audio.masked_fill(~length_mask(ends, audio.shape[1]), 0)
             sizes = [max(size, self.min_samples) for size in sizes]
             lengths = torch.tensor(sizes, device=audio.device)
         augment = self.by_clip and self.training
@@ -100,8 +100,7 @@ class ZipformerTower(AudioTower):
         features = features.to(self.encoder_embed.out.weight.dtype)
         packing = Packing([frames_of(self.log_mel.spec.frames(size)) for size in sizes], audio.device)
         x, packing = self.encode(features, packing)
-        valid = torch.arange(packing.longest, device=x.device) < packing.starts.diff()[:, None]
-        return self.pooling.pool(packing.unpack(x), valid)
+        return self.pooling.pool(packing.unpack(x), length_mask(packing.starts.diff(), packing.longest))
 
     def encode(
         self,
@@ -112,8 +111,8 @@ class ZipformerTower(AudioTower):
         training, batches = None, None
         if self.training:
             training, batches = Training(self.batches, FRONT_DRAWS).begin(), self.batches
-        x = self.encoder_embed(features, packing, training)
-        return self.encoder(x, packing, batches)
+        grids = Grids(packing)
+        return self.encoder(self.encoder_embed(features, grids, training), grids, batches)
 
     def prepare_training(self, *, compile: bool = False, checkpoint: bool = False) -> None:
         # Which limits are active is drawn anew for every batch, which a compiled graph could not follow.
