@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which a process has to choose before it imports them.
-INTERPRETED := tests/kernels/contrastive/test_triton_engine.py tests/kernels/log_mel/test_triton_engine.py tests/kernels/test_toeplitz_attention_triton.py tests/kernels/test_layer_norm_gelu_triton.py tests/kernels/test_residual_layer_norm_triton.py tests/kernels/test_waveform_triton.py tests/kernels/test_waveform_convolution_triton.py tests/kernels/test_feed_forward_triton.py tests/kernels/test_shared_attention_triton.py tests/kernels/test_scaled_adam_triton.py tests/kernels/test_swoosh_triton.py tests/kernels/test_bias_norm_triton.py tests/kernels/test_gated_convolution_triton.py tests/kernels/test_resampling_triton.py
+INTERPRETED := tests/kernels/contrastive/test_triton_engine.py tests/kernels/log_mel/test_gpu_engines.py tests/kernels/test_toeplitz_attention_triton.py tests/kernels/test_layer_norm_gelu_triton.py tests/kernels/test_residual_layer_norm_triton.py tests/kernels/test_waveform_triton.py tests/kernels/test_waveform_convolution_triton.py tests/kernels/test_feed_forward_triton.py tests/kernels/test_shared_attention_triton.py tests/kernels/test_scaled_adam_triton.py tests/kernels/test_swoosh_triton.py tests/kernels/test_bias_norm_triton.py tests/kernels/test_gated_convolution_triton.py tests/kernels/test_resampling_triton.py
 
 .PHONY: demo test test-slow lint format bench gpu-kit clean
 

@@ -44,6 +44,7 @@ from fastclap.kernels import (
 )
 from fastclap.kernels.contrastive import operator
 from fastclap.kernels.contrastive.shared import Results
+from fastclap.kernels.log_mel import cuda_engine
 from fastclap.kernels.log_mel import operator as log_mel
 from fastclap.models import packing
 from fastclap.models.zipformer import tower
@@ -348,6 +349,7 @@ def _operators() -> Iterator[tuple[Any, str, Any]]:
 def _answers() -> Iterator[tuple[Any, str, Any]]:
     """Where the device would be asked, and what it would say."""
     yield dispatch, "architecture", lambda _: ARCHITECTURE
+    yield cuda_engine, "why_not", lambda *_: None
     yield dispatch, "multiprocessors", lambda _: MULTIPROCESSORS
     yield packing, "_has_flash", lambda _: packing._varlen_attention() is not None
     yield Training, "__init__", _draws

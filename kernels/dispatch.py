@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "torch", "reference")  # of the losses and the towers' operators
-LOG_MEL_BACKENDS = ("auto", "torch", "native", "triton")
+LOG_MEL_BACKENDS = ("auto", "torch", "native", "cuda", "triton")
+LOG_MEL_ON_GPU = ("cuda", "triton")  # the quicker first, which is predicted: no record of a GPU has both yet
 WIDEST_NORM = 8192  # values of a row that the Triton engines of layer norms keep in registers
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # found here, as torch.compile cannot trace the search
 
@@ -106,16 +107,14 @@ def engine(x: Tensor, backend: str, why_not: str | None = None, *, tensor: str =
     return "torch" if reason or x.numel() == 0 else "triton"
 
 
-def log_mel_engine(
-    waveform: Tensor, backend: str, why_not_triton: str | None, why_not_native: Callable[[], str | None]
-) -> str:
-    """The engine of the log-mel features: "torch", "native" or "triton".
+def log_mel_engine(waveform: Tensor, backend: str, why_not: Mapping[str, Callable[[], str | None]]) -> str:
+    """The engine of the log-mel features: "torch", "native", "cuda" or "triton".
 
     Args:
         waveform: the tensor that is worked on.
-        backend: one of `LOG_MEL_BACKENDS`. "auto" is the native engine on a CPU and Triton on a GPU, else torch.
-        why_not_triton: a reason not to take Triton.
-        why_not_native: gives a reason not to take the native engine, asked only where that would be taken.
+        backend: one of `LOG_MEL_BACKENDS`. "auto" is the native engine on a CPU and the first that can of
+            `LOG_MEL_ON_GPU` on a GPU, else torch.
+        why_not: for each engine but torch what gives a reason not to take it, asked only where it would be taken.
 
     Raises:
         ValueError: the backend is unknown or cannot take the waveform.
@@ -126,12 +125,18 @@ def log_mel_engine(
         return backend
     only_torch = why_only_torch(waveform)
     on_cpu = waveform.device.type == "cpu" and not on_gpu(waveform)
-    if backend == "native" or (backend == "auto" and on_cpu):
-        reason = only_torch or why_not_native()
-        if backend == "native" and reason:
-            raise ValueError(f'backend="native" cannot be used: {reason}; use backend="auto"')
-        return "torch" if reason else "native"
-    return engine(waveform, backend, only_torch or why_not_triton, tensor="a waveform")
+    engines = (backend,) if backend != "auto" else ("native",) if on_cpu else LOG_MEL_ON_GPU
+    for name in engines:
+        reason = only_torch or why_not[name]()
+        if name == "triton":
+            name = engine(waveform, backend, reason, tensor="a waveform")
+            if name == "triton":
+                return name
+        elif reason is None:
+            return name
+        elif backend != "auto":
+            raise ValueError(f'backend="{backend}" cannot be used: {reason}; use backend="auto"')
+    return "torch"
 
 
 def _why_no_triton(x: Tensor) -> str | None:

@@ -29,9 +29,9 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # Within an operator's folder: an engine may build on the plain torch engine, and nothing on the operator.
 PARTS = (
     {"operator"},
-    {"triton_engine", "native"},
+    {"triton_engine", "cuda_engine", "native"},
     {"torch_engine"},
-    {"triton_gradient_kernels", "triton_operands"},
+    {"triton_operands"},
     {"triton_kernels"},
     {"shared", "spec"},
 )

@@ -27,7 +27,7 @@ from bench.gpu.watch import die_with_parent
 from bench.run import Run
 
 FILES = (  # those that compile longest first
-    "tests/kernels/log_mel/test_triton_engine.py",
+    "tests/kernels/log_mel/test_gpu_engines.py",
     "tests/kernels/contrastive/test_triton_engine.py",
     "tests/kernels/test_toeplitz_attention_triton.py",
     "tests/kernels/test_shared_attention_triton.py",

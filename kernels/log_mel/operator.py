@@ -6,9 +6,10 @@ Every front-end of the CLAP family (Whisper, LAION-CLAP, AST, BEATs, Kaldi, torc
 `LogMelSpec`. What none of them has is lengths: here each clip is reflected at its own end, so a clip alone, in a
 batch or zero-padded gives the same features.
 
-Three engines compute it: torch operations, C++ on the CPU (`native`) and one Triton launch on a GPU (`triton_engine`).
-torch.compile sees one operator, `fastclap::log_mel`, whichever it is; eager calls that need no gradient take a shorter
-way than an operator's.
+Four engines compute it: C++ on the CPU (`native`), one launch of CUDA C++ on a GPU (`cuda_engine`), Triton around
+torch's FFT where that cannot be (`triton_engine`), and torch operations, which alone have a gradient: the others' is
+theirs, from the waveform on. torch.compile sees one operator, `fastclap::log_mel`, whichever it is; eager calls that
+need no gradient take a shorter way than an operator's.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor
 
 from fastclap.kernels import dispatch
-from fastclap.kernels.log_mel import native
+from fastclap.kernels.log_mel import cuda_engine, native
 from fastclap.kernels.log_mel.spec import Batch, LogMelSpec
 from fastclap.kernels.log_mel.torch_engine import log_mel_torch, log_mel_torch_gradient, masked, scaled
 
-LARGEST_TRANSFORM = 4096  # of the Triton engine: the matrices of a longer one would take too much memory
+LARGEST_TRANSFORM = 4096  # of the Triton engine: a program has a whole frame in registers
 # Masks of a batch: spans of frames [B, n, 2] and of mels [B, m, 2], begin and end, integers on the waveform's device.
 Masks = tuple[Tensor | None, Tensor | None]
 
@@ -60,8 +61,9 @@ def log_mel(
         masks: for SpecAugment, two tensors of spans, begin and end, or None: of frames and of mels. What lies in a span
             is set last of all to the normalised `spec.log_padding`, the value of digital silence unless the front-end
             has its own, and gets no gradient; an empty span (end <= begin) masks nothing.
-        backend: "torch"; "native", C++ on the CPU without a gradient; "triton", a GPU of compute capability 8.0 or
-            later (or any tensor in Triton's interpreter); "auto", the quickest of them that can.
+        backend: "torch"; "native", C++ on the CPU without a gradient; "cuda", an NVIDIA GPU of compute capability 8.0
+            or later, n_fft up to 2,560 with small factors; "triton", the same GPUs (or any tensor in Triton's
+            interpreter), n_fft up to 4,096; "auto", the quickest of them that can.
 
     Returns:
         Features [B, frames, n_mels] of `spec.dtype`, where `frames` is that of a clip of T samples, or
@@ -79,8 +81,8 @@ def log_mel(
     if torch.compiler.is_compiling():
         return torch.ops.fastclap.log_mel(*batch, spec.key, backend)
     batch = _checked(batch)
-    engine = chosen_engine(batch.waveform, spec, backend)
-    if engine == "triton" and waveform.requires_grad and torch.is_grad_enabled():
+    engine = chosen_engine(batch, spec, backend)
+    if engine in dispatch.LOG_MEL_ON_GPU and waveform.requires_grad and torch.is_grad_enabled():
         return torch.ops.fastclap.log_mel(*batch, spec.key, backend)
     return _features(batch, spec, engine)
 
@@ -128,16 +130,26 @@ def _integers(name: str, values: Tensor | None, waveform: Tensor, offsets: Tenso
     return values.to(waveform.device, torch.int64).clamp(0, samples)
 
 
-def chosen_engine(waveform: Tensor, spec: LogMelSpec, backend: str) -> str:
-    """The engine for checked arguments: "torch", "native" or "triton"."""
-    why_not_triton = None
-    if spec.n_fft > LARGEST_TRANSFORM:
-        why_not_triton = f"n_fft is {spec.n_fft}, and the kernels take an n_fft of at most {LARGEST_TRANSFORM}"
-    return dispatch.log_mel_engine(waveform, backend, why_not_triton, partial(native.why_not, waveform, spec))
+def chosen_engine(batch: Batch, spec: LogMelSpec, backend: str) -> str:
+    """The engine for a checked batch: "torch", "native", "cuda" or "triton"."""
+
+    def why_not_triton() -> str | None:
+        if spec.n_fft > LARGEST_TRANSFORM:
+            return f"n_fft is {spec.n_fft}, and the kernels take an n_fft of at most {LARGEST_TRANSFORM}"
+        return None
+
+    reasons = {
+        "native": partial(native.why_not, batch.waveform, spec),
+        "cuda": partial(cuda_engine.why_not, batch, spec),
+        "triton": why_not_triton,
+    }
+    return dispatch.log_mel_engine(batch.waveform, backend, reasons)
 
 
 def _features(batch: Batch, spec: LogMelSpec, engine: str) -> tuple[Tensor, Tensor]:
     """`log_mel` of a checked batch, without dither, by one engine; of them only torch's is differentiable."""
+    if engine == "cuda":
+        return cuda_engine.log_mel_cuda(batch, spec)
     if engine == "triton":
         from fastclap.kernels.log_mel.triton_engine import log_mel_triton
 
@@ -168,7 +180,7 @@ def log_mel_op(
     batch = _checked(Batch(waveform.detach(), lengths, offsets, time_masks, mel_masks))
     numbers = _spec_of(spec)
     with torch.no_grad():
-        features, frame_lengths = _features(batch, numbers, chosen_engine(batch.waveform, numbers, backend))
+        features, frame_lengths = _features(batch, numbers, chosen_engine(batch, numbers, backend))
     return features.contiguous(), frame_lengths
 
 
@@ -191,16 +203,10 @@ def log_mel_backward_op(
     time_masks: Tensor | None,
     mel_masks: Tensor | None,
     spec: str,
-    backend: str,
 ) -> Tensor:
     """Gradient of the waveform [B, T], in its dtype, from what the forward pass was given: nothing else is kept."""
     batch = _checked(Batch(waveform.detach(), lengths, offsets, time_masks, mel_masks))
-    numbers = _spec_of(spec)
-    if chosen_engine(batch.waveform, numbers, backend) == "triton":
-        from fastclap.kernels.log_mel.triton_engine import log_mel_triton_gradient
-
-        return log_mel_triton_gradient(gradient, batch, numbers)
-    return log_mel_torch_gradient(gradient, batch, numbers)
+    return log_mel_torch_gradient(gradient, batch, _spec_of(spec))
 
 
 @log_mel_backward_op.register_fake
@@ -210,14 +216,14 @@ def _(gradient: Tensor, waveform: Tensor, *_: Any) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:5])
-    ctx.spec, ctx.backend = inputs[5:]
+    ctx.spec = inputs[5]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, gradient: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if gradient is None or not ctx.needs_input_grad[0]:
         return (None,) * 7
-    return torch.ops.fastclap.log_mel_backward(gradient, *ctx.saved_tensors, ctx.spec, ctx.backend), *(None,) * 6
+    return torch.ops.fastclap.log_mel_backward(gradient, *ctx.saved_tensors, ctx.spec), *(None,) * 6
 
 
 log_mel_op.register_autograd(_backward, setup_context=_save)

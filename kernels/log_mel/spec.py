@@ -19,7 +19,7 @@ from torch import Tensor
 
 _IntOrTensor = TypeVar("_IntOrTensor", int, Tensor)
 
-EDGES = {"snip_edges": 0, "center": 1, "no_snip_edges": 2}  # the framings, as the native and Triton engines number them
+EDGES = {"snip_edges": 0, "center": 1, "no_snip_edges": 2}  # the framings, as the compiled engines number them
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class LogMelSpec:
     # What follows from them. Attributes, not properties: a compiler reads them where it could not follow their making.
     mel_rate: ClassVar[int]  # the sampling rate that the mel bank is laid out for
     mel_f_max: ClassVar[float]  # upper edge of the mel bank, Hz
+    count_terms: ClassVar[tuple[int, int]]  # frames of a clip: (samples + the first) // hop_length + the second
     offset: ClassVar[int]  # samples by which the first frame's window starts before the clip; negative: after its start
     log_scale: ClassVar[float]  # what the natural logarithm is multiplied by
     log_padding: ClassVar[float]  # log-mel of frames past a clip's end, before `dynamic_range` and the affine step
@@ -123,6 +124,12 @@ class LogMelSpec:
             "no_snip_edges": self.win_length // 2 - self.hop_length // 2,
         }
         object.__setattr__(self, "offset", offsets[self.framing])
+        add, plus = {
+            "center": (0, 1),
+            "snip_edges": (-self.win_length, 1),
+            "no_snip_edges": (self.hop_length // 2, 0),
+        }[self.framing]
+        object.__setattr__(self, "count_terms", (add, plus - int(self.drop_last_frame)))
         log_scales = {"ln": 1.0, "log10": 1.0 / math.log(10.0), "db": 10.0 / math.log(10.0)}
         object.__setattr__(self, "log_scale", log_scales[self.log])
         padding = self.padding_value
@@ -157,13 +164,8 @@ class LogMelSpec:
 
     def _count(self, samples: _IntOrTensor) -> _IntOrTensor:
         """Frames by the origin's rule alone; not positive for a clip that is too short for it."""
-        if self.framing == "center":
-            frames = samples // self.hop_length + 1
-        elif self.framing == "snip_edges":
-            frames = (samples - self.win_length) // self.hop_length + 1
-        else:
-            frames = (samples + self.hop_length // 2) // self.hop_length
-        return frames - int(self.drop_last_frame)
+        add, plus = self.count_terms
+        return (samples + add) // self.hop_length + plus
 
     def frames(self, samples: int) -> int:
         """Frames of a clip of `samples` samples: none if it is empty, else at least 1 and at most num_frames."""
@@ -263,3 +265,14 @@ def window(spec: LogMelSpec) -> np.ndarray:
     period = spec.win_length if spec.window == "hann" else spec.win_length - 1
     hann = 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(spec.win_length) / period)
     return np.maximum(hann, 0.0) ** 0.85 if spec.window == "povey" else hann
+
+
+def exponent_step(scale: float) -> tuple[float, float]:
+    """What one more in the exponent of a number adds to `scale` times its natural logarithm: 12 bits, and the rest.
+
+    An exponent times the first is exact in float32.
+    """
+    step = math.log(2.0) * scale
+    fraction, exponent = math.frexp(step)
+    high = math.ldexp(round(fraction * 4096), exponent - 12)
+    return high, step - high

@@ -133,7 +133,9 @@ def signals(sampling_rate: int) -> dict[str, Tensor]:
         "noise on an offset": 0.5 + 0.01 * white,
         "clicks": clicks,
         "silence": torch.zeros(samples),
-        "full-scale tone": torch.sin(2 * torch.pi * 1000 * t).float(),
+        "full-scale tone": torch.sin(
+            2 * torch.pi * 997 * t
+        ).float(),  # at 1000 Hz all frames would have one luck of rounding
         "ramp": (t / t[-1]).float(),
     }
 

@@ -15,10 +15,10 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 MODULE = "log_mel.triton_engine"
 MOST_USED = (
-    "log-mel whisper fp32 to fp32 lengths",
-    "log-mel kaldi 128 i16 to bf16 lengths offsets masks",
-    "range to bf16 masks",
-    "sample gradients kaldi fp32",
+    "log-mel frames whisper fp32 lengths",
+    "log-mel frames kaldi i16 lengths offsets",
+    "log-mel features kaldi bf16 masks",
+    "log-mel range bf16 masks",
 )
 
 

@@ -81,7 +81,7 @@ def log_mel_native(
 
 def usable(waveform: Tensor, spec: LogMelSpec) -> bool:
     """Whether "auto" takes the native engine."""
-    return chosen_engine(waveform, spec, "auto") == "native"
+    return chosen_engine(Batch(waveform), spec, "auto") == "native"
 
 
 def int16_as_float(waveform: Tensor, spec: LogMelSpec) -> LogMelSpec:
