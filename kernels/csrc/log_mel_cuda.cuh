@@ -74,7 +74,7 @@ constexpr int FIRST_WORDS = SAMPLE_WORDS > POWER_WORDS ? SAMPLE_WORDS : POWER_WO
 constexpr int EXCHANGE_WORDS = 2 * FRAMES * FRAME_STRIDE;
 constexpr int MEAN_WORDS = REMOVE_DC ? (R2 + 1) * FRAMES : 0;
 constexpr int SHARED_BYTES = 4 * (FIRST_WORDS + EXCHANGE_WORDS + MEAN_WORDS);
-static_assert(SHARED_BYTES == LOG_MEL_SHARED_BYTES);
+static_assert(SHARED_BYTES == LOG_MEL_SHARED_BYTES && 4 * (4 + MELS) <= SHARED_BYTES);
 
 constexpr int FIRST_TASKS = R2 * FRAMES / GROUP, SECOND_TASKS = ROWS * FRAMES;
 constexpr int WINDOW_VECTORS = (SLICES + 3) / 4, TURN_VECTORS = (2 * (ROWS - 1) + 3) / 4;  // of a column
@@ -531,6 +531,9 @@ DEVICE void second_step(const Complex *exchange, float *powers) {
     }
 }
 
+constexpr int LARGEST_BITS = 0x7f7fffff;  // of the finite numbers
+#define NAN_OF_A_BAD_SAMPLE __int_as_float(0x7fffffff)
+
 // The feature of frames past a clip's last one and of masked ones.
 DEVICE float feature_of(float log, float2 affine) { return (log - affine.x) * affine.y; }
 
@@ -563,7 +566,7 @@ DEVICE unsigned third_step(const Arguments &a, int b, int start, int clip_frames
             const float x = energy[j];
             // All bins of a frame with a bad sample are NaN or infinite, and so is each of its mels.
             float y = logarithm_of(fmaxf(x, a.floor), logarithm);
-            if (!(x <= 3.402823466e38f)) y = __int_as_float(0x7fffffff);
+            if (!(x <= __int_as_float(LARGEST_BITS))) y = NAN_OF_A_BAD_SAMPLE;
             if (whole || frame + j < clip_frames) {
                 if (RANGE) largest = max(largest, static_cast<unsigned>(__float_as_int(x)));
             } else {
@@ -592,11 +595,13 @@ struct WordsOf<2> {
 
 // All of a clip's features, when its last tile is done and they still lie in the L2 cache: no value is more than
 // `dynamic_range` below the largest. What was written is rounded as the limit is, so that it was written but once.
-DEVICE void limit_range(const Arguments &a, int b, int clip_frames, unsigned largest) {
-    const float nan = __int_as_float(0x7fffffff);
+DEVICE void limit_range(const Arguments &a, int b, int clip_frames, unsigned largest, float *lowest) {
     float limit = logarithm_of(fmaxf(__int_as_float(largest), a.floor), {a.log_high, a.log_low, a.log_scale, 0.0f});
     if (clip_frames < a.frames) limit = clip_frames ? fmaxf(limit, a.padding) : a.padding;
-    limit = largest > 0x7f7fffff ? nan : limit - a.dynamic_range;
+    const bool bad = largest > LARGEST_BITS;
+    for (int mel = threadIdx.x; mel < MELS; mel += THREADS)
+        lowest[mel] = feature_of(limit - a.dynamic_range, __ldg(a.affine + mel));
+    __syncthreads();
     const int size = a.frames * MELS;
     LOG_MEL_OUTPUT *values = a.features + static_cast<long long>(b) * size;
     constexpr int VECTOR = MELS * sizeof(LOG_MEL_OUTPUT) % 16 ? 1 : 16 / sizeof(LOG_MEL_OUTPUT), AHEAD = 4;
@@ -612,19 +617,17 @@ DEVICE void limit_range(const Arguments &a, int b, int clip_frames, unsigned lar
             if (at < size) vectors[i].words = load_again(reinterpret_cast<const Words *>(values + at));
         });
         for_each<0, AHEAD>([&](auto i) {
-            const int at = first + i * VECTOR * THREADS;
-            for (int j = 0; j < VECTOR && at < size; ++j) {
-                const int mel = (at + j) % MELS, frame = (at + j) / MELS;
-                const float2 affine = __ldg(a.affine + mel);
-                const float x = value_of(vectors[i].x[j]), lowest = feature_of(limit, affine);
-                float y = x < lowest || lowest != lowest ? lowest : x;
+            const int at = first + i * VECTOR * THREADS, mel = at % MELS;
+            if (at >= size) return;
+            for_each<0, VECTOR>([&](auto j) {
+                float y = bad ? NAN_OF_A_BAD_SAMPLE : fmaxf(value_of(vectors[i].x[j]), lowest[mel + j]);
                 if (MASKS)
-                    if (in_spans(mel, a.mel_masks + 2ll * b * a.mel_spans, a.mel_spans) ||
-                        in_spans(frame, a.time_masks + 2ll * b * a.time_spans, a.time_spans))
-                        y = feature_of(a.padding, affine);
+                    if (in_spans(mel + j, a.mel_masks + 2ll * b * a.mel_spans, a.mel_spans) ||
+                        in_spans(at / MELS, a.time_masks + 2ll * b * a.time_spans, a.time_spans))
+                        y = feature_of(a.padding, __ldg(a.affine + mel + j));
                 store(&vectors[i].x[j], y);
-            }
-            if (at < size) *reinterpret_cast<Words *>(values + at) = vectors[i].words;
+            });
+            *reinterpret_cast<Words *>(values + at) = vectors[i].words;
         });
     }
 }
@@ -664,7 +667,7 @@ DEVICE void log_mel_tile(const Arguments &a, float *shared) {
             __threadfence();
         }
         __syncthreads();
-        if (*last) limit_range(a, b, clip.frames, load_again(state));
+        if (*last) limit_range(a, b, clip.frames, load_again(state), shared + 4);
     }
 }
 

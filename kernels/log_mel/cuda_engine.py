@@ -118,7 +118,7 @@ def layout(spec: LogMelSpec) -> Layout | str:
         shared = 4 * (max(samples, (high - low) * frames) + 2 * frames * frame_stride + sums)
         if shared <= ROOM:
             break
-    if shared > MOST_SHARED or threads > 1024:
+    if shared > MOST_SHARED or threads > 1024 or 4 * (4 + spec.n_mels) > shared:
         return f"{frames} frames of {spec.n_fft} samples, {spec.hop_length} apart, do not fit shared memory"
     blocks = max(1, min(ROOM * 4 // shared, BLOCK_THREADS // threads))
     return Layout(r1, r2, frames, group, threads, pad, row_stride, frame_stride, shared, blocks)
@@ -341,14 +341,16 @@ def log_mel_cuda(batch: Batch, spec: LogMelSpec) -> tuple[Tensor, Tensor]:
     clips, samples = waveform.shape
     frames = spec.num_frames or spec.frames(samples)
     time, mel = (None if x is None else x.contiguous() for x in (batch.time_masks, batch.mel_masks))
+    features = torch.empty(clips, frames, spec.n_mels, dtype=getattr(torch, spec.dtype), device=device)
+    frame_lengths = torch.empty(clips, dtype=torch.int64, device=device)
     tensors = {
         "waveform": waveform,
         "offsets": batch.offsets,
         "lengths": batch.lengths,
         "time_masks": time,
         "mel_masks": mel,
-        "features": torch.empty(clips, frames, spec.n_mels, dtype=getattr(torch, spec.dtype), device=device),
-        "frame_lengths": torch.empty(clips, dtype=torch.int64, device=device),
+        "features": features,
+        "frame_lengths": frame_lengths,
         "states": torch.zeros(clips, 2, dtype=torch.int32, device=device) if spec.dynamic_range is not None else None,
     }
     arguments = _Arguments(
@@ -364,4 +366,4 @@ def log_mel_cuda(batch: Batch, spec: LogMelSpec) -> tuple[Tensor, Tensor]:
     rows = min(clips, MOST_GRID)
     grid = (-(-frames // plan.layout.frames), rows, -(-clips // rows))
     plan.kernel.launch(grid, plan.layout.threads, arguments)
-    return tensors["features"], tensors["frame_lengths"]
+    return features, frame_lengths

@@ -15,6 +15,7 @@ need no gradient take a shorter way than an operator's.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -138,7 +139,7 @@ def chosen_engine(batch: Batch, spec: LogMelSpec, backend: str) -> str:
             return f"n_fft is {spec.n_fft}, and the kernels take an n_fft of at most {LARGEST_TRANSFORM}"
         return None
 
-    reasons = {
+    reasons: dict[str, Callable[[], str | None]] = {
         "native": partial(native.why_not, batch.waveform, spec),
         "cuda": partial(cuda_engine.why_not, batch, spec),
         "triton": why_not_triton,

@@ -6,13 +6,16 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torchaudio
 
 from bench import logmel_speed, test_native
 from bench.logmel_speed import FLOAT, HANDOVER, tables, verdicts
-from bench.test_native import CASES
+from bench.test_native import CASES, by_asrfront
 from fastclap.kernels.log_mel import native
+from fastclap.kernels.log_mel.operator import log_mel
 
 
 def test_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +36,26 @@ def test_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (FLOAT in clsp["rows"]) == native.available()
     for entry in (*record["cases"], *record["stages"]):
         assert all(row["median"] > 0 and row["repeats"] >= 1 for row in entry["rows"].values())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_asrfront_computes_the_same_features(count: int) -> None:
+    pytest.importorskip("asrfront")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        whisper, kaldi = (
+            torch.from_numpy(np.stack(by_asrfront(CASES[name], CASES[name].waveform(2))()))
+            for name in ("whisper-80", "kaldi-80")
+        )
+    finally:
+        torch.set_num_threads(before)
+    ours, _ = log_mel(CASES["whisper-80"].waveform(2), None, CASES["whisper-80"].spec)
+    torch.testing.assert_close(whisper.mT, ours, atol=1e-2, rtol=0)
+    # Ours has no Hamming window; torchaudio, which Kaldi's front-end is held to elsewhere, has.
+    fbank = torchaudio.compliance.kaldi.fbank
+    hamming = [fbank(x[None], num_mel_bins=80, window_type="hamming") for x in CASES["kaldi-80"].waveform(2)]
+    torch.testing.assert_close(kaldi, torch.stack(hamming), atol=1e-2, rtol=0)
 
 
 def test_targets() -> None:
