@@ -41,16 +41,23 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="fastclap-emulator-")
 
 
+def broken_source(kernel: str) -> Path:
+    """The emulator around another kernel, to see whether a fault is found."""
+    folder = Path(tempfile.mkdtemp(dir=_folder().name))
+    (folder / cuda_engine.SOURCE.name).write_text(kernel)
+    return Path(shutil.copy(EMULATOR, folder))
+
+
 @functools.cache
-def _program(options: tuple[str, ...], sanitizer: str) -> str:
+def _program(emulator: Path, options: tuple[str, ...], sanitizer: str) -> str:
     """The emulator of one form."""
     checks = (f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g") if sanitizer else ()
-    name = hashlib.sha256(repr((options, sanitizer)).encode()).hexdigest()[:16]
+    name = hashlib.sha256(repr((emulator, options, sanitizer)).encode()).hexdigest()[:16]
     path = os.path.join(_folder().name, name)
     found = compiler()
     assert found is not None, "there is no g++"
     flags = ("-std=c++17", "-O1", "-march=native", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread")
-    subprocess.run([found, *flags, *checks, *options, str(EMULATOR), "-o", path], check=True)
+    subprocess.run([found, *flags, *checks, *options, str(emulator), "-o", path], check=True)
     return path
 
 
@@ -59,7 +66,7 @@ class _Emulator:
 
     def __init__(self, spec: LogMelSpec, dtype: torch.dtype, masks: bool, sanitizer: str) -> None:
         self.spec, self.dtype = spec, dtype
-        self.program = _program(cuda_engine.options(spec, dtype, masks), sanitizer)
+        self.program = _program(EMULATOR, cuda_engine.options(spec, dtype, masks), sanitizer)
 
     def _sizes(self, a: cuda_engine._Arguments) -> dict[str, int]:
         """Bytes of every array, in the order in which the emulator reads them."""

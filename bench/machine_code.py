@@ -2,8 +2,7 @@
 
     python -m bench.machine_code
 
-compiles the forms that `bench.predictions` speaks of for sm_90 and prints their counts; no GPU is needed. CLAP's takes
-a minute the first time.
+compiles the forms that `bench.predictions` speaks of for sm_90 and prints their counts; no GPU is needed.
 
 *Instructions*: those that a warp goes through, of which each of an SM's four schedulers issues one a cycle.
 *Wavefronts*: what the pipe in front of L1 and shared memory, one for the SM, works off at one a cycle. A warp's load or
@@ -17,13 +16,18 @@ its products at the full rate of the tensor cores. Above 100 % no kernel with su
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
+
 from bench.tables import markdown
+from fastclap.kernels.log_mel import cuda_engine
+from fastclap.kernels.log_mel.spec import LogMelSpec
 
 ARCH = 90
 DIM = 768  # of the embeddings, for the share of the tensor cores' time
@@ -35,8 +39,6 @@ LOSSES = {
     "gradient bf16 columns": (2, "P2"),
     "sigmoid bf16": (2, "SigLIP"),
 }
-# The compilation of each front-end of `bench.kernel_peers`.
-FORMS = {"whisper-80": "whisper", "kaldi-80": "kaldi", "clsp-128": "kaldi unsnipped 128", "clap-64": "clap"}
 NORMS = (  # forms of layer_norm_gelu in which a row is one warp's
     *("forward 512 bf16 bf16 weight bias", "backward 512 bf16 bf16 weight bias sums"),
     *("forward 1024 bf16 fp32 weight bias", "backward 1024 bf16 fp32 weight bias sums"),
@@ -90,11 +92,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one warp; `products` are its matrix instructions."""
+    """Of one warp; `products` are its matrix instructions. Of a share of its work they may be no whole numbers."""
 
-    instructions: int
-    wavefronts: int
-    products: int
+    instructions: float
+    wavefronts: float
+    products: float
 
     @classmethod
     def of(cls, code: Iterable[Instruction]) -> Counts:
@@ -106,11 +108,11 @@ class Counts:
         pairs = zip(self.values, other.values, strict=True)
         return Counts(*(a + b for a, b in pairs))
 
-    def __mul__(self, times: int) -> Counts:
+    def __mul__(self, times: float) -> Counts:
         return Counts(*(times * value for value in self.values))
 
     @property
-    def values(self) -> tuple[int, int, int]:
+    def values(self) -> tuple[float, float, float]:
         return self.instructions, self.wavefronts, self.products
 
 
@@ -199,18 +201,117 @@ def row_tile(code: Sequence[Instruction]) -> Counts:
     return Counts.of(shortest(code, start, end))
 
 
-def log_mel_tile(code: Sequence[Instruction], groups: int) -> Counts:
-    """Of a tile of frames inside a clip: without the copy of a clip's ends, and the last loop inside `groups` times.
+def _spliced(code: Sequence[Instruction], first: int, last: int) -> list[Instruction]:
+    return [line for line in code if first <= line.at <= last]
 
-    All instructions count: the tile's one large branch is taken.
+
+def _per(code: Sequence[Instruction], opcode: Sequence[str], start: int, end: int) -> Counts:
+    """Of the innermost loop between two addresses with most such instructions, an equal share for each of them."""
+    found = [loop for loop in loops(code) if start <= loop[0] and loop[1] <= end]
+    found = [loop for loop in found if not any(loop[0] <= x[0] and x[1] <= loop[1] and x != loop for x in found)]
+    bodies = [_spliced(code, *loop) for loop in found]
+    having = [[line for line in body if line.opcode[: len(opcode)] == list(opcode)] for body in bodies]
+    body, marked = max(zip(bodies, having, strict=True), key=lambda x: len(x[1]))
+    if not marked:
+        raise ValueError(f"no loop with {'.'.join(opcode)} between 0x{start:x} and 0x{end:x}")
+    return Counts.of(body) * (1 / len(marked))
+
+
+def _visiting(code: Sequence[Instruction], start: int, end: int, places: Iterable[int]) -> list[Instruction]:
+    """From one address to another by way of all of these that can be reached, always the nearest first."""
+    way, left = [], set(places)
+    while True:
+        found = []
+        for place in left:
+            with contextlib.suppress(ValueError):
+                found.append(shortest(code, start, place)[1:])
+        if not found:
+            return way + shortest(code, start, end)[1:]
+        way += min(found, key=len)
+        start = way[-1].at
+        left.remove(start)
+
+
+def _shortest_with_stores(
+    code: Sequence[Instruction], before: tuple[int, int], after: tuple[int, int | None], stores: int
+) -> list[Instruction]:
+    """The fewest instructions along `before`, then along `after` with so many stores that hang on nothing."""
+    found = []
+    for line in code:
+        if line.opcode[0] == "STG" and not line.text.startswith("@"):
+            with contextlib.suppress(ValueError):
+                way = shortest(code, after[0], line.at) + shortest(code, line.at, after[1])[1:]
+                if sum(x.opcode[0] == "STG" for x in way) == stores:
+                    found.append(way)
+    return shortest(code, *before)[1:] + min(found, key=len)[1:]
+
+
+def _of_tables(code: Sequence[Instruction]) -> Counts:
+    """Where global loads are of tables, in which the lanes of a warp read one line of the cache: a wavefront each."""
+    counts = Counts.of(code)
+    spared = sum(line.wavefronts - 1 for line in code if line.opcode[0] == "LDG")
+    return Counts(counts.instructions, counts.wavefronts - spared, counts.products)
+
+
+def log_mel_frame(code: Sequence[Instruction], spec: LogMelSpec) -> dict[str, Counts]:
+    """Of csrc/log_mel_cuda.cuh, a frame of a tile inside a clip whose samples lie at multiples of 16 bytes, by step.
+
+    Barriers divide the code into its steps. Each has its loops over what a thread does: of the samples those of vectors
+    and of the mels that over bins count as often as they run; the other steps are what a thread does once. Where a warp
+    has row 0 it also goes through the other side of the second step's branch.
     """
-    start, end = max(loops(code), key=lambda loop: loop[1] - loop[0])
-    inner = [loop for loop in loops(code) if start < loop[0] and loop[1] < end]
-    outer = [loop for loop in inner if not any(o[0] <= loop[0] and loop[1] <= o[1] and o != loop for o in inner)]
-    inside = [line for line in code if start <= line.at <= end]
-    once = [line for line in inside if not any(first <= line.at <= last for first, last in outer)]
-    first, last = outer[-1]
-    return Counts.of(once) + Counts.of(line for line in inside if first <= line.at <= last) * groups
+    found = cuda_engine.layout(spec)
+    assert isinstance(found, cuda_engine.Layout)
+    mels = cuda_engine.mel_runs(spec, found.frames)
+    barriers = [line.at for line in code if line.opcode[0] == "BAR"]
+    sums = [barriers[1:3], []][not spec.remove_dc]
+    loaded, (first, second) = barriers[0], barriers[1 + len(sums) : 3 + len(sums)]
+    ranged = spec.dynamic_range is not None
+    third = barriers[3 + len(sums)] if ranged else code[-1].at
+    warps = found.threads / 32
+    # Vectors of samples are loaded without a loop, then stored.
+    start = next(line.at for line in code if line.opcode[:3] == ["LDG", "E", "128"])
+    moves = [line for line in code if line.opcode[0] in ("LDG", "STS") and start < line.at < loaded]
+    wide = [line.at for line in moves if {"64", "128"} & set(line.opcode)]
+    steps = {"samples": Counts.of(shortest(code, code[0].at, start) + _visiting(code, start, loaded, wide))}
+    if sums:  # their division by the window's length, which one warp does, is left out
+        steps["means"] = Counts.of(_spliced(code, loaded, sums[0])[1:])
+    turns = found.r2 * found.frames / found.group / found.threads
+    steps["first"] = _of_tables(_spliced(code, sums[-1] if sums else loaded, first)[1:]) * turns
+    body = _spliced(code, first, second)[1:]
+    sides = _sides(body)
+    rare, usual = (Counts.of(side) for side in sorted(sides, key=len, reverse=True))
+    zero = max(1.0, found.frames / 32) / warps  # of the warps have row 0, all or half of their threads
+    turns = found.r1 // 2 * found.frames / found.threads
+    steps["second"] = (Counts.of(body) + rare * (zero - 1) + usual * (0 if found.frames < 32 else -zero)) * turns
+    bins = float(mels.runs[:, 1].sum()) / warps  # of the mels of a warp
+    # Of a mel: up to its loop over bins, that, and on to the next mel by the way on which all four frames are stored.
+    inside = [loop for loop in loops(code) if second < loop[0] and loop[1] < third]
+    inside.sort(key=lambda x: x[1] - x[0])
+    start, end = next(x for x in inside if any(line.opcode[0] == "LDS" for line in _spliced(code, *x)))
+    around = [x for x in inside if x[0] < start and end < x[1]]  # none where a warp has one turn
+    first_line, last_line = around[0] if around else (second, third if ranged else None)
+    once = _shortest_with_stores(code, (first_line, start), (end, last_line), stores=4)
+    steps["third"] = _of_tables(once) * (len(mels.runs) / warps)
+    steps["third"] += _of_tables(_spliced(code, start, end)) * (bins / 4)
+    if ranged:
+        of_vector = _per(code, ("LDG", "E", "128", "STRONG"), third, code[-1].at)
+        steps["range"] = Counts.of(_spliced(code, third, barriers[4 + len(sums)]))
+        steps["range"] += of_vector * (found.frames * spec.n_mels / 4 / found.threads)
+    return {name: counts * (warps / found.frames) for name, counts in steps.items()}
+
+
+def _sides(body: Sequence[Instruction]) -> list[list[Instruction]]:
+    """The two sides of the branch that is an if with an else: of which one ends in a jump over the other."""
+    at = {line.at: i for i, line in enumerate(body)}
+    pairs = []
+    for line in body:
+        if line.target is not None and not line.always and line.target in at and line.target > line.at:
+            jump = body[at[line.target] - 1]
+            if jump.target is not None and jump.always and jump.target in at and jump.target > jump.at:
+                one = body[at[line.at] + 1 : at[line.target]]
+                pairs.append([one, body[at[line.target] : at[jump.target]]])
+    return max(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
 
 
 def main() -> None:
@@ -227,7 +328,6 @@ def main() -> None:
         toeplitz_attention_triton,
     )
     from fastclap.kernels.contrastive import triton_engine as contrastive
-    from fastclap.kernels.log_mel import triton_engine as log_mel
 
     def machine_code(module: ModuleType, name: str) -> list[Instruction]:
         found = next(c for c in module.compilations(ARCH) if c.name == name)
@@ -260,15 +360,16 @@ def main() -> None:
         code = machine_code(gated_convolution_triton, f"gated convolution {name}")
         what = f"{gated_convolution_triton.TURN} rows of {gated_convolution_triton.WIDTH} columns"
         rows.append((f"gated convolution {name}", what, Counts.of(shortest(code, *loops(code)[-1]))))
-    for label, form in FORMS.items():
-        groups = -(-FRONT_ENDS[label].n_mels // log_mel.feature_flags(FRONT_ENDS[label])["MELS"])
-        tile = log_mel_tile(machine_code(log_mel, f"log-mel {form} fp32 to fp32"), groups)
-        rows.append((f"log-mel {label}", f"a tile of {log_mel.FEATURE_TILE.frames} frames", tile))
+    for label, spec in FRONT_ENDS.items():
+        cubin = cuda_engine.cubin(spec, torch.float32, False, ARCH)
+        steps = log_mel_frame(parse(offline._cuobjdump(cubin, "-sass")), spec)
+        rows += [(f"log-mel {label}", f"a frame, all warps: {step}", counts) for step, counts in steps.items()]
     header = ("kernel", "of a warp", "instructions", "wavefronts", "matrix instructions", f"issue / tensor, D = {DIM}")
     cells = []
     for name, what, counts in rows:
         share = shares.pop(name, None)
-        cells.append((name, what, *map(str, counts.values), "-" if share is None else f"{share:.0%}"))
+        numbers = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in counts.values)
+        cells.append((name, what, *numbers, "-" if share is None else f"{share:.0%}"))
     print(markdown(header, cells))
 
 

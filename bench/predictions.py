@@ -132,28 +132,24 @@ def loss_rows() -> Iterator[list[str]]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Log-mel
 
-# Of a warp for a tile of 32 frames inside a clip, float32 to float32, counted in the machine code for sm_90
-# (`bench.machine_code`): instructions, wavefronts of shared memory and L1, matrix instructions.
+# Of a frame inside a clip, all of its warps, float32 to float32, counted in the machine code for sm_90
+# (`bench.machine_code`): instructions, wavefronts of shared memory and L1.
 LOG_MEL = {
-    "whisper-80": (5807, 1314, 128),
-    "kaldi-80": (5866, 1349, 128),
-    "clsp-128": (6232, 1395, 128),
-    "clap-64": (10144, 2638, 256),
+    "whisper-80": (404, 92),
+    "kaldi-80": (505, 108),
+    "clsp-128": (548, 113),
+    "clap-64": (774, 189),
 }
-LOG_MEL_FRAMES, LOG_MEL_WARPS = 32, 4
-MMA_CYCLES = 8  # of m16n8k16 in float16 on a quarter of a multiprocessor
-BUSY_SHARES = (0.6, 0.4)  # of the cycles of the pipe that has most to do: assumed, for 8 warps a multiprocessor
+BUSY_SHARES = (0.8, 0.6)  # of the cycles of the pipe that has most to do: assumed, for 16 to 24 warps a multiprocessor
 TORCHAUDIO_BYTES = 13e3  # a frame of 400 samples: frames, complex spectrum, magnitudes, squares, mels, logarithm
 LOGARITHM_BYTES = 16  # a feature: clamp and log, in place, as float32
 CLIPS, SECONDS = 1024, 10
-EPILOGUE_BYTES = 8  # a value of a front-end with a dynamic range: written and read once more, as float32
 
 
-def log_mel_cycles(name: str) -> tuple[float, float, float]:
-    """Cycles a frame of one multiprocessor: to issue, of the pipe to shared memory and L1, of the tensor cores."""
-    issue, wavefronts, products = LOG_MEL[name]
-    warps = LOG_MEL_WARPS / LOG_MEL_FRAMES
-    return issue * warps / SCHEDULERS, wavefronts * warps, products * MMA_CYCLES * warps / SCHEDULERS
+def log_mel_cycles(name: str) -> tuple[float, float]:
+    """Cycles a frame of one multiprocessor: to issue, and of the pipe to shared memory and L1."""
+    instructions, wavefronts = LOG_MEL[name]
+    return instructions / SCHEDULERS, wavefronts
 
 
 def log_mel_frames(spec: LogMelSpec) -> int:
@@ -167,11 +163,10 @@ def log_mel_gbytes(spec: LogMelSpec, sample_bytes: int, feature_bytes: int) -> f
 
 
 def log_mel_ms(name: str, share: float, machine: Machine) -> float:
-    """The pipe with most to do, busy in a share of the cycles; then the second pass of a dynamic range."""
+    """The pipe with most to do, busy in a share of the cycles, or the bytes."""
     spec = FRONT_ENDS[name]
     busy = 1e3 * log_mel_frames(spec) * max(log_mel_cycles(name)) / (MULTIPROCESSORS * HERTZ * share)
-    second = 0.0 if spec.dynamic_range is None else 1e-9 * log_mel_frames(spec) * spec.n_mels * EPILOGUE_BYTES
-    return busy + second / (COPY_SHARE * machine.tbytes)
+    return max(busy, log_mel_gbytes(spec, 4, 4) / (COPY_SHARE * machine.tbytes))
 
 
 def log_mel_rows() -> Iterator[list[str]]:
@@ -509,14 +504,14 @@ not fit. N = 1,048,576 at D = 768 takes {million} s.
 
 {CLIPS} clips of {SECONDS} s. Cycles are those of one multiprocessor a frame (counted, inside a clip, float32 to float32).
 
-{markdown(("front-end", "issue", "wavefronts", "tensor", "floor ms, float32", "int16 to bf16", "predicted ms"), log_mel_rows())}
+{markdown(("front-end", "issue", "wavefronts", "floor ms, float32", "int16 to bf16", "predicted ms"), log_mel_rows())}
 
-- *Issue*: the instructions of a tile's four warps, one a cycle on each of four schedulers. *Wavefronts*: of the one pipe
-  to shared memory and L1, one a cycle: 1, 2 or 4 for a load or store of 32, 64 or 128 bits a lane, 4 for four matrices,
-  1 for a shuffle. That is the least: bank conflicts and loads that touch many lines come on top. One is as much a bound
-  as the other; bytes and tensor cores are none.
-- ms = frames · the largest of the three / (share · {MULTIPROCESSORS} · {HERTZ / 1e9:g} GHz), share {percent(BUSY_SHARES)} (assumed: two programs of four
-  warps hide little latency), and {EPILOGUE_BYTES} bytes a feature more where there is a dynamic range.
+- *Issue*: the instructions of all warps, one a cycle on each of four schedulers. *Wavefronts*: of the one pipe to shared
+  memory and L1, one a cycle: 1, 2 or 4 for a load or store of 32, 64 or 128 bits a lane, 1 where a warp reads one line of
+  a table. The layout keeps lanes out of each other's banks but for a few powers of the mels. One is as much a bound as
+  the other, and bytes are none.
+- ms = frames · the larger of the two / (share · {MULTIPROCESSORS} · {HERTZ / 1e9:g} GHz), share {percent(BUSY_SHARES)} (assumed, for 16 to 24 warps a
+  multiprocessor).
 - Peers, from bytes alone, ms: {"; ".join(log_mel_peers())}.
 
 ## Gated-Toeplitz attention

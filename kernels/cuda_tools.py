@@ -116,6 +116,15 @@ def _nvrtc() -> _Nvrtc:
     raise CudaError(f"NVRTC, CUDA's compiler at run time, cannot be loaded: {reasons[0]}")
 
 
+def compiler_version() -> str:
+    """Of NVRTC.
+
+    Raises:
+        CudaError: it cannot be loaded.
+    """
+    return _nvrtc().version
+
+
 def compile_cubin(source: str, name: str, options: Sequence[str], arch: int) -> bytes:
     """Machine code for compute capability `arch` (80, 90, ...), from the cache or compiled and put there.
 

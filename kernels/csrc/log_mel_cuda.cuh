@@ -87,10 +87,10 @@ static_assert(!REMOVE_DC || FIRST_TASKS <= THREADS);  // a thread keeps its samp
 
 struct Arguments {
     const Input *waveform;               // [clips, samples], row_stride apart
-    const long long *offsets, *lengths;  // [clips], or null
+    const long long *offsets, *lengths;  // [clips] in [0, samples], or null
     const float4 *columns;               // [WINDOW_VECTORS + TURN_VECTORS, R2]: taps of the slices, then cosines and sines
-    const float *weights;                // of the mels of a warp side by side, bin after bin
-    const int2 *runs;                    // [warps of mels]: where its weights are, and how many bins
+    const float4 *weights;               // of four bins, for the mels of a warp side by side, then of the next four
+    const int2 *runs;                    // [warps of mels]: where its weights are, and how many bins, a multiple of 4
     const int *first_bins;               // [MELS rounded up to a warp's], less LOW
     const float4 *logarithms;            // [MELS]: what log2 becomes a feature with, see `Logarithm`
     const float2 *affine;                // [MELS]: mean, 1 / std
@@ -306,13 +306,13 @@ struct Clip {
     const Input *samples;
     int length, frames;
 
+    // Offsets and lengths lie in [0, samples], so that half of their bits are enough.
     static DEVICE Clip of(const Arguments &a, int b) {
-        long long first = 0, length = a.samples;
-        if (a.offsets) first = min(max(__ldg(a.offsets + b), 0ll), length), length -= first;
-        if (a.lengths) length = min(max(__ldg(a.lengths + b), 0ll), length);
-        const int size = static_cast<int>(length);
-        const int frames = min(max(max(size + a.count_add, 0) / HOP + a.count_plus, 1), a.most_frames);
-        return {a.waveform + b * a.row_stride + first, size, size ? frames : 0};
+        const int first = a.offsets ? __ldg(reinterpret_cast<const int *>(a.offsets + b)) : 0;
+        int length = a.samples - first;
+        if (a.lengths) length = min(__ldg(reinterpret_cast<const int *>(a.lengths + b)), length);
+        const int frames = min(max(max(length + a.count_add, 0) / HOP + a.count_plus, 1), a.most_frames);
+        return {a.waveform + b * a.row_stride + first, length, length ? frames : 0};
     }
 
     // The sample at a position, which may lie outside of the clip: what its reflection or its padding has there.
@@ -332,27 +332,40 @@ struct Clip {
 // Samples from `begin` on into shared memory, with pre-emphasis x[i] - c x[i-1]: (x[i] - x[i-1]) + (1 - c) x[i-1] is
 // nearly exact, where c x[i-1] is not. Those that only frames past the clip's last would read are zero.
 DEVICE void load_samples(const Arguments &a, const Clip &clip, int begin, int frames, float *samples) {
-    constexpr int VECTOR = 16 / sizeof(Input);
     const float rest = 1.0f - a.preemphasis;
     const bool inside = frames == FRAMES && begin >= PREEMPHASIS && begin + SAMPLES <= clip.length;
     const Input *from = clip.samples + begin;
-    if constexpr (HOP % VECTOR == 0 && WINDOW % VECTOR == 0 && PAD % 2 == 0) {
+    constexpr int VECTOR = 16 / sizeof(Input), OF_HOP = HOP / VECTOR, HOPS = OF_HOP ? THREADS / OF_HOP : 0;
+    if constexpr (HOP % VECTOR == 0 && WINDOW % VECTOR == 0 && PAD % 2 == 0 && HOPS > 0) {
         if (inside && reinterpret_cast<unsigned long long>(from) % 16 == 0) {
-            for (int i = VECTOR * threadIdx.x; i < SAMPLES; i += VECTOR * THREADS) {
-                union {
-                    uint4 words;
-                    Input x[VECTOR];
-                } loaded;
-                loaded.words = __ldg(reinterpret_cast<const uint4 *>(from + i));
-                float x[VECTOR], before = PREEMPHASIS ? sample_of(__ldg(from + i - 1)) : 0.0f;
-                for (int j = 0; j < VECTOR; ++j) {
-                    const float now = sample_of(loaded.x[j]);
-                    x[j] = PREEMPHASIS ? fmaf(rest, before, now - before) : now;
-                    before = now;
-                }
-                float2 *to = reinterpret_cast<float2 *>(samples + position(i));
-                for (int j = 0; j < VECTOR / 2; ++j) to[j] = {x[2 * j], x[2 * j + 1]};
-            }
+            // A thread has one place in every HOPS-th hop, so that all but the first addresses are constants.
+            constexpr int TURNS = (SAMPLES + HOPS * HOP - 1) / (HOPS * HOP);
+            union Vector {
+                uint4 words;
+                Input x[VECTOR];
+            } loaded[TURNS];
+            float before[TURNS];
+            const int hop = threadIdx.x / OF_HOP, place = VECTOR * (threadIdx.x % OF_HOP), first = hop * HOP + place;
+            const Input *vector = from + first;
+            float *to = samples + first + PAD * hop;
+            auto has = [&](int turn) { return hop < HOPS && first + turn * HOPS * HOP < SAMPLES; };
+            for_each<0, TURNS>([&](auto turn) {
+                if (!has(turn)) return;
+                const Input *at = vector + turn * HOPS * HOP;
+                loaded[turn].words = __ldg(reinterpret_cast<const uint4 *>(at));
+                if (PREEMPHASIS) before[turn] = sample_of(__ldg(at - 1));
+            });
+            for_each<0, TURNS>([&](auto turn) {
+                if (!has(turn)) return;
+                float x[VECTOR];
+                for_each<0, VECTOR>([&](auto j) {
+                    const float now = sample_of(loaded[turn].x[j]);
+                    x[j] = PREEMPHASIS ? fmaf(rest, before[turn], now - before[turn]) : now;
+                    before[turn] = now;
+                });
+                float2 *pairs = reinterpret_cast<float2 *>(to + turn * HOPS * (HOP + PAD));
+                for_each<0, VECTOR / 2>([&](auto j) { pairs[j] = {x[2 * j], x[2 * j + 1]}; });
+            });
             return;
         }
     }
@@ -421,7 +434,7 @@ DEVICE void load_vectors(const float4 *vectors, float (&x)[SIZE]) {
 
 DEVICE void first_step(const Arguments &a, const Clip &clip, int begin, int frames, const float *samples,
                        Complex *exchange, float *sums) {
-    auto transform = [&](int task, auto &&frame_samples, const float *means) {
+    auto transform = [&](unsigned task, auto &&frame_samples, const float *means) {
         const int group = task % (FRAMES / GROUP), n2 = task / (FRAMES / GROUP);
         const float4 *column = a.columns + n2;
         float taps[4 * WINDOW_VECTORS], turns[4 * TURN_VECTORS + 1];
@@ -478,7 +491,7 @@ DEVICE void first_step(const Arguments &a, const Clip &clip, int begin, int fram
         __syncthreads();
         if (works) transform(threadIdx.x, from_kept, means);
     } else {
-        for (int task = threadIdx.x; task < FIRST_TASKS; task += THREADS) {
+        for (unsigned task = threadIdx.x; task < FIRST_TASKS; task += THREADS) {
             load(task % (FRAMES / GROUP), task / (FRAMES / GROUP));
             transform(task, from_kept, nullptr);
         }
@@ -497,7 +510,10 @@ DEVICE float power_of(Complex x, float factor = 1.0f) {
 
 // Step 2: FFTs of rows, and the powers [bin, frame].
 DEVICE void second_step(const Complex *exchange, float *powers) {
-    for (int task = threadIdx.x; task < SECOND_TASKS; task += THREADS) {
+    constexpr int END = (N / 2 + 1 - LOW) * FRAMES;  // the runs of mels may go on a little
+#pragma unroll 1
+    for (unsigned i = END + threadIdx.x; i < POWER_WORDS; i += THREADS) powers[i] = 0.0f;
+    for (unsigned task = threadIdx.x; task < SECOND_TASKS; task += THREADS) {
         const int frame = task % FRAMES, row = task / FRAMES;
         const Complex *from = exchange + frame * FRAME_STRIDE + row * ROW_STRIDE;
         Complex z[R2];
@@ -511,20 +527,23 @@ DEVICE void second_step(const Complex *exchange, float *powers) {
                 constexpr int from = direct ? base + 1 : base - ROWS + 1, to = direct ? base + ROWS : base;
                 const int bin = direct ? base + row : base - row;
                 if constexpr (any_used(from, to))
-                    if (all_used(from, to) || (bin >= LOW && bin < HIGH)) powers[(bin - LOW) * FRAMES + frame] = power_of(z[k]);
+                    if (all_used(from, to) || (bin >= LOW && bin < HIGH))
+                        powers[(bin - LOW) * FRAMES + frame] = power_of(z[k]);
             });
         } else {
             // Row 0: z has an even and an odd sample in each number, the spectrum of each is one half of this.
             for_each<0, R2 / 2 + 1>([&](auto j) {
                 constexpr int bin = ROWS * j.value, mirror = ROWS * (R2 - j.value), other = (R2 - j.value) % R2;
-                constexpr bool wanted = any_used(bin, bin + 1), mirror_wanted = bin != mirror && any_used(mirror, mirror + 1);
+                constexpr bool wanted = any_used(bin, bin + 1);
+                constexpr bool mirror_wanted = bin != mirror && any_used(mirror, mirror + 1);
                 if constexpr (wanted || mirror_wanted) {
                     constexpr float cosine = turn_cosine(j.value, 2 * R2), sine = turn_sine(j.value, 2 * R2);
                     const Complex even = {z[j].re + z[other].re, z[j].im - z[other].im};
                     const Complex odd = {z[j].im + z[other].im, z[other].re - z[j].re};
                     const Complex x = add_turned(even, odd, cosine, sine);
                     if constexpr (wanted) powers[(bin - LOW) * FRAMES + frame] = power_of(x, 1.0f / 16);
-                    if constexpr (mirror_wanted) powers[(mirror - LOW) * FRAMES + frame] = power_of(twice_less(even, x), 1.0f / 16);
+                    if constexpr (mirror_wanted)
+                        powers[(mirror - LOW) * FRAMES + frame] = power_of(twice_less(even, x), 1.0f / 16);
                 }
             });
         }
@@ -541,41 +560,47 @@ DEVICE float feature_of(float log, float2 affine) { return (log - affine.x) * af
 DEVICE unsigned third_step(const Arguments &a, int b, int start, int clip_frames, const float *powers) {
     unsigned largest = 0;
     const bool whole = start + FRAMES <= clip_frames;
-    for (int task = threadIdx.x; task < (MELS + TOGETHER - 1) / TOGETHER * 32; task += THREADS) {
-        const int warp = task / 32, quarter = task % QUARTERS, lane = task % 32 / QUARTERS, mel = warp * TOGETHER + lane;
+    const unsigned quarter = threadIdx.x % QUARTERS, lane = threadIdx.x % 32 / QUARTERS;
+    const int frame = start + 4 * quarter;
+    LOG_MEL_OUTPUT *features = a.features + (static_cast<long long>(b) * a.frames + frame) * MELS;
+    for (unsigned warp = threadIdx.x / 32; warp < (MELS + TOGETHER - 1) / TOGETHER; warp += THREADS / 32) {
+        const unsigned mel = warp * TOGETHER + lane;
         const int2 run = __ldg(a.runs + warp);
-        const float *weight = a.weights + run.x + lane;
+        const float4 *weight = a.weights + run.x + lane;
         const float4 *power = reinterpret_cast<const float4 *>(powers) + __ldg(a.first_bins + mel) * QUARTERS + quarter;
         float energy[4] = {};
-#pragma unroll 2
-        for (int i = 0; i < run.y; ++i) {
-            const float w = __ldg(weight + i * TOGETHER);
-            const float4 x = power[i * QUARTERS];
-            energy[0] = fmaf(w, x.x, energy[0]), energy[1] = fmaf(w, x.y, energy[1]);
-            energy[2] = fmaf(w, x.z, energy[2]), energy[3] = fmaf(w, x.w, energy[3]);
+#pragma unroll 1
+        for (int bins = run.y; bins > 0; bins -= 4, weight += TOGETHER, power += 4 * QUARTERS) {
+            const float4 four = __ldg(weight);
+            const float w[4] = {four.x, four.y, four.z, four.w};
+            for_each<0, 4>([&](auto i) {
+                const float4 x = power[i * QUARTERS];
+                energy[0] = fmaf(w[i], x.x, energy[0]), energy[1] = fmaf(w[i], x.y, energy[1]);
+                energy[2] = fmaf(w[i], x.z, energy[2]), energy[3] = fmaf(w[i], x.w, energy[3]);
+            });
         }
-        if (mel >= MELS) continue;
+        if (MELS % TOGETHER && mel >= MELS) continue;
         const float4 logarithm = __ldg(a.logarithms + mel);
-        const float2 affine = __ldg(a.affine + mel);
-        const float padding = feature_of(a.padding, affine);
-        const int frame = start + 4 * quarter;
+        LOG_MEL_OUTPUT *to = features + mel;
+        auto feature = [&](float x) {
+            if (RANGE) largest = max(largest, static_cast<unsigned>(__float_as_int(x)));
+            // All bins of a frame with a bad sample are NaN or infinite, and so is each of its mels.
+            const float y = logarithm_of(fmaxf(x, a.floor), logarithm);
+            return x <= __int_as_float(LARGEST_BITS) ? y : NAN_OF_A_BAD_SAMPLE;
+        };
+        if (whole && !(MASKS && !RANGE)) {
+            for_each<0, 4>([&](auto j) { store(to + j * MELS, feature(energy[j])); });
+            continue;
+        }
+        const float padding = feature_of(a.padding, __ldg(a.affine + mel));
         bool masked = false;
         if (MASKS && !RANGE) masked = in_spans(mel, a.mel_masks + 2ll * b * a.mel_spans, a.mel_spans);
-        auto *to = a.features + (static_cast<long long>(b) * a.frames + frame) * MELS + mel;
-        for (int j = 0; j < 4; ++j) {
-            const float x = energy[j];
-            // All bins of a frame with a bad sample are NaN or infinite, and so is each of its mels.
-            float y = logarithm_of(fmaxf(x, a.floor), logarithm);
-            if (!(x <= __int_as_float(LARGEST_BITS))) y = NAN_OF_A_BAD_SAMPLE;
-            if (whole || frame + j < clip_frames) {
-                if (RANGE) largest = max(largest, static_cast<unsigned>(__float_as_int(x)));
-            } else {
-                y = padding;
-            }
+        for_each<0, 4>([&](auto j) {
+            float y = frame + j < clip_frames ? feature(energy[j]) : padding;
             if (MASKS && !RANGE)
                 if (masked || in_spans(frame + j, a.time_masks + 2ll * b * a.time_spans, a.time_spans)) y = padding;
-            if (whole || frame + j < a.frames) store(to + j * MELS, y);
-        }
+            if (frame + j < a.frames) store(to + j * MELS, y);
+        });
     }
     return largest;
 }

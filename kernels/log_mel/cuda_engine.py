@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastclap.kernels import dispatch
-from fastclap.kernels.cuda_tools import CudaError, Kernel, compile_cubin, warn_once
+from fastclap.kernels.cuda_tools import CudaError, Kernel, compile_cubin, compiler_version, warn_once
 from fastclap.kernels.log_mel.spec import EDGES, Batch, LogMelSpec, exponent_step, mel_bank, window
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "log_mel_cuda.cuh"
@@ -104,18 +104,17 @@ def layout(spec: LogMelSpec) -> Layout | str:
     if spec.floor < 1.2e-38:
         return f"the floor {spec.floor} is no normal float32"
     r1, r2 = factors
-    low, high = bin_range(spec, 16)
     for frames in (16, 8):
         pad = _next(spec.hop_length, 32 // frames) - spec.hop_length
         row_stride = r2 | 1 if frames < 16 else r2
         frame_stride = _next(r1 // 2 * row_stride, 16 // frames)
         group = max(1, min(2 * r2 // r1, 4)) if 2 * r2 % r1 == 0 else 1
         threads = -(-max(r1 // 2 * frames, r2 * frames // group if spec.remove_dc else 1) // 32) * 32
-        low, high = bin_range(spec, frames)
+        mels = mel_runs(spec, frames)
         last = (frames - 1) * spec.hop_length + -(-spec.win_length // r2) * r2
         samples = -(-(last + pad * (last // spec.hop_length)) // 4) * 4
         sums = (r2 + 1) * frames if spec.remove_dc else 0
-        shared = 4 * (max(samples, (high - low) * frames) + 2 * frames * frame_stride + sums)
+        shared = 4 * (max(samples, (mels.high - mels.low) * frames) + 2 * frames * frame_stride + sums)
         if shared <= ROOM:
             break
     if shared > MOST_SHARED or threads > 1024 or 4 * (4 + spec.n_mels) > shared:
@@ -124,18 +123,18 @@ def layout(spec: LogMelSpec) -> Layout | str:
     return Layout(r1, r2, frames, group, threads, pad, row_stride, frame_stride, shared, blocks)
 
 
-class _Mels(NamedTuple):
+class Mels(NamedTuple):
     """The mel bank as the third step reads it."""
 
     low: int  # bins that are kept, from here
     high: int  # to here
     firsts: np.ndarray  # [mels of all warps] the first bin of each
-    runs: np.ndarray  # [warps, 2] where the weights of a warp's mels begin, and over how many bins they go
-    weights: np.ndarray  # of the mels of a warp side by side, bin after bin
+    runs: np.ndarray  # [warps, 2] where the weights of a warp's mels begin, in fours, and over how many bins they go
+    weights: np.ndarray  # of four bins, for the mels of a warp side by side, then of the next four
 
 
 @functools.lru_cache(maxsize=64)
-def _mels(spec: LogMelSpec, frames: int) -> _Mels:
+def mel_runs(spec: LogMelSpec, frames: int) -> Mels:
     """Runs of equal length for the mels of a warp.
 
     A warp reads the bins of 128 / frames mels; those of 32 / frames neighbours lie in different banks if their first
@@ -146,52 +145,36 @@ def _mels(spec: LogMelSpec, frames: int) -> _Mels:
     bank = np.pad(bank, ((0, 0), (0, warps * together - spec.n_mels)))
     bins = len(bank)
     firsts, ends = np.zeros((2, warps * together), int)
-    runs, weights, start = [], [], 0
     for mel in range(warps * together):
         used = np.flatnonzero(bank[:, mel])
         # A filter without a bin has one of no weight: NaN of a bad frame is then NaN in all mels.
         begin, ends[mel] = (used[0], used[-1] + 1) if used.size else (min(1, bins - 1), min(2, bins))
         firsts[mel] = max(0, begin - (begin - mel) % apart)
-    for warp in range(warps):
-        some = slice(warp * together, (warp + 1) * together)
-        count = int((ends[some] - firsts[some]).max())
-        over = np.maximum(firsts[some] + count - bins, 0)  # no run may go past the last bin
-        firsts[some] -= np.minimum(-(-over // apart) * apart, firsts[some])
-        count = max(count, int((ends[some] - firsts[some]).max()))
-        firsts[some] = np.minimum(firsts[some], bins - count)
-        columns = [bank[first : first + count, warp * together + i] for i, first in enumerate(firsts[some])]
-        runs.append((start, count))
-        weights.append(np.stack(columns, 1))
-        start += weights[-1].size
-    counts = np.repeat([count for _, count in runs], together)
-    return _Mels(
-        int(firsts.min()),
-        int((firsts + counts).max()),
-        firsts,
-        np.array(runs),
-        np.concatenate([w.ravel() for w in weights]),
-    )
-
-
-def bin_range(spec: LogMelSpec, frames: int) -> tuple[int, int]:
-    """The bins that blocks of so many frames keep, first and end."""
-    mels = _mels(spec, frames)
-    return mels.low, mels.high
+    counts = -(-(ends - firsts).reshape(warps, together).max(1) // 4) * 4
+    bank = np.pad(bank, ((0, counts.max()), (0, 0)))  # the kernel has zeros for what a run has past the last bin
+    weights, starts = [], [0]
+    for warp, count in enumerate(counts):
+        mels = range(warp * together, (warp + 1) * together)
+        columns = np.stack([bank[firsts[mel] : firsts[mel] + count, mel] for mel in mels])
+        weights.append(columns.reshape(together, -1, 4).transpose(1, 0, 2).ravel())
+        starts.append(starts[-1] + weights[-1].size // 4)
+    low, high = int(firsts.min()), int((firsts + np.repeat(counts, together)).max())
+    return Mels(low, high, firsts, np.stack((starts[:-1], counts), 1), np.concatenate(weights))
 
 
 def options(spec: LogMelSpec, dtype: torch.dtype, masks: bool) -> tuple[str, ...]:
     """Of the compiler, for a front-end that has a layout."""
     found = layout(spec)
     assert isinstance(found, Layout)
-    low, high = bin_range(spec, found.frames)
+    mels = mel_runs(spec, found.frames)
     constants = {
         **found._asdict(),
         "n_fft": spec.n_fft,
         "win_length": spec.win_length,
         "hop_length": spec.hop_length,
         "n_mels": spec.n_mels,
-        "low_bin": low,
-        "high_bin": high,
+        "low_bin": mels.low,
+        "high_bin": mels.high,
         "offset": spec.offset,
         "edges": EDGES[spec.framing],
         "remove_dc": int(spec.remove_dc),
@@ -203,6 +186,15 @@ def options(spec: LogMelSpec, dtype: torch.dtype, masks: bool) -> tuple[str, ...
         "output": OUTPUTS[spec.dtype],
     }
     return tuple(f"-DLOG_MEL_{name.upper()}={value}" for name, value in constants.items())
+
+
+def unavailable() -> str | None:
+    """Why nothing can be compiled here; None if it can."""
+    try:
+        compiler_version()
+    except CudaError as error:
+        return str(error)
+    return None
 
 
 @functools.lru_cache(maxsize=256)
@@ -279,7 +271,7 @@ def _tables(spec: LogMelSpec, found: Layout, dtype: torch.dtype) -> dict[str, np
         turns[2 * row - 2 : 2 * row] = np.cos(phase), np.sin(phase)
     columns = np.concatenate((taps, turns)).reshape(-1, 4, r2).transpose(0, 2, 1)
 
-    mels = _mels(spec, found.frames)
+    mels = mel_runs(spec, found.frames)
     # Of the samples' units; the special row's factors are the kernel's own.
     gain = spec.sample_scale(dtype) ** spec.power
     mean, std = np.broadcast_arrays(spec.mean, spec.std, np.zeros(spec.n_mels))[:2]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from bench import machine_code
+from bench.kernel_peers import FRONT_ENDS
 from bench.machine_code import Counts, Instruction
+from fastclap.kernels import offline
+from fastclap.kernels.log_mel import cuda_engine
 
 
 def listing(*lines: str) -> list[Instruction]:
@@ -118,22 +122,33 @@ def test_a_tile_of_rows() -> None:
     assert machine_code.row_tile(code) == Counts(instructions=3, wavefronts=5, products=0)
 
 
-def test_a_tile_of_frames_is_without_the_copy_and_with_every_group_of_mels() -> None:
-    code = listing(
-        "MOV R1, RZ",  # 10
-        "@P0 BRA 0x70",  # 20: the tile's start; inside a clip there is nothing to copy
-        "LDG.E R2, desc[UR4][R2.64]",  # 30: the copy, with a loop of reflections in it
-        "IADD3 R3, R3, 0x1, RZ",  # 40
-        "@P1 BRA 0x40",  # 50
-        "@P2 BRA 0x30",  # 60
-        "LDS.128 R4, [R8]",  # 70
-        "HMMA.16816.F32 R4, R8, R10, R4",  # 80
-        "STG.E R2, desc[UR4][R2.64]",  # 90: a group of mels
-        "@P3 BRA 0x90",  # a0
-        "BRA 0x20",  # b0
-    )
-    expected = Counts(instructions=4 + 3 * 2, wavefronts=4 + 3 * 1, products=1)
-    assert machine_code.log_mel_tile(code, groups=3) == expected
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_a_frame_of_log_mel_has_the_instructions_of_its_steps(name: str, arch: int) -> None:
+    if cuda_engine.unavailable() is not None:
+        pytest.skip(str(cuda_engine.unavailable()))
+    spec = FRONT_ENDS[name]
+    code = machine_code.parse(offline._cuobjdump(cuda_engine.cubin(spec, torch.float32, False, arch), "-sass"))
+    steps = machine_code.log_mel_frame(code, spec)
+    found = cuda_engine.layout(spec)
+    assert isinstance(found, cuda_engine.Layout)
+    frames, rows = found.frames, found.r1 // 2
+    # Samples in and out of registers; real numbers of a frame; complex ones out, then in; every power that a mel has.
+    bins = cuda_engine.mel_runs(spec, frames)
+    first = (spec.win_length + found.r1 * found.r2) / 32
+    second = (2 * rows * found.r2 + min(bins.high, spec.n_fft // 2) - bins.low) / 32
+    assert 2 * spec.hop_length / 32 < steps["samples"].wavefronts < 6 * spec.hop_length / 32
+    assert 0.6 * first < steps["first"].wavefronts < 1.5 * first
+    assert 0.9 * second < steps["second"].wavefronts < 1.4 * second
+    assert bins.runs[:, 1].sum() * 4 / frames < steps["third"].wavefronts < bins.runs[:, 1].sum() * 8 / frames
+    assert all(counts.instructions > counts.wavefronts / 4 and not counts.products for counts in steps.values())
+    assert ("means" in steps) == spec.remove_dc and ("range" in steps) == (spec.dynamic_range is not None)
+
+
+def test_places_are_visited_and_branches_that_skip_them_are_not_taken() -> None:
+    code = listing("MOV R1, RZ", "@P0 BRA 0x40", "STS.64 [R2], R4", "MOV R3, RZ", "@P1 BRA 0x60", "EXIT", "EXIT")
+    way = machine_code._visiting(code, 0x10, 0x50, [0x30])
+    assert [line.at for line in way] == [0x20, 0x30, 0x40, 0x50]
 
 
 def test_counts_add_up() -> None:
