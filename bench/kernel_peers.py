@@ -84,7 +84,7 @@ def log_mel_forms(
     plain = without_epilogue(spec)
     kaldi = spec.mel_scale == "kaldi"
     ours = in_dtype(spec, features)
-    engine = "triton" if device.type == "cuda" else "auto"
+    engine = "cuda" if device.type == "cuda" else "auto"
 
     def converted(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def call(clips: Tensor) -> Tensor:
@@ -187,6 +187,9 @@ def log_mel_forms(
     ]
     if ours_only:
         return forms
+    if device.type == "cuda":
+        triton = lambda: lambda clips: log_mel(clips, None, ours, backend="triton")[0]  # noqa: E731
+        forms.append((load("fastclap Triton", "fastclap", 0, "engine triton", triton), spec))
     other = "without DC removal and pre-emphasis, Hann window; " if kaldi else ""
     computed = None if kaldi else plain
     forms += [

@@ -1,8 +1,9 @@
-"""How far every log-mel engine is from float64: ours in C++, Triton and torch, and the library a preset comes from.
+"""How far every log-mel engine is from float64: ours in C++, CUDA, Triton, torch, and the library a preset comes from.
 
     TRITON_INTERPRET=1 python -m bench.logmel_errors --out bench/records/NAME --audio FOLDER
 
-On a machine with a GPU without the variable: then Triton's engine runs there. With neither it is left out.
+On a machine with a GPU without the variable: then the engines of CUDA and Triton run there. With neither Triton's is
+left out, and that of CUDA, as with the variable, is its own source on the CPU (`bench.cuda_on_cpu`).
 
 The truth is `log_mel_reference`. Every engine gets the same float32 samples: generated sounds
 (silence, full-scale tones, hum under weak noise, clicks, noise, a voice of 0.05 s to `--longest` seconds, a ragged
@@ -14,6 +15,7 @@ Writes errors.json and errors.md into the folder. Exit status 1 if ours is worse
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -31,7 +33,7 @@ import torchaudio
 from torch import Tensor
 from torchaudio.compliance import kaldi
 
-from bench import timing
+from bench import cuda_on_cpu, timing
 from fastclap.features import PRESETS
 from fastclap.kernels.log_mel import native
 from fastclap.kernels.log_mel.operator import log_mel
@@ -45,8 +47,10 @@ Engine = Callable[[Tensor], Tensor]  # [samples] -> [frames, mels]
 KIND, LUCK = 1.1, 1.5
 ROUNDING = 1e-6  # and above this: the rounding of the features themselves
 LOUD = 60.0  # dB below the loudest band of a frame: what lies within is well-conditioned
-OURS = ("fastclap C++", "fastclap Triton", "fastclap torch")
+BACKENDS = {"fastclap C++": "native", "fastclap CUDA": "cuda", "fastclap Triton": "triton", "fastclap torch": "torch"}
+OURS = tuple(BACKENDS)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available() and not INTERPRETED
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,9 +256,10 @@ def ours(engine: str, clips: Sequence[Tensor], spec: LogMelSpec) -> list[Tensor]
     batch = torch.randn(len(clips), int(lengths.max()), generator=noise)
     for row, clip in zip(batch, clips, strict=True):
         row[: len(clip)] = clip
-    device = "cuda" if engine == "fastclap Triton" and not INTERPRETED else "cpu"
-    backend = {"fastclap C++": "native", "fastclap Triton": "triton"}.get(engine, "torch")
-    features, frames = log_mel(batch.to(device), lengths.to(device), spec, backend=backend)
+    backend = BACKENDS[engine]
+    device = "cuda" if GPU and backend in ("cuda", "triton") else "cpu"
+    with cuda_on_cpu.installed() if backend == "cuda" and not GPU else contextlib.nullcontext():
+        features, frames = log_mel(batch.to(device), lengths.to(device), spec, backend=backend)
     return [x[:count] for x, count in zip(features.cpu(), frames.tolist(), strict=True)]
 
 
@@ -298,8 +303,11 @@ def measure(front_end: FrontEnd, named_clips: Iterable[tuple[str, list[Tensor]]]
             if name == "fastclap C++" and not native.available():
                 reasons[name] = native.description()
                 continue
-            if name == "fastclap Triton" and not (INTERPRETED or torch.cuda.is_available()):
+            if name == "fastclap Triton" and not (INTERPRETED or GPU):
                 reasons[name] = "neither a GPU nor TRITON_INTERPRET=1"
+                continue
+            if name == "fastclap CUDA" and not (GPU or cuda_on_cpu.compiler()):
+                reasons[name] = "neither a GPU nor g++"
                 continue
             found = ours(name, clips, spec)
             engines[name] = figures([x.double() - y for x, y in zip(found, truth, strict=True)], at)
@@ -357,7 +365,7 @@ def tables(record: dict[str, Any]) -> str:
         "",
         f"Written by `{record['command']}`. CPU: {record['machine']['cpu']}; "
         + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        + f"; C++ engine: {record['simd']}; Triton: {record['triton']}.",
+        + f"; C++ engine: {record['simd']}; CUDA: {record['cuda']}; Triton: {record['triton']}.",
         "",
         "Features are in the units of each preset (natural logarithm for Kaldi's family and torchaudio, decibels for "
         "the CLAP family, normalised for Whisper, AST and BEATs). *loud*: values within "
@@ -457,11 +465,13 @@ def main() -> int:
     record: dict[str, Any] = {
         "command": "TRITON_INTERPRET=1 " * INTERPRETED
         + "python -m bench.logmel_errors"
-        + " --audio FOLDER" * (args.audio is not None),
+        + " --audio FOLDER" * (args.audio is not None)
+        + f" --longest {args.longest:g}" * (args.longest != parser.get_default("longest")),
         "machine": timing.machine(torch.device("cpu")),
         "versions": versions(),
         "simd": native.simd_paths()[0] if native.available() else native.description(),
-        "triton": "in its interpreter" if INTERPRETED else "on the GPU" if torch.cuda.is_available() else "absent",
+        "cuda": "on the GPU" if GPU else "its source on the CPU",
+        "triton": "in its interpreter" if INTERPRETED else "on the GPU" if GPU else "absent",
         "front_ends": {},
     }
     failures = 0

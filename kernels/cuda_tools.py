@@ -138,17 +138,32 @@ def compile_cubin(source: str, name: str, options: Sequence[str], arch: int) -> 
         CudaError: there is no compiler, it does not know the architecture, or the source has an error.
     """
     with _compiling:
-        compiler = _nvrtc()
-        if arch not in compiler.architectures:
-            known = f"sm_{min(compiler.architectures)} to sm_{max(compiler.architectures)}"
-            raise CudaError(f"NVRTC {compiler.version} compiles for {known}, not for sm_{arch}; a later torch may")
-        every = [f"--gpu-architecture=sm_{arch}", "-std=c++17", "--device-as-default-execution-space", *options]
-        key = hashlib.sha256("\0".join((compiler.version, source, *every)).encode()).hexdigest()
-        code = _kept(f"{key}.cubin")
+        file, every = _named(source, options, arch)
+        code = _kept(file)
         if code is None:
-            code = compiler.compile(source, name, every)
-            _keep(f"{key}.cubin", code)
+            code = _nvrtc().compile(source, name, every)
+            _keep(file, code)
         return code
+
+
+def is_compiled(source: str, options: Sequence[str], arch: int) -> bool:
+    """Whether the cache has what `compile_cubin` would be asked for.
+
+    Raises:
+        CudaError: there is no compiler, or it does not know the architecture.
+    """
+    return _kept(_named(source, options, arch)[0]) is not None
+
+
+def _named(source: str, options: Sequence[str], arch: int) -> tuple[str, list[str]]:
+    """The file in the cache, and all options."""
+    compiler = _nvrtc()
+    if arch not in compiler.architectures:
+        known = f"sm_{min(compiler.architectures)} to sm_{max(compiler.architectures)}"
+        raise CudaError(f"NVRTC {compiler.version} compiles for {known}, not for sm_{arch}; a later torch may")
+    every = [f"--gpu-architecture=sm_{arch}", "-std=c++17", "--device-as-default-execution-space", *options]
+    key = hashlib.sha256("\0".join((compiler.version, source, *every)).encode()).hexdigest()
+    return f"{key}.cubin", every
 
 
 def _kept(name: str) -> bytes | None:

@@ -99,6 +99,7 @@ def test_wheel_holds_every_module_once(tmp_path: Path) -> None:
         *(f"fastclap/train/{path.relative_to(ROOT / 'train')}" for path in (ROOT / "train").glob("**/*.py")),
     }
     assert modules <= set(names), sorted(modules - set(names))
+    assert [name for name in names if "/csrc/" in name] == ["fastclap/kernels/csrc/log_mel_cuda.cuh"]
     assert not [name for name in names if re.match(r"(kernels|train|tests|bench)/", name)]
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)

@@ -1,4 +1,4 @@
-"""Compiles the kernels that a lot launches, in parallel, into Triton's cache, before anything is timed.
+"""Compiles the kernels that a lot launches, in parallel, into Triton's cache and our own, before anything is timed.
 
 A process that ends with the work rehearses the forms (`bench.gpu.rehearsal`), which gives the very keys that the
 launches will look up in Triton's cache, and forks one process for each kernel that is missing there, as many at once as
@@ -21,14 +21,14 @@ from typing import Any
 
 from bench import timing
 from bench.gpu.forms import chosen
-from bench.gpu.rehearsal import launched
+from bench.gpu.rehearsal import CudaForm, launched
 from bench.gpu.watch import GRACE, die_with_parent
+from fastclap.kernels.log_mel import cuda_engine
 from fastclap.kernels.offline import Compilation, compiled_kernel, is_cached
 
 PROGRESS_SECONDS = 5.0
 # That a processor takes to compile a kernel for sm_90, by how its name begins; the others take less than one second.
-SECONDS = {"log_mel log_mel": 12.0, "log_mel frame": 3.0, "contrastive": 2.0, "toeplitz_attention": 1.5}
-LONG_TRANSFORM, LONG_TRANSFORM_SECONDS = 32, 55.0  # of a log-mel kernel with so many first factors: CLAP's
+SECONDS = {"log_mel log_mel": 1.5, "contrastive": 2.0, "toeplitz_attention": 1.5}
 
 _fork = multiprocessing.get_context("fork")
 
@@ -104,9 +104,9 @@ def _compile(
     os.setsid()
     torch.set_num_threads(1)  # threads would not survive the forks
     progress = Progress()
-    missing: list[Compilation] = []
+    missing: list[Compilation | CudaForm] = []
     for compilation in rehearsed(prefixes, arch, progress.failed, calls).values():
-        if is_cached(compilation, arch):
+        if _is_cached(compilation, arch):
             progress.hits += 1
         else:
             progress.misses += 1
@@ -145,7 +145,7 @@ def _compile(
 
 def rehearsed(
     prefixes: Sequence[str], arch: int, failed: dict[str, str], calls: Sequence[str] = ()
-) -> dict[str, Compilation]:
+) -> dict[str, Compilation | CudaForm]:
     """What the forms and calls launch, by cache key; one that raises is added to `failed`."""
     import torch
 
@@ -154,15 +154,23 @@ def rehearsed(
         form.name: lambda form=form: form.ours(form.inputs(cpu))  # type: ignore[misc]
         for form in chosen(prefixes)
     }
-    found: dict[str, Compilation] = {}
+    found: dict[str, Compilation | CudaForm] = {}
     for name in (*named, *calls):
         try:
             new = launched(named.get(name) or _made(name), arch)
         except Exception as error:
             failed[name] = timing.in_words(error)
         else:
-            found = {key: replace(c, name=f"{c.name} of {name}") for key, c in new.items()} | found
+            found = {key: _renamed(c, f"{c.name} of {name}") for key, c in new.items()} | found
     return found
+
+
+def _renamed(c: Compilation | CudaForm, name: str) -> Compilation | CudaForm:
+    return c._replace(name=name) if isinstance(c, CudaForm) else replace(c, name=name)
+
+
+def _is_cached(c: Compilation | CudaForm, arch: int) -> bool:
+    return cuda_engine.is_compiled(*c[1:], arch) if isinstance(c, CudaForm) else is_cached(c, arch)
 
 
 def _made(name: str) -> Callable[[], Any]:
@@ -171,9 +179,7 @@ def _made(name: str) -> Callable[[], Any]:
     return getattr(importlib.import_module(module), function)()
 
 
-def _expected_seconds(c: Compilation) -> float:
-    if c.constexprs.get("N1", 0) >= LONG_TRANSFORM:
-        return LONG_TRANSFORM_SECONDS
+def _expected_seconds(c: Compilation | CudaForm) -> float:
     return next((seconds for name, seconds in SECONDS.items() if c.name.startswith(name)), 0.5)
 
 
@@ -187,12 +193,16 @@ def _has_driver() -> bool:
     return True
 
 
-def _compile_one(out: Connection, c: Compilation, arch: int, with_launcher: bool) -> None:
+def _compile_one(out: Connection, c: Compilation | CudaForm, arch: int, with_launcher: bool) -> None:
     die_with_parent()
     reason = None
     try:
-        kernel = compiled_kernel(c, arch)
-        if with_launcher:
+        if isinstance(c, CudaForm):
+            cuda_engine.cubin(*c[1:], arch)
+            kernel = None
+        else:
+            kernel = compiled_kernel(c, arch)
+        if with_launcher and kernel is not None:
             from triton.backends.nvidia.driver import CudaLauncher
 
             CudaLauncher(kernel.src, kernel.metadata)

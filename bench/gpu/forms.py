@@ -1,4 +1,4 @@
-"""Every form of a Triton kernel that the lots launch, at small odd sizes: what it computes, and what that should be.
+"""Every form of a kernel that the lots launch, at small odd sizes: what it computes, and what that should be.
 
 Lots name their forms by how the names begin (`bench.gpu.lots`); their kernels are compiled before anything is timed
 (`bench.gpu.compiling`), and the lot `smoke` runs every form once against float64 (`bench.gpu.smoke`). A form makes the
@@ -782,14 +782,22 @@ def _clips(inputs: Tensors) -> tuple[Tensor, Tensor | None]:
     return inputs["waveform"], inputs.get("lengths")
 
 
-def _log_mel_form(name: str, spec: LogMelSpec, audio: torch.dtype, features: torch.dtype, lengths: bool) -> KernelForm:
+def _log_mel_engine(engine: str, on_gpu: str = "cuda") -> str:
+    """A log-mel's `backend`: on a GPU other kernels have but Triton's."""
+    return on_gpu if engine == "triton" else engine
+
+
+def _log_mel_form(
+    name: str, spec: LogMelSpec, audio: torch.dtype, features: torch.dtype, lengths: bool, on_gpu: str = "cuda"
+) -> KernelForm:
+    """`on_gpu`: which of the engines for GPUs."""
     spec = in_dtype(spec, features)
     exact = in_dtype(spec, torch.float32)
     return KernelForm(
         name,
         features,
         functools.partial(_draw_clips, spec, audio, lengths),
-        lambda inputs, engine: {"output": log_mel(*_clips(inputs), spec, backend=engine)[0]},
+        lambda inputs, engine: {"output": log_mel(*_clips(inputs), spec, backend=_log_mel_engine(engine, on_gpu))[0]},
         lambda _: {"output": _defined_log_mel(exact, audio, lengths)},
         ROUNDING[features],
     )
@@ -803,7 +811,7 @@ def _log_mel_gradient_form(front_end: str, spec: LogMelSpec) -> KernelForm:
         return {"dwaveform": torch.autograd.grad(out, leaf, weights.view_as(out))[0]}
 
     def call(inputs: Tensors, engine: str) -> Tensors:
-        return gradient(inputs, lambda leaf: log_mel(leaf, inputs["lengths"], spec, backend=engine)[0])
+        return gradient(inputs, lambda leaf: log_mel(leaf, inputs["lengths"], spec, backend=_log_mel_engine(engine))[0])
 
     def reference(inputs: Tensors) -> Tensors:
         exact = {name: x.cpu() for name, x in _doubled(inputs).items()}
@@ -828,6 +836,9 @@ def _log_mels() -> Iterator[KernelForm]:
             name = f"log-mel {kind}, {front_end}{', lengths' * lengths}"
             yield _log_mel_form(name, spec, audio, features, lengths)
         yield _log_mel_gradient_form(front_end, dataclasses.replace(spec, dtype="float32"))
+        for audio, features in timed[:2]:
+            kind = f"{dtype_name(audio)} to {dtype_name(features)}"
+            yield _log_mel_form(f"log-mel by Triton {kind}, {front_end}", spec, audio, features, False, "triton")
     # The log-mel tower that open_clip's is compared with takes what its loader gives: padded int16 and lengths.
     yield _log_mel_form("log-mel clap tower int16 to float32, lengths", PRESETS["clap"], int16, fp32, True)
 

@@ -184,12 +184,32 @@ def _log_mel_case(
     _compare(run, case, peers, lambda function: function(clips), rates_and_floor(moved, gbytes))
 
 
+def log_mel_gradients(run: Run) -> None:
+    """The gradient of the waveform, which is torch's, beside torchaudio's: of as many clips as autograd has room."""
+    sizes, (_, gbytes) = sizes_of(run), ceilings(run)
+    for name, spec in FRONT_ENDS.items():
+        spec = in_dtype(spec, torch.float32)
+        clips = noise(run, spec.sampling_rate, max(1, sizes.clips // 16), sizes.seconds, torch.float32)
+        case = {"kernel": "log-mel gradient", "front_end": name, "clips": len(clips)}
+        case |= {"seconds": sizes.seconds, "audio": "float32", "dtype": "float32"}
+        forms = log_mel_forms(spec, run.device, torch.float32, torch.float32)
+        peers = [(peer, None) for peer, _ in forms if peer.name in ("fastclap", "fastclap torch", "torchaudio")]
+        leaf = clips.requires_grad_()
+
+        def call(function: Callable[[Tensor], Tensor], leaf: Tensor = leaf) -> Tensor:
+            return torch.autograd.grad(function(leaf).sum(), leaf)[0]
+
+        moved = 2 * clips.numel() * 4 / 1e9
+        _compare(run, case, peers, call, rates_and_floor(moved, gbytes))
+
+
 def log_mel_graphs(run: Run) -> None:
     """Each front-end replayed on other samples."""
     for name, spec in FRONT_ENDS.items():
         spec = in_dtype(spec, torch.bfloat16)
         clips = noise(run, spec.sampling_rate, 4, sizes_of(run).graph_seconds, torch.int16)
-        call = functools.partial(log_mel_kernel, clips, None, spec, backend=run.engine)
+        engine = "cuda" if run.engine == "triton" else run.engine
+        call = functools.partial(log_mel_kernel, clips, None, spec, backend=engine)
         _graph(run, {"kernel": "log-mel", "front_end": name}, call, [clips])
 
 

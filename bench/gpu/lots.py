@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Globs of files, relative to the root.
 KERNELS = ("kernels/dispatch.py", "kernels/triton_tools.py")
 LOSS = (*KERNELS, "kernels/contrastive/*.py", "fastclap/losses.py")
-LOG_MEL = (*KERNELS, "kernels/log_mel/*.py", "fastclap/features.py")
+LOG_MEL = (*KERNELS, "kernels/cuda_tools.py", "kernels/csrc/*.cuh", "kernels/log_mel/*.py", "fastclap/features.py")
 TOWERS = (
     *KERNELS,
     "kernels/toeplitz_attention*.py",
@@ -119,7 +119,7 @@ _LOTS = (
     Lot(
         "log_mel",
         "the log-mel front-ends, their peers and floors",
-        ("bench.gpu.kernels:log_mel", "bench.gpu.kernels:log_mel_graphs"),
+        tuple(f"bench.gpu.kernels:{stage}" for stage in ("log_mel", "log_mel_gradients", "log_mel_graphs")),
         ("log-mel",),
         180,
         LOG_MEL,

@@ -1,4 +1,4 @@
-"""Which kernels a call would compile on a GPU that is not there.
+"""Which kernels a call would compile on a GPU that is not there, in Triton and in CUDA C++.
 
 The call is an ordinary one of the public functions, on CPU tensors. While it runs, `fastclap.kernels.dispatch` finds a
 GPU and Triton a driver, which happens here and nowhere else. Launchers then take their usual way down to Triton's own
@@ -15,7 +15,7 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -25,12 +25,28 @@ from triton.runtime.jit import JITFunction
 
 from fastclap.kernels import dispatch
 from fastclap.kernels.contrastive import triton_engine
+from fastclap.kernels.log_mel import cuda_engine
+from fastclap.kernels.log_mel.spec import LogMelSpec
 from fastclap.kernels.offline import Compilation, cache_key, operator_name
 
 MULTIPROCESSORS = 132  # of an H100 or H200
 
 
-def launched(call: Callable[[], Any], arch: int) -> dict[str, Compilation]:
+class CudaForm(NamedTuple):
+    """A form of the log-mel kernel in CUDA C++."""
+
+    name: str
+    spec: LogMelSpec
+    dtype: torch.dtype
+    masks: bool
+
+    @property
+    def key(self) -> str:
+        """Of all forms whose numbers alone differ."""
+        return " ".join(cuda_engine.options(self.spec, self.dtype, self.masks))
+
+
+def launched(call: Callable[[], Any], arch: int) -> dict[str, Compilation | CudaForm]:
     """What the launches of a call would compile on a GPU of compute capability `arch` (80, 90, 100), by cache key.
 
     The call's own result means nothing. Caches of this process are left as they were.
@@ -40,7 +56,7 @@ def launched(call: Callable[[], Any], arch: int) -> dict[str, Compilation]:
     """
     if knobs.runtime.interpret:
         raise RuntimeError("under TRITON_INTERPRET=1 kernels are interpreted: nothing would be compiled")
-    found: dict[str, Compilation] = {}
+    found: dict[str, Compilation | CudaForm] = {}
     touched: set[JITFunction[Any]] = set()
 
     def compile_nothing(
@@ -59,9 +75,18 @@ def launched(call: Callable[[], Any], arch: int) -> dict[str, Compilation]:
         kernels[key] = _NoKernel()
         return kernels[key]
 
+    def load_nothing(spec: LogMelSpec, dtype: torch.dtype, masks: bool, device: torch.device) -> _NoKernel:
+        form = CudaForm("log_mel log_mel", spec, dtype, masks)
+        found[form.key] = form
+        return _NoKernel()
+
     gpu = NoGpu(arch)
     try:
-        with as_on_gpu(gpu), mock.patch.object(JITFunction, "_do_compile", compile_nothing):
+        with (
+            as_on_gpu(gpu),
+            mock.patch.object(JITFunction, "_do_compile", compile_nothing),
+            mock.patch.object(cuda_engine, "_load", load_nothing),
+        ):
             call()
     finally:
         for function in touched:
@@ -89,7 +114,7 @@ class NoGpu:
 
 
 class _NoKernel:
-    """In place of a triton.compiler.CompiledKernel."""
+    """In place of a triton.compiler.CompiledKernel or a `cuda_tools.Kernel`."""
 
     function = packed_metadata = None
 
@@ -98,6 +123,8 @@ class _NoKernel:
 
     def run(self, *_: object) -> None:
         return None
+
+    launch = run
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
         return self.run
@@ -123,6 +150,9 @@ def as_on_gpu(gpu: NoGpu) -> Iterator[None]:
             ("multiprocessors", MULTIPROCESSORS),
         ):
             stack.enter_context(mock.patch.object(dispatch, name, lambda _, answer=answer: answer))
+        stack.enter_context(mock.patch.object(cuda_engine, "_load", lambda *_: _NoKernel()))
+        cuda_engine._plan.cache_clear()
+        stack.callback(cuda_engine._plan.cache_clear)
         # What it compiles is launched right after it, and so found there.
         stack.enter_context(mock.patch.object(triton_engine, "_compile_ahead", lambda *_: None))
         for where, name in (

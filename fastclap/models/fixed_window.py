@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastclap.config import AudioTowerConfig
-from fastclap.models.audio_tower import AudioTower, features_of
+from fastclap.models.audio_tower import AudioTower, features_of, zeros_follow
 from fastclap.models.layers import prepare_waveform
 
 
@@ -44,7 +44,10 @@ class FixedWindowTower(AudioTower):
         lengths = lengths.clamp(max=self.window)[:, None]
         position = torch.arange(self.window, device=waveform.device)
         repeated = waveform.gather(1, position % lengths)
+        ends = None
         if self.whole_repeats:
-            repeated = repeated.masked_fill(position >= self.window // lengths * lengths, 0.0)
+            whole = self.window // lengths * lengths
+            repeated = repeated.masked_fill(position >= whole, 0.0)
+            ends = zeros_follow(self.log_mel, whole[:, 0], self.window)
         with torch.autocast(waveform.device.type, enabled=False):
-            return self.log_mel(repeated)[0]
+            return self.log_mel(repeated, ends)[0]

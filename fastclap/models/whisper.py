@@ -25,7 +25,7 @@ from fastclap.errors import ConfigError
 from fastclap.kernels import dispatch
 from fastclap.kernels.feed_forward import feed_forward
 from fastclap.kernels.residual_layer_norm import residual_layer_norm
-from fastclap.models.audio_tower import AudioTower, features_of
+from fastclap.models.audio_tower import AudioTower, features_of, zeros_follow
 from fastclap.models.freezing import Stages
 from fastclap.models.layers import length_mask, prepare_waveform
 from fastclap.models.packing import Packing, longest_of
@@ -56,7 +56,10 @@ class WhisperTower(AudioTower):
         self.hf_config = complete_config(model_config)
         module: Any = transformers_model(WhisperModel, WhisperEncoder, model_config, pretrained)
         self.base = Encoder(module.encoder if pretrained is not None else module, model_config)
-        self.log_mel = features_of("whisper", {"n_mels": model_config.num_mel_bins, **config.feature_options})
+        options = {"n_mels": model_config.num_mel_bins, **config.feature_options}
+        if config.window == "full":
+            options = {"num_frames": 2 * model_config.max_source_positions, **options}
+        self.log_mel = features_of("whisper", options)
         self.hop = 2 * self.log_mel.hop_length  # samples a position
         self.window = model_config.max_source_positions * self.hop
         self.chunk = self.window if config.chunks else None
@@ -104,11 +107,13 @@ class WhisperTower(AudioTower):
             audio = audio[:, : max(1, longest_of("host_lengths", host_lengths, audio))]
         waveform, lengths = prepare_waveform(audio[:, : self.window], lengths)
         lengths = lengths.clamp(least, self.window)
-        size = self.window if self.whole_window else max(least, waveform.shape[1])
+        size, ends = max(least, waveform.shape[1]), lengths
+        if self.whole_window:  # of the padded window, as Whisper was trained, and not of each clip alone
+            ends = zeros_follow(self.log_mel, lengths, self.window)
+            size = min(size + spec.n_fft, self.window) if spec.padding_value is None else self.window
         waveform = F.pad(waveform, (0, size - waveform.shape[1]))
         with torch.autocast(waveform.device.type, enabled=False):
-            # of the padded window, as Whisper was trained, or of each clip alone
-            features, frames = self.log_mel(waveform, None if self.whole_window else lengths)
+            features, frames = self.log_mel(waveform, ends)
         x = features.transpose(1, 2).to(self.base.conv1.weight.dtype)
         if self.whole_window:
             positions = (lengths + self.hop - 1) // self.hop

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclap.kernels import dispatch
+from fastclap.kernels import cuda_tools, dispatch
 from fastclap.kernels.cuda_tools import CudaError, Kernel, compile_cubin, compiler_version, warn_once
 from fastclap.kernels.log_mel.spec import EDGES, Batch, LogMelSpec, exponent_step, mel_bank, window
 
@@ -205,6 +205,11 @@ def cubin(spec: LogMelSpec, dtype: torch.dtype, masks: bool, arch: int) -> bytes
         CudaError: it cannot be compiled.
     """
     return compile_cubin(SOURCE.read_text(), SOURCE.name, options(spec, dtype, masks), arch)
+
+
+def is_compiled(spec: LogMelSpec, dtype: torch.dtype, masks: bool, arch: int) -> bool:
+    """Whether the machine code lies on disk. Raises as `cubin`, but for an error in the source."""
+    return cuda_tools.is_compiled(SOURCE.read_text(), options(spec, dtype, masks), arch)
 
 
 @dataclass(frozen=True)

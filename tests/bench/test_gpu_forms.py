@@ -31,7 +31,7 @@ from bench.gpu import compiling, forms, kernels, loss, smoke
 from bench.gpu.compiling import compile_forms, rehearsed
 from bench.gpu.forms import FORMS, KernelForm, chosen
 from bench.gpu.lots import LOTS
-from bench.gpu.rehearsal import NoGpu, as_on_gpu, launched
+from bench.gpu.rehearsal import CudaForm, NoGpu, as_on_gpu, launched
 from bench.kernel_peers import log_mel_forms
 from bench.kernel_report import MODULES
 from bench.parity import CAPTIONS, synthetic_batch
@@ -42,6 +42,7 @@ from fastclap import CLAP
 from fastclap.kernels import dispatch
 from fastclap.kernels.contrastive import triton_engine
 from fastclap.kernels.layer_norm_gelu import layer_norm_gelu
+from fastclap.kernels.log_mel import cuda_engine
 from fastclap.kernels.offline import ARCHITECTURES, Compilation, cache_key, is_cached
 from fastclap.kernels.waveform import normalize_waveform
 from fastclap.models.tokenizer import Tokenizer, train_tokenizer
@@ -68,12 +69,12 @@ def keys_of(prefixes: tuple[str, ...]) -> set[str]:
     return found
 
 
-def names(found: dict[str, Compilation], known: set[str]) -> list[str]:
+def names(found: dict[str, Compilation | CudaForm], known: set[str]) -> list[str]:
     """Of the launched kernels that are not known."""
-    return [f"{c.name} {c.signature} {c.constexprs}" for key, c in found.items() if key not in known]
+    return [str(c) for key, c in found.items() if key not in known]
 
 
-def kinds(found: dict[str, Compilation]) -> set[str]:
+def kinds(found: dict[str, Compilation | CudaForm]) -> set[str]:
     return {c.name.split(" ")[0] for c in found.values()}
 
 
@@ -101,7 +102,8 @@ def test_everything_that_is_launched_is_among_the_modules_compilations(arch: int
     known = {cache_key(c, arch) for module in MODULES for c in importlib.import_module(module).compilations(arch)}
     failed: dict[str, str] = {}
     found = rehearsed(("",), arch, failed)
-    assert failed == {} and names(found, known) == []
+    triton = {key: c for key, c in found.items() if not isinstance(c, CudaForm)}
+    assert failed == {} and names(triton, known) == []
     assert 100 < len(found) < 250  # few enough to be compiled by a cold lot
 
 
@@ -360,7 +362,9 @@ def test_a_launch_of_any_form_compiles_nothing_that_was_compiled_before(compilat
     with as_on_gpu(gpu):
         for form in FORMS:
             form.ours(form.inputs(CPU))
-    assert len(compilations) == report["kernels"] and all(compilations)
+    cuda = [c for c in rehearsed(("",), 90, {}).values() if isinstance(c, CudaForm)]
+    assert cuda and all(cuda_engine.is_compiled(*c[1:], 90) for c in cuda)
+    assert len(compilations) == report["kernels"] - len(cuda) and all(compilations)
 
 
 def test_a_kernel_that_fails_or_hangs_does_not_stop_the_rest(

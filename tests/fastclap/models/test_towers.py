@@ -24,6 +24,7 @@ from fastclap.models.audio_towers import (
 from fastclap.models.augmentation import uniform_spans, warp_bands
 from fastclap.models.clap import CLAP
 from fastclap.models.cnn14 import Cnn14Tower
+from fastclap.models.fixed_window import FixedWindowTower
 from fastclap.models.layers import length_mask
 from fastclap.models.text_towers import build_text_tower
 from fastclap.testing import assert_close_rel
@@ -417,6 +418,24 @@ def test_clap_htsat_is_transformers_clap() -> None:
         expected = tower.base(inputs["input_features"]).pooler_output
         assert_close_rel("clap", expected, tower(*padded(waves)), 1e-3)
     assert tower.sampling_rate == 48000
+
+
+def test_the_zeros_after_whole_repeats_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tower, ends = tower_of("clap-htsat"), []
+    assert isinstance(tower, FixedWindowTower) and tower.whole_repeats
+    log_mel = tower.log_mel.forward
+    monkeypatch.setattr(
+        tower.log_mel, "forward", lambda x, lengths=None: (ends.append(lengths), log_mel(x, lengths))[1]
+    )
+    rate, window = tower.sampling_rate, tower.window
+    waves = clips(rate, 0.9 * window / rate / 2, 0.55 * window / rate)
+    features = tower.features(*padded(waves))
+    for row, wave in enumerate(waves):
+        repeats = window // len(wave)
+        whole = torch.zeros(window)
+        whole[: repeats * len(wave)] = wave.repeat(repeats)
+        assert torch.equal(features[row], log_mel(whole[None])[0][0])
+        assert ends[0][row] == min(repeats * len(wave) + 1024, window)
 
 
 def test_a_longer_clip_is_cut_at_the_window() -> None:

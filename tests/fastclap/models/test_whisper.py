@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.errors import ConfigError
+from fastclap.kernels.log_mel.operator import log_mel
 from fastclap.models.audio_towers import build_audio_tower
 from fastclap.models.clap import CLAP
 from fastclap.models.whisper import WhisperTower
@@ -105,6 +106,29 @@ def test_the_full_window_is_transformers_whisper(pooling: str) -> None:
         last = plain(features_of(audio[3])).last_hidden_state
         if pooling == "mean":
             assert_close_rel("its own forward pass", last[0].mean(0), found[3], 1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_value": -3.0}], ids=str)
+def test_the_zeros_of_a_window_are_not_computed(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the features are those of the whole window all the same."""
+    tower, given = tower_of(feature_options=options).eval(), []
+    spec = tower.log_mel.spec
+
+    def recorded(waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        found = log_mel(waveform, lengths, spec)
+        given.append(found)
+        return found
+
+    audio, lengths = batch()
+    monkeypatch.setattr(tower.log_mel, "forward", recorded)
+    tower(audio, lengths)
+    ((features, frames),) = given
+    window = torch.zeros(len(audio), tower.window)
+    for row, length in enumerate(LENGTHS):
+        window[row, :length] = audio[row, :length]
+    assert torch.equal(features, log_mel(window, None, spec)[0])
+    computed = [min(length + 400, tower.window) // 160 for length in LENGTHS]
+    assert frames.tolist() == ([tower.window // 160] * len(LENGTHS) if options else computed)
 
 
 @pytest.mark.parametrize("hidden_states", ["last", "weighted", "concatenated"])
