@@ -46,6 +46,7 @@ KIT: dict[str, tuple[str, ...]] = {
     "siglip-kernel": (),
     "cut-cross-entropy": (),
     "liger-kernel": (),
+    "nvidia-cuda-sanitizer-api==13.0.*": (),
     "flashmel": ("nvidia-mathdx", "nvidia-cuda-cccl==13.0.*"),  # the headers of torch's CUDA
     "lhotse": ("audioread", "cytoolz", "toolz", "intervaltree", "sortedcontainers", "tabulate"),
     "nnAudio": (),

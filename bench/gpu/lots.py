@@ -119,7 +119,10 @@ _LOTS = (
     Lot(
         "log_mel",
         "the log-mel front-ends, their peers and floors",
-        tuple(f"bench.gpu.kernels:{stage}" for stage in ("log_mel", "log_mel_gradients", "log_mel_graphs")),
+        (
+            *(f"bench.gpu.kernels:{stage}" for stage in ("log_mel", "log_mel_gradients", "log_mel_graphs")),
+            "bench.gpu.sanitized:sanitized",
+        ),
         ("log-mel",),
         180,
         LOG_MEL,

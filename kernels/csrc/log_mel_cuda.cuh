@@ -59,8 +59,9 @@ using Input = LOG_MEL_INPUT;
 
 constexpr int ROWS = R1 / 2;                            // of which the first stands for rows 0 and R1 / 2
 constexpr int SLICES = (WINDOW + R2 - 1) / R2;          // of R2 samples of a frame; those after them are zero padding
-constexpr int STEP = HOP % R2 ? 0 : HOP / R2;           // slices from one frame to the next, where that is whole
-constexpr int GROUP_SLICES = STEP ? SLICES + (GROUP - 1) * STEP : SLICES;
+constexpr int STEP = HOP % R2 || HOP / R2 > SLICES ? 0 : HOP / R2;  // slices that the next frame is later, if whole
+constexpr int APART = STEP ? STEP : SLICES;             // numbers of a thread from one frame of its group to the next
+constexpr int GROUP_SLICES = SLICES + (GROUP - 1) * APART;
 constexpr int SAMPLES = (FRAMES - 1) * HOP + WINDOW;    // of a tile
 
 constexpr int PAD = LOG_MEL_PAD;  // words after every hop of samples: no two frames of a warp start in one bank
@@ -92,7 +93,7 @@ struct Arguments {
     const float4 *weights;               // of four bins, for the mels of a warp side by side, then of the next four
     const int2 *runs;                    // [warps of mels]: where its weights are, and how many bins, a multiple of 4
     const int *first_bins;               // [MELS rounded up to a warp's], less LOW
-    const float4 *logarithms;            // [MELS]: what log2 becomes a feature with, see `Logarithm`
+    const float4 *logarithms;            // [MELS]: what log2 becomes a feature with, see `logarithm_of`
     const float2 *affine;                // [MELS]: mean, 1 / std
     const long long *time_masks, *mel_masks;  // [clips, spans, 2]
     LOG_MEL_OUTPUT *features;            // [clips, frames, MELS]
@@ -383,44 +384,25 @@ DEVICE void load_samples(const Arguments &a, const Clip &clip, int begin, int fr
     }
 }
 
-// The samples n2 of the slices of a group of frames. With pre-emphasis a frame's first one, which would depend on the
-// sample before the frame and which the window drops, is zero.
-template <int SIZE>
-DEVICE void load_group(const float *samples, int group, int n2, int frame, float (&x)[SIZE]) {
-    const float *from = samples + (group * GROUP + frame) * (HOP + PAD);
-    for_each<0, SIZE>([&](auto i) {
-        if constexpr (HOP % R2 == 0) x[i] = from[position(R2 * i.value) + n2];
-        else x[i] = from[position(R2 * i + n2)];
+// What the slices of a group of frames have at n2. Frames share slices where a hop is a whole number of them.
+DEVICE void load_group(const float *samples, int group, int n2, float (&x)[GROUP_SLICES]) {
+    const float *from = samples + group * GROUP * (HOP + PAD);
+    for_each<0, STEP ? 1 : GROUP>([&](auto frame) {
+        for_each<0, STEP ? GROUP_SLICES : SLICES>([&](auto i) {
+            const float *at = from + frame * (HOP + PAD);
+            // The pads before n2 are known where no slice has the end of a hop in it.
+            x[frame * SLICES + i] = HOP % R2 ? at[position(R2 * i + n2)] : at[position(R2 * i.value) + n2];
+        });
     });
 }
 
-// What counts of a sample in its frame, where `i` is its slice.
+// What counts of a sample of slice I in its frame. With pre-emphasis the first one of all, which would depend on the
+// sample before the frame and which the window drops, is zero.
 template <int I>
 DEVICE float inside_window(float x, int n2) {
     if (PREEMPHASIS && I == 0) x = n2 == 0 ? 0.0f : x;
     if (R2 * (I + 1) > WINDOW) x = R2 * I + n2 < WINDOW ? x : 0.0f;
     return x;
-}
-
-// Step 1 for one frame: the real FFT of what its slices have at n2, into the exchange.
-DEVICE void transform_slices(const float (&x)[SLICES], const float (&taps)[4 * WINDOW_VECTORS],
-                             const float (&turns)[4 * TURN_VECTORS + 1], float mean, int n2, Complex *frame) {
-    float windowed[R1];
-    for_each<0, SLICES>([&](auto i) {
-        const float value = inside_window<i.value>(x[i], n2);
-        windowed[i] = (REMOVE_DC ? value - mean : value) * taps[i];
-    });
-    Complex rows[ROWS + 1];
-    real_fft<R1, SLICES>(windowed, rows);
-    // Rows 0 and R1 / 2 are the even and the odd bins of 2 R2 real numbers, here twice as large.
-    float *real = reinterpret_cast<float *>(frame);
-    real[n2] = rows[0].re + rows[ROWS].re;
-    real[n2 + R2] = rows[0].re - rows[ROWS].re;
-    for_each<1, ROWS>([&](auto k) {
-        const float cosine = turns[2 * k - 2], sine = turns[2 * k - 1];
-        frame[k * ROW_STRIDE + n2] = {fmaf(cosine, rows[k].re, sine * rows[k].im),
-                                      fmaf(cosine, rows[k].im, -sine * rows[k].re)};
-    });
 }
 
 // Vectors R2 apart, as four floats each.
@@ -432,70 +414,71 @@ DEVICE void load_vectors(const float4 *vectors, float (&x)[SIZE]) {
     });
 }
 
+// Real FFTs over the slices of a group of frames, turned, into the exchange.
+DEVICE void transform_group(const Arguments &a, int group, int n2, const float (&x)[GROUP_SLICES], const float *means,
+                            Complex *exchange) {
+    const float4 *column = a.columns + n2;
+    float taps[4 * WINDOW_VECTORS], turns[4 * TURN_VECTORS + 1];
+    load_vectors<WINDOW_VECTORS>(column, taps);
+    load_vectors<TURN_VECTORS>(column + WINDOW_VECTORS * R2, turns);
+    for_each<0, GROUP>([&](auto j) {
+        const int frame = group * GROUP + j;
+        const float mean = REMOVE_DC ? means[frame] : 0.0f;
+        float windowed[R1];
+        for_each<0, SLICES>([&](auto i) {
+            const float value = inside_window<i.value>(x[j * APART + i], n2);
+            windowed[i] = (REMOVE_DC ? value - mean : value) * taps[i];
+        });
+        Complex rows[ROWS + 1];
+        real_fft<R1, SLICES>(windowed, rows);
+        // Rows 0 and R1 / 2 are the even and the odd bins of 2 R2 real numbers, here twice as large.
+        Complex *to = exchange + frame * FRAME_STRIDE + n2;
+        float *real = reinterpret_cast<float *>(to - n2) + n2;
+        real[0] = rows[0].re + rows[ROWS].re;
+        real[R2] = rows[0].re - rows[ROWS].re;
+        for_each<1, ROWS>([&](auto k) {
+            const float cosine = turns[2 * k - 2], sine = turns[2 * k - 1];
+            to[k * ROW_STRIDE] = {fmaf(cosine, rows[k].re, sine * rows[k].im),
+                                  fmaf(cosine, rows[k].im, -sine * rows[k].re)};
+        });
+    });
+}
+
+// Step 1.
 DEVICE void first_step(const Arguments &a, const Clip &clip, int begin, int frames, const float *samples,
                        Complex *exchange, float *sums) {
-    auto transform = [&](unsigned task, auto &&frame_samples, const float *means) {
-        const int group = task % (FRAMES / GROUP), n2 = task / (FRAMES / GROUP);
-        const float4 *column = a.columns + n2;
-        float taps[4 * WINDOW_VECTORS], turns[4 * TURN_VECTORS + 1];
-        load_vectors<WINDOW_VECTORS>(column, taps);
-        load_vectors<TURN_VECTORS>(column + WINDOW_VECTORS * R2, turns);
-        for_each<0, GROUP>([&](auto j) {
-            const int frame = group * GROUP + j;
-            float x[SLICES];
-            frame_samples(j, group, n2, x);
-            transform_slices(x, taps, turns, REMOVE_DC ? means[frame] : 0.0f, n2, exchange + frame * FRAME_STRIDE);
-        });
-    };
-    // Frames of a group share slices where a hop is a whole number of them.
-    float kept[STEP ? GROUP_SLICES : GROUP * SLICES];
-    auto load = [&](int group, int n2) {
-        if constexpr (STEP) {
-            load_group(samples, group, n2, 0, kept);
-        } else {
-            for_each<0, GROUP>([&](auto j) {
-                float x[SLICES];
-                load_group(samples, group, n2, j, x);
-                for_each<0, SLICES>([&](auto i) { kept[j * SLICES + i] = x[i]; });
-            });
-        }
-    };
-    auto from_kept = [&](auto j, int, int, float (&x)[SLICES]) {
-        for_each<0, SLICES>([&](auto i) { x[i] = kept[j * (STEP ? STEP : SLICES) + i]; });
-    };
-    if constexpr (REMOVE_DC) {
-        const int group = threadIdx.x % (FRAMES / GROUP), n2 = threadIdx.x / (FRAMES / GROUP);
-        const bool works = threadIdx.x < FIRST_TASKS;
-        if (works) {
-            load(group, n2);
-            for_each<0, GROUP>([&](auto j) {
-                float sum = 0.0f;
-                for_each<0, SLICES>([&](auto i) {
-                    sum += inside_window<i.value>(kept[j * (STEP ? STEP : SLICES) + i], n2);
-                });
-                sums[n2 * FRAMES + group * GROUP + j] = sum;
-            });
-        }
-        __syncthreads();
-        float *means = sums + R2 * FRAMES;
-        for (int frame = threadIdx.x; frame < FRAMES; frame += THREADS) {
-            float sum = 0.0f;
-            for (int i = 0; i < R2; ++i) sum += sums[i * FRAMES + frame];
-            if (PREEMPHASIS && frame < frames) {
-                // The sum of x[i] - c x[i-1] over i > 0 lacks this to be (1 - c) times that of x[i].
-                const int at = begin + frame * HOP;
-                sum += clip[at] - a.preemphasis * clip[at + WINDOW - 1];
-            }
-            means[frame] = sum / WINDOW;
-        }
-        __syncthreads();
-        if (works) transform(threadIdx.x, from_kept, means);
-    } else {
+    constexpr unsigned GROUPS = FRAMES / GROUP;
+    float x[GROUP_SLICES];
+    if constexpr (!REMOVE_DC) {
         for (unsigned task = threadIdx.x; task < FIRST_TASKS; task += THREADS) {
-            load(task % (FRAMES / GROUP), task / (FRAMES / GROUP));
-            transform(task, from_kept, nullptr);
+            load_group(samples, task % GROUPS, task / GROUPS, x);
+            transform_group(a, task % GROUPS, task / GROUPS, x, nullptr, exchange);
         }
+        return;
     }
+    const unsigned group = threadIdx.x % GROUPS, n2 = threadIdx.x / GROUPS;
+    if (threadIdx.x < FIRST_TASKS) {
+        load_group(samples, group, n2, x);
+        for_each<0, GROUP>([&](auto j) {
+            float sum = 0.0f;
+            for_each<0, SLICES>([&](auto i) { sum += inside_window<i.value>(x[j * APART + i], n2); });
+            sums[n2 * FRAMES + group * GROUP + j] = sum;
+        });
+    }
+    __syncthreads();
+    float *means = sums + R2 * FRAMES;
+    for (int frame = threadIdx.x; frame < FRAMES; frame += THREADS) {
+        float sum = 0.0f;
+        for (int i = 0; i < R2; ++i) sum += sums[i * FRAMES + frame];
+        if (PREEMPHASIS && frame < frames) {
+            // The sum of x[i] - c x[i-1] over i > 0 lacks this to be (1 - c) times that of x[i].
+            const int at = begin + frame * HOP;
+            sum += clip[at] - a.preemphasis * clip[at + WINDOW - 1];
+        }
+        means[frame] = sum * (1.0f / WINDOW);
+    }
+    __syncthreads();
+    if (threadIdx.x < FIRST_TASKS) transform_group(a, group, n2, x, means, exchange);
 }
 
 // Whether any of the bins is one that a mel has, and whether all of them are.
