@@ -45,7 +45,7 @@ def sanitized(run: Run) -> None:
 def _watched(run: Run, tool: str) -> Row:
     program = next(_programs(), None)
     if run.tiny or program is None:
-        raise RuntimeError("a CPU has no use for it" if run.tiny else "nvidia-cuda-sanitizer-api is not installed")
+        raise RuntimeError("it watches a GPU" if run.tiny else "nvidia-cuda-sanitizer-api is not installed")
     command = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "3"]
     command += ["--kernel-name", "kernel_substring=log_mel", sys.executable, "-m", "bench.gpu.sanitized"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
