@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
 import pytest
 import torch
 
-from bench import machine_code
+from bench import log_mel_code, machine_code
 from bench.kernel_peers import FRONT_ENDS
 from bench.machine_code import Counts, Instruction
 from fastclap.kernels import offline
@@ -143,6 +146,21 @@ def test_a_frame_of_log_mel_has_the_instructions_of_its_steps(name: str, arch: i
     assert bins.runs[:, 1].sum() * 4 / frames < steps["third"].wavefronts < bins.runs[:, 1].sum() * 8 / frames
     assert all(counts.instructions > counts.wavefronts / 4 and not counts.products for counts in steps.values())
     assert ("means" in steps) == spec.remove_dc and ("range" in steps) == (spec.dynamic_range is not None)
+
+
+def test_the_page_of_the_cuda_kernel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    record = (Path(__file__).resolve().parents[2] / "bench" / "records" / "log-mel-cuda.md").read_text(encoding="utf-8")
+    for name, arch in itertools.product(log_mel_code.SPECS, offline.ARCHITECTURES):
+        assert record.count(f"| {name} | {arch} |") == 2
+    if cuda_engine.unavailable() is not None:
+        pytest.skip(str(cuda_engine.unavailable()))
+    monkeypatch.setattr(log_mel_code, "SPECS", {"whisper-80": FRONT_ENDS["whisper-80"]})
+    monkeypatch.setattr("sys.argv", ["log_mel_code"])
+    assert log_mel_code.main() == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(offline.ARCHITECTURES)
+    form, steps, well = next(log_mel_code.rows())
+    page = log_mel_code.page([form], [steps])
+    assert well and " | ".join(form) in page and " | ".join(steps) in page
 
 
 def test_places_are_visited_and_branches_that_skip_them_are_not_taken() -> None:
