@@ -113,6 +113,10 @@ def by_kaldi_native_fbank(case: Case, waveform: Tensor, *, one_frame: bool = Fal
     if one_frame:  # the cost of handing over the samples
         options.frame_opts.frame_shift_ms = 1e3 * SECONDS
     clips = [clip.tolist() for clip in waveform]
+    try:
+        knf.OnlineFbank(options)
+    except ValueError as error:  # from version 1.23 on it refuses filters without a bin
+        pytest.skip(f"kaldi-native-fbank: {error}")
 
     def fbank(clip: list[float]) -> np.ndarray:
         extractor = knf.OnlineFbank(options)

@@ -73,7 +73,7 @@ constexpr int SAMPLE_WORDS = (position((FRAMES - 1) * HOP + SLICES * R2) + 3) / 
 constexpr int POWER_WORDS = (HIGH - LOW) * FRAMES;
 constexpr int FIRST_WORDS = SAMPLE_WORDS > POWER_WORDS ? SAMPLE_WORDS : POWER_WORDS;  // samples, then powers
 constexpr int EXCHANGE_WORDS = 2 * FRAMES * FRAME_STRIDE;
-constexpr int MEAN_WORDS = REMOVE_DC ? (R2 + 1) * FRAMES : 0;
+constexpr int MEAN_WORDS = REMOVE_DC ? FRAMES : 0;
 constexpr int SHARED_BYTES = 4 * (FIRST_WORDS + EXCHANGE_WORDS + MEAN_WORDS);
 static_assert(SHARED_BYTES == LOG_MEL_SHARED_BYTES && 4 * (4 + MELS) <= SHARED_BYTES);
 
@@ -146,9 +146,12 @@ DEVICE Complex add_turned(Complex a, Complex b, float cosine, float sine) {
     return {fmaf(cosine, b.re, fmaf(sine, b.im, a.re)), fmaf(cosine, b.im, fmaf(-sine, b.re, a.im))};
 }
 
-// The part of n that is a power of its smallest prime factor, which is 2, 3 or 5.
+// Of numbers whose prime factors are 2, 3 and 5.
+constexpr int smallest_factor(int n) { return n % 2 == 0 ? 2 : n % 3 == 0 ? 3 : 5; }
+
+// The part of n that is a power of its smallest prime factor.
 constexpr int prime_power(int n) {
-    const int p = n % 2 == 0 ? 2 : n % 3 == 0 ? 3 : 5;
+    const int p = smallest_factor(n);
     int part = 1;
     while (n % p == 0) n /= p, part *= p;
     return part;
@@ -193,7 +196,23 @@ DEVICE void fft(Complex (&v)[R]) {
                 v[k + R / 2] = twice_less(even[k], v[k]);
             }
         });
-    } else {  // 3, 5 and their powers, from the definition; j and R - j go together
+    } else if constexpr (smallest_factor(R) != R) {  // 9, 25 and the like
+        constexpr int P = smallest_factor(R), Q = R / P;
+        Complex parts[P][Q];
+        for_each<0, P>([&](auto i) {
+            for_each<0, Q>([&](auto j) { parts[i][j] = v[P * j + i]; });
+            fft<Q>(parts[i]);
+        });
+        for_each<0, Q>([&](auto k) {
+            Complex column[P];
+            for_each<0, P>([&](auto i) {
+                const float cosine = turn_cosine(i * k, R), sine = turn_sine(i * k, R);
+                column[i] = i * k ? add_turned({0.0f, 0.0f}, parts[i][k], cosine, sine) : parts[i][k];
+            });
+            fft<P>(column);
+            for_each<0, P>([&](auto j) { v[k + Q * j] = column[j]; });
+        });
+    } else {  // 3 and 5, from the definition; j and R - j go together
         Complex sums[R / 2 + 1], differences[R / 2 + 1], x = v[0];
         for_each<1, R / 2 + 1>([&](auto j) {
             sums[j] = v[j] + v[R - j], differences[j] = v[j] - v[R - j];
@@ -446,7 +465,7 @@ DEVICE void transform_group(const Arguments &a, int group, int n2, const float (
 
 // Step 1.
 DEVICE void first_step(const Arguments &a, const Clip &clip, int begin, int frames, const float *samples,
-                       Complex *exchange, float *sums) {
+                       Complex *exchange, float *means) {
     constexpr unsigned GROUPS = FRAMES / GROUP;
     float x[GROUP_SLICES];
     if constexpr (!REMOVE_DC) {
@@ -457,6 +476,7 @@ DEVICE void first_step(const Arguments &a, const Clip &clip, int begin, int fram
         return;
     }
     const unsigned group = threadIdx.x % GROUPS, n2 = threadIdx.x / GROUPS;
+    float *sums = reinterpret_cast<float *>(exchange);  // of the samples of a frame at n2, before the exchange needs room
     if (threadIdx.x < FIRST_TASKS) {
         load_group(samples, group, n2, x);
         for_each<0, GROUP>([&](auto j) {
@@ -466,7 +486,6 @@ DEVICE void first_step(const Arguments &a, const Clip &clip, int begin, int fram
         });
     }
     __syncthreads();
-    float *means = sums + R2 * FRAMES;
     for (int frame = threadIdx.x; frame < FRAMES; frame += THREADS) {
         float sum = 0.0f;
         for (int i = 0; i < R2; ++i) sum += sums[i * FRAMES + frame];

@@ -26,7 +26,8 @@ OUTPUTS = {"float32": "float", "bfloat16": "BFloat16", "float16": "Float16"}
 LONGEST_FFT = 64, 40  # of a thread: real numbers, complex numbers
 # A block's shared memory: the most that leaves room for four on a multiprocessor of an H100, the most there may be.
 ROOM, MOST_SHARED = 56 << 10, 99 << 10
-BLOCK_THREADS = 768  # of a multiprocessor, which leaves each some 80 registers
+# Threads of a multiprocessor, which leave each some 80 registers, or 128 where FFTs of more than 32 points want them.
+SHORT_THREADS, LONG_THREADS, SHORT_FFT = 768, 512, 32
 MOST_GRID = 65535
 
 
@@ -108,18 +109,19 @@ def layout(spec: LogMelSpec) -> Layout | str:
         pad = _next(spec.hop_length, 32 // frames) - spec.hop_length
         row_stride = r2 | 1 if frames < 16 else r2
         frame_stride = _next(r1 // 2 * row_stride, 16 // frames)
-        group = max(1, min(2 * r2 // r1, 4)) if 2 * r2 % r1 == 0 else 1
+        group = {2.0: 2, 4.0: 4}.get(2 * r2 / r1, 1)  # for as many threads in both FFTs
         threads = -(-max(r1 // 2 * frames, r2 * frames // group if spec.remove_dc else 1) // 32) * 32
         mels = mel_runs(spec, frames)
         last = (frames - 1) * spec.hop_length + -(-spec.win_length // r2) * r2
         samples = -(-(last + pad * (last // spec.hop_length)) // 4) * 4
-        sums = (r2 + 1) * frames if spec.remove_dc else 0
-        shared = 4 * (max(samples, (mels.high - mels.low) * frames) + 2 * frames * frame_stride + sums)
+        means = frames if spec.remove_dc else 0
+        shared = 4 * (max(samples, (mels.high - mels.low) * frames) + 2 * frames * frame_stride + means)
         if shared <= ROOM:
             break
     if shared > MOST_SHARED or threads > 1024 or 4 * (4 + spec.n_mels) > shared:
         return f"{frames} frames of {spec.n_fft} samples, {spec.hop_length} apart, do not fit shared memory"
-    blocks = max(1, min(ROOM * 4 // shared, BLOCK_THREADS // threads))
+    together = SHORT_THREADS if max(r1, r2) <= SHORT_FFT else LONG_THREADS
+    blocks = max(1, min(ROOM * 4 // shared, together // threads))
     return Layout(r1, r2, frames, group, threads, pad, row_stride, frame_stride, shared, blocks)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import logmel_errors
-from bench.logmel_errors import FRONT_ENDS, LOUD, loud, measure, sounds, tables, worse
+from bench.logmel_errors import FRONT_ENDS, LOUD, MANY, loud, measure, sounds, tables, worse
 from fastclap.features import PRESETS
 
 
@@ -34,11 +34,13 @@ def test_a_larger_error_is_found() -> None:
         engines = {}
         for engine in ("fastclap torch", "other"):
             engines[engine] = {"rms": 1e-4, "rms_loud": 1e-5, "max": 1.0, "max_loud": 1.0}
-        rows.append({"sound": sound, "values": 100, "loud": 50, "engines": engines})
+        rows.append({"sound": sound, "values": MANY, "loud": MANY // 2, "engines": engines})
     assert worse(rows, "other") == []
     ours = rows[0]["engines"]["fastclap torch"]
     ours["rms"] = 1.25e-4  # of one sound this may be luck; of the two together it is 1.13
     assert [line.split(":")[0] for line in worse(rows, "other")] == ["all sounds but pure tones and hum"]
+    few = [{**row, "values": 100, "loud": 50} for row in rows]
+    assert worse(few, "other") == []
     ours["rms"] = 1.6e-4
     assert worse(rows, "other")[-1] == "noise: rms of fastclap torch 1.6e-04, 1.0e-04"
 
