@@ -29,7 +29,6 @@ from fastclap.kernels.log_mel.triton_kernels import _features_kernel, _frames_ke
 from fastclap.kernels.offline import Compilation, signature_and_attrs
 from fastclap.kernels.triton_tools import TYPE_NAMES
 
-LARGEST_TRANSFORM = 4096  # a program has a whole frame in registers
 BM, BK, BN = 32, 16, 16  # frames, bins and mels of a program of `_features_kernel`
 FEW_FRAMES = 4  # of a program of `_frames_kernel`
 CHUNK = 16 << 20  # bytes of frames that are made at a time
