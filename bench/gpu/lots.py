@@ -119,12 +119,17 @@ _LOTS = (
     Lot(
         "log_mel",
         "the log-mel front-ends, their peers and floors",
-        (
-            *(f"bench.gpu.kernels:{stage}" for stage in ("log_mel", "log_mel_gradients", "log_mel_graphs")),
-            "bench.gpu.sanitized:sanitized",
-        ),
+        tuple(f"bench.gpu.kernels:{stage}" for stage in ("log_mel", "log_mel_gradients", "log_mel_graphs")),
         ("log-mel",),
         180,
+        LOG_MEL,
+    ),
+    Lot(
+        "sanitized",
+        "compute-sanitizer's memcheck, racecheck and synccheck over the CUDA log-mel",
+        ("bench.gpu.sanitized:sanitized",),
+        (),
+        90,
         LOG_MEL,
     ),
     Lot(

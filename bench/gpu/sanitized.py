@@ -1,6 +1,6 @@
 """NVIDIA's compute-sanitizer over the CUDA log-mel kernel: on the device what g++'s sanitizers see on a CPU.
 
-A stage of the lot `log_mel`. Run as a program it is what compute-sanitizer watches: every front-end once at odd shapes,
+The lot `sanitized`. Run as a program it is what compute-sanitizer watches: every front-end once at odd shapes,
 with lengths, offsets and masks.
 """
 
