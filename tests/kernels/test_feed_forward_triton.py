@@ -142,13 +142,13 @@ def test_tails_keep_their_digits_and_what_is_not_finite_comes_out_as_with_torch(
             assert_close_rel(f"{name} of {low} to {high}", one, other, tol)
     u = torch.tensor([[0.0, math.inf, -math.inf, math.nan, 100.0, -100.0, 1.0, 1.0]])
     da = torch.tensor([[1.0, 1.0, 1.0, 1.0, 1.0, 1.0, math.inf, math.nan]])
-    leaf = u.clone().requires_grad_()
+    leaf = u.double().requires_grad_()  # on some processors torch's gelu of a float32 infinity is NaN
     a = F.gelu(leaf)
-    a.backward(da)
+    a.backward(da.double())
     assert leaf.grad is not None
     for name, one, other in zip(("du", "a"), (leaf.grad, a), backward(u, da), strict=False):
         assert torch.equal(one.isnan(), other.cpu().isnan()) and torch.equal(one.isinf(), other.cpu().isinf()), name
-        assert torch.allclose(one, other.cpu(), equal_nan=True), name
+        assert torch.allclose(one.float(), other.cpu(), equal_nan=True), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
