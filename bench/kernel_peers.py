@@ -96,9 +96,7 @@ def log_mel_forms(
         return lambda clips: log_mel(clips, ragged(clips), ours, backend=engine)[0]
 
     def by_torchaudio() -> Callable[[Tensor], Tensor]:
-        transforms: Any = importlib.import_module("torchaudio.transforms")
-        transform = transforms.MelSpectrogram(**melspectrogram_options(spec)).to(device)
-        return converted(lambda clips: logarithm_(transform(clips), spec).mT)
+        return converted(_torchaudio_log_mel(spec, device))
 
     def by_torchaudio_kaldi() -> Callable[[Tensor], Tensor]:
         fbank: Any = importlib.import_module("torchaudio.compliance.kaldi").fbank
@@ -220,6 +218,24 @@ def log_mel_forms(
     if spec == PRESETS["clap"]:
         forms.append((load("transformers", "transformers", 0, "ClapFeatureExtractor, rand_trunc", by_clap), spec))
     return forms
+
+
+def log_mel_gradient_forms(spec: LogMelSpec, device: torch.device) -> list[Peer]:
+    """Those of them that are differentiable, float32."""
+    engine = "cuda" if device.type == "cuda" else "auto"
+    notes = f"engine {engine}, gradient of torch's" if device.type == "cuda" else "plain torch"
+    ours = lambda: lambda clips: log_mel(clips, None, spec, backend=engine)[0]  # noqa: E731
+    return [
+        load("fastclap", "fastclap", 0, notes, ours),
+        load("fastclap torch", "fastclap", 0, "plain torch, STFT", lambda: _torch_engine(spec)),
+        load("torchaudio", "torchaudio", 0, "MelSpectrogram, clamp, log", lambda: _torchaudio_log_mel(spec, device)),
+    ]
+
+
+def _torchaudio_log_mel(spec: LogMelSpec, device: torch.device) -> Callable[[Tensor], Tensor]:
+    transforms: Any = importlib.import_module("torchaudio.transforms")
+    transform = transforms.MelSpectrogram(**melspectrogram_options(spec)).to(device)
+    return lambda clips: logarithm_(transform(clips), spec).mT
 
 
 def ragged(clips: Tensor) -> Tensor:

@@ -59,20 +59,11 @@ def rows() -> Iterator[tuple[list[str], list[str], bool]]:
             blocks = offline._programs(arch, found.shared_bytes, usage["REG"], found.threads // 32, 0)
             form = [name, arch, f"{seconds:.1f}", usage["REG"], stack, f"{found.shared_bytes:,}", found.threads, blocks]
             steps = machine_code.log_mel_frame(machine_code.parse(offline._cuobjdump(cubin, "-sass")), spec)
-            counts = [
-                (steps[step].instructions / SCHEDULERS, steps[step].wavefronts) for step in STEPS if step in steps
-            ]
-            by_step = [
-                f"{steps[x].instructions / SCHEDULERS:.0f} / {steps[x].wavefronts:.0f}" if x in steps else "-"
-                for x in STEPS
-            ]
+            cycles = {step: (counts.instructions / SCHEDULERS, counts.wavefronts) for step, counts in steps.items()}
+            by_step = ["{:.0f} / {:.0f}".format(*cycles[step]) if step in cycles else "-" for step in STEPS]
             moved = 4 * (spec.hop_length + spec.n_mels)
-            cycles = moved / (COPY_SHARE * H100.tbytes * 1e12) * MULTIPROCESSORS * HERTZ
-            total = [
-                f"{sum(issue for issue, _ in counts):.0f}",
-                f"{sum(wave for _, wave in counts):.0f}",
-                f"{cycles:.0f}",
-            ]
+            floor = moved / (COPY_SHARE * H100.tbytes * 1e12) * MULTIPROCESSORS * HERTZ
+            total = [f"{value:.0f}" for value in (*map(sum, zip(*cycles.values(), strict=True)), floor)]
             yield (
                 [*map(str, form), str(found.frames)],
                 [name, str(arch), *by_step, *total],
@@ -99,7 +90,7 @@ banks.
 
 {markdown(STEP_COLUMNS, steps)}
 
-Lines: {kernel} of the kernel, {tools} that compile and launch it, {sum(engines):,} in `kernels/log_mel` with all engines (2,752 before).
+Lines: {kernel} of the kernel, {tools} that compile and launch it, {sum(engines):,} in `kernels/log_mel` with all engines.
 """  # noqa: E501
 
 

@@ -256,15 +256,15 @@ def _of_tables(code: Sequence[Instruction]) -> Counts:
 def log_mel_frame(code: Sequence[Instruction], spec: LogMelSpec) -> dict[str, Counts]:
     """Of csrc/log_mel_cuda.cuh, a frame of a tile inside a clip whose samples lie at multiples of 16 bytes, by step.
 
-    Barriers divide the code into its steps. Each has its loops over what a thread does: of the samples those of vectors
-    and of the mels that over bins count as often as they run; the other steps are what a thread does once. Where a warp
-    has row 0 it also goes through the other side of the second step's branch.
+    Barriers divide the code into its steps. The loops over mels and their bins count as often as they run; the other
+    steps are what a thread does once. One warp, which has row 0, also goes through the other side of the second step's
+    branch.
     """
     found = cuda_engine.layout(spec)
     assert isinstance(found, cuda_engine.Layout)
     mels = cuda_engine.mel_runs(spec, found.frames)
     barriers = [line.at for line in code if line.opcode[0] == "BAR"]
-    sums = [barriers[1:3], []][not spec.remove_dc]
+    sums = barriers[1:3] if spec.remove_dc else []
     loaded, (first, second) = barriers[0], barriers[1 + len(sums) : 3 + len(sums)]
     ranged = spec.dynamic_range is not None
     third = barriers[3 + len(sums)] if ranged else code[-1].at
@@ -274,16 +274,14 @@ def log_mel_frame(code: Sequence[Instruction], spec: LogMelSpec) -> dict[str, Co
     moves = [line for line in code if line.opcode[0] in ("LDG", "STS") and start < line.at < loaded]
     wide = [line.at for line in moves if {"64", "128"} & set(line.opcode)]
     steps = {"samples": Counts.of(shortest(code, code[0].at, start) + _visiting(code, start, loaded, wide))}
-    if sums:  # their division by the window's length, which one warp does, is left out
+    if sums:  # what one warp makes of them is left out
         steps["means"] = Counts.of(_spliced(code, loaded, sums[0])[1:])
     turns = found.r2 * found.frames / found.group / found.threads
     steps["first"] = _of_tables(_spliced(code, sums[-1] if sums else loaded, first)[1:]) * turns
     body = _spliced(code, first, second)[1:]
-    sides = _sides(body)
-    rare, usual = (Counts.of(side) for side in sorted(sides, key=len, reverse=True))
-    zero = max(1.0, found.frames / 32) / warps  # of the warps have row 0, all or half of their threads
+    row_zero = Counts.of(max(_sides(body), key=len))
     turns = found.r1 // 2 * found.frames / found.threads
-    steps["second"] = (Counts.of(body) + rare * (zero - 1) + usual * (0 if found.frames < 32 else -zero)) * turns
+    steps["second"] = (Counts.of(body) + row_zero * (1 / warps - 1)) * turns
     bins = float(mels.runs[:, 1].sum()) / warps  # of the mels of a warp
     # Of a mel: up to its loop over bins, that, and on to the next mel by the way on which all four frames are stored.
     inside = [loop for loop in loops(code) if second < loop[0] and loop[1] < third]

@@ -10,6 +10,15 @@ from pathlib import Path
 from fastclap.errors import DataError
 
 
+def cache_folder(kind: str) -> Path:
+    """The folder of one kind of what can be made again: in $FASTCLAP_CACHE, else in ~/.cache/fastclap.
+
+    Raises:
+        RuntimeError: there is neither the variable nor a home.
+    """
+    return Path(os.environ.get("FASTCLAP_CACHE") or Path.home() / ".cache" / "fastclap") / kind
+
+
 def fsync(path: Path) -> None:
     """Force a file, or the entries of a folder, onto the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -10,8 +10,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import os
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,22 +17,15 @@ from pathlib import Path
 
 import torch
 
-CACHE_VARIABLE = "FASTCLAP_CACHE"
+from fastclap.files import cache_folder, write_atomic
+
+KIND = "cuda"  # of what is kept
 _MAX_DYNAMIC_SHARED_SIZE, _SHARED_CARVEOUT = 8, 9  # of CUfunction_attribute
 _compiling = threading.Lock()
 
 
 class CudaError(RuntimeError):
     """Kernels cannot be compiled or loaded here; the message says why."""
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept.
-
-    Raises:
-        RuntimeError: there is neither the variable nor a home.
-    """
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "fastclap") / "cuda"
 
 
 @functools.cache
@@ -125,6 +116,15 @@ def compiler_version() -> str:
     return _nvrtc().version
 
 
+def why_no_compiler() -> str | None:
+    """Why nothing can be compiled here; None if it can."""
+    try:
+        compiler_version()
+    except CudaError as error:
+        return str(error)
+    return None
+
+
 def compile_cubin(source: str, name: str, options: Sequence[str], arch: int) -> bytes:
     """Machine code for compute capability `arch` (80, 90, ...), from the cache or compiled and put there.
 
@@ -169,7 +169,7 @@ def _named(source: str, options: Sequence[str], arch: int) -> tuple[str, list[st
 def _kept(name: str) -> bytes | None:
     """What a file of the cache holds; None where there is none or it is damaged."""
     try:
-        file = cache_folder() / name
+        file = cache_folder(KIND) / name
         content = file.read_bytes()
     except (OSError, RuntimeError):
         return None
@@ -181,21 +181,13 @@ def _kept(name: str) -> bytes | None:
 
 def _keep(name: str, code: bytes) -> None:
     try:
-        folder = cache_folder()
+        folder = cache_folder(KIND)
         folder.mkdir(parents=True, exist_ok=True)
-        # A name of its own until it is whole: other processes may be compiling the same.
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(code).digest() + code)
-            os.replace(temporary, folder / name)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomic(folder / name, hashlib.sha256(code).digest() + code)  # others may be compiling the same
     except (OSError, RuntimeError) as error:
         warn_once(
             f"compiled CUDA kernels cannot be kept ({error}): every process compiles them again, some seconds each; "
-            f"set {CACHE_VARIABLE} to a folder that can be written"
+            "set FASTCLAP_CACHE to a folder that can be written"
         )
 
 

@@ -782,7 +782,7 @@ def _clips(inputs: Tensors) -> tuple[Tensor, Tensor | None]:
     return inputs["waveform"], inputs.get("lengths")
 
 
-def _log_mel_engine(engine: str, on_gpu: str = "cuda") -> str:
+def log_mel_engine(engine: str, on_gpu: str = "cuda") -> str:
     """A log-mel's `backend`: on a GPU other kernels have but Triton's."""
     return on_gpu if engine == "triton" else engine
 
@@ -797,7 +797,7 @@ def _log_mel_form(
         name,
         features,
         functools.partial(_draw_clips, spec, audio, lengths),
-        lambda inputs, engine: {"output": log_mel(*_clips(inputs), spec, backend=_log_mel_engine(engine, on_gpu))[0]},
+        lambda inputs, engine: {"output": log_mel(*_clips(inputs), spec, backend=log_mel_engine(engine, on_gpu))[0]},
         lambda _: {"output": _defined_log_mel(exact, audio, lengths)},
         ROUNDING[features],
     )
@@ -811,7 +811,7 @@ def _log_mel_gradient_form(front_end: str, spec: LogMelSpec) -> KernelForm:
         return {"dwaveform": torch.autograd.grad(out, leaf, weights.view_as(out))[0]}
 
     def call(inputs: Tensors, engine: str) -> Tensors:
-        return gradient(inputs, lambda leaf: log_mel(leaf, inputs["lengths"], spec, backend=_log_mel_engine(engine))[0])
+        return gradient(inputs, lambda leaf: log_mel(leaf, inputs["lengths"], spec, backend=log_mel_engine(engine))[0])
 
     def reference(inputs: Tensors) -> Tensors:
         exact = {name: x.cpu() for name, x in _doubled(inputs).items()}

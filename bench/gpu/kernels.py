@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bench import timing
 from bench.compare import ceilings, compare
+from bench.gpu.forms import log_mel_engine
 from bench.kernel_peers import (
     FRONT_ENDS,
     attention_forms,
@@ -26,6 +27,7 @@ from bench.kernel_peers import (
     in_dtype,
     layer_norm_gelu_forms,
     log_mel_forms,
+    log_mel_gradient_forms,
     ragged,
     residual_layer_norm_forms,
     waveform_convolution_forms,
@@ -188,12 +190,10 @@ def log_mel_gradients(run: Run) -> None:
     """The gradient of the waveform, which is torch's, beside torchaudio's: of as many clips as autograd has room."""
     sizes, (_, gbytes) = sizes_of(run), ceilings(run)
     for name, spec in FRONT_ENDS.items():
-        spec = in_dtype(spec, torch.float32)
         clips = noise(run, spec.sampling_rate, max(1, sizes.clips // 16), sizes.seconds, torch.float32)
         case = {"kernel": "log-mel gradient", "front_end": name, "clips": len(clips)}
         case |= {"seconds": sizes.seconds, "audio": "float32", "dtype": "float32"}
-        forms = log_mel_forms(spec, run.device, torch.float32, torch.float32)
-        peers = [(peer, None) for peer, _ in forms if peer.name in ("fastclap", "fastclap torch", "torchaudio")]
+        peers = [(peer, None) for peer in log_mel_gradient_forms(spec, run.device)]
         leaf = clips.requires_grad_()
 
         def call(function: Callable[[Tensor], Tensor], leaf: Tensor = leaf) -> Tensor:
@@ -208,8 +208,7 @@ def log_mel_graphs(run: Run) -> None:
     for name, spec in FRONT_ENDS.items():
         spec = in_dtype(spec, torch.bfloat16)
         clips = noise(run, spec.sampling_rate, 4, sizes_of(run).graph_seconds, torch.int16)
-        engine = "cuda" if run.engine == "triton" else run.engine
-        call = functools.partial(log_mel_kernel, clips, None, spec, backend=engine)
+        call = functools.partial(log_mel_kernel, clips, None, spec, backend=log_mel_engine(run.engine))
         _graph(run, {"kernel": "log-mel", "front_end": name}, call, [clips])
 
 

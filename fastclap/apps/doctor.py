@@ -91,22 +91,24 @@ def _gpu(torch: Any) -> dict[str, Any]:
 def _engines(torch: Any) -> dict[str, str]:
     if torch is None:
         return dict.fromkeys(("torch", "native log-mel", "CUDA log-mel"), "no: torch does not load")
-    from fastclap.kernels import cuda_tools
     from fastclap.kernels.log_mel import native
 
     return {
         "torch": "yes",
         "native log-mel": f"{'yes' if native.available() else 'no'}: {native.description()}",
-        "CUDA log-mel": _cuda_log_mel(torch, cuda_tools),
+        "CUDA log-mel": _cuda_log_mel(torch),
     }
 
 
-def _cuda_log_mel(torch: Any, cuda_tools: Any) -> str:
+def _cuda_log_mel(torch: Any) -> str:
+    from fastclap.files import cache_folder
+    from fastclap.kernels import cuda_tools
+
     if not torch.cuda.is_available():
         return "no: there is no GPU"
     try:
-        return f"yes: compiled by NVRTC {cuda_tools.compiler_version()}, kept in {cuda_tools.cache_folder()}"
-    except (cuda_tools.CudaError, RuntimeError) as error:
+        return f"yes: compiled by NVRTC {cuda_tools.compiler_version()}, kept in {cache_folder(cuda_tools.KIND)}"
+    except RuntimeError as error:  # no compiler, or no home
         return f"no: {error}"
 
 

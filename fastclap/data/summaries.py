@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 import fastclap
+from fastclap import files
 from fastclap.data.hashing import CROP, GOLDEN, MASK, hash64
 from fastclap.data.rows import Row
 from fastclap.errors import DataError
@@ -211,9 +212,7 @@ class SummaryStore:
 
 def cache_folder(setting: str) -> Path:
     """The folder of a `--data.frozen-cache` that is not off; auto: $FASTCLAP_CACHE, else ~/.cache/fastclap."""
-    if setting != "auto":
-        return Path(setting)
-    return Path(os.environ.get("FASTCLAP_CACHE") or Path.home() / ".cache" / "fastclap") / "summaries"
+    return files.cache_folder("summaries") if setting == "auto" else Path(setting)
 
 
 def fingerprint(tower: nn.Module, config: Any, **computation: Any) -> str:

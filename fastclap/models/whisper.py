@@ -110,7 +110,7 @@ class WhisperTower(AudioTower):
         size, ends = max(least, waveform.shape[1]), lengths
         if self.whole_window:  # of the padded window, as Whisper was trained, and not of each clip alone
             ends = zeros_follow(self.log_mel, lengths, self.window)
-            size = min(size + spec.n_fft, self.window) if spec.padding_value is None else self.window
+            size = int(zeros_follow(self.log_mel, torch.tensor(size), self.window))
         waveform = F.pad(waveform, (0, size - waveform.shape[1]))
         with torch.autocast(waveform.device.type, enabled=False):
             features, frames = self.log_mel(waveform, ends)

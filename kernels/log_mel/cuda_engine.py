@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastclap.kernels import cuda_tools, dispatch
-from fastclap.kernels.cuda_tools import CudaError, Kernel, compile_cubin, compiler_version, warn_once
+from fastclap.kernels.cuda_tools import CudaError, Kernel, compile_cubin, warn_once
 from fastclap.kernels.log_mel.spec import EDGES, Batch, LogMelSpec, exponent_step, mel_bank, window
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "log_mel_cuda.cuh"
@@ -190,15 +190,6 @@ def options(spec: LogMelSpec, dtype: torch.dtype, masks: bool) -> tuple[str, ...
     return tuple(f"-DLOG_MEL_{name.upper()}={value}" for name, value in constants.items())
 
 
-def unavailable() -> str | None:
-    """Why nothing can be compiled here; None if it can."""
-    try:
-        compiler_version()
-    except CudaError as error:
-        return str(error)
-    return None
-
-
 @functools.lru_cache(maxsize=256)
 def cubin(spec: LogMelSpec, dtype: torch.dtype, masks: bool, arch: int) -> bytes:
     """Machine code of a form for compute capability `arch`.
@@ -316,8 +307,8 @@ def why_not(batch: Batch, spec: LogMelSpec) -> str | None:
     arch = dispatch.architecture(dispatch.index_of(waveform.device))
     if arch < 80:
         return f"the GPU has compute capability {arch / 10}, and the kernel needs 8.0"
-    frames = spec.num_frames or spec.frames(waveform.shape[1])
-    if max(waveform.shape[1] + spec.n_fft, spec.n_mels * frames) >= 2**31:
+    samples = waveform.shape[1]
+    if max(samples + spec.n_fft, spec.n_mels * spec.padded_frames(samples)) >= 2**31:
         return "a clip has 2^31 samples or features"
     plan = _plan_for(batch, spec)
     return plan if isinstance(plan, str) else None
@@ -334,12 +325,10 @@ def log_mel_cuda(batch: Batch, spec: LogMelSpec) -> tuple[Tensor, Tensor]:
     plan = _plan_for(batch, spec)
     if isinstance(plan, str):
         raise CudaError(plan)
-    waveform, device = batch.waveform.to(_dtype(batch.waveform)), batch.waveform.device
-    if waveform.stride(1) != 1:
-        waveform = waveform.contiguous()
-    clips, samples = waveform.shape
-    frames = spec.num_frames or spec.frames(samples)
-    time, mel = (None if x is None else x.contiguous() for x in (batch.time_masks, batch.mel_masks))
+    batch = batch.readable(INPUTS)
+    waveform, time, mel = batch.waveform, batch.time_masks, batch.mel_masks
+    (clips, samples), device = waveform.shape, waveform.device
+    frames = spec.padded_frames(samples)
     features = torch.empty(clips, frames, spec.n_mels, dtype=getattr(torch, spec.dtype), device=device)
     frame_lengths = torch.empty(clips, dtype=torch.int64, device=device)
     tensors = {

@@ -273,15 +273,10 @@ def log_mel_native(
     plan = _plan(spec, simd)
     if isinstance(plan, str):
         raise NotImplementedError(f"native log-mel engine: {plan}")
-    waveform, lengths, frames, frame_lengths = batch.cropped(spec)
-    if waveform.dtype != torch.int16:
-        waveform = waveform.to(torch.float32)
-    waveform = waveform.resolve_neg()
-    if waveform.stride(1) != 1:
-        waveform = waveform.contiguous()
+    waveform, lengths, _, frame_lengths = batch.readable((torch.int16, torch.float32)).cropped(spec)
     clips, samples = waveform.shape
     lengths = torch.full((clips,), samples) if lengths is None else lengths.contiguous()
-    features = _memory(clips, spec.num_frames or frames, spec.n_mels)
+    features = _memory(clips, spec.padded_frames(samples), spec.n_mels)
     message = ctypes.create_string_buffer(_MESSAGE_SIZE)
     code = library.fastclap_log_mel_run(
         plan.handle,

@@ -190,7 +190,7 @@ def _(waveform: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     *_, key, _ = others
     spec = _spec_of(key)
     batch, samples = waveform.shape
-    shape = (batch, spec.num_frames or spec.frames(samples), spec.n_mels)
+    shape = (batch, spec.padded_frames(samples), spec.n_mels)
     features = waveform.new_empty(shape, dtype=getattr(torch, spec.dtype))
     return features, waveform.new_empty(batch, dtype=torch.int64)
 

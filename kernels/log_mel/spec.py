@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -172,6 +173,10 @@ class LogMelSpec:
         frames = max(1, self._count(samples)) if samples > 0 else 0
         return frames if self.num_frames is None else min(frames, self.num_frames)
 
+    def padded_frames(self, samples: int) -> int:
+        """Frames that the features of a batch have whose clips are padded to `samples`."""
+        return self.num_frames or self.frames(samples)
+
     def frame_lengths(self, lengths: Tensor) -> Tensor:
         """`frames` of each of `lengths` (integer tensor of any shape, on any device), int64."""
         lengths = lengths.to(torch.int64)
@@ -203,6 +208,15 @@ class Batch(NamedTuple):
         if lengths is None:
             return waveform, None, frames, torch.full((batch,), frames, device=waveform.device)
         return waveform, lengths, frames, spec.frame_lengths(lengths)
+
+    def readable(self, dtypes: Collection[torch.dtype]) -> Batch:
+        """As compiled code reads it: samples of one of these dtypes, else float32, side by side; spans in order."""
+        waveform, _, _, time, mel = self
+        waveform = (waveform if waveform.dtype in dtypes else waveform.to(torch.float32)).resolve_neg()
+        if waveform.stride(1) != 1:
+            waveform = waveform.contiguous()
+        time, mel = (None if spans is None else spans.contiguous() for spans in (time, mel))
+        return self._replace(waveform=waveform, time_masks=time, mel_masks=mel)
 
     def clips(self, some: slice) -> Batch:
         """Some of the clips."""

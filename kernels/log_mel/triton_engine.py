@@ -37,14 +37,14 @@ RANGE_WIDTH, RANGE_TOPS = 1024, 64  # values of a program of `_range_kernel`, ma
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the kernels need to know of a front-end; numbers by argument."""
+    """What the kernels need to know of a front-end; numbers and constants by argument."""
 
     taps: Tensor  # [win_length] window
     bank: Tensor  # weights of groups of BN mels over the bins of each, one group after the other
     runs: Tensor  # [groups, 3] int32: first bin, how many, where the weights are
     affine: Tensor  # [2, mels]: mean, 1/std
-    frames: dict[str, float]  # of `_frames_kernel`
-    features: dict[str, float]  # of `_features_kernel`
+    frames: dict[str, Any]  # of `_frames_kernel`
+    features: dict[str, Any]  # of `_features_kernel`
 
 
 @lru_cache(maxsize=64)
@@ -78,10 +78,12 @@ def _plan(spec: LogMelSpec, device: torch.device) -> _Plan:
         {
             **{"hop": spec.hop_length, "shift": spec.offset, "rest": 1.0 - spec.preemphasis},
             **{"count_add": add, "count_plus": plus, "most_frames": spec.num_frames or 2**31 - 1},
+            **_frame_flags(spec),
         },
         {
             **{"mels": spec.n_mels, "groups": groups, "floor": spec.floor, "padding": spec.log_padding},
             **{"log_high": log_high, "log_low": log_low},
+            **_feature_flags(spec),
         },
     )
 
@@ -121,14 +123,11 @@ def log_mel_triton(batch: Batch, spec: LogMelSpec) -> tuple[Tensor, Tensor]:
 
     `spec` is without dither.
     """
+    batch = batch.readable(TYPE_NAMES)
     waveform, device = batch.waveform, batch.waveform.device
-    if waveform.dtype not in TYPE_NAMES:
-        waveform = waveform.to(torch.float32)
-    if waveform.stride(1) != 1:
-        waveform = waveform.contiguous()
     plan = _plan(spec, device)
     clips, samples = waveform.shape
-    frames = spec.num_frames or spec.frames(samples)
+    frames = spec.padded_frames(samples)
     tiles = triton.cdiv(frames, BM)
     work = clips * tiles
     ranged = spec.dynamic_range is not None
@@ -139,7 +138,7 @@ def log_mel_triton(batch: Batch, spec: LogMelSpec) -> tuple[Tensor, Tensor]:
     frame_lengths = empty(clips, dtype=torch.int64)
     masks: dict[str, Any] = {}
     for name, spans in (("time", batch.time_masks), ("mel", batch.mel_masks)):
-        masks[f"{name}_masks"] = frame_lengths if spans is None else spans.contiguous()  # no span is read where none is
+        masks[f"{name}_masks"] = frame_lengths if spans is None else spans  # no span is read where none is
         masks[f"{name}_spans"] = 0 if spans is None else spans.shape[1]
     hidden = bool(masks["time_spans"] or masks["mel_spans"])
     chunk = max(1, min(work, CHUNK // (4 * BM * spec.n_fft)))  # tiles
@@ -159,7 +158,6 @@ def log_mel_triton(batch: Batch, spec: LogMelSpec) -> tuple[Tensor, Tensor]:
                 samples=samples,
                 row_stride=waveform.stride(0),
                 **plan.frames,
-                **_frame_flags(spec),
                 OFFSETS=batch.offsets is not None,
                 LENGTHS=batch.lengths is not None,
             )
@@ -178,7 +176,6 @@ def log_mel_triton(batch: Batch, spec: LogMelSpec) -> tuple[Tensor, Tensor]:
                 frames=frames,
                 factor=spec.sample_scale(waveform.dtype) ** spec.power,
                 **plan.features,
-                **_feature_flags(spec),
                 MASKS=hidden and not ranged,
             )
         if ranged:

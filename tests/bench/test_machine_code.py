@@ -11,7 +11,7 @@ import torch
 from bench import log_mel_code, machine_code
 from bench.kernel_peers import FRONT_ENDS
 from bench.machine_code import Counts, Instruction
-from fastclap.kernels import offline
+from fastclap.kernels import cuda_tools, offline
 from fastclap.kernels.log_mel import cuda_engine
 
 
@@ -128,8 +128,8 @@ def test_a_tile_of_rows() -> None:
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("name", FRONT_ENDS)
 def test_a_frame_of_log_mel_has_the_instructions_of_its_steps(name: str, arch: int) -> None:
-    if cuda_engine.unavailable() is not None:
-        pytest.skip(str(cuda_engine.unavailable()))
+    if cuda_tools.why_no_compiler() is not None:
+        pytest.skip(str(cuda_tools.why_no_compiler()))
     spec = FRONT_ENDS[name]
     code = machine_code.parse(offline._cuobjdump(cuda_engine.cubin(spec, torch.float32, False, arch), "-sass"))
     steps = machine_code.log_mel_frame(code, spec)
@@ -152,8 +152,8 @@ def test_the_page_of_the_cuda_kernel(capsys: pytest.CaptureFixture[str], monkeyp
     record = (Path(__file__).resolve().parents[2] / "bench" / "records" / "log-mel-cuda.md").read_text(encoding="utf-8")
     for name, arch in itertools.product(log_mel_code.SPECS, offline.ARCHITECTURES):
         assert record.count(f"| {name} | {arch} |") == 2
-    if cuda_engine.unavailable() is not None:
-        pytest.skip(str(cuda_engine.unavailable()))
+    if cuda_tools.why_no_compiler() is not None:
+        pytest.skip(str(cuda_tools.why_no_compiler()))
     monkeypatch.setattr(log_mel_code, "SPECS", {"whisper-80": FRONT_ENDS["whisper-80"]})
     monkeypatch.setattr("sys.argv", ["log_mel_code"])
     assert log_mel_code.main() == 0

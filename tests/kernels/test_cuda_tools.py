@@ -17,13 +17,14 @@ import torch
 
 from bench import cuda_on_cpu
 from fastclap.features import PRESETS
+from fastclap.files import cache_folder
 from fastclap.kernels import cuda_tools, dispatch
-from fastclap.kernels.cuda_tools import CudaError, Kernel, cache_folder, compile_cubin
+from fastclap.kernels.cuda_tools import CudaError, Kernel, compile_cubin
 from fastclap.kernels.log_mel import cuda_engine
 from fastclap.kernels.log_mel.operator import log_mel
 
 SOURCE = 'extern "C" __global__ void fill(float *x) { x[threadIdx.x] = VALUE; }'
-needs_compiler = pytest.mark.skipif(cuda_engine.unavailable() is not None, reason=str(cuda_engine.unavailable()))
+needs_compiler = pytest.mark.skipif(cuda_tools.why_no_compiler() is not None, reason=str(cuda_tools.why_no_compiler()))
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def test_is_compiled_once_for_each_source_option_and_architecture() -> None:
         compiled(2)
         compiled(arch=80)
         compile_cubin(SOURCE + " ", "fill.cu", ("-DVALUE=1",), 90)
-        assert len(found) == 4 and len(list(cache_folder().iterdir())) == 4
+        assert len(found) == 4 and len(list(cache_folder("cuda").iterdir())) == 4
         with mock.patch.object(cuda_tools._nvrtc(), "version", "99.0"):  # of another torch
             compiled()
         assert len(found) == 5
@@ -76,7 +77,7 @@ def test_is_compiled_once_for_each_source_option_and_architecture() -> None:
 @pytest.mark.parametrize("damage", [b"", b"x", b"\0" * 4000])
 def test_a_damaged_file_is_said_and_written_again(damage: bytes) -> None:
     right = compiled()
-    (file,) = cache_folder().iterdir()
+    (file,) = cache_folder("cuda").iterdir()
     content = file.read_bytes()
     for broken in (damage, content[:-1], content[:-1] + b"\x01"):
         file.write_bytes(broken)
@@ -116,7 +117,7 @@ def test_processes_that_compile_the_same_at_once() -> None:
     for process in processes:
         process.join()
     assert found[0] == found[1] == found[2] == compiled()
-    assert [file.suffix for file in cache_folder().iterdir()] == [".cubin"]  # and nothing half-written
+    assert [file.suffix for file in cache_folder("cuda").iterdir()] == [".cubin"]  # and nothing half-written
 
 
 @needs_compiler
@@ -127,7 +128,7 @@ def test_an_unknown_architecture_and_a_source_with_an_error() -> None:
         compiled(arch=999)
     with pytest.raises(CudaError, match=r'fill.cu does not compile: .*identifier "VALUE" is undefined'):
         compile_cubin(SOURCE, "fill.cu", (), 90)
-    assert not cache_folder().exists()
+    assert not cache_folder("cuda").exists()
 
 
 @contextlib.contextmanager
@@ -148,7 +149,7 @@ def test_the_next_engine_takes_over_and_the_reason_is_said_once(fault: str, monk
         monkeypatch.setattr(cuda_tools, "_nvrtc_libraries", lambda: iter(["libnvrtc-not-there.so"]))
         cuda_tools._nvrtc.cache_clear()
         reason = "NVRTC, CUDA's compiler at run time, cannot be loaded: libnvrtc-not-there.so"
-    elif cuda_engine.unavailable() is not None:
+    elif cuda_tools.why_no_compiler() is not None:
         pytest.skip("needs NVRTC")
     elif fault == "no driver":
         if torch.cuda.is_available():

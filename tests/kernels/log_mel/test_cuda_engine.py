@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import cuda_on_cpu
 from fastclap.features import PRESETS
-from fastclap.kernels import offline
+from fastclap.kernels import cuda_tools, offline
 from fastclap.kernels.log_mel import cuda_engine
 from fastclap.kernels.log_mel.cuda_engine import Layout, mel_runs
 from fastclap.kernels.log_mel.operator import log_mel
@@ -26,7 +26,7 @@ from fastclap.testing import assert_close_rel
 MUSIC = LogMelSpec(44100, 2048, 2048, 512, 128)
 SPECS = {**PRESETS, "2048": MUSIC}
 every_spec = pytest.mark.parametrize("name", SPECS)
-needs_compiler = pytest.mark.skipif(cuda_engine.unavailable() is not None, reason=str(cuda_engine.unavailable()))
+needs_compiler = pytest.mark.skipif(cuda_tools.why_no_compiler() is not None, reason=str(cuda_tools.why_no_compiler()))
 needs_gcc = pytest.mark.skipif(cuda_on_cpu.compiler() is None, reason="there is no g++")
 
 

@@ -242,7 +242,8 @@ def test_masks_statistics_of_each_mel_and_output_types(engine: str) -> None:
 def test_waveforms_of_other_types_and_layouts(dtype: torch.dtype, engine: str) -> None:
     waveform = noise(4, 600).to(dtype)
     transposed = waveform.t().contiguous().t()
-    for view in (waveform, waveform[::2, ::2], waveform[:, 3:], transposed, waveform[:1].expand(3, -1)):
+    layouts = (waveform, waveform[::2, ::2], waveform[:, 3:], transposed, waveform[:1].expand(3, -1))
+    for view in (*layouts, torch._neg_view(waveform)):
         features, _ = run(engine, view, None, TINY)
         assert torch.equal(features, run(engine, view.float().contiguous(), None, TINY)[0])
     leaf = waveform.to(DEVICE).requires_grad_()
