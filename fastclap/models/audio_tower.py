@@ -121,17 +121,11 @@ def features_of(preset: str, changes: dict[str, Any]) -> LogMel:
         raise ConfigError(f"log-mel features: {error}") from error
 
 
-def zeros_follow(
-    log_mel: LogMel,
-    ends: Tensor,  # [B] samples before the zeros
-    window: int,  # samples
-) -> Tensor:  # [B]
-    """Lengths for `log_mel` of clips that are followed by zeros up to the end of a window.
+def zeros_that_count(log_mel: LogMel, window: int) -> int:
+    """How many of the zeros that fill a window behind a clip its features depend on, in samples.
 
-    With them its features are those of the whole window, and frames of nothing but zeros are not computed: they are
+    With as many, they are those of the whole window, and frames of nothing but zeros are not computed: they are
     silence, and a reflection at the end of so many zeros has zeros in it. A front-end with a padding value of its own
     sees the whole window.
     """
-    if log_mel.spec.padding_value is not None:
-        return ends.new_full(ends.shape, window)
-    return (ends + log_mel.spec.n_fft).clamp(max=window)
+    return log_mel.spec.n_fft if log_mel.spec.padding_value is None else window

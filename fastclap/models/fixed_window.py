@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastclap.config import AudioTowerConfig
-from fastclap.models.audio_tower import AudioTower, features_of, zeros_follow
+from fastclap.models.audio_tower import AudioTower, features_of, zeros_that_count
 from fastclap.models.layers import prepare_waveform
 
 
@@ -48,6 +48,6 @@ class FixedWindowTower(AudioTower):
         if self.whole_repeats:
             whole = self.window // lengths * lengths
             repeated = repeated.masked_fill(position >= whole, 0.0)
-            ends = zeros_follow(self.log_mel, whole[:, 0], self.window)
+            ends = (whole[:, 0] + zeros_that_count(self.log_mel, self.window)).clamp(max=self.window)
         with torch.autocast(waveform.device.type, enabled=False):
             return self.log_mel(repeated, ends)[0]

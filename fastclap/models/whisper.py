@@ -25,7 +25,7 @@ from fastclap.errors import ConfigError
 from fastclap.kernels import dispatch
 from fastclap.kernels.feed_forward import feed_forward
 from fastclap.kernels.residual_layer_norm import residual_layer_norm
-from fastclap.models.audio_tower import AudioTower, features_of, zeros_follow
+from fastclap.models.audio_tower import AudioTower, features_of, zeros_that_count
 from fastclap.models.freezing import Stages
 from fastclap.models.layers import length_mask, prepare_waveform
 from fastclap.models.packing import Packing, longest_of
@@ -109,8 +109,8 @@ class WhisperTower(AudioTower):
         lengths = lengths.clamp(least, self.window)
         size, ends = max(least, waveform.shape[1]), lengths
         if self.whole_window:  # of the padded window, as Whisper was trained, and not of each clip alone
-            ends = zeros_follow(self.log_mel, lengths, self.window)
-            size = int(zeros_follow(self.log_mel, torch.tensor(size), self.window))
+            zeros = zeros_that_count(self.log_mel, self.window)
+            ends, size = (lengths + zeros).clamp(max=self.window), min(size + zeros, self.window)
         waveform = F.pad(waveform, (0, size - waveform.shape[1]))
         with torch.autocast(waveform.device.type, enabled=False):
             features, frames = self.log_mel(waveform, ends)
