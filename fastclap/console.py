@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, elsewhere a line now and then."""
+"""What people see: text that a terminal shows as it is, and progress, as a bar or a line now and then."""
 
 from __future__ import annotations
 
@@ -6,9 +6,23 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from unicodedata import category
+
+_JOINERS = "\u200c\u200d"  # of Persian words, and of the parts of an emoji
 
 Advance = Callable[[int, int], None]
 """Called with how many units are done, and how many there are in all."""
+
+
+def printable(text: str) -> str:
+    """Text for a line that is shown: control characters and halves of characters as Python would write them.
+
+    A terminal takes an escape sequence in a file's name for a command, and no encoding has a lone surrogate, which is
+    what Python makes of a name that is not UTF-8. Letters of every script, and spaces of every kind, stay as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in _JOINERS or category(c) == "Zs" else repr(c)[1:-1] for c in text)
 
 
 @contextlib.contextmanager

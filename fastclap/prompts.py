@@ -6,7 +6,6 @@ known by name. Nothing here imports torch, because the help of the commands show
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastclap.errors import DataError
+from fastclap.reading import read_json
 
 DEFAULT_TEMPLATE = "A person is speaking in a {} style."
 """ParaSpeechCLAP's."""
@@ -107,12 +107,7 @@ def load_prompts(path: str | Path, column: str) -> dict[str, list[str]]:
     Raises:
         DataError: the file cannot be read, holds something else, or a class has no prompt.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the prompts file ({error.strerror})") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from error
+    content = read_json(path)
     if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
         content = content.get(column, {})
         if not content:

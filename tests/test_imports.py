@@ -21,8 +21,10 @@ ORDER = (
     {"models", "data", "drop_in"},
     {"losses", "features", "grad_cache"},
     {"kernels"},
-    {"audio", "prompts", "console", "testing"},
-    {"config", "files"},
+    {"audio", "prompts", "testing"},
+    {"reading"},
+    {"config", "files", "console"},
+    {"bounds"},
     {"errors"},
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -7,7 +7,6 @@ Nothing here imports torch, so that `--help` is answered at once.
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from fastclap.config import CLAPConfig, read_dataclass
 from fastclap.errors import ConfigError
 from fastclap.prompts import DEFAULT_TEMPLATE
+from fastclap.reading import parse_toml, parse_yaml, read_text
 
 
 @dataclass
@@ -464,27 +464,9 @@ class TrainConfig:
 
 def load_config(path: str | Path, defaults: TrainConfig) -> TrainConfig:
     """Lay a YAML or TOML file over a recipe's defaults; unknown keys and wrong types are errors that name the key."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration file ({error.strerror})") from error
-    if path.suffix == ".toml":
-        if sys.version_info >= (3, 11):
-            import tomllib
-        else:
-            import tomli as tomllib
-        try:
-            values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    else:
-        import yaml
-
-        try:
-            values = yaml.load(text, _yaml_loader()) or {}
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    text = read_text(path, ConfigError)
+    toml = Path(path).suffix == ".toml"
+    values = parse_toml(text, str(path), ConfigError) if toml else parse_yaml(text, str(path), ConfigError) or {}
     try:
         return read_dataclass(TrainConfig, _overlay(defaults, values))
     except ConfigError as error:
@@ -498,20 +480,3 @@ def _overlay(base: Any, values: Any) -> Any:
     known = {member.name: getattr(base, member.name) for member in fields(base)}
     plain = {name: asdict(value) if is_dataclass(value) else value for name, value in known.items()}  # type: ignore[arg-type]
     return {**plain, **{name: _overlay(known.get(name), value) for name, value in values.items()}}
-
-
-def _yaml_loader() -> Any:
-    """PyYAML's safe loader with YAML 1.2 floats: the 1.1 rules read `1e-4` as a string."""
-    import re
-
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-        list("-+0123456789."),
-    )
-    return Loader
