@@ -241,9 +241,12 @@ def _why_not_triton(q: Tensor) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _float32_precision() -> str:
     return torch.get_float32_matmul_precision()
+
+
+# All that torch.compiler.assume_constant_result does, without its import of torch._dynamo: a second of every start.
+_float32_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -518,7 +518,7 @@ def _read_parquet(path: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        table = pyarrow.parquet.ParquetFile(path).read()  # read_table would import pandas
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: truncated or damaged ({error}); embed again") from error
     if "vector" not in table.column_names:

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fastclap.data import BadClip
 from fastclap.errors import TrainingError
@@ -40,7 +39,11 @@ class EvaluationRanks:
     def __init__(self, model: DualEncoder, group: dist.ProcessGroup | None) -> None:
         self._group, self._device = group, model.device
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        self.in_step = group is not None and any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        self.in_step = False
+        if group is not None:
+            from torch.distributed.tensor import DTensor  # with sympy half a second, which one process alone saves
+
+            self.in_step = any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
     def most(self, count: int) -> int:
         """The largest of the ranks' counts."""
