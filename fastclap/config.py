@@ -8,12 +8,14 @@ key that is not a field is an error that names it, because a silently ignored op
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from fastclap.bounds import NotNegative, Positive, Range, ShareBelowOne, Size, SizeOrNone, first_wrong
 from fastclap.errors import ConfigError
 
 FORMAT_VERSION = 2
@@ -27,49 +29,47 @@ class ZipformerConfig:
 
     size: Literal["spear-base", "spear-large", "spear-xlarge"] = "spear-xlarge"
     """The sizes of SPEAR (arXiv 2510.25955; 93, 327 and 597 M parameters), where none are given here."""
-    downsampling: list[int] | None = None
+    downsampling: list[Size] | None = None
     """Frames that a stack takes together, of 50 a second."""
-    layers: list[int] | None = None
+    layers: list[Size] | None = None
     """Layers of each stack."""
-    width: list[int] | None = None
+    width: list[Size] | None = None
     """Width of each stack."""
-    unmasked_width: list[int] | None = None
+    unmasked_width: list[Size] | None = None
     """Channels that are never dropped; those above are set to zero in training, for an eighth of the clips and more."""
-    feedforward: list[int] | None = None
+    feedforward: list[Size] | None = None
     """Width of the second of a layer's three feed-forward modules; the first and third have 3/4 and 5/4 of it."""
-    heads: list[int] | None = None
+    heads: list[Size] | None = None
     """Attention heads."""
-    kernel: list[int] | None = None
+    kernel: list[Size] | None = None
     """Frames that a depthwise convolution sees, an odd number."""
-    channels: list[int] = field(default_factory=lambda: [8, 32, 128])
+    channels: list[Size] = field(default_factory=lambda: [8, 32, 128])
     """Channels of the three convolutions over time and frequency at the input."""
-    query_width: int = 32
+    query_width: Size = 32
     """Width of a head's queries and keys."""
-    position_width: int = 4
+    position_width: Size = 4
     """Width of a head's queries for positions."""
-    value_width: int = 12
+    value_width: Size = 12
     """Width of a head's values."""
-    encoding_width: int = 48
+    encoding_width: Size = 48
     """Width of the encoding of relative positions, an even number."""
-    output_downsampling: int = 2
+    output_downsampling: Annotated[int, Range(1, 2)] = 2
     """Frames, of 50 a second, that become one of the result: 1 or 2."""
-    schedule_start: float = 100_000.0
+    schedule_start: NotNegative = 100_000.0
     """Batches that the schedules are taken to be past. Dropout, skips and limits are strong at first and settle within
     20,000 batches; as CLSP was trained, they begin long after that. 0: trained from scratch, until training goes on
     from that model (--init-from)."""
-    schedule_seconds: float = 600.0
+    schedule_seconds: Positive = 600.0
     """Audio that counts as a batch of the schedules. Less of it lets them settle within a shorter training."""
 
     def lists(self) -> dict[str, list[int]]:
         """The lists, with an entry for each stack.
 
         Raises:
-            ConfigError: a list of another length, or a size that is not positive.
+            ConfigError: a list of another length.
         """
-        if len(self.channels) != 3 or min(self.channels) < 1:
-            raise ConfigError(
-                f"zipformer.channels is {self.channels}; give a positive number for each of 3 convolutions"
-            )
+        if len(self.channels) != 3:
+            raise ConfigError(f"zipformer.channels is {self.channels}; give a number for each of 3 convolutions")
         layers, width, unmasked = _SPEAR[self.size]
         published = {
             "downsampling": [1, 2, 4, 8, 4, 2, 1],
@@ -83,9 +83,9 @@ class ZipformerConfig:
         lists: dict[str, list[int]] = {name: getattr(self, name) or value for name, value in published.items()}
         stacks = len(lists["downsampling"])
         for name, values in lists.items():
-            if len(values) not in (1, stacks) or min(values) < 1:
+            if len(values) not in (1, stacks):
                 raise ConfigError(
-                    f"zipformer.{name} is {values}; give a positive number for each of the {stacks} stacks "
+                    f"zipformer.{name} is {values}; give a number for each of the {stacks} stacks "
                     "(zipformer.downsampling), or one for all"
                 )
         return {name: values * stacks if len(values) == 1 else values for name, values in lists.items()}
@@ -118,18 +118,18 @@ class AudioTowerConfig:
     """Keep the tower fixed: no gradient, evaluation mode (LiT). The weights of its layers are learned all the same."""
     freeze_convolutions: bool = False
     """wav2vec2, log-mel, whisper: keep the convolutions at the input fixed; dropout and SpecAugment go on."""
-    freeze_layers: int = 0
+    freeze_layers: SizeOrNone = 0
     """Every kind but clap-htsat and cnn14: keep the first layers of the transformer fixed, this many, and all that
     comes before them."""
     freeze_modules: list[str] = field(default_factory=list)
     """Modules of the tower to keep fixed, by their names or patterns of a shell: base.layer_norm,
     base.layers.[0-3], *.attention. Dropout in them goes on."""
-    lora_rank: int = 0
+    lora_rank: SizeOrNone = 0
     """Every kind but log-mel: rank of LoRA's adapters, which train in place of the linear layers that they are added to
     (0: none; needs peft). An exported model holds the sum."""
-    lora_alpha: float = 16.0
+    lora_alpha: Positive = 16.0
     """Adapters are multiplied by lora_alpha / lora_rank."""
-    lora_dropout: float = 0.0
+    lora_dropout: ShareBelowOne = 0.0
     """Dropout of the adapters' input."""
     lora_targets: list[str] = field(default_factory=list)
     """Linear layers with adapters, by the end of their names or patterns of a shell, such as q_proj v_proj. Empty: all
@@ -147,7 +147,7 @@ class AudioTowerConfig:
     (softmax), or all of them next to each other."""
     pool_padding: bool = False
     """whisper: pool the padding of the full window as well."""
-    frame_pooling: int = 1
+    frame_pooling: Size = 1
     """whisper: positions that are averaged before the final norm."""
 
     pooling: Literal["mean", "statistics", "attention", "token"] | None = None
@@ -160,7 +160,7 @@ class AudioTowerConfig:
     feature_options: dict[str, Any] = field(default_factory=dict)
     """log-mel, zipformer: changes to the preset, such as {"n_mels": 64}. clap-htsat, cnn14, whisper: changes to the
     preset clap or whisper."""
-    clip_seconds: float = 10.0
+    clip_seconds: Annotated[float, Range(0.1, 3600)] = 10.0
     """clap-htsat, cnn14: the tower sees this much of a clip. What a longer one has after it is left out."""
     repeat: Literal["whole", "cut"] = "whole"
     """clap-htsat, cnn14: a shorter clip is repeated as often as it fits, with silence after (whole, as in LAION-CLAP),
@@ -170,36 +170,36 @@ class AudioTowerConfig:
     deviation (global, the default), or one pair a band; clip subtracts each clip's own mean level instead of the global
     mean, which makes the embedding independent of the recording level. zipformer: none, as published,
     or clip, with which it is also augmented as the log-mel tower is."""
-    width: int = 128
+    width: Size = 128
     """log-mel: width of the transformer. cnn14: of the output (published: 2048)."""
-    layers: int = 3
+    layers: SizeOrNone = 3
     """log-mel: number of transformer blocks; 0 leaves the convolutions only."""
-    heads: int = 4
+    heads: Size = 4
     """log-mel: attention heads a block."""
-    feedforward: int = 2
+    feedforward: Size = 2
     """log-mel: width of the feed-forward layer as a multiple of `width`."""
-    subsampling: int = 4
+    subsampling: Annotated[int, Range(1, 1024)] = 4
     """log-mel: frames per transformer position, a power of two; each halving is one convolution of stride 2."""
     convolution: Literal["time", "time-frequency"] = "time-frequency"
     """log-mel: time convolves over frames with the bands as channels; time-frequency convolves over both and halves
     both."""
-    convolution_channels: int = 16
+    convolution_channels: Size = 16
     """log-mel, cnn14: channels of the first convolution over time and frequency, or of the first block (published: 64);
     each further one has twice as many."""
-    dropout: float = 0.1
+    dropout: ShareBelowOne = 0.1
     """log-mel: dropout of every residual branch and of the convolutions' output."""
-    random_gain: float = 0.0
+    random_gain: Annotated[float, Range(0, 100)] = 0.0
     """log-mel, zipformer: in training each clip is made louder or softer by up to this many dB."""
-    frequency_warp: float = 0.0
+    frequency_warp: ShareBelowOne = 0.0
     """log-mel, zipformer: in training the mel axis of each clip is stretched or squeezed by up to this share, as by a
     shorter or longer vocal tract."""
-    time_masks: int = 2
+    time_masks: SizeOrNone = 2
     """log-mel, zipformer: SpecAugment time masks a clip in training."""
-    time_mask_width: int = 20
+    time_mask_width: SizeOrNone = 20
     """log-mel, zipformer: largest width of a time mask, in frames (drawn uniformly from 0 to this)."""
-    frequency_masks: int = 2
+    frequency_masks: SizeOrNone = 2
     """log-mel, zipformer: SpecAugment frequency masks a clip in training."""
-    frequency_mask_width: int = 16
+    frequency_mask_width: SizeOrNone = 16
     """log-mel, zipformer: largest width of a frequency mask, in mel bands (drawn uniformly from 0 to this)."""
     zipformer: ZipformerConfig = field(default_factory=ZipformerConfig)
     """zipformer: its sizes."""
@@ -219,17 +219,17 @@ class TextTowerConfig:
     """Keep the tower fixed: no gradient, evaluation mode."""
     freeze_embeddings: bool = False
     """Keep the embeddings of the tokens, with those of positions and their norm, fixed; dropout goes on."""
-    freeze_layers: int = 0
+    freeze_layers: SizeOrNone = 0
     """Keep the first layers of the transformer fixed, this many, and the embeddings."""
     freeze_modules: list[str] = field(default_factory=list)
     """Modules of the tower to keep fixed, by their names or patterns of a shell: base.pooler,
     base.encoder.layer.[0-3], *.attention. Dropout in them goes on."""
-    lora_rank: int = 0
+    lora_rank: SizeOrNone = 0
     """hf: rank of LoRA's adapters, which train in place of the linear layers that they are added to (0: none; needs
     peft). An exported model holds the sum."""
-    lora_alpha: float = 16.0
+    lora_alpha: Positive = 16.0
     """Adapters are multiplied by lora_alpha / lora_rank."""
-    lora_dropout: float = 0.0
+    lora_dropout: ShareBelowOne = 0.0
     """Dropout of the adapters' input."""
     lora_targets: list[str] = field(default_factory=list)
     """Linear layers with adapters, by the end of their names or patterns of a shell, such as q_proj v_proj. Empty: all
@@ -240,21 +240,21 @@ class TextTowerConfig:
     one but for a place less with every token of id 0 ("!") in the caption."""
     hidden_states: Literal["last", "weighted", "concatenated"] = "last"
     """hf: as for the audio tower."""
-    max_tokens: int = 64
-    """Longer captions are cut to this many tokens."""
-    vocab_size: int = 2000
+    max_tokens: Annotated[int, Range(3, 1 << 20)] = 64
+    """Longer captions are cut to this many tokens, those of begin and end among them."""
+    vocab_size: Size = 2000
     """small: largest size of the trained vocabulary, and number of rows of the embedding."""
-    width: int = 128
+    width: Size = 128
     """small: width of the transformer."""
-    layers: int = 1
+    layers: SizeOrNone = 1
     """small: number of transformer blocks; 0 with mean pooling is a bag of words."""
-    heads: int = 4
+    heads: Size = 4
     """small: attention heads a block."""
-    feedforward: int = 2
+    feedforward: Size = 2
     """small: width of the feed-forward layer as a multiple of `width`."""
-    dropout: float = 0.1
+    dropout: ShareBelowOne = 0.1
     """small: dropout of every residual branch."""
-    embedding_dropout: float = 0.1
+    embedding_dropout: ShareBelowOne = 0.1
     """small: dropout of the token embeddings."""
 
 
@@ -266,9 +266,9 @@ class HeadConfig:
     """paraspeechclap: LN(W1·x + dropout(W2·gelu(W1·x))). clsp: Linear-ReLU-Linear-Linear-ReLU-Dropout-Linear.
     laion: Linear-ReLU-Linear. pe-audio: layer norm and one matrix. voiceclap: Linear-Linear-GELU-Linear for
     audio, Linear-GELU-Linear for text. linear: one matrix."""
-    dim: int = 256
+    dim: Size = 256
     """Dimension of the shared embedding space."""
-    dropout: float | None = None
+    dropout: ShareBelowOne | None = None
     """Dropout of the head; unset means the published value (paraspeechclap 0.5, clsp 0.1; the others have none)."""
 
 
@@ -282,9 +282,9 @@ class CLAPConfig:
     """Text tower."""
     head: HeadConfig = field(default_factory=HeadConfig)
     """Projection heads."""
-    init_logit_scale: float = 1 / 0.07
+    init_logit_scale: Positive = 1 / 0.07
     """Initial multiplier of the cosines."""
-    max_logit_scale: float = 100.0
+    max_logit_scale: Annotated[float, Range(1, 1e6)] = 100.0
     """The multiplier is clamped to between 1 and this."""
     init_logit_bias: float | None = None
     """Initial bias of the logits, for the sigmoid loss (SigLIP starts at -10); unset: the model has no bias."""
@@ -298,9 +298,24 @@ class CLAPConfig:
         """Inverse of `to_dict`; fields that are left out keep their defaults.
 
         Raises:
-            ConfigError: a key that is not a field, or a value of the wrong type; the message names its path.
+            ConfigError: as `read_dataclass` and `check`.
         """
-        return read_dataclass(cls, data)
+        config = read_dataclass(cls, data)
+        config.check()
+        return config
+
+    def check(self, path: str = "") -> None:
+        """Raise ConfigError on the first impossible value or combination, naming it with `path` before its own."""
+        if (wrong := first_wrong(self, path)) is not None:
+            raise ConfigError(str(wrong))
+        towers = (("audio", self.audio, "log-mel"), ("text", self.text, "small"))
+        for name, tower, from_scratch in towers:
+            for key in ("pretrained", "hf_config"):
+                if tower.kind == from_scratch and getattr(tower, key) is not None:
+                    raise ConfigError(
+                        f"{path}{name}.{key} is given, but a tower of {path}{name}.kind {from_scratch} always starts "
+                        "from scratch; change the kind, or leave it out"
+                    )
 
 
 _T = typing.TypeVar("_T")
@@ -309,29 +324,62 @@ _T = typing.TypeVar("_T")
 def read_dataclass(cls: type[_T], data: Any, path: str = "") -> _T:
     """A configuration dataclass from nested plain data, strictly.
 
+    Args:
+        cls: with an annotation for every field, and ranges as in `fastclap.bounds`.
+        data: its fields by name.
+        path: where it stands in a larger one, for the messages.
+
     Raises:
-        ConfigError: a key that is not a field, or a value of the wrong type; the message names its path.
+        ConfigError: a key that is not a field, or a value of the wrong type or out of its range; the message names its
+            path.
     """
+    read = _read(cls, data, path)
+    if (wrong := first_wrong(read, f"{path}." if path else "")) is not None:
+        raise ConfigError(str(wrong))
+    return read
+
+
+def _read(cls: type[_T], data: Any, path: str) -> _T:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{path or 'the configuration'} must be a mapping, not {data!r}")
-    hints = typing.get_type_hints(cls)
-    unknown = [f"{path}{'.' if path else ''}{key}" for key in data if key not in hints]
-    if unknown:
-        raise ConfigError(f"unknown configuration keys {', '.join(unknown)}; {cls.__name__} has {', '.join(hints)}")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for key in data:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key).replace("-", "_"), hints, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; {cls.__name__} has {', '.join(hints)}"
+            raise ConfigError(f"unknown configuration key {path}{'.' if path else ''}{key}{hint}")
     return cls(**{key: _value(hints[key], value, f"{path}.{key}" if path else key) for key, value in data.items()})
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return read_dataclass(typing.cast(type, hint), value, path)
+        return _read(typing.cast(type, hint), value, path)
     if not _fits(hint, value):
-        wanted = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-        raise ConfigError(f"{path} must be {wanted.removeprefix('typing.')}, not {value!r}")
+        raise ConfigError(f"{path} must be {_in_words(hint)}, not {value!r}")
     return value
+
+
+def _in_words(hint: Any) -> str:
+    """A type hint, with the ranges of its numbers."""
+    arguments = typing.get_args(hint)
+    match typing.get_origin(hint):
+        case typing.Annotated:
+            return f"{_in_words(arguments[0])} {arguments[1].short}"
+        case typing.Union | types.UnionType:
+            return " or ".join(map(_in_words, arguments))
+        case typing.Literal:
+            return " or ".join(map(repr, arguments))
+        case origin if origin is list:
+            return f"a list of {_in_words(arguments[0])}"
+        case origin if origin is dict:
+            return "a mapping"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[hint]
 
 
 def _fits(hint: Any, value: Any) -> bool:
     origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _fits(typing.get_args(hint)[0], value)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(member, value) for member in typing.get_args(hint))
     if origin is Literal:

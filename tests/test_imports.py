@@ -22,6 +22,7 @@ ORDER = (
     {"losses", "features", "grad_cache"},
     {"kernels"},
     {"audio", "prompts", "testing"},
+    {"flags"},
     {"reading"},
     {"config", "files", "console"},
     {"bounds"},

@@ -11,9 +11,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from fastclap.errors import FastclapError, required
+from fastclap.errors import FastclapError
+from fastclap.flags import parse_flags
 
 _USAGE = """usage: fastclap-train RECIPE [--small] [--parity] [--wavlm] [--config FILE] [--data.train MANIFEST ...]
 
@@ -59,6 +59,7 @@ def parse(arguments: Sequence[str]) -> object:
         if flag in rest:
             defaults = change(defaults)
             rest = [word for word in rest if word != flag]
+    rest = [part for word in rest for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     while "--config" in rest:
         at = rest.index("--config")
         if at + 1 == len(rest):
@@ -68,31 +69,12 @@ def parse(arguments: Sequence[str]) -> object:
     if not rest:
         return defaults
 
-    required("tyro", "reading flags")
-    import tyro
-
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def json_mapping(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-        """Free-form mappings, such as transformers configurations, are given as JSON."""
-        if info.type not in (dict[str, Any], dict[str, Any] | None):
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="JSON",
-            instance_from_str=lambda words: json.loads(words[0]),  # its ValueError becomes the message
-            is_instance=lambda value: value is None or isinstance(value, dict),
-            str_from_instance=lambda value: [json.dumps(value)],
-        )
-
-    return tyro.cli(
+    return parse_flags(
         TrainConfig,
+        rest,
+        program=f"fastclap-train {recipe}",
+        description=RECIPES[recipe].__doc__ or "",
         default=defaults,
-        args=rest,
-        prog=f"fastclap-train {recipe}",
-        description=RECIPES[recipe].__doc__,
-        registry=registry,
     )
 
 

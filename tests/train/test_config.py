@@ -75,7 +75,7 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
     [
         ("stepz: 3", "stepz"),
         ("data: {trane: [a]}", "data.trane"),
-        ("steps: many", "steps must be int, not 'many'"),
+        ("steps: many", "steps must be a whole number at least 1, not 'many'"),
         ("data: {mix: shuffle}", "data.mix"),
         ("- 1", "mapping"),
         ("a: [", "not valid YAML"),
@@ -90,7 +90,7 @@ def test_bad_files_name_the_key(tmp_path: Path, text: str, message: str) -> None
 
 
 def test_missing_configuration_file() -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot read"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
         load_config("nowhere.yaml", TrainConfig())
 
 
