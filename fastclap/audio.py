@@ -6,6 +6,10 @@ and rounded to int16 with clipping. int16 is the form in which clips travel to t
 exact for 16-bit recordings. libsndfile shortens a truncated WAV or OGG without an error; here such a file is an error,
 because a clip that has lost its second half no longer matches its caption.
 
+Only regular files are read: a pipe would be waited for, and a device never ends. Nothing is believed of a header that
+would take memory: rates are those of audio, and one read decodes at most 2³⁰ values (18 hours of 16 kHz mono);
+`windows` reads longer recordings in parts.
+
 Both packages are imported when a file is opened or resampled, so that arrays need neither.
 """
 
@@ -14,17 +18,23 @@ from __future__ import annotations
 import math
 import os
 import re
+import stat
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from fastclap.console import printable
 from fastclap.errors import DataError, required
+from fastclap.reading import kind_of_file
 
 INT16_SCALE = 32768.0
 MIN_SECONDS = 0.1  # a shorter clip is of no use for training
 
 _STATISTICS_BLOCK = 1 << 16
+_RATES = range(1000, 1_000_001)  # Hz; one of 1 Hz would become thousands of times as long when it is resampled
+_MAX_VALUES = 1 << 30  # that one read decodes: 4 GiB of float32
 
 # Writers to a pipe (ffmpeg, sox) cannot revisit the header and leave a size of 2 GiB or more in it.
 _STREAMED_SIZE = 0x7FFF0000
@@ -42,7 +52,7 @@ class AudioError(DataError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{printable(self.path)}: {self.reason}"
 
 
 class AudioInfo(NamedTuple):
@@ -89,13 +99,17 @@ class AudioFile:
         info: what the file's header says.
 
     Raises:
-        AudioError: the file is missing, empty, truncated, damaged or of an unsupported type, or holds no samples.
+        AudioError: the file is missing, empty, truncated, damaged, no regular file or of an unsupported type, or holds
+            no samples.
+        DataError: `sampling_rate` is none of audio.
         MissingPackageError: soundfile is not installed.
     """
 
     statistics: tuple[float, float] | None = None
 
     def __init__(self, path: str | os.PathLike[str], sampling_rate: int | None = None) -> None:
+        if sampling_rate is not None and sampling_rate not in _RATES:
+            raise DataError(f"sampling_rate={sampling_rate}: it is {_RATES[0]} to {_RATES[-1]} Hz")
         self.path = os.fspath(path)
         self._file = _open(self.path)
         self.info = AudioInfo(
@@ -110,6 +124,11 @@ class AudioFile:
             self._file.close()
             raise
 
+    @property
+    def has_length(self) -> bool:
+        """Whether the file states its length; an MP3 file without a tag that does has an estimated one."""
+        return self._file.format != "MP3" or _has_mp3_length(self.path)
+
     def read(self, start: int = 0, num_samples: int | None = None) -> np.ndarray:
         """Decode `num_samples` samples from `start`, both at `sampling_rate`; to the end of the file if None.
 
@@ -117,11 +136,14 @@ class AudioFile:
             int16 [min(num_samples, self.num_samples - start)].
 
         Raises:
-            AudioError: `start` lies outside the file, the data is damaged or ends early, a sample is NaN or infinite.
+            AudioError: `start` lies outside the file, the data is damaged or ends early, a sample is NaN or infinite,
+                or there is more to decode than one read does.
             MissingPackageError: the rate has to change and soxr is not installed.
         """
         if not 0 <= start < self.num_samples:
             raise AudioError(self.path, f"start={start} lies outside the file, which has {self.num_samples} samples")
+        if num_samples is not None and num_samples < 1:
+            raise AudioError(self.path, f"num_samples={num_samples}: there is nothing to read")
         stop = self.num_samples if num_samples is None else min(start + num_samples, self.num_samples)
         if self.sampling_rate != self.info.sampling_rate:
             return _to_int16(self._resample(start, stop))
@@ -150,12 +172,20 @@ class AudioFile:
         if not finite.all():
             position = int(np.flatnonzero(~finite)[0]) // self.info.channels + first
             raise AudioError(self.path, f"sample {position} is NaN or infinite; export the clip again")
-        return wave if wave.ndim == 1 else wave.mean(axis=1, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what is beyond full scale will be clipped
+            return wave if wave.ndim == 1 else wave.mean(axis=1, dtype=np.float32)
 
     def _decode(self, first: int, last: int, dtype: Literal["int16", "float32"]) -> np.ndarray:
         """Frames [first, last) at the file's own rate: [n] if mono, [n, channels] otherwise."""
         import soundfile
 
+        if (last - first) * self.info.channels > _MAX_VALUES:
+            raise AudioError(
+                self.path,
+                f"the header promises {self.info.num_samples} samples in {self.info.channels} channels "
+                f"({self.info.duration / 3600:.1f} h), of which one read decodes at most {_MAX_VALUES} values: it is "
+                "damaged, or read it in parts (`fastclap.audio.windows`, --data.crop-seconds)",
+            )
         try:
             if self._file.tell() != first:
                 self._file.seek(first)
@@ -166,7 +196,7 @@ class AudioFile:
         except MemoryError as error:
             reason = f"the header promises {self.info.num_samples} samples, more than fit into memory; it is damaged"
             raise AudioError(self.path, reason) from error
-        if len(wave) < last - first and (self._file.format != "MP3" or _has_mp3_length(self.path)):
+        if len(wave) < last - first and self.has_length:
             raise AudioError(
                 self.path,
                 f"the header promises {self.info.num_samples} samples but decoding ended at {first + len(wave)}: "
@@ -177,6 +207,12 @@ class AudioFile:
         return wave
 
     def _check_header(self) -> None:
+        if self.info.sampling_rate not in _RATES:
+            raise AudioError(
+                self.path,
+                f"the header says {self.info.sampling_rate} Hz, and audio has {_RATES[0]} to {_RATES[-1]}: it is "
+                "damaged; replace the file",
+            )
         log = self._file.extra_info
         cut = _CHUNK_CUT_SHORT.search(log) if "(should be" in log else None
         if cut and int(cut[1]) > int(cut[2]) and int(cut[1]) < _STREAMED_SIZE:
@@ -236,6 +272,32 @@ def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
         return file.info
 
 
+def windows(
+    file: AudioSource,
+    seconds: float,  # at most, of a window
+) -> Iterator[np.ndarray]:  # int16 [n]
+    """A recording in parts that follow each other, as few as there can be and equally long to within a sample.
+
+    Each is decoded when it is asked for, so a recording of hours takes the memory of one of them.
+
+    Raises:
+        AudioError: as `AudioFile.read`, when the part is asked for.
+        DataError: `seconds` is less than one sample.
+    """
+    most = int(min(seconds * file.sampling_rate, file.num_samples)) if seconds > 0 else 0
+    if not most:
+        raise DataError(f"windows of {seconds} s hold no sample")
+    count = -(-file.num_samples // most)
+    for number in range(count):
+        begin, end = (file.num_samples * edge // count for edge in (number, number + 1))
+        try:
+            yield file.read(begin, end - begin)
+        except AudioError:
+            if number and not getattr(file, "has_length", True):  # it ended before its estimated length
+                return
+            raise
+
+
 def whole_clip(file: AudioSource) -> Clip:
     """A whole clip with its mean and population variance.
 
@@ -264,18 +326,24 @@ def whole_clip(file: AudioSource) -> Clip:
 def _open(path: str) -> Any:
     soundfile = required("soundfile", "reading audio files")
     try:
-        return soundfile.SoundFile(path)
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        reason = "no such file; check the path in the manifest and the audio root (--data.audio-root)"
+        raise AudioError(path, reason) from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte or half a character in the path
+        raise AudioError(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise AudioError(path, f"is {kind_of_file(status.st_mode)}, not an audio file; correct the path")
+    if not status.st_size:
+        raise AudioError(path, "zero length: the file is empty; replace it or remove its row")
+    try:
+        return soundfile.SoundFile(os.fsencode(path))  # soundfile would refuse a name that is not UTF-8
     except (soundfile.SoundFileError, TypeError, ValueError) as error:
-        if not os.path.exists(path):
-            reason = "no such file; check the path in the manifest and the audio root (--data.audio-root)"
-            raise AudioError(path, reason) from error
         try:
             with open(path, "rb") as file:
-                empty = not file.read(1)
+                file.read(1)
         except OSError as cause:
             raise AudioError(path, f"cannot be read: {cause.strerror}") from cause
-        if empty:
-            raise AudioError(path, "zero length: the file is empty; replace it or remove its row") from error
         raise AudioError(
             path,
             f"not readable as audio ({_message(error)}): it is truncated, damaged or of an unsupported type; "
@@ -291,7 +359,7 @@ def _has_mp3_length(path: str) -> bool:
     """Whether an MP3 file states its length, by a Xing, Info or VBRI tag in the first frame, or it was estimated."""
     with open(path, "rb") as file:
         head = file.read(10)
-        if head[:3] == b"ID3":  # skip the tag, whose size is four 7-bit bytes
+        if head[:3] == b"ID3" and len(head) == 10:  # skip the tag, whose size is four 7-bit bytes
             file.seek(10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]))
         else:
             file.seek(0)
@@ -301,7 +369,8 @@ def _has_mp3_length(path: str) -> bool:
 
 def _to_int16(wave: np.ndarray) -> np.ndarray:
     """float32 in ±1 to int16, rounded to nearest and clipped; exact for what was 16-bit before."""
-    scaled = wave * np.float32(INT16_SCALE)
+    with np.errstate(over="ignore"):
+        scaled = wave * np.float32(INT16_SCALE)
     np.rint(scaled, out=scaled)
     np.clip(scaled, -INT16_SCALE, INT16_SCALE - 1, out=scaled)
     return scaled.astype(np.int16)

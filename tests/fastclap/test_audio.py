@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
+import resource
+import socket
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from fastclap.audio import AudioError, AudioFile, audio_info, read_audio
+from fastclap.audio import AudioError, AudioFile, audio_info, read_audio, whole_clip, windows
 from fastclap.errors import DataError
 
 RATE = 16000
@@ -117,9 +122,34 @@ def test_missing_file(tmp_path: Path) -> None:
         read_audio(tmp_path / "nowhere.wav")
 
 
-def test_folder_instead_of_a_file(tmp_path: Path) -> None:
-    with pytest.raises(AudioError, match="cannot be read: Is a directory"):
-        read_audio(tmp_path)
+@pytest.mark.parametrize("kind", ["a folder", "a pipe", "a socket", "a device"])
+def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "clip.wav"
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        if kind == "a socket":
+            server.bind(str(path))
+        with pytest.raises(AudioError, match=rf"clip\.wav: is {kind}, not an audio file"):
+            read_audio(path)
+
+
+@pytest.mark.parametrize("path", ["a\0.wav", "\ud800.wav", "x" * 300, "loop/clip.wav"])
+def test_paths_that_cannot_be(tmp_path: Path, path: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(AudioError) as caught:
+        read_audio(f"{tmp_path}/{path}")
+    assert "cannot be read" in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff\xe2\x80\xa8.wav"
+    soundfile.write(path, tone(), RATE)
+    assert len(read_audio(os.fsdecode(path))) == RATE
 
 
 def test_empty_file(tmp_path: Path) -> None:
@@ -231,3 +261,113 @@ def test_file_is_opened_once_for_length_and_reads(tmp_path: Path) -> None:
         assert file.num_samples == RATE // 2
         assert len(file.read()) == RATE // 2
         assert len(file.read(100, 200)) == 200
+
+
+# Recordings in parts
+
+
+@pytest.mark.parametrize(("rate", "extension"), [(RATE, "wav"), (44100, "flac"), (RATE, "mp3")])
+def test_windows_follow_each_other(tmp_path: Path, rate: int, extension: str) -> None:
+    soundfile.write(tmp_path / f"clip.{extension}", noise(rate * 5 + 7), rate)
+    with AudioFile(tmp_path / f"clip.{extension}", RATE) as file:
+        whole = file.read()
+        parts = list(windows(file, 1.5))
+        assert [len(part) for part in windows(file, 9e99)] == [len(whole)]
+    assert len(parts) == 4 and {len(part) for part in parts} <= {len(whole) // 4, len(whole) // 4 + 1}
+    assert np.abs(np.concatenate(parts).astype(int) - whole).max() <= (0 if extension == "wav" else 1)
+
+
+def test_windows_end_where_a_recording_of_estimated_length_does(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp3"
+    soundfile.write(path, np.concatenate((noise(RATE) * 1e-3, noise(3 * RATE))), RATE, bitrate_mode="VARIABLE")
+    data = path.read_bytes().replace(b"Xing", b"\0\0\0\0").replace(b"Info", b"\0\0\0\0")
+    path.write_bytes(data[: len(data) // 2])
+    with AudioFile(path, RATE) as file:
+        assert not file.has_length
+        assert sum(map(len, windows(file, 0.2))) == len(file.read())
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, 1e-9, float("nan")])
+def test_windows_without_length(tmp_path: Path, seconds: float) -> None:
+    soundfile.write(tmp_path / "clip.wav", tone(), RATE)
+    with AudioFile(tmp_path / "clip.wav", RATE) as file, pytest.raises(DataError, match="hold no sample"):
+        next(windows(file, seconds))
+
+
+# Headers that lie, and damage of every kind
+
+
+@pytest.mark.parametrize(("rate", "shown"), [(1, "1 Hz"), (999, "999 Hz"), (10**9, "1000000000 Hz")])
+def test_rates_that_no_audio_has(tmp_path: Path, rate: int, shown: str) -> None:
+    soundfile.write(tmp_path / "clip.wav", noise(100), rate)
+    with pytest.raises(AudioError, match=f"the header says {shown}, and audio has 1000 to 1000000: it is damaged"):
+        read_audio(tmp_path / "clip.wav")
+
+
+@pytest.mark.parametrize("rate", [-1, 0, 999, 10**9])
+def test_rates_that_cannot_be_asked_for(tmp_path: Path, rate: int) -> None:
+    with pytest.raises(DataError, match=f"sampling_rate={rate}: it is 1000 to 1000000 Hz"):
+        read_audio(tmp_path / "clip.wav", rate)
+
+
+@pytest.mark.parametrize("count", [0, -5])
+def test_nothing_to_read(tmp_path: Path, count: int) -> None:
+    soundfile.write(tmp_path / "clip.wav", tone(), RATE)
+    with pytest.raises(AudioError, match=f"num_samples={count}: there is nothing to read"):
+        read_audio(tmp_path / "clip.wav", num_samples=count)
+
+
+def corpus(count: int, seed: int) -> list[bytes]:
+    """Small recordings of every kind with flipped bits, cut ends and headers that lie."""
+    random = np.random.default_rng(seed)
+    originals = []
+    for format, subtype in (
+        *(("WAV", kind) for kind in ("PCM_16", "PCM_24", "FLOAT", "IMA_ADPCM")),
+        *((kind, None) for kind in ("FLAC", "OGG", "MP3", "AIFF", "W64", "RF64", "CAF", "AU")),
+        ("OGG", "OPUS"),
+    ):
+        with io.BytesIO() as file:
+            soundfile.write(file, noise(3000), RATE, format=format, subtype=subtype)
+            originals.append(file.getvalue())
+    huge = [struct.pack(f"{order}{kind}", value) for order in "<>" for kind, value in (
+        ("Q", 1 << 60), ("I", 0xFFFFFFF0), ("I", 10**9), ("H", 0xFFFF), ("I", 0), ("q", -1))]  # fmt: skip
+    found = []
+    for number in range(count):
+        data = bytearray(originals[number % len(originals)])
+        for _ in range(random.integers(1, 4)):
+            kind, at = random.integers(4), int(random.integers(min(len(data), 120)))
+            if kind == 0:
+                data[at] ^= 1 << random.integers(8)
+            elif kind == 1:
+                del data[int(random.integers(len(data))) :]
+                data += b"\0"
+            elif kind == 2:
+                value = huge[random.integers(len(huge))]
+                data[at : at + len(value)] = value
+            else:
+                at = int(random.integers(len(data)))
+                data[at : at + 30] = random.bytes(30)
+        found.append(bytes(data))
+    return found
+
+
+def test_damage_of_every_kind_is_an_error_or_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "clip.wav"
+    outcomes = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), hard))  # what a header promises is not allocated
+    try:
+        for data in corpus(260, seed=0):
+            path.write_bytes(data)
+            try:
+                with AudioFile(path, 24000) as file:
+                    clip = whole_clip(file)
+                    outcomes.append(clip.wave.dtype == np.int16 and 0 < len(clip.wave) <= file.num_samples)
+                    outcomes.append(sum(map(len, windows(file, 0.05))) <= file.num_samples)
+            except AudioError as error:
+                outcomes.append(str(error).startswith(str(path)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert all(outcomes)
+    assert len(outcomes) > 300  # some of them can still be read
