@@ -69,9 +69,9 @@ class Wrong(NamedTuple):
 
 def range_of(hint: Any) -> Range | None:
     """The range of a type hint with its annotations; of lists and unions, that of their numbers; None: it has none."""
-    if typing.get_origin(hint) is Annotated:
-        return next((extra for extra in hint.__metadata__ if isinstance(extra, Range)), None)
-    return next((found for part in typing.get_args(hint) if (found := range_of(part)) is not None), None)
+    ranges = (extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range))
+    within = (range_of(part) for part in typing.get_args(hint))
+    return next((found for found in (*ranges, *within) if found is not None), None)
 
 
 def first_wrong(instance: Any, path: str = "") -> Wrong | None:

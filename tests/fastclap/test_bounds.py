@@ -1,4 +1,4 @@
-"""Ranges beside fields: what is in them, how they read, and that every number of the configurations has been thought of."""
+"""Ranges beside fields: what is in them, how they read, and that every number of the configurations has one."""
 
 from __future__ import annotations
 
@@ -69,12 +69,19 @@ def test_what_is_wrong_is_said_of_the_flag(change: dict[str, Any], flag: str) ->
     assert wrong is not None and wrong.as_flag == flag
 
 
+def parts(hint: Any) -> typing.Iterator[Any]:
+    """A type hint and all that it is made of, but for the values of free-form mappings."""
+    yield hint
+    for part in typing.get_args(hint):
+        yield from parts(part)
+
+
 def numbers(cls: type, path: str = "") -> typing.Iterator[tuple[str, Any]]:
     """Every field with a number in it, and its type hint."""
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         if dataclasses.is_dataclass(hint):
             yield from numbers(typing.cast(type, hint), f"{path}{name}.")
-        elif "int" in str(hint) or "float" in str(hint):
+        elif {int, float} & set(parts(hint)):
             yield f"{path}{name}", hint
 
 
