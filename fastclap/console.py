@@ -97,6 +97,9 @@ def _plain(value: Any) -> Any:
 # what is written
 
 
+Column = Literal["left", "right", "whole"]
+
+
 @dataclass
 class Table:
     """Rows of text under heads, to `show`. Nothing in it is taken for markup.
@@ -105,7 +108,7 @@ class Table:
     """
 
     title: str
-    columns: Mapping[str, Literal["left", "right", "whole"]]
+    columns: Mapping[str, Column]
     rows: list[Sequence[Any]] = field(default_factory=list)
 
 
@@ -345,6 +348,22 @@ def os_error_text(error: OSError) -> str:
     name = error.filename2 or error.filename  # of a copy and of a renaming the second is what is written
     reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
     return f"{os.fsdecode(name) if isinstance(name, (str, bytes)) else name}: {reason}" if name else reason
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an error of the operating system name the output that the user asked for.
+
+    A full disk names no file, and what is written is first a hidden file or folder with the process's number in its
+    name. Errors of other files, such as one that is copied to there and cannot be read, stay as they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = error.filename2 or error.filename
+        if named is None or str(os.getpid()) in os.fsdecode(str(named)):
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
 
 
 @contextlib.contextmanager

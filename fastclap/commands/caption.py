@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
 
-from fastclap.commands.shared import print_json, print_note
-from fastclap.console import progress
+from fastclap.bounds import CountOrNone, Range
+from fastclap.commands.shared import Workers, cpu_cores
+from fastclap.console import note, progress, show, show_json, writing
 
 
 @dataclass(kw_only=True)
@@ -33,13 +33,13 @@ class Flags:
     throughout; or the NAME-thresholds.json of another call, for a set to be worded like that one."""
     replace: bool = False
     """Leave out the captions and tags that the manifest has; otherwise they come first."""
-    captions: int = 4
+    captions: Annotated[int, Range(1, 100)] = 4
     """Global captions a clip."""
-    fine_captions: int = 2
+    fine_captions: Annotated[int, Range(0, 100)] = 2
     """Fine captions a clip, with the course over time."""
-    seed: int = 0
+    seed: CountOrNone = 0
     """Fixes the wording, together with each clip's path."""
-    workers: int | None = None
+    workers: Workers | None = None
     """Processes that measure, 0 for none (default: one for each CPU core)."""
     json: bool = False
     """Print the summary as JSON, and nothing else, on stdout."""
@@ -61,8 +61,7 @@ Examples:
 def run(flags: Flags) -> int:
     from fastclap.apps.caption_manifest import caption
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with progress("measuring", "measured", "clips") as advance:
+    with progress("measuring", "measured", "clips") as advance, writing(flags.out):
         summary = caption(
             flags.source,
             flags.out,
@@ -75,20 +74,20 @@ def run(flags: Flags) -> int:
             captions=flags.captions,
             fine=flags.fine_captions,
             seed=flags.seed,
-            workers=cores if flags.workers is None else flags.workers,
+            workers=cpu_cores() if flags.workers is None else flags.workers,
             advance=advance,
         )
     if summary["skipped"]:
-        print_note(f"{summary['skipped']} clips left out, see {summary['skipped_file']}")
+        note(f"{summary['skipped']} clips left out, see {summary['skipped_file']}")
     if flags.json:
-        print_json(summary)
+        show_json(summary)
         return 0
     for text in summary["example"]:
-        print(f"  {text}")
+        show(f"  {text}")
     for kind, counts in summary["sex"].items():
         if counts:
-            print(f"sex {kind}: {', '.join(f'{sex} {count}' for sex, count in counts.items())}")
-    print(
+            show(f"sex {kind}: {', '.join(f'{sex} {count}' for sex, count in counts.items())}")
+    show(
         f"{summary['rows']} rows, {summary['hours']:.2f} h: {summary['out']} (thresholds: {summary['thresholds_file']})"
     )
     return 0

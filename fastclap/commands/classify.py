@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastclap.commands.shared import DataFlags, load_model_and_data, make_table, percent, print_evaluation, print_note
+from fastclap.commands.shared import DataFlags, load_model_and_data, percent, print_evaluation
+from fastclap.console import Table, note
 from fastclap.errors import DataError
 from fastclap.prompts import DEFAULT_TEMPLATE, PROMPT_SETS, PromptSet, load_prompts
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(kw_only=True)
@@ -75,29 +73,28 @@ def run(flags: Flags) -> int:
     }
     for key, text in notes.items():
         if figures[key]:
-            print_note(f"{figures[key]} {text}")
+            note(f"{figures[key]} {text}")
     for name, other in figures.get("merged", {}).items():
-        print_note(f"{name} counts as {other} once the nearest prompt is found")
+        note(f"{name} counts as {other} once the nearest prompt is found")
     unused = [row["class"] for row in figures["per_class"] if not row["clips"]]
     if unused:
-        print_note(f"no clip has the class {', '.join(unused)}; it counts in macro-F1, not in UAR")
+        note(f"no clip has the class {', '.join(unused)}; it counts in macro-F1, not in UAR")
     print_evaluation(flags, result, _classification_tables(flags.column, figures))
     return 0
 
 
 def _classification_tables(column: str, figures: Mapping[str, Any]) -> list[Table]:
-    per_class = make_table(f"{column}, class by class", "class")
-    for head in ("clips", "given", "recall %", "precision %", "F1 %"):
-        per_class.add_column(head, justify="right")
+    heads = ("clips", "given", "recall %", "precision %", "F1 %")
+    per_class = Table(f"{column}, class by class", {"class": "left", **dict.fromkeys(heads, "right")})
     for row in figures["per_class"]:
         recall = "–" if row["recall"] is None else percent(row["recall"])
-        cells = (str(row["clips"]), str(row["given"]), recall, percent(row["precision"]), percent(row["f1"]))
-        per_class.add_row(row["class"], *cells)
-    table = make_table(f"Zero-shot {column}: {figures['clips']} clips, {len(figures['classes'])} classes", "figure")
-    table.add_column("%", justify="right")
-    table.add_column("to compare")
+        cells = (row["clips"], row["given"], recall, percent(row["precision"]), percent(row["f1"]))
+        per_class.rows.append((row["class"], *cells))
+    title = f"Zero-shot {column}: {figures['clips']} clips, {len(figures['classes'])} classes"
     majority = f"always the most frequent class: {percent(figures['majority_accuracy'])}"
-    table.add_row("accuracy (WA)", percent(figures["accuracy"]), majority)
-    table.add_row("UAR (UA)", percent(figures["uar"]), f"chance: {percent(figures['chance'])}")
-    table.add_row("macro-F1", percent(figures["macro_f1"]), "")
-    return [per_class, table]
+    rows: list[Sequence[str]] = [
+        ("accuracy (WA)", percent(figures["accuracy"]), majority),
+        ("UAR (UA)", percent(figures["uar"]), f"chance: {percent(figures['chance'])}"),
+        ("macro-F1", percent(figures["macro_f1"]), ""),
+    ]
+    return [per_class, Table(title, {"figure": "left", "%": "right", "to compare": "left"}, rows)]

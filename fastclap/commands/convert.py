@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fastclap.commands.shared import print_json, print_note
+from fastclap.console import note, show, show_json, writing
 from fastclap.errors import ConfigError
+from fastclap.reading import parse_json
 
 
 @dataclass(kw_only=True)
@@ -67,7 +67,7 @@ def run(flags: Flags) -> int:
     if back and flags.license is not None:
         raise ConfigError("--license goes into a model card, and CLSP's form has none")
     found = find_model(flags.checkpoint) if back else find_checkpoint(flags.checkpoint)
-    print_note(f"reading {found}")
+    note(f"reading {found}")
     if is_foreign(found):
         model = read_checkpoint(
             found,
@@ -81,11 +81,12 @@ def run(flags: Flags) -> int:
         )
     else:
         model = CLAP.from_pretrained(found, tokenizer=flags.tokenizer)
-    print_note(f"writing {flags.folder}")
-    if back:
-        write_clsp(Path(flags.folder), model.config, merged(model.state_dict(), model.config), model.tokenizer)
-    else:
-        model.save_pretrained(flags.folder, license=flags.license)
+    note(f"writing {flags.folder}")
+    with writing(flags.folder):
+        if back:
+            write_clsp(Path(flags.folder), model.config, merged(model.state_dict(), model.config), model.tokenizer)
+        else:
+            model.save_pretrained(flags.folder, license=flags.license)
     summary: dict[str, Any] = {
         "model": flags.folder,
         "audio": model.config.audio.kind,
@@ -96,9 +97,9 @@ def run(flags: Flags) -> int:
         "logit_scale": model.logit_scale.item(),
     }
     if flags.json:
-        print_json(summary)
+        show_json(summary)
     else:
-        print(
+        show(
             f"{summary['parameters'] / 1e6:.1f} million parameters, {summary['dim']} dimensions, "
             f"{summary['sampling_rate']} Hz: {flags.folder}"
         )
@@ -109,7 +110,9 @@ def _parse_values(pairs: Mapping[str, str]) -> dict[str, Any]:
     parsed: dict[str, Any] = {}
     for name, value in pairs.items():
         try:
-            parsed[name] = json.loads(value)
-        except ValueError:  # a bare word, such as a model type
-            parsed[name] = value
+            parsed[name] = parse_json(value, f"the value of {name}", ConfigError)
+        except ConfigError:
+            if value[:1] in ("[", "{", '"'):
+                raise
+            parsed[name] = value  # a bare word, such as a model type
     return parsed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastclap.commands.shared import print_json
+from fastclap.console import show, show_json
 
 
 @dataclass(kw_only=True)
@@ -25,19 +25,15 @@ def run(flags: Flags) -> int:
 
     findings, problems = diagnose()
     if flags.json:
-        print_json({**findings, "problems": problems})
+        show_json({**findings, "problems": problems})
         return 1 if problems else 0
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(highlight=False, soft_wrap=True)
     for group, facts in findings.items():
-        console.print(f"[bold]{group}[/bold]")
+        show(group)
         for name, value in facts.items():
             text = (", ".join(value) or "none") if isinstance(value, list) else str(value)
-            console.print(f"  {name:<16} {escape(text)}")
+            show(f"  {name:<16} {text}")
     for problem in problems:
-        console.print(f"[red]problem:[/red] {escape(problem)}")
+        show(f"problem: {problem}")
     if not problems:
-        console.print("[green]everything needed is there[/green]")
+        show("everything needed is there")
     return 1 if problems else 0

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastclap.commands.shared import ModelFlags, load_models, print_json, print_note
-from fastclap.console import progress
+from fastclap.commands.shared import ModelFlags, load_models
+from fastclap.console import note, progress, show, show_json, writing
 
 
 @dataclass(kw_only=True)
@@ -45,7 +45,7 @@ def run(flags: Flags) -> int:
 
     items = gather(flags.inputs, audio_root=flags.audio_root, columns=flags.columns)
     (model,), loading = load_models(flags, [flags.model])
-    with progress("embedding", "embedded", "inputs") as advance:
+    with progress("embedding", "embedded", "inputs") as advance, writing(flags.out):
         summary = embed(
             model,
             items,
@@ -58,11 +58,11 @@ def run(flags: Flags) -> int:
     summary["time"]["loading_seconds"] = round(loading, 3)
     if summary["skipped"]:
         listing = f"{flags.out}.skipped.jsonl"
-        print_note(f"{summary['skipped']} of {len(items)} inputs left out, see {listing}")
+        note(f"{summary['skipped']} of {len(items)} inputs left out, see {listing}")
     if flags.json:
-        print_json({"model": flags.model, "inputs": flags.inputs, **summary})
+        show_json({"model": flags.model, "inputs": flags.inputs, **summary})
     else:
-        print(
+        show(
             f"{summary['clips']} clips, {summary['texts']} captions, {summary['dimension']} dimensions, "
             f"{summary['reused']} embedded before, {summary['time']['clips_per_second']:.1f} clips/s: {flags.out}"
         )

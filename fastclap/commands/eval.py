@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from fastclap.commands.shared import DataFlags, load_model_and_data, make_table, percent, print_evaluation
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from fastclap.commands.shared import DataFlags, load_model_and_data, percent, print_evaluation
+from fastclap.console import Table
 
 
 @dataclass(kw_only=True)
@@ -52,16 +50,18 @@ def run(flags: Flags) -> int:
 
 
 def _retrieval_table(retrieval: Mapping[str, Any]) -> Table:
-    table = make_table("Retrieval (chance in brackets)", "figure")
-    columns = []
-    for captions, both in retrieval.items():
-        for direction, title in (("audio_to_text", "audio → text"), ("text_to_audio", "text → audio")):
-            table.add_column(f"{captions}\n{title}", justify="right")
-            columns.append(both[direction])
+    directions = {"audio_to_text": "audio → text", "text_to_audio": "text → audio"}
+    columns = {
+        f"{captions}\n{title}": both[direction]
+        for captions, both in retrieval.items()
+        for direction, title in directions.items()
+    }
+    table = Table("Retrieval (chance in brackets)", {"figure": "left", **dict.fromkeys(columns, "right")})
     for key in ("R@1", "R@5", "R@10", "mAP@10", "median_rank", "mean_rank"):
         show = "{:.1f}".format if key.endswith("rank") else percent
         name = key.replace("_", " ") if key.endswith("rank") else f"{key} %"
-        table.add_row(name, *(f"{show(figures[key])} ({show(figures['chance'][key])})" for figures in columns))
+        cells = (f"{show(figures[key])} ({show(figures['chance'][key])})" for figures in columns.values())
+        table.rows.append((name, *cells))
     for key in ("queries", "candidates"):
-        table.add_row(key, *(str(figures[key]) for figures in columns))
+        table.rows.append((key, *(figures[key] for figures in columns.values())))
     return table

@@ -3,8 +3,7 @@
 Each command is a module of this folder, named like it: `Flags`, a dataclass of its flags, `HELP`, and `run`. Only the
 module of the command that is asked for is imported, and torch not before its flags have been understood, so that
 `--help` and mistyped flags answer at once. Figures go to stdout, as a table or with `--json` as JSON and nothing else;
-progress, notes and errors go to stderr. Exit status: 0 done, 1 `doctor` found a problem, 2 a mistake in the arguments,
-the data or the model, reported in one line.
+progress, notes and errors go to stderr. The exit statuses are `fastclap.console.STATUSES`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from fastclap.errors import ConfigError, FastclapError
+from fastclap.console import STATUSES, run_command, version_line
+from fastclap.errors import ConfigError
+from fastclap.flags import parse_flags
 
 COMMANDS = {
     "eval": "Retrieval in both directions: R@1, R@5, R@10, mAP@10, median and mean rank, each with its chance level.",
@@ -35,37 +36,31 @@ Measure and use contrastive language-audio models, and pack data (fastclap-train
 {commands}
 
   fastclap COMMAND --help   every flag of a command, with its default and examples
-"""
+  fastclap --version        the versions of fastclap, Python and torch
+
+Exit status:
+{statuses}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's) and return the exit status; help and mistyped flags exit at once."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        usage = _USAGE.format(commands="\n".join(f"  {name:<12}{summary}" for name, summary in COMMANDS.items()))
-        print(usage, end="", file=sys.stdout if arguments else sys.stderr)
+        commands = "\n".join(f"  {name:<12}{summary}" for name, summary in COMMANDS.items())
+        print(_USAGE.format(commands=commands, statuses=STATUSES), end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     name, *words = arguments
-    try:
-        if name not in COMMANDS:
-            raise ConfigError(f"there is no command {name!r}; choose one of: {', '.join(COMMANDS)} (fastclap --help)")
-        import tyro
-
-        command = importlib.import_module(f"fastclap.commands.{name}")
-        flags = tyro.cli(
-            command.Flags,
-            prog=f"fastclap {name}",
-            description=f"{COMMANDS[name]}\n\n{command.HELP}",
-            args=words,
-            config=(tyro.conf.FlagCreatePairsOff,),  # no --no-json
-        )
-        status: int = command.run(flags)
-        return status
-    except FastclapError as error:
-        message = str(error)
-    except OSError as error:  # a full disk, a folder that may not be written
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except KeyboardInterrupt:
-        return 130
-    print(f"fastclap: {message}", file=sys.stderr)
-    return 2
+    if name == "--version":
+        print(version_line("fastclap"))
+        return 0
+    if name not in COMMANDS:
+        raise ConfigError(f"there is no command {name!r}; choose one of: {', '.join(COMMANDS)} (fastclap --help)")
+    command = importlib.import_module(f"fastclap.commands.{name}")
+    description = f"{COMMANDS[name]}\n\n{command.HELP}"
+    flags = parse_flags(command.Flags, words, program=f"fastclap {name}", description=description)
+    status: int = command.run(flags)
+    return status

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
 
-from fastclap.commands.shared import print_json, print_note
-from fastclap.console import progress
+from fastclap.bounds import Range
+from fastclap.commands.shared import Workers, cpu_cores
+from fastclap.console import note, progress, show, show_json, writing
 from fastclap.errors import ConfigError
 
 
@@ -24,11 +24,11 @@ class Flags:
     """Folder that relative audio paths start from (default: the folder of each manifest)."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column names of the manifests that differ, as pairs: OURS THEIRS (for example text_description caption)."""
-    sampling_rate: int = 16000
+    sampling_rate: Annotated[int, Range(1000, 768000)] = 16000
     """Rate of the packed samples, in Hz: that of the model to train."""
-    shard_mb: float = 512
+    shard_mb: Annotated[float, Range(0, 1e6, without=(0,))] = 512
     """Size of a shard, in MB."""
-    workers: int | None = None
+    workers: Workers | None = None
     """Decoding processes, 0 for none (default: one for each CPU core)."""
     json: bool = False
     """Print the summary as JSON, and nothing else, on stdout."""
@@ -54,22 +54,21 @@ def run(flags: Flags) -> int:
     manifest = load_manifest(
         flags.manifests, audio_root=flags.audio_root, columns=flags.columns, require_captions=False
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with progress("packing", "packed", "clips") as advance:
+    with progress("packing", "packed", "clips") as advance, writing(flags.out):
         summary = pack(
             manifest,
             flags.out,
             sampling_rate=flags.sampling_rate,
             shard_mb=flags.shard_mb,
-            workers=cores if flags.workers is None else flags.workers,
+            workers=cpu_cores() if flags.workers is None else flags.workers,
             advance=advance,
         )
     if summary["skipped"]:
-        print_note(f"{summary['skipped']} rows left out, see {flags.out}/skipped.jsonl")
+        note(f"{summary['skipped']} rows left out, see {flags.out}/skipped.jsonl")
     if flags.json:
-        print_json(summary)
+        show_json(summary)
     else:
-        print(
+        show(
             f"{summary['rows']} rows, {summary['clips']} clips, {summary['hours']:.2f} h, "
             f"{summary['bytes'] / 1e6:.1f} MB in {summary['shards']} shards: {flags.out}"
         )

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastclap.commands.shared import print_json, print_note
-from fastclap.console import progress
+from fastclap.console import note, progress, show, show_json, writing
 
 
 @dataclass(kw_only=True)
@@ -47,7 +46,7 @@ Examples:
 def run(flags: Flags) -> int:
     from fastclap.prepare import prepare
 
-    with progress("preparing", "prepared", "clips") as advance:
+    with progress("preparing", "prepared", "clips") as advance, writing(flags.out):
         summary = prepare(
             flags.dataset,
             flags.root,
@@ -57,20 +56,20 @@ def run(flags: Flags) -> int:
             advance=advance,
         )
     if summary["skipped_file"]:
-        print_note(
+        note(
             f"{summary['missing']} clips without audio and {summary['unreadable']} unreadable ones left out, "
             f"see {summary['skipped_file']}"
         )
     if flags.json:
-        print_json(summary)
+        show_json(summary)
         return 0
     for reason, clips in summary["left_out"].items():
-        print(f"left out {clips}: {reason}")
+        show(f"left out {clips}: {reason}")
     if summary["repeated"]:
-        print(f"left out {summary['repeated']}: repeats of a row")
+        show(f"left out {summary['repeated']}: repeats of a row")
     for split, figures in summary["splits"].items():
         speakers = f", {figures['speakers']} speakers" if figures["speakers"] else ""
-        print(f"{split}: {figures['rows']} rows, {figures['hours']:.2f} h{speakers}")
-    print(f"split {summary['split_rule']}")
-    print(f"{summary['rows']} rows, {summary['hours']:.2f} h: {', '.join(summary['files'])}")
+        show(f"{split}: {figures['rows']} rows, {figures['hours']:.2f} h{speakers}")
+    show(f"split {summary['split_rule']}")
+    show(f"{summary['rows']} rows, {summary['hours']:.2f} h: {', '.join(summary['files'])}")
     return 0

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import tyro
 
+from fastclap.console import show, writing
+
 
 @dataclass(kw_only=True)
 class Flags:
@@ -27,5 +29,8 @@ Examples:
 def run(flags: Flags) -> int:
     from fastclap.evaluation import write_report
 
-    print(write_report(flags.out or Path(flags.run) / "report", run=flags.run))
+    out = flags.out or str(Path(flags.run) / "report")
+    with writing(out):
+        page = write_report(out, run=flags.run)
+    show(str(page))
     return 0

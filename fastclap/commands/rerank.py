@@ -9,16 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from fastclap.commands.shared import (
-    ModelFlags,
-    load_models,
-    make_table,
-    plain,
-    print_json,
-    print_skipped,
-    print_table,
-)
-from fastclap.console import progress
+from fastclap.bounds import Count, Positive, Size
+from fastclap.commands.shared import ModelFlags, load_models, print_skipped
+from fastclap.console import Table, progress, show, show_json, writing
 from fastclap.errors import ConfigError
 
 
@@ -31,11 +24,11 @@ class Flags(ModelFlags):
     audio."""
     out: str | None = None
     """New folder for the selected clips and selection_summary.json (default: only the figures are printed)."""
-    weights: list[float] | None = None
+    weights: list[Positive] | None = None
     """Weight of each model in the mean (default: equal)."""
-    top_k: int = 1
+    top_k: Size = 1
     """How many candidates of each item to select; the second best go to OUT/rank_2/audios, and so on."""
-    iterations: int | None = None
+    iterations: Count | None = None
     """Folders iter_1 to iter_N that must be there (default: up to the last one found)."""
     prompts: list[str] = field(default_factory=list)
     """Files with one description a line, instead of iter_1/input_descriptions.txt; of several files the cosines are
@@ -92,7 +85,8 @@ def run(flags: Flags) -> int:
     seconds = time.perf_counter() - start
     print_skipped(result["skipped"])
     if flags.out is not None:
-        write_selection(candidates, result, flags.out)
+        with writing(flags.out):
+            write_selection(candidates, result, flags.out)
     result = {"models": flags.models, "data": flags.data, "out": flags.out, **result}
     result["time"] = {
         "loading_seconds": round(loading, 3),
@@ -100,16 +94,17 @@ def run(flags: Flags) -> int:
         "clips_per_second": round(result["candidates"] * len(models) / seconds, 2),
     }
     if flags.json:
-        print_json(result)
+        show_json(result)
         return 0
-    table = make_table(f"Best of {len(candidates.items[0].paths)}", "item")
-    for head in ("best", "cosine", "mean of all", "description"):
-        table.add_column(head, overflow="fold")
+    table = Table(
+        f"Best of {len(candidates.items[0].paths)}",
+        {"item": "left", "best": "whole", "cosine": "right", "mean of all": "right", "description": "whole"},
+    )
     for item, entry in zip(candidates.items, result["selection"], strict=True):
         scores = [score for score in entry["all_scores"].values() if score is not None]
         label = entry.get("best_audio", f"iter_{entry.get('best_iteration_idx')}")
         mean = sum(scores) / len(scores)
-        cells = (item.id, str(label), f"{entry['best_score']:.3f}", f"{mean:.3f}", " | ".join(item.prompts))
-        table.add_row(*map(plain, cells))
-    print_table(table, f"{result['candidates']} clips in {seconds:.1f} s" + (f": {flags.out}" if flags.out else ""))
+        prompts = " | ".join(item.prompts)
+        table.rows.append((item.id, label, f"{entry['best_score']:.3f}", f"{mean:.3f}", prompts))
+    show(table, f"{result['candidates']} clips in {seconds:.1f} s" + (f": {flags.out}" if flags.out else ""))
     return 0

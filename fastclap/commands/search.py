@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastclap.commands.shared import ModelFlags, load_models, make_table, plain, print_json, print_table
+from fastclap.bounds import Count
+from fastclap.commands.shared import ModelFlags, load_models
+from fastclap.console import Column, Table, shortened, show, show_json
 from fastclap.errors import ConfigError
 
 
@@ -25,8 +27,8 @@ class Flags(ModelFlags):
     """Description of what to find; - reads one a line from standard input and answers each at once."""
     audio: str | None = None
     """Audio file to find similar ones of, instead of a description."""
-    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
-    """How many to find."""
+    k: Annotated[Count, tyro.conf.arg(aliases=["-k"])] = 10
+    """How many to find, at least 1."""
     engine: Literal["torch", "faiss"] = "torch"
     """What computes the cosines, exactly in both cases; faiss has to be installed (pip install faiss-cpu)."""
 
@@ -60,12 +62,11 @@ def run(flags: Flags) -> int:
         found = search(index, query, flags.k, engine=flags.engine)[0]
         answering = time.perf_counter() - start
         if not flags.json:
-            table = make_table(f"Nearest to {asked!r}, of {len(index.names)}", "rank")
-            table.add_column("cosine", justify="right")
-            table.add_column("clip or caption", overflow="fold")
+            heads: dict[str, Column] = {"rank": "left", "cosine": "right", "clip or caption": "whole"}
+            table = Table(f"Nearest to {shortened(asked)!r}, of {len(index.names)}", heads)
             for row in found:
-                table.add_row(str(row["rank"]), f"{row['score']:.3f}", plain(row.get("path", row.get("text", ""))))
-            print_table(table, f"{answering:.3f} s, model and index in memory")
+                table.rows.append((row["rank"], f"{row['score']:.3f}", row.get("path", row.get("text", ""))))
+            show(table, f"{answering:.3f} s, model and index in memory")
             continue
         result = {
             "model": flags.model,
@@ -79,7 +80,7 @@ def run(flags: Flags) -> int:
                 "query_seconds": round(answering, 4),
             },
         }
-        print_json(result, lines=flags.query == "-")
+        show_json(result, lines=flags.query == "-")
     return 0
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from fastclap.bounds import Range, Size
+from fastclap.console import Table, note, show, show_json, writing
 from fastclap.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from fastclap.data import Manifest
     from fastclap.models.clap import CLAP
+
+
+Threads = Annotated[int, Range(1, 256)]
+Workers = Annotated[int, Range(0, 256)]
 
 
 @dataclass(kw_only=True)
@@ -38,9 +41,9 @@ class DataFlags:
     """Print the whole result as JSON, and nothing else, on stdout."""
     device: str = "auto"
     """cuda, cuda:N, cpu, or auto (a GPU if there is one)."""
-    batch_size: int = 32
+    batch_size: Size = 32
     """Clips embedded at a time."""
-    width: int | None = None
+    width: Size | None = None
     """Columns of the embeddings to use, from the first, for a model trained with --loss.matryoshka (default: all)."""
 
 
@@ -52,9 +55,9 @@ class ModelFlags:
     """Print the whole result as JSON, and nothing else, on stdout."""
     device: str = "auto"
     """cuda, cuda:N, cpu, or auto (a GPU if there is one)."""
-    batch_size: int = 32
+    batch_size: Size = 32
     """Clips embedded at a time."""
-    threads: int = 4
+    threads: Threads = 4
     """Decoding threads."""
 
 
@@ -62,8 +65,6 @@ def load_model_and_data(flags: DataFlags, *, require_captions: bool) -> tuple[CL
     from fastclap.data import load_manifest
     from fastclap.models.clap import CLAP
 
-    if flags.batch_size < 1:
-        raise ConfigError(f"--batch-size is {flags.batch_size}; it must be at least 1")
     if not flags.data:
         raise ConfigError("--data is empty: name at least one manifest")
     if flags.out is not None:
@@ -81,8 +82,6 @@ def load_model_and_data(flags: DataFlags, *, require_captions: bool) -> tuple[CL
 
 def load_models(flags: ModelFlags, paths: Sequence[str]) -> tuple[list[CLAP], float]:
     """The models, and the seconds that reading them took."""
-    if flags.batch_size < 1 or flags.threads < 1:
-        raise ConfigError(f"--batch-size is {flags.batch_size} and --threads {flags.threads}; both must be at least 1")
     device = _usable_device(flags.device)
 
     from fastclap.models.clap import CLAP
@@ -116,62 +115,29 @@ def print_evaluation(flags: DataFlags, result: Mapping[str, Any], tables: Sequen
     if flags.out is not None:
         from fastclap.evaluation import write_report
 
-        page = write_report(flags.out, results=result)
+        with writing(flags.out):
+            page = write_report(flags.out, results=result)
     if flags.json:
-        print_json(result)
+        show_json(result)
         return
-    from rich.console import Console
-
-    console = Console()
-    for table in tables:
-        console.print(table)
     seconds = result["time"]["seconds"]
-    console.print(f"{result['clips']} clips, {len(result['skipped'])} skipped, {seconds:.1f} s", highlight=False)
+    show(*tables, f"{result['clips']} clips, {len(result['skipped'])} skipped, {seconds:.1f} s")
     if page is not None:
-        console.print(f"report: {page}", highlight=False, soft_wrap=True)
-
-
-def print_note(text: str) -> None:
-    """A line for the user on stderr."""
-    print(f"fastclap: {text}", file=sys.stderr)
+        show(f"report: {page}")
 
 
 def print_skipped(skipped: Sequence[Mapping[str, str]], where: str = "--json lists them") -> None:
     """The first skipped clips with their reasons, and how many more there are, on stderr."""
     for clip in skipped[:5]:
-        print_note(f"skipped {clip['path']}: {clip['reason']}")
+        note(f"skipped {clip['path']}: {clip['reason']}")
     if len(skipped) > 5:
-        print_note(f"skipped {len(skipped) - 5} more clips ({where})")
+        note(f"skipped {len(skipped) - 5} more clips ({where})")
 
 
-def print_json(result: Any, *, lines: bool = False) -> None:
-    """A result on stdout as `--json` asks for; with `lines` as one line of several, to be seen at once."""
-    print(json.dumps(result, indent=None if lines else 1, ensure_ascii=False), flush=lines)
-
-
-def make_table(title: str, first: str) -> Table:
-    """An empty table whose first column is called `first`."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    table.add_column(first)
-    return table
-
-
-def print_table(table: Table, note: str) -> None:
-    from rich.console import Console
-
-    console = Console()
-    console.print(table)
-    console.print(plain(note), highlight=False, soft_wrap=True)
-
-
-def plain(text: str) -> str:
-    """Text that rich takes literally."""
-    from rich.markup import escape
-
-    return escape(text)
+def cpu_cores() -> int:
+    """The CPU cores that this process may use, at most as many as `Workers` allows."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 256)
 
 
 def percent(share: float) -> str:

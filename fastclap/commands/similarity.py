@@ -7,13 +7,15 @@ import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from fastclap.commands.shared import ModelFlags, load_models, make_table, print_json, print_skipped, print_table
-from fastclap.console import progress
-from fastclap.errors import ConfigError
+from fastclap.commands.shared import ModelFlags, load_models, print_skipped
+from fastclap.console import Table, progress, show, show_json, writing
+from fastclap.errors import ConfigError, DataError
+
+_LISTED = 20  # pairs up to which each cosine is printed
 
 
 @dataclass(kw_only=True)
@@ -63,7 +65,12 @@ def run(flags: Flags) -> int:
     print_skipped(skipped)
     kept = [(score, pair.rating) for score, pair in zip(scores, pairs, strict=True) if score is not None]
     rated = [(score, rating) for score, rating in kept if rating is not None]
-    found = agreement([score for score, _ in rated], [rating for _, rating in rated]) if rated else None
+    found: dict[str, Any] | None = None
+    missing = "no pair has a rating"
+    try:
+        found = agreement([score for score, _ in rated], [rating for _, rating in rated]) if rated else None
+    except DataError as error:  # too few, or all alike: the cosines are worth having all the same
+        missing = str(error)
     result = {
         "model": flags.model,
         "pairs": len(pairs),
@@ -71,6 +78,7 @@ def run(flags: Flags) -> int:
         "skipped": skipped,
         "mean_cosine": sum(score for score, _ in kept) / len(kept),
         "agreement": found,
+        "no_agreement": None if found else missing,
         "scores": scores,
         "time": {"loading_seconds": round(loading, 3), "seconds": round(seconds, 3)},
     }
@@ -82,17 +90,31 @@ def run(flags: Flags) -> int:
         writer.writerow(("audio", "other_audio", "text", "rating", "cosine"))
         for pair, score in zip(pairs, scores, strict=True):
             writer.writerow(["" if value is None else value for value in (*pair.named, pair.rating, score)])
-        write_atomic(Path(flags.out), buffer.getvalue().encode(errors="replace"))
+        with writing(flags.out):
+            write_atomic(Path(flags.out), buffer.getvalue().encode(errors="backslashreplace"))
     if flags.json:
-        print_json(result)
+        show_json(result)
         return 0
-    table = make_table(f"Style similarity of {len(kept)} pairs", "figure")
-    table.add_column("value", justify="right")
-    table.add_column("95 % interval")
-    table.add_row("mean cosine", f"{result['mean_cosine']:.3f}", "")
+    if len(pairs) <= _LISTED:
+        cosines = Table("Pairs", {"cosine": "right", "rating": "right", "clip": "whole", "other": "whole"})
+        for pair, score in zip(pairs, scores, strict=True):
+            audio, *others = pair.named
+            other = next(name for name in others if name is not None)
+            rating = "–" if pair.rating is None else f"{pair.rating:g}"
+            cosines.rows.append(("–" if score is None else f"{score:.3f}", rating, audio, other))
+        show(cosines)
+    table = Table(
+        f"Style similarity of {len(kept)} pairs", {"figure": "left", "value": "right", "95 % interval": "left"}
+    )
+    table.rows.append(("mean cosine", f"{result['mean_cosine']:.3f}", ""))
     for name, title in (("pearson", "Pearson's r"), ("spearman", "Spearman's rho")) if found else ():
         figures = found[name] if found else {}
-        table.add_row(title, f"{figures['value']:.3f}", f"{figures['low']:.3f} to {figures['high']:.3f}")
-    note = f"{len(pairs)} pairs, {len(pairs) - len(kept)} skipped, {seconds:.1f} s"
-    print_table(table, note + (f": {flags.out}" if flags.out else ""))
+        table.rows.append((title, f"{figures['value']:.3f}", f"{figures['low']:.3f} to {figures['high']:.3f}"))
+    show(table)
+    if found is None and rated:
+        show(f"no correlation with the ratings: {missing}")
+    show(
+        f"{len(pairs)} pairs, {len(pairs) - len(kept)} skipped, {seconds:.1f} s"
+        + (f": {flags.out}" if flags.out else "")
+    )
     return 0

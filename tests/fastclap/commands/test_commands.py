@@ -268,4 +268,4 @@ def test_the_module_is_the_command() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "fastclap: none.json: cannot read the prompts file (No such file or directory)\n"
+    assert done.stderr == "fastclap: none.json: cannot be read (No such file or directory)\n"
