@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any, Literal, TextIO, cast
 from unicodedata import category, east_asian_width
 
-from fastclap.errors import FastclapError, TrainingError
+from fastclap.errors import DataError, FastclapError, TrainingError
 
 _JOINERS = "\u200c\u200d"  # of Persian words, and of the parts of an emoji
 _LONGEST = 60  # columns of a terminal that a name in a table may have
@@ -72,12 +72,17 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
     Args:
         value: of dicts, lists, strings, numbers, booleans and None; anything else as its text.
         indent: as `json.dumps` has it.
+
+    Raises:
+        DataError: it is nested too deeply.
     """
     try:
         text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=str)
         text.encode()
     except ValueError:  # NaN or infinity; a UnicodeEncodeError is one too
         text = json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    except RecursionError as error:
+        raise DataError("what is to be written as JSON is nested too deeply") from error
     return text
 
 

@@ -3,7 +3,8 @@
 `report.html` contains its pictures, so it can be mailed or archived as one file; next to it are the same pictures as
 PNG and the numbers as JSON. Pictures are drawn without pyplot, so no window system and no global state is touched, in
 the Okabe-Ito colours, which colour-blind readers can distinguish. Every file is written under a temporary name and
-renamed: a reader sees the old report or the new one.
+renamed: a reader sees the old report or the new one. Names come from data: they are escaped on the page, drawn as
+`fastclap.evaluation.lettering` says, and a part of the page whose figures are damaged is a note instead.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from fastclap.console import json_text, printable, shortened
 from fastclap.errors import DataError
+from fastclap.evaluation.lettering import PLAIN, drawn, families
 from fastclap.files import write_atomic
+from fastclap.reading import parse_json, read_bytes, read_json, read_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +37,11 @@ MAX_SKIPPED = 20  # clips listed on the page; report.json has all
 PALETTE = (BLUE, ORANGE, GREEN, RED, PINK, SKY, "#222222")  # of classes on a map; after these the markers change
 MARKERS = "osDv^PX<>h"
 MAX_ANNOTATED = 30  # classes up to which the cells of a confusion matrix hold their counts
+MAX_LABELLED = 90  # classes whose names fit beside a confusion matrix; of more, names stand at equal distances
+MAX_MAPPED = 66  # classes with a colour on a map, as many as its legend holds; the clips of others are grey
+MAX_METRICS = 1 << 30  # bytes of a metrics.jsonl that are read
+
+T = TypeVar("T")
 
 
 def write_report(
@@ -57,22 +67,23 @@ def write_report(
     training: list[dict[str, Any]] = []
     validation: list[dict[str, Any]] = []
     details: dict[str, Any] = {}
+    notes: list[str] = []  # what cannot be shown
     if run is not None:
         records = read_metrics(Path(run) / "metrics.jsonl")
         training = [record for record in records if record["kind"] == "train"]
         validation = [record for record in records if record["kind"] == "valid"]
-        details = _run_details(Path(run), training)
+        details = _run_details(Path(run), training, notes)
     if results is None:
         results = validation[-1] if validation else {}
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = _pictures(results, training, validation)
+    pictures = _pictures(results, training, validation, notes)
     for name, png in pictures.items():
         write_atomic(folder / f"{name}.png", png)
     data = {**results, "run": details} if details else dict(results)
-    write_atomic(folder / "report.json", json.dumps(_finite(data), indent=1, ensure_ascii=False).encode())
-    write_atomic(folder / "report.html", _page(results, details, pictures).encode())
+    write_atomic(folder / "report.json", json_text(data, indent=1).encode())
+    write_atomic(folder / "report.html", _page(results, details, pictures, notes).encode())
     return folder / "report.html"
 
 
@@ -83,20 +94,33 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         DataError: the file is missing, or another line is not a record.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); a run folder of fastclap-train has it") from error
+        lines = read_bytes(path, limit=MAX_METRICS).removesuffix(b"\n").split(b"\n")
+    except DataError as error:
+        raise DataError(f"{error}; a run folder of fastclap-train has a metrics.jsonl") from error
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            record["kind"], record["step"]
-        except (ValueError, KeyError, TypeError) as error:
+            record = parse_json(line, f"{path}:{number}")
+            step = record["step"]
+            if not isinstance(record["kind"], str) or not isinstance(step, int) or not 0 <= step < 1 << 63:
+                raise TypeError
+        except (DataError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
-            raise DataError(f"{path}:{number}: not a record with kind and step; remove the line") from error
+            what = str(error) if isinstance(error, DataError) else f"{path}:{number}: not a record with kind and step"
+            raise DataError(f"{what}; remove the line") from error
         records.append(record)
     return records
+
+
+def _shown(what: str, notes: list[str], show: Callable[[], T]) -> T | None:
+    """What `show` makes of figures; None, and a note, if they are damaged: the rest of the page does not need them."""
+    try:
+        return show()
+    except Exception as error:
+        reason = str(error) if isinstance(error, DataError) else f"its figures are damaged: {error!r}"
+        notes.append(shortened(f"{what} cannot be shown ({reason})", 500))
+        return None
 
 
 # ---- pictures ----
@@ -114,25 +138,68 @@ STYLE = {
 
 
 def _pictures(
-    results: Mapping[str, Any], training: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]
+    results: Mapping[str, Any],
+    training: Sequence[dict[str, Any]],
+    validation: Sequence[dict[str, Any]],
+    notes: list[str],
 ) -> dict[str, bytes]:
+    """PNG of each picture by its name; `notes` gets what cannot be drawn."""
     import matplotlib
 
+    figures: dict[str, Callable[[], Figure]] = {}
+    if training:
+        figures["training"] = lambda: training_curves(training, validation)
+    if results.get("retrieval"):
+        figures["recall"] = lambda: recall_curves(results["retrieval"])
+    classified = _mapping(results.get("classification"))
+    for column, name in _file_names(classified).items():
+        figures[f"confusion-{name}"] = partial(confusion_matrix, column, classified[column])
+    if results.get("embeddings"):
+        columns = _mapping(_mapping(results["embeddings"]).get("columns"))
+        for column, name in _file_names(columns).items():
+            figures[f"embeddings-{name}"] = partial(embedding_map, results["embeddings"], column)
+        if not columns:
+            figures["embeddings"] = lambda: embedding_map(results["embeddings"])
     pictures = {}
-    with matplotlib.rc_context(STYLE):
-        if training:
-            pictures["training"] = _png(training_curves(training, validation))
-        if results.get("retrieval"):
-            pictures["recall"] = _png(recall_curves(results["retrieval"]))
-        for column, figures in results.get("classification", {}).items():
-            name = re.sub(r"[^A-Za-z0-9_-]+", "_", column)
-            pictures[f"confusion-{name}"] = _png(confusion_matrix(column, figures))
-        if results.get("embeddings"):
-            columns = results["embeddings"]["columns"]
-            for column in columns or [None]:
-                name = "embeddings" if column is None else "embeddings-" + re.sub(r"[^A-Za-z0-9_-]+", "_", column)
-                pictures[name] = _png(embedding_map(results["embeddings"], column))
+    names = _names([results, *({"classification": record.get("classification")} for record in validation)])
+    with matplotlib.rc_context({**STYLE, **PLAIN, "font.family": families(names)}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a substitute of matplotlib's own
+        for name, figure in figures.items():
+            png = _shown(f"the picture {name}", notes, lambda figure=figure: _png(figure()))  # type: ignore[misc]
+            if png is not None:
+                pictures[name] = png
     return pictures
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _names(values: Iterable[Any]) -> Iterator[str]:
+    """All strings of a result but its lists of clips."""
+    left = list(values)
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            left += value
+            left += (inner for key, inner in value.items() if key not in ("skipped", "confusion", "audio", "class_of"))
+        elif isinstance(value, (list, tuple)):
+            left += value
+
+
+def _file_names(columns: Iterable[str]) -> dict[str, str]:
+    """Part of a file's name for each column, no two the same."""
+    names: dict[str, str] = {}
+    for column in columns:
+        name = plain = re.sub(r"[^A-Za-z0-9_-]+", "_", column)[:60]
+        number = 1
+        while name in names.values():
+            number += 1
+            name = f"{plain}-{number}"
+        names[column] = name
+    return names
 
 
 def training_curves(training: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]) -> Figure:
@@ -172,6 +239,7 @@ def training_curves(training: Sequence[dict[str, Any]], validation: Sequence[dic
 def recall_curves(retrieval: Mapping[str, Any]) -> Figure:
     """Recall over the number of candidates considered: a panel for each direction, a line for each caption set."""
     figure = _figure(10, 3.6)
+    retrieval = {drawn(captions): figures for captions, figures in retrieval.items()}
     for axes, (direction, title) in zip(figure.subplots(1, 2, sharey=True), DIRECTIONS.items(), strict=True):
         ticks: set[int] = set()
         for (captions, figures), colour in zip(retrieval.items(), (BLUE, RED, GREEN, PINK), strict=False):
@@ -196,7 +264,8 @@ def confusion_matrix(column: str, figures: Mapping[str, Any]) -> Figure:
     """Counts on colours that show the share of the true class's clips, with that class's recall as a bar."""
     import matplotlib
 
-    classes, confusion, rows = figures["classes"], figures["confusion"], figures["per_class"]
+    confusion, rows = figures["confusion"], figures["per_class"]
+    classes = [drawn(row["class"]) for row in rows]
     size = len(classes)
     side = max(2.4, min(0.46 * size, 11))
     longest = max(len(name) for name in classes)
@@ -206,11 +275,13 @@ def confusion_matrix(column: str, figures: Mapping[str, Any]) -> Figure:
     shares = [[count / sum(row) if sum(row) else math.nan for count in row] for row in confusion]
     blues = matplotlib.colormaps["Blues"].with_extremes(bad="#eeeeee")  # bad: a class without clips has no shares
     matrix.imshow(shares, cmap=blues, vmin=0, vmax=1, aspect="auto")
-    matrix.set_xticks(range(size), classes, rotation=90 if size > 4 or longest > 10 else 0)
-    matrix.set_yticks(range(size), [f"{row['class']} ({row['clips']})" for row in rows])
+    labelled = range(0, size, math.ceil(size / MAX_LABELLED))
+    labels = [classes[i] for i in labelled]
+    matrix.set_xticks(labelled, labels, rotation=90 if size > 4 or longest > 10 else 0)
+    matrix.set_yticks(labelled, [f"{classes[i]} ({rows[i]['clips']})" for i in labelled])
     matrix.set_xlabel("given class")
     matrix.set_ylabel("true class (clips)")
-    matrix.set_title(f"{column}: clips, coloured by share of the row", loc="left")
+    matrix.set_title(f"{drawn(column)}: clips, coloured by share of the row", loc="left")
     if size <= MAX_ANNOTATED:
         for i, row in enumerate(confusion):
             for j, count in enumerate(row):
@@ -225,7 +296,8 @@ def confusion_matrix(column: str, figures: Mapping[str, Any]) -> Figure:
 
     recall = [row["recall"] if row["recall"] is not None else 0 for row in rows]
     bars.barh(range(size), recall, color=BLUE, height=0.66)
-    for i, row in enumerate(rows):
+    for i in labelled:
+        row = rows[i]
         text = "–" if row["recall"] is None else f"{100 * row['recall']:.0f}"
         bars.text(1.17, i, text, va="center", ha="right", fontsize=8)
     chance = bars.axvline(figures["chance"], color=GREY, linestyle="--", linewidth=1.1)
@@ -235,8 +307,8 @@ def confusion_matrix(column: str, figures: Mapping[str, Any]) -> Figure:
     bars.set_xlabel("recall (%)")
     bars.tick_params(axis="y", length=0, labelleft=False)
     bars.spines[["top", "right", "left"]].set_visible(False)
-    labels = (f"chance {100 * figures['chance']:.0f}", f"UAR {100 * figures['uar']:.1f}")
-    bars.legend((chance, mean), labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+    legend = (f"chance {100 * figures['chance']:.0f}", f"UAR {100 * figures['uar']:.1f}")
+    bars.legend((chance, mean), legend, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
     return figure
 
 
@@ -245,8 +317,11 @@ def embedding_map(embeddings: Mapping[str, Any], column: str | None = None) -> F
     from matplotlib.patheffects import withStroke
 
     x, y = zip(*embeddings["audio"], strict=True)
-    classes = [] if column is None else embeddings["columns"][column]["classes"]
-    class_of = [None] * len(x) if column is None else embeddings["columns"][column]["class_of"]
+    found: Mapping[str, Any] = {"classes": [], "class_of": [None] * len(x)}
+    if column is not None:
+        found = embeddings["columns"][column]
+    classes = [drawn(name) for name in found["classes"][:MAX_MAPPED]]
+    class_of = [number if number is not None and number < MAX_MAPPED else None for number in found["class_of"]]
     longest = max((len(name) for name in classes), default=0)
     legend_columns = 1 + len(classes) // 22
     figure = _figure(6.4 + (0.5 + 0.075 * longest) * legend_columns * bool(classes), 5.2)
@@ -255,7 +330,8 @@ def embedding_map(embeddings: Mapping[str, Any], column: str | None = None) -> F
     halo = [withStroke(linewidth=2.5, foreground="white")]
     unknown = [i for i, value in enumerate(class_of) if value is None]
     if unknown:
-        colour, label = (BLUE, "clips") if column is None else ("#c8c8c8", "no or several classes")
+        others = "no, several or other classes" if len(found["classes"]) > MAX_MAPPED else "no or several classes"
+        colour, label = (BLUE, "clips") if column is None else ("#c8c8c8", others)
         axes.scatter(
             [x[i] for i in unknown], [y[i] for i in unknown], size, colour, alpha=0.7, linewidths=0, label=label
         )
@@ -272,12 +348,12 @@ def embedding_map(embeddings: Mapping[str, Any], column: str | None = None) -> F
             label=name,
         )
     for number, name in enumerate(classes):
-        place = embeddings["columns"][column]["prompts"][number]
+        place = found["prompts"][number]
         colour = PALETTE[number % len(PALETTE)]
         axes.scatter(*place, 190, colour, marker="*", edgecolors="white", linewidths=0.9, zorder=3)
         if len(classes) <= MAX_ANNOTATED:
             axes.annotate(name, place, (5, 5), textcoords="offset points", fontsize=8, path_effects=halo, zorder=4)
-    subject = f"{len(x)} clips" + (f" by {column}, prompts as stars" if column is not None else "")
+    subject = f"{len(x)} clips" + (f" by {drawn(column)}, prompts as stars" if column is not None else "")
     axes.set_title(subject, loc="left")
     first, second = (f"{100 * share:.0f} % of the variance" for share in embeddings["variance"])
     axes.set_xlabel(f"first principal component ({first})")
@@ -311,8 +387,13 @@ def _decorate(axes: Axes, title: str, *, zero: bool = False, share: bool = False
 
 
 def _series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    pairs = [(r["step"], r[key]) for r in records if isinstance(r.get(key), (int, float)) and math.isfinite(r[key])]
+    pairs = [(record["step"], value) for record in records if (value := _number(record.get(key))) is not None]
     return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _number(value: Any) -> float | None:
+    """A finite number that a picture can hold, else None."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else None
 
 
 _Line = tuple[str, str, list[int], list[float], float]
@@ -334,7 +415,7 @@ def _validation_series(validation: Sequence[dict[str, Any]]) -> tuple[dict[str, 
         for (column, figures), colour in zip(
             record.get("classification", {}).items(), (BLUE, RED, GREEN, ORANGE, PINK, SKY), strict=False
         ):
-            line = uars.setdefault(column, (colour, "-", [], [], figures["chance"]))
+            line = uars.setdefault(drawn(column), (colour, "-", [], [], figures["chance"]))
             line[2].append(record["step"])
             line[3].append(figures["uar"])
     return recalls, uars
@@ -356,14 +437,19 @@ def _png(figure: Figure) -> bytes:
 # ---- page ----
 
 
-def _page(results: Mapping[str, Any], details: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+def _page(
+    results: Mapping[str, Any], details: Mapping[str, Any], pictures: Mapping[str, bytes], notes: Sequence[str]
+) -> str:
+    problems = list(notes)
     subject = details.get("folder") or results.get("model") or "evaluation"
-    parts = [f"<h1>fastclap report</h1><p class=subject>{_text(subject)}</p>", _summary(results, details)]
+    parts = [_shown("the summary", problems, lambda: _summary(results, details))]
     if results.get("classification"):
-        parts += ["<h2>Zero-shot classification</h2>", _classification_table(results["classification"])]
+        table = _shown("classification", problems, lambda: _classification_table(results["classification"]))
+        parts += ["<h2>Zero-shot classification</h2>", table]
         parts += [_picture(name, png) for name, png in pictures.items() if name.startswith("confusion-")]
     if results.get("retrieval"):
-        parts += ["<h2>Retrieval</h2>", _retrieval_table(results["retrieval"])]
+        table = _shown("retrieval", problems, lambda: _retrieval_table(results["retrieval"]))
+        parts += ["<h2>Retrieval</h2>", table]
     if "recall" in pictures:
         parts.append(_picture("recall", pictures["recall"]))
     maps = [_picture(name, png) for name, png in pictures.items() if name.startswith("embeddings")]
@@ -371,17 +457,24 @@ def _page(results: Mapping[str, Any], details: Mapping[str, Any], pictures: Mapp
         parts += ["<h2>Embeddings</h2>", _MAP_NOTE, *maps]
     if "training" in pictures:
         parts += ["<h2>Training</h2>", _picture("training", pictures["training"])]
-    skipped = results.get("skipped", [])
-    if skipped:
-        rows = [[clip["row"], clip["path"], clip["reason"]] for clip in skipped[:MAX_SKIPPED]]
-        more = f"<p>… and {len(skipped) - MAX_SKIPPED} more in report.json</p>" if len(skipped) > MAX_SKIPPED else ""
-        parts += [f"<h2>Skipped clips ({len(skipped)})</h2>", _table(["row", "file", "reason"], rows), more]
+    if results.get("skipped"):
+        parts.append(_shown("the skipped clips", problems, lambda: _skipped(results["skipped"])))
     if details.get("environment"):
         rows = [[key, value] for key, value in _flatten(details["environment"])]
         parts.append(f"<details><summary>Environment</summary>{_table(['', ''], rows)}</details>")
     if details.get("config"):
-        parts.append(f"<details><summary>Configuration</summary><pre>{_text(details['config'])}</pre></details>")
-    return _HTML.replace("{title}", _text(subject)).replace("{body}", "\n".join(part for part in parts if part))
+        lines = "\n".join(_text(line) for line in details["config"].split("\n"))
+        parts.append(f"<details><summary>Configuration</summary><pre>{lines}</pre></details>")
+    head = [f"<h1>fastclap report</h1><p class=subject>{_text(subject)}</p>"]
+    head += [f"<p class=problem>{_text(problem)}</p>" for problem in problems]
+    before, between, after = re.split(r"\{title\}|\{body\}", _HTML)
+    return before + _text(subject) + between + "\n".join(part for part in (*head, *parts) if part) + after
+
+
+def _skipped(skipped: Sequence[Mapping[str, Any]]) -> str:
+    rows = [[clip["row"], clip["path"], clip["reason"]] for clip in skipped[:MAX_SKIPPED]]
+    more = f"<p>… and {len(skipped) - MAX_SKIPPED} more in report.json</p>" if len(skipped) > MAX_SKIPPED else ""
+    return f"<h2>Skipped clips ({len(skipped)})</h2>{_table(['row', 'file', 'reason'], rows)}{more}"
 
 
 def _summary(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
@@ -449,23 +542,30 @@ def _picture(name: str, png: bytes) -> str:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, _Markup) else html.escape(str(value))
+    return value if isinstance(value, _Markup) else html.escape(printable(str(value)))
 
 
-def _run_details(run: Path, training: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _run_details(run: Path, training: Sequence[Mapping[str, Any]], notes: list[str]) -> dict[str, Any]:
     details: dict[str, Any] = {"folder": str(run)}
     if training:
-        details |= {"steps": training[-1]["step"], "loss": round(training[-1].get("loss", math.nan), 4)}
-        speeds = [
-            record["time"]["clips_per_second"] for record in training if "clips_per_second" in record.get("time", {})
-        ]
-        if speeds:
-            details["clips_per_second"] = round(sorted(speeds)[len(speeds) // 2], 1)
-    if (run / "environment.json").exists():
-        details["environment"] = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    if (run / "config.yaml").exists():
-        details["config"] = (run / "config.yaml").read_text(encoding="utf-8")
-    return details
+        loss = _number(training[-1].get("loss"))
+        details |= {"steps": training[-1]["step"], "loss": None if loss is None else round(loss, 4)}
+        speeds = [_number(_mapping(record.get("time")).get("clips_per_second")) for record in training]
+        known = sorted(speed for speed in speeds if speed is not None)
+        if known:
+            details["clips_per_second"] = round(known[len(known) // 2], 1)
+    readers: dict[str, Callable[[Path], Any]] = {"environment.json": _environment, "config.yaml": read_text}
+    for name, read in readers.items():
+        if (run / name).exists():
+            details[name.partition(".")[0]] = _shown(name, notes, partial(read, run / name))
+    return {key: value for key, value in details.items() if value is not None or key == "loss"}
+
+
+def _environment(path: Path) -> Any:
+    environment = read_json(path)
+    json_text(dict(_flatten(environment)))  # a RecursionError here, rather than on the page, if it is nested too deeply
+    json_text(environment)
+    return environment
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -474,15 +574,6 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flatten(inner, f"{prefix}{' · ' if prefix else ''}{key}")
     else:
         yield prefix, ", ".join(str(item) for item in value) if isinstance(value, list) else value
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _MAP_NOTE = (
@@ -500,6 +591,7 @@ body { padding: 0 1em; overflow-wrap: anywhere; }
 h1 { font-size: 1.5em; margin: 0; }
 h2 { font-size: 1.15em; margin: 1.8em 0 .5em; border-bottom: 1px solid #ddd; }
 .subject { color: #555; margin: 0 0 1em; }
+.problem { color: #a33b00; margin: .3em 0; }
 .note { color: #767676; font-size: .85em; margin: .3em 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .4em 0; font-size: .93em; }
 th, td { text-align: left; padding: .25em .9em .25em 0; vertical-align: top; border-bottom: 1px solid #eee; }
