@@ -526,7 +526,9 @@ def _read_parquet(path: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
     column = table.column("vector").combine_chunks()
     if not pyarrow.types.is_fixed_size_list(column.type) and not pyarrow.types.is_list(column.type):
         raise DataError(f"{path}: the column 'vector' holds {column.type} instead of lists of numbers")
-    values = column.flatten().to_numpy(zero_copy_only=False)
+    flat = column.flatten()
+    plain = pyarrow.types.is_floating(flat.type) and not flat.null_count
+    values = np.from_dlpack(flat) if plain else flat.to_numpy(zero_copy_only=False)  # which would import pandas
     if not len(table) or len(values) % len(table) or column.null_count:
         raise DataError(f"{path}: the vectors are of different lengths or missing; embed again")
     kept = [name for name in ("path", "text", "origin") if name in table.column_names]
