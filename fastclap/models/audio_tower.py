@@ -25,6 +25,7 @@ class AudioTower(nn.Module):
             stay in the cache.
         frozen: nothing trains but what `combine` learns.
         chunk: longer clips are seen in parts of this many samples; None: whole, or cut to the tower's window.
+        window: samples that the encoder sees at most; None: all of a clip.
         hf_config: complete transformers configuration, None for a tower of our own.
     """
 
@@ -35,6 +36,7 @@ class AudioTower(nn.Module):
     single_on_cpu: bool = False
     frozen: bool = False
     chunk: int | None = None
+    window: int | None = None
     hf_config: dict[str, Any] | None = None
 
     def forward(

@@ -216,7 +216,7 @@ class Wav2Vec2Tower(AudioTower):
                 f"hidden_states {config.hidden_states} needs the states of all layers, but {model_config.model_type} "
                 'drops some in training; set hf_config to {"layerdrop": 0.0}'
             )
-        self._frames: Tensor | None = None
+        self._masked: Tensor | None = None  # in training: valid frames of the batch that is to be masked
         augment = getattr(model_config, "apply_spec_augment", True)
         if augment and (model_config.mask_time_prob > 0 or model_config.mask_feature_prob > 0):
             model_config.apply_spec_augment = False  # drawn by NumPy, with host syncs; ours replaces it
@@ -229,7 +229,7 @@ class Wav2Vec2Tower(AudioTower):
         config = self.base.config
         hidden = output[0] if isinstance(output, tuple) else output
         batch, size, width = hidden.shape
-        frames = torch.full((batch,), size, device=hidden.device) if self._frames is None else self._frames
+        frames = torch.full((batch,), size, device=hidden.device) if self._masked is None else self._masked
         if config.mask_time_prob > 0:
             spans = proportional_spans(
                 frames, size, config.mask_time_prob, config.mask_time_length, config.mask_time_min_masks
@@ -277,19 +277,21 @@ class Wav2Vec2Tower(AudioTower):
             dtype=torch.float32 if dtype == torch.float64 else dtype,
         ).to(dtype)
         # a clip that was extended to min_samples has this length from here on
-        self._frames = padded = None if lengths is None else lengths.to(waveform.device).clamp(min=self.min_samples)
-        if self._frames is not None:
+        frames = padded = None if lengths is None else lengths.to(waveform.device).clamp(min=self.min_samples)
+        if frames is not None:
             for kernel, stride in self.convolutions:
-                self._frames = (self._frames - kernel) // stride + 1
+                frames = (frames - kernel) // stride + 1
+        if self.training:
+            self._masked = frames
         found: list[Tensor] = []
 
         def pool(hidden: Tensor) -> None:
-            valid = None if self._frames is None else length_mask(self._frames, hidden.shape[1])
+            valid = None if frames is None else length_mask(frames, hidden.shape[1])
             found.append(self.pooling.pool(hidden, valid, len(found)))
 
         every = self.pooling.every_state
         if isinstance(self.base.encoder, wavlm.Encoder):
-            hidden = wavlm.encode(self.base, waveform, self._frames, pool if every else None)
+            hidden = wavlm.encode(self.base, waveform, frames, pool if every else None)
             states = [] if every else [hidden]
         else:
             attention_mask = None if padded is None else length_mask(padded, waveform.shape[1]).long()
@@ -300,7 +302,8 @@ class Wav2Vec2Tower(AudioTower):
             states = [*out.hidden_states[:-1], hidden] if every else [hidden]
         for state in states:
             pool(state)
-        self._frames = None
+        if self.training:
+            self._masked = None
         return torch.stack(found, 1)
 
     def combine(self, summary: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from fastclap.config import AudioTowerConfig, CLAPConfig, TextTowerConfig
 from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.models.audio_towers import build_audio_tower
 from fastclap.models.card import ModelFacts, model_card, published_at, with_license
-from fastclap.models.encoder import DualEncoder
+from fastclap.models.encoder import DualEncoder, check_batch_size, checked_texts
 from fastclap.models.folder import (
     SavedModel,
     check_weights,
@@ -74,6 +74,8 @@ class CLAP(DualEncoder):
         self.sampling_rate = self.audio_branch.sampling_rate
         self.equal_lengths_only = self.audio_branch.equal_lengths_only
         self.single_on_cpu = self.audio_branch.single_on_cpu
+        self.chunk = self.audio_branch.chunk
+        self.beginning = None if self.chunk else self.audio_branch.window
         self.text_branch = build_text_tower(config.text, load_pretrained)
         self.audio_projection = build_head(config.head, self.audio_branch.width, "audio")
         self.text_projection = build_head(config.head, self.text_branch.width, "text")
@@ -255,13 +257,12 @@ class CLAP(DualEncoder):
             float32 [n, D] on the model's device.
 
         Raises:
+            ConfigError: `batch_size` is not a positive integer.
             ModelError: the model has no tokenizer.
             DataError: no texts, or one that is not a string or is blank; it is named.
         """
-        tokens = self.tokenize(texts)
-        for index, text in enumerate(texts):
-            if not text.strip():
-                raise DataError(f"text {index} is blank")
+        check_batch_size(batch_size)
+        tokens = self.tokenize(checked_texts(texts))
         sizes = tokens["attention_mask"].sum(1)
         chunks = _of_like_sizes(sizes, batch_size)
         with self._inference():
@@ -274,7 +275,13 @@ class CLAP(DualEncoder):
         return embeddings.clone()
 
     def embed_summaries(self, *, audio: Tensor | None = None, text: Tensor | None = None) -> Tensor:
-        """Unit vectors [n, D], float32, of what the audio tower or the text tower `summarize`s, [n, ...]."""
+        """Unit vectors [n, D], float32, of what the audio tower or the text tower `summarize`s, [n, ...].
+
+        Raises:
+            TypeError: there are none, or of both.
+        """
+        if (audio is None) == (text is None):
+            raise TypeError("embed_summaries takes summaries of audio or of text")
         with self._inference():
             encoded = self.encode_text(summary=text) if audio is None else self.encode_audio(summary=audio)
             vectors = F.normalize(encoded.float(), dim=-1)

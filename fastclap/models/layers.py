@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -37,6 +39,60 @@ def masked_mean(
 def no_grad_if(frozen: bool) -> contextlib.AbstractContextManager[Any]:
     """No graph is built within, if what runs there is frozen."""
     return torch.no_grad() if frozen else contextlib.nullcontext()
+
+
+_computed: ContextVar[dict[nn.Module, Tensor] | None] = ContextVar("_computed", default=None)
+
+
+@contextlib.contextmanager
+def weights_computed_once() -> Iterator[None]:
+    """A weight that a parametrization computes is computed once within, for this thread, where `weight_of` asks for it.
+
+    torch's own cache (`parametrize.cached`) is of the whole process: what one thread puts into it, with a graph or
+    without, every other thread gets, and it is not emptied while any thread is within.
+    """
+    token = _computed.set({})
+    try:
+        yield
+    finally:
+        _computed.reset(token)
+
+
+def weight_of(module: Any) -> Tensor:
+    """The weight of a layer, which may be a parametrized one."""
+    known = None if torch.compiler.is_compiling() else _computed.get()
+    if known is None:
+        return module.weight
+    if module not in known:
+        known[module] = module.weight
+    return known[module]
+
+
+class SharedContext:
+    """A context of the whole process: the first of its users in any thread enters it, and the last one leaves it.
+
+    Args:
+        enter: makes the context.
+    """
+
+    def __init__(self, enter: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        self._enter, self._lock, self._users = enter, threading.Lock(), 0
+        self._context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._users:
+                self._context = self._enter()
+                self._context.__enter__()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._context.__exit__(None, None, None)
 
 
 def as_float(audio: Tensor) -> Tensor:

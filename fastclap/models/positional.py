@@ -17,10 +17,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils import parametrize
 
 from fastclap.kernels import dispatch
+from fastclap.models.layers import weight_of
 
 BLOCK = 16
 """Positions a block: the matrices grow with it, and the number of passes over inputs and outputs falls."""
@@ -44,9 +47,15 @@ class PositionalConvolution(nn.Module):
         self,
         x: Tensor,  # [B, T, channels]
     ) -> Tensor:  # [B, T, channels]
-        if not _use_products(x):
-            return self.activation(self.padding(self.conv(x.transpose(1, 2)))).transpose(1, 2)
-        return self.activation(convolve_positions(x, self.conv.weight, self.conv.bias, self.conv.groups))
+        conv: Any = self.conv
+        if _use_products(x):
+            return self.activation(convolve_positions(x, weight_of(conv), conv.bias, conv.groups))
+        x = x.transpose(1, 2)
+        if parametrize.is_parametrized(conv, "weight"):
+            y = F.conv1d(x, weight_of(conv), conv.bias, padding=conv.padding, groups=conv.groups)
+        else:
+            y = conv(x)
+        return self.activation(self.padding(y)).transpose(1, 2)
 
 
 def is_understood(embedding: Any) -> bool:
@@ -55,7 +64,12 @@ def is_understood(embedding: Any) -> bool:
     Not with hooks on the convolution (the older `torch.nn.utils.weight_norm`), which would not be called.
     """
     conv = embedding.conv
-    return conv.padding == (conv.kernel_size[0] // 2,) and not conv._forward_pre_hooks and not conv._forward_hooks
+    return (
+        conv.padding == (conv.kernel_size[0] // 2,)
+        and conv.stride == conv.dilation == (1,)
+        and not conv._forward_pre_hooks
+        and not conv._forward_hooks
+    )
 
 
 def _use_products(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastclap.config import AudioTowerConfig, TextTowerConfig
 from fastclap.errors import ConfigError, ModelError
+from fastclap.models.layers import SharedContext
 
 
 def transformers_config(
@@ -109,7 +110,10 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
         layer.compile(dynamic=True)
 
 
+_as_written = SharedContext(lambda: torch.compiler.set_stance("force_eager"))
+
+
 def graphs_of(module: Any) -> AbstractContextManager[Any]:
     """A module's layers, if they are `compiled`, run as they were written unless in training: evaluation has batches of
     many more kinds."""
-    return torch.compiler.set_stance("force_eager") if module.compiled and not module.training else nullcontext()
+    return _as_written() if module.compiled and not module.training else nullcontext()

@@ -3,11 +3,15 @@
 The vocabulary trained here is byte-level BPE over lower-cased words and punctuation. All 256 bytes are in it, so any
 string has tokens: an unseen word falls apart into known pieces and, at worst, into bytes. Everything a model needs,
 padding included, is in one `tokenizer.json`: an exported model reads text without the hub and without transformers.
+
+A tokenizer that tells no two words apart is refused wherever it comes from: transformers makes one of a handful of
+special tokens, without an error, of a folder that lacks the tokenizer's files.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +25,40 @@ if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_FILE = "tokenizer.json"
+_FILES = (  # any of these makes a tokenizer of transformers
+    *((name,) for name in (TOKENIZER_FILE, "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")),
+    *((name,) for name in ("spm.model", "tekken.json", "source.spm", "bpe.codes")),
+    ("vocab.json", "merges.txt"),
+)
+# single words in several scripts: a vocabulary that knows none of them may know words of its own
+_WORDS = (
+    "calm",
+    "angry",
+    "man",
+    "voice",
+    "7",
+    "平静",
+    "声音",
+    "спокойный",
+    "голос",
+    "هادئ",
+    "صوت",
+    "शांत",
+    "आवाज़",
+    "차분한",
+)
+
+_lock = threading.Lock()  # the length at which `tokenizers` cuts is a state of its tokenizer
+
+
+def _new_lock() -> None:
+    """A process that is forked while another thread tokenizes would wait for that thread for ever."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 class Tokenizer:
@@ -28,16 +66,24 @@ class Tokenizer:
 
     Args:
         backend: a `tokenizers.Tokenizer` with padding enabled (it names the padding token).
+        where: it comes from: the subject of the messages.
 
     Attributes:
-        vocab_size: number of ids, added tokens included.
+        vocab_size: one more than the largest id that it gives, added tokens and padding included.
+
+    Raises:
+        ModelError: it names no padding token, cannot tokenize, or gives all words the same ids.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, where: str = "the tokenizer") -> None:
         if backend.padding is None:
-            raise ModelError("the tokenizer names no padding token; call enable_padding(pad_id=..., pad_token=...)")
+            raise ModelError(f"{where} names no padding token; call enable_padding(pad_id=..., pad_token=...)")
         self.backend = backend
-        self.vocab_size: int = backend.get_vocab_size()
+        size = backend.get_vocab_size()
+        some = range(size - 1, -1, -1 - size // 1000)
+        if None in map(backend.id_to_token, some):  # ids with gaps; of 250,000 tokens the list takes a second
+            size = 1 + max(backend.get_vocab().values(), default=0)
+        self.vocab_size: int = max(size, 1 + backend.padding["pad_id"], 1 + max(_ids_of_words(backend, size, where)))
 
     def __call__(self, texts: Sequence[str], max_tokens: int) -> dict[str, Tensor]:
         """Tokenize, cut to `max_tokens` (special tokens included) and pad on the right to the longest of the batch.
@@ -48,34 +94,42 @@ class Tokenizer:
         Raises:
             DataError: no texts, or one that is not a string.
         """
-        if isinstance(texts, str) or len(texts) == 0:
+        if isinstance(texts, str) or not isinstance(texts, Iterable) or not (texts := list(texts)):
             raise DataError(f"tokenize takes a non-empty list of strings, not {texts!r}")
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise DataError(f"text {index} is {text!r}, not a string")
-        truncation = self.backend.truncation
-        if truncation is None or truncation["max_length"] != max_tokens:
-            self.backend.enable_truncation(max_tokens)
-        encodings = self.backend.encode_batch(list(texts))
+        with _lock:
+            truncation = self.backend.truncation
+            if truncation is None or truncation["max_length"] != max_tokens:
+                self.backend.enable_truncation(max_tokens)
+            encodings = self.backend.encode_batch(texts)
+        ids = torch.tensor([encoding.ids for encoding in encodings])
+        if ids.numel() and int(ids.max()) >= self.vocab_size:
+            raise ModelError(
+                f"the tokenizer gives the id {int(ids.max())}, but has {self.vocab_size} ids; copy it again"
+            )
         return {
-            "input_ids": torch.tensor([encoding.ids for encoding in encodings]),
+            "input_ids": ids,
             "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings]),
         }
 
     def save(self, path: str | Path) -> None:
         """Write `tokenizer.json` (truncation aside, which belongs to each call)."""
-        truncation = self.backend.truncation
-        self.backend.no_truncation()
-        self.backend.save(str(path))
-        if truncation is not None:
-            self.backend.enable_truncation(**truncation)
+        with _lock:
+            truncation = self.backend.truncation
+            self.backend.no_truncation()
+            text = self.backend.to_str(pretty=True)
+            if truncation is not None:
+                self.backend.enable_truncation(**truncation)
+        Path(path).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path, prepare: Callable[[tokenizers.Tokenizer], None] | None = None) -> Tokenizer:
         """Read a `tokenizer.json`, or the one in a folder; `prepare` changes it before it is looked at.
 
         Raises:
-            ModelError: the file is missing or is not a tokenizer.
+            ModelError: the file is missing or is not a usable tokenizer.
         """
         import tokenizers
 
@@ -85,34 +139,84 @@ class Tokenizer:
             raise ModelError(f"{file}: no such tokenizer file")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises bare Exception for any malformed file
+        except BaseException as error:  # tokenizers raises bare Exception for most malformed files
+            _raise_unless_of_tokenizers(error)
             raise ModelError(f"{file}: not a readable tokenizer ({error}); copy or export the model again") from error
         if prepare is not None:
             prepare(backend)
-        return cls(backend)
+        return cls(backend, str(file))
 
     @classmethod
     def from_pretrained(cls, name: str, prepare: Callable[[tokenizers.Tokenizer], None] | None = None) -> Tokenizer:
         """The tokenizer of a transformers model, from a folder or the hub; `prepare` as for `load`.
 
         Raises:
-            ModelError: there is none, or it has no `tokenizers` backend or no padding token.
+            ModelError: there is none, or it has no `tokenizers` backend or no padding token, or is not usable.
         """
+        if os.path.isdir(name):
+            _check_tokenizer_files(Path(name))
         from transformers import AutoTokenizer
 
         try:
             source = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except BaseException as error:  # of malformed files transformers and tokenizers raise errors of any kind
+            _raise_unless_of_tokenizers(error)
             raise ModelError(f"{name}: no tokenizer could be loaded ({error})") from error
         backend = getattr(source, "backend_tokenizer", None)
         if backend is not None and prepare is not None:
             prepare(backend)
-            return cls(backend)
+            return cls(backend, name)
         if backend is None or source.pad_token is None:
             lacks = "no `tokenizers` backend (a tokenizer.json)" if backend is None else "no padding token"
             raise ModelError(f"{name}: its tokenizer has {lacks}")
         backend.enable_padding(pad_id=source.pad_token_id, pad_token=source.pad_token)
-        return cls(backend)
+        return cls(backend, name)
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Check that a folder holds a tokenizer, of which transformers would otherwise make one without any words.
+
+    Raises:
+        ModelError: it does not.
+    """
+    held = {item.name for item in folder.iterdir()}
+    if not any(held.issuperset(files) for files in _FILES):
+        half = [name for files in _FILES[-1:] if held & set(files) for name in files if name not in held]
+        lacks = f"vocab.json without {half[0]}" if half == ["merges.txt"] else "none of its files"
+        known = ", ".join(" with ".join(files) for files in _FILES)
+        raise ModelError(
+            f"{folder}: no tokenizer could be loaded: the folder holds {lacks} ({known}); copy them there along with "
+            "the weights, or name a folder that has them"
+        )
+
+
+def _ids_of_words(backend: tokenizers.Tokenizer, size: int, where: str) -> list[int]:
+    """Ids that a tokenizer gives to some words: of several languages, and of its own vocabulary.
+
+    Raises:
+        ModelError: it fails, or tells no two of them apart.
+    """
+    try:
+        special = {index for index, token in backend.get_added_tokens_decoder().items() if token.special}
+        own = (backend.id_to_token(index) for index in range(0, size, 1 + size // 100) if index not in special)
+        found = [backend.encode(word).ids for word in (*_WORDS, *filter(None, own))]
+    except BaseException as error:
+        _raise_unless_of_tokenizers(error)
+        raise ModelError(f"{where} cannot tokenize ({error}); copy its files again") from error
+    padding = backend.padding
+    without = special if padding is None else special | {padding["pad_id"]}
+    if len({frozenset(ids) - without for ids in found} - {frozenset()}) < 2:
+        raise ModelError(
+            f"{where}: a vocabulary of {backend.get_vocab_size()} tokens that gives all words the same ids: files of the "
+            "tokenizer are missing or damaged; copy them there along with the weights"
+        )
+    return [index for ids in found for index in ids]
+
+
+def _raise_unless_of_tokenizers(error: BaseException) -> None:
+    """Let a BaseException pass that is none of Python's own: the Rust code of `tokenizers` raises one when it panics."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
 
 
 def as_tokenizer(
@@ -134,6 +238,8 @@ def as_tokenizer(
         backend = type(source.backend).from_str(source.backend.to_str())
         prepare(backend)
         return Tokenizer(backend)
+    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
+        raise ModelError(f"the tokenizer is {source!r}; give a Tokenizer, or the folder or hub id of one")
     path = Path(source)
     # of a transformers folder, tokenizer.json alone does not always name the padding token
     bare = (path / TOKENIZER_FILE).is_file() and not (path / "tokenizer_config.json").is_file()

@@ -487,8 +487,8 @@ def edit(path: Path, **changes: Any) -> None:
     ("changes", "message"),
     [
         ({"format_version": 99}, r"config\.json: format version 99, this fastclap reads 1"),
-        ({"audio__colour": 1}, r"config\.json: unknown configuration keys audio\.colour"),
-        ({"audio__width": "wide"}, r"config\.json: audio\.width must be int"),
+        ({"audio__colour": 1}, r"config\.json: unknown configuration key audio\.colour"),
+        ({"audio__width": "wide"}, r"config\.json: audio\.width must be a whole number"),
         ({"audio__heads": 3}, r"config\.json: width must be a multiple"),
         ({"audio__layers": 2}, r"model\.safetensors: .*audio_branch\.transformer\.blocks\.1.* is missing; .* more$"),
         (
