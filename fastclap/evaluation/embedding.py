@@ -1,18 +1,25 @@
 """Unit vectors of whole collections of clips: the way that evaluation and every command with many clips share.
 
-Clips are decoded, sorted and padded once, in threads one batch ahead of the model (`eval_batches`).
+Clips are decoded, sorted and padded once, in threads one batch ahead of the model (`eval_batches`). Recordings of more
+than `LONG_SECONDS` come first, one after the other, a few windows at a time, so that a collection of them needs no more
+memory than one of clips. Where processes share towers that are sharded, all of them run each tower equally often, and a
+long recording is read as a whole, like any clip.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
-from fastclap.data import BadClip, Row, eval_batches
+from fastclap.audio import AudioError
+from fastclap.data import BadClip, Row, eval_batches, open_clip
+from fastclap.data.rows import clip_durations
 from fastclap.evaluation.ranks import Embedded, EvaluationRanks
+from fastclap.models import encoder
 from fastclap.models.encoder import DualEncoder
 
 
@@ -47,8 +54,23 @@ def embed_clips(
     """
     ranks = ranks or EvaluationRanks(model, None)
     share = (ranks.rank, ranks.size)
-    batches = eval_batches(manifest, model.sampling_rate, batch_size, bad=bad, threads=threads, share=share)
+    seconds = clip_durations(manifest)
+    long = np.flatnonzero(seconds > (float("inf") if ranks.in_step else encoder.LONG_SECONDS)).tolist()
+    for row in sorted(long, key=lambda row: -seconds[row])[ranks.rank :: ranks.size]:
+        try:
+            with open_clip(manifest[row], model.sampling_rate) as file:
+                vector = model.embed_recording(file)
+        except AudioError as error:
+            bad.append(BadClip(row, error.path, error.reason, manifest[row].origin))
+            continue
+        yield [row], vector[None]
+    others = np.setdiff1d(np.arange(len(seconds)), long)
+    known = _Known(manifest, others, seconds[others])
+    unusable: list[BadClip] = []
+    batches = eval_batches(known, model.sampling_rate, batch_size, bad=unusable, threads=threads, share=share)
     for batch in itertools.chain(batches, itertools.repeat(None) if ranks.in_step else ()):
+        bad += [clip._replace(row=int(others[clip.row])) for clip in unusable]
+        unusable.clear()
         lengths = [] if batch is None else batch.lengths.tolist()
         if ranks.in_step:
             own = model.audio_runs(lengths) if lengths else 0
@@ -57,7 +79,21 @@ def embed_clips(
                 return
             model.run_on_silence(runs - own)
         if batch is not None:
-            yield batch.rows, model.embed_batch(batch.audio, lengths)
+            yield others[batch.rows].tolist(), model.embed_batch(batch.audio, lengths)
+    bad += [clip._replace(row=int(others[clip.row])) for clip in unusable]
+
+
+class _Known(Sequence[Row]):
+    """Some rows of a manifest, whose lengths have been read."""
+
+    def __init__(self, manifest: Sequence[Row], rows: np.ndarray, seconds: np.ndarray) -> None:
+        self._manifest, self._rows, self._seconds = manifest, rows, seconds
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._manifest[int(self._rows[place])]._replace(duration=float(self._seconds[place]))
 
 
 def embed_texts(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, TextTowerConfig
-from fastclap.errors import ConfigError, DataError, ModelError
+from fastclap.errors import ConfigError, ModelError
 from fastclap.models.audio_towers import build_audio_tower
 from fastclap.models.card import ModelFacts, model_card, published_at, with_license
 from fastclap.models.encoder import DualEncoder, check_batch_size, checked_texts
@@ -74,8 +74,7 @@ class CLAP(DualEncoder):
         self.sampling_rate = self.audio_branch.sampling_rate
         self.equal_lengths_only = self.audio_branch.equal_lengths_only
         self.single_on_cpu = self.audio_branch.single_on_cpu
-        self.chunk = self.audio_branch.chunk
-        self.beginning = None if self.chunk else self.audio_branch.window
+        self.beginning = None if self.audio_branch.chunk else self.audio_branch.window
         self.text_branch = build_text_tower(config.text, load_pretrained)
         self.audio_projection = build_head(config.head, self.audio_branch.width, "audio")
         self.text_projection = build_head(config.head, self.text_branch.width, "text")

@@ -4,10 +4,10 @@ There are two doors for audio. `embed_audio` takes what a user has: files, array
 sorts and pads them, and ends in `embed_batch`, which takes a batch that is padded already, as `eval_batches` decodes
 them for whole collections.
 
-Attention costs the square of a clip's length. A recording of more than `LONG_SECONDS` is therefore embedded in windows
-of `WINDOW_SECONDS`: its vector is the mean of their unit vectors, each as heavy as its window is long. Recordings up to
-that length are seen whole. A tower that sees the beginning of a clip alone, or cuts it into parts by itself, does what
-it does with any clip.
+Attention costs the square of a clip's length. A recording of more than `LONG_SECONDS` is therefore embedded in windows,
+as few as there can be of at most `WINDOW_SECONDS` and equally long to within a sample: its vector is the mean of their
+unit vectors, scaled to unit length. Recordings up to that length are seen whole. A tower that sees the beginning of a
+clip alone sees that of a long one.
 
 Any number of threads may embed with one model at a time, in either mode of it. Meanwhile its modules are in evaluation
 mode, so it must not train in another thread.
@@ -16,6 +16,7 @@ mode, so it must not train in another thread.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import numbers
 import operator
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 LONG_SECONDS = 300.0
 """A longer recording is embedded in windows."""
 WINDOW_SECONDS = 30.0
-"""Length of such a window."""
+"""Longest of such windows."""
 WINDOWS_AT_ONCE = 8
 """Windows that are decoded and encoded together."""
 
@@ -85,14 +86,12 @@ class DualEncoder(nn.Module):
         sampling_rate: rate in Hz of the waveforms that `encode_audio` and `embed_batch` take.
         equal_lengths_only: padding would change a clip's vector, so only clips of equal length are encoded together.
         single_on_cpu: on a CPU clips are encoded one at a time, because that is faster.
-        chunk: samples of the parts into which the encoder cuts a clip by itself; None: it does not.
         beginning: the encoder sees so many samples of a clip and no more; None: all of it.
     """
 
     sampling_rate: int
     equal_lengths_only: bool = False
     single_on_cpu: bool = False
-    chunk: int | None = None
     beginning: int | None = None
 
     @property
@@ -174,26 +173,19 @@ class DualEncoder(nn.Module):
         Raises:
             AudioError: it cannot be decoded, or all of its samples are zero.
         """
-        from fastclap.audio import AudioError
+        from fastclap.audio import AudioError, windows
 
         samples = file.num_samples if self.beginning is None else min(file.num_samples, self.beginning)
-        if self.beginning is not None or not self._in_windows(samples):
-            wave = file.read(0, samples)
-            silent, vector = not wave.any(), self.embed_batch(torch.from_numpy(wave)[None], [len(wave)])[0]
-        else:
-            silent, total = True, torch.zeros((), device=self.device)
-            step = self._window * WINDOWS_AT_ONCE
-            for begin in range(0, samples, step):
-                wave = file.read(begin, min(step, samples - begin))
-                silent = silent and not wave.any()
-                windows = torch.from_numpy(wave).split(self._window)
-                sizes = [len(window) for window in windows]
-                vectors = self.embed_batch(nn.utils.rnn.pad_sequence(windows, batch_first=True), sizes)
-                total = total + self._weighted(vectors, sizes)
-            vector = F.normalize(total, dim=-1)
+        long = self._in_windows(samples)
+        parts = windows(file, WINDOW_SECONDS) if long else iter([file.read(0, samples)])
+        silent, vectors = True, []
+        while waves := [torch.from_numpy(wave.astype(np.int16)) for wave in itertools.islice(parts, WINDOWS_AT_ONCE)]:
+            silent = silent and not any(wave.any() for wave in waves)
+            padded = nn.utils.rnn.pad_sequence(waves, batch_first=True)
+            vectors.append(self.embed_batch(padded, [len(wave) for wave in waves]))
         if silent:
             raise AudioError(file.path, "all samples are zero: the recording is silent; replace it or remove its row")
-        return vector
+        return F.normalize(torch.cat(vectors).sum(0), dim=-1) if long else vectors[0][0]
 
     def embed_batch(
         self,
@@ -229,32 +221,23 @@ class DualEncoder(nn.Module):
                 if run[0].whole:
                     sums[rows.to(sums.device)] = encoded
                 else:  # all of one clip
-                    sums[run[0].row] += self._weighted(F.normalize(encoded, dim=-1), sizes)
+                    sums[run[0].row] += F.normalize(encoded, dim=-1).sum(0)
             assert sums is not None
             vectors = F.normalize(sums, dim=-1)
         return vectors.clone()  # outside of inference mode, so that the result can enter a graph
 
-    @property
-    def _window(self) -> int:
-        """Samples of a window of a long recording."""
-        return self.chunk or round(WINDOW_SECONDS * self.sampling_rate)
-
     def _in_windows(self, samples: int) -> bool:
         return self.beginning is None and samples > LONG_SECONDS * self.sampling_rate
-
-    def _weighted(self, vectors: Tensor, sizes: Sequence[int]) -> Tensor:  # [D]
-        """Sum of the windows' unit vectors [n, D]: by their lengths, but for an encoder's own parts, which are equal."""
-        weights = [1.0 if self.chunk else size / self._window for size in sizes]
-        return (vectors * torch.tensor(weights, device=vectors.device)[:, None]).sum(0)
 
     def _runs(self, lengths: Sequence[int]) -> list[list[_Piece]]:
         """What is encoded together: clips of a batch, or windows of one of them."""
         short = [row for row, size in enumerate(lengths) if not self._in_windows(size)]
         parts = [[_Piece(row, 0, lengths[row], True) for row in short]] if short else []
         for row in (row for row, size in enumerate(lengths) if self._in_windows(size)):
-            begins = range(0, lengths[row], self._window)
-            windows = [_Piece(row, begin, min(self._window, lengths[row] - begin), False) for begin in begins]
-            parts += [windows[first : first + WINDOWS_AT_ONCE] for first in range(0, len(windows), WINDOWS_AT_ONCE)]
+            count = math.ceil(lengths[row] / (WINDOW_SECONDS * self.sampling_rate))
+            edges = [lengths[row] * number // count for number in range(count + 1)]
+            pieces = [_Piece(row, begin, end - begin, False) for begin, end in itertools.pairwise(edges)]
+            parts += [pieces[first : first + WINDOWS_AT_ONCE] for first in range(0, count, WINDOWS_AT_ONCE)]
         return [[part[i] for i in group] for part in parts for group in self.encoding_groups([p.size for p in part])]
 
     def audio_runs(self, lengths: Sequence[int]) -> int:

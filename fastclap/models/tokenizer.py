@@ -207,14 +207,14 @@ def _ids_of_words(backend: tokenizers.Tokenizer, size: int, where: str) -> list[
     without = special if padding is None else special | {padding["pad_id"]}
     if len({frozenset(ids) - without for ids in found} - {frozenset()}) < 2:
         raise ModelError(
-            f"{where}: a vocabulary of {backend.get_vocab_size()} tokens that gives all words the same ids: files of the "
-            "tokenizer are missing or damaged; copy them there along with the weights"
+            f"{where}: a vocabulary of {backend.get_vocab_size()} tokens that gives all words the same ids: files "
+            "of the tokenizer are missing or damaged; copy them there along with the weights"
         )
     return [index for ids in found for index in ids]
 
 
 def _raise_unless_of_tokenizers(error: BaseException) -> None:
-    """Let a BaseException pass that is none of Python's own: the Rust code of `tokenizers` raises one when it panics."""
+    """Raise an interrupt or an exit; when its Rust code panics, `tokenizers` raises a BaseException too."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 
