@@ -272,7 +272,8 @@ def confusion_matrix(column: str, figures: Mapping[str, Any]) -> Figure:
     figure = _figure(side + 0.09 * longest + 4.2, side + 0.075 * longest + 1.3)
     matrix, bars = figure.subplots(1, 2, sharey=True, width_ratios=(side, 2.6))
 
-    shares = [[count / sum(row) if sum(row) else math.nan for count in row] for row in confusion]
+    totals = [sum(row) or math.nan for row in confusion]
+    shares = [[count / total for count in row] for row, total in zip(confusion, totals, strict=True)]
     blues = matplotlib.colormaps["Blues"].with_extremes(bad="#eeeeee")  # bad: a class without clips has no shares
     matrix.imshow(shares, cmap=blues, vmin=0, vmax=1, aspect="auto")
     labelled = range(0, size, math.ceil(size / MAX_LABELLED))
