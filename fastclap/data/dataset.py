@@ -9,22 +9,22 @@ run when it grows too long.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from multiprocessing import connection
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fastclap.audio import MIN_SECONDS, AudioError, Clip, whole_clip
 from fastclap.data.hashing import CAPTION, CROP, PERTURBATION, REPLACEMENT, draw, hash64
@@ -33,7 +33,17 @@ from fastclap.data.rows import Manifest, Row, clip_durations
 from fastclap.data.sampler import BatchSampler
 from fastclap.data.shards import open_clip
 from fastclap.data.tags import TagPrompts, row_tags
-from fastclap.data.workers import describe_deaths, fork_server, start_worker
+from fastclap.data.workers import (
+    ELSEWHERE,
+    ROW_TIMEOUT,
+    TIMEOUT,
+    WorkerGone,
+    WorkerStuck,
+    in_processes,
+    in_threads,
+    never,
+    now_at,
+)
 from fastclap.errors import DataError, FastclapError, TrainingError
 
 T = TypeVar("T")
@@ -198,6 +208,7 @@ class ClipDataset(Dataset[Batch]):
             used_row, clip = self.usable(occasion, row, used, bad, self._load)
             rows.append(used_row)
             clips.append(clip)
+        now_at(ELSEWHERE)
         captions = self.draw_captions(step, occasion, rows)
         prompts, tags = [], None
         if self.tags is not None:
@@ -250,6 +261,8 @@ class ClipDataset(Dataset[Batch]):
                 if candidate == row or (candidate in used and attempt < _MAX_REPLACEMENTS // 2):
                     continue
             try:
+                if stuck := now_at(candidate):
+                    raise AudioError(self.manifest[candidate].audio, stuck)
                 clip = load(epoch, candidate)
             except AudioError as error:
                 reason = str(error)
@@ -457,51 +470,68 @@ class Quarantine:
             self._known.add((clip["row"], clip["path"]))
 
 
-class _ErrorsAsItems(Dataset[Any]):
-    """Returns a user's error as an item, because torch would bury its message in the traceback of the worker."""
+class _Timed:
+    """Makes batches, and notes how long that took."""
 
     def __init__(self, dataset: Dataset[Batch]) -> None:
-        self.dataset = dataset
+        self._dataset = dataset
 
-    def __getitem__(self, item: tuple[int, int, list[int]]) -> Batch | FastclapError:
+    def __call__(self, item: tuple[int, int, list[int]]) -> Batch:
         begin = time.perf_counter()
-        try:
-            batch = self.dataset[item]
-        except FastclapError as error:
-            return error
+        batch = self._dataset[item]
         batch.seconds = time.perf_counter() - begin
         return batch
 
 
+@dataclass
 class Loader:
     """Iterates over batches, decoded ahead in loader processes; see `make_loader`."""
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = loader
+    dataset: Dataset[Batch]
+    sampler: BatchSampler
+    num_workers: int
+    prefetch: int
+    pin_memory: bool
+    timeout: float
+    stopping: Callable[[], bool]
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self._loader)
+        pin = pinned_on(torch.cuda.current_device()) if self.pin_memory and torch.cuda.is_available() else _identity
+        make = _Timed(self.dataset)
+        if not self.num_workers:
+            yield from map(pin, map(make, self.sampler))
+            return
         try:
-            for item in batches:
-                if isinstance(item, FastclapError):
-                    raise item
-                yield item
-        except (RuntimeError, EOFError, OSError) as error:
-            # What torch raises depends on what the process was doing when it died: all of these were seen, and none
-            # says how it died. So the processes are asked, which may be known a moment later than the error.
-            processes = getattr(batches, "_workers", [])
-            connection.wait([process.sentinel for process in processes], timeout=1 if processes else 0)
-            ended = [(process.pid, process.exitcode) for process in processes if not process.is_alive()]
-            if not ended:
-                raise
+            yield from in_processes(
+                make,
+                self.sampler,
+                self.num_workers,
+                ahead=self.prefetch,
+                timeout=self.timeout,
+                stopping=self.stopping,
+                receive=pin,
+            )
+        except WorkerGone as error:
             raise TrainingError(
-                f"a data loading process is gone: {describe_deaths(ended)}. Continue the run (--resume) with less "
+                f"a data loading process is gone: {error}. Continue the run (--resume) with less "
                 "memory in loader processes: fewer of them (--data.workers), fewer batches ahead (--data.prefetch) "
                 "or a smaller cache (--data.cache-mb); with --data.workers 0 a clip that crashes a decoder shows up"
             ) from error
-        finally:
-            # Not left to the garbage collector: an error keeps its frames, and so the processes, until the very end.
-            getattr(batches, "_shutdown_workers", lambda: None)()
+        except WorkerStuck as error:
+            row = None if error.place == ELSEWHERE else self.sampler.manifest[error.place]
+            where = f"step {error.item[0]}" if row is None else f"{row.origin}: {row.audio}"
+            raise DataError(
+                f"{where}: data loading process {error.pid} made no progress for {self.timeout:g} s, and neither did "
+                "the one before it: a drive does not answer, or the machine is overloaded. Continue the run (--resume) "
+                "when that is mended, without the clip, or with a longer --data.worker-timeout"
+            ) from error
+        except (OSError, RuntimeError) as error:
+            if getattr(error, "errno", None) == errno.EMFILE or "ancdata" in str(error):
+                raise TrainingError(
+                    "too many open files: each tensor of a batch that is ready takes one. Continue the run (--resume) "
+                    "with fewer batches ahead (--data.prefetch, --data.workers), or raise the limit (ulimit -n)"
+                ) from error
+            raise
 
 
 def make_loader(
@@ -511,39 +541,43 @@ def make_loader(
     num_workers: int = 0,
     prefetch: int = 2,
     pin_memory: bool = False,
+    timeout: float = TIMEOUT,
+    stopping: Callable[[], bool] = never,
 ) -> Loader:
     """The batches of `sampler` in order, from its `start_step` to its `stop_step`.
 
     Args:
         dataset: maps an item of the sampler to a batch.
-        num_workers: loader processes; 0 decodes in the calling process. They come from a fork server, which has
-            imported torch once and holds no CUDA state, and end with the calling process even if that is killed.
-        prefetch: batches that each loader process keeps ready.
+        num_workers: loader processes; 0 decodes in the calling process, where nothing can end a read that hangs. They
+            come from a fork server, which has imported torch once and holds no CUDA state, and end with the calling
+            process even if that is killed.
+        prefetch: batches that each loader process may be ahead.
         pin_memory: copy batches to pinned memory in a thread, for asynchronous transfer to a GPU.
+        timeout: seconds of waiting without progress after which a loader process is replaced, by one that makes the
+            same batch. A clip at which the second one stops too is left out like one that cannot be read.
+        stopping: asked about twice a second while waiting for a loader process.
 
     Raises:
-        DataError: while iterating, an error in a loader process; the message is the same as without processes.
-        TrainingError: while iterating, a loader process was killed or crashed; noticed within a few seconds.
+        DataError: while iterating, an error in a loader process, with the same message as without processes; or two of
+            them stood still.
+        LoaderStopped: while iterating, `stopping` said so.
+        TrainingError: while iterating, a loader process was killed or crashed, or there were too many open files.
     """
-    return Loader(
-        DataLoader(
-            _ErrorsAsItems(dataset),
-            batch_size=None,
-            sampler=sampler,
-            collate_fn=_identity,
-            num_workers=num_workers,
-            prefetch_factor=prefetch if num_workers else None,
-            pin_memory=pin_memory,
-            multiprocessing_context=fork_server() if num_workers else None,
-            # torch draws a seed for its workers; from the default generator, that would shift what a resumed run draws.
-            generator=torch.Generator(),
-            worker_init_fn=start_worker,
-        )
-    )
+    return Loader(dataset, sampler, num_workers, prefetch, pin_memory, timeout, stopping)
 
 
-def _identity(item: Any) -> Any:
-    return item
+def pinned_on(device: int) -> Callable[[Batch], Batch]:
+    """A function that copies a batch to memory pinned for a GPU, from any thread."""
+
+    def pin(batch: Batch) -> Batch:
+        torch.cuda.set_device(device)  # each thread has its own current device, at first the first one
+        return batch.pin_memory()
+
+    return pin
+
+
+def _identity(batch: Batch) -> Batch:
+    return batch
 
 
 class EvalBatch(NamedTuple):
@@ -565,6 +599,8 @@ def eval_batches(
     bad: list[BadClip] | None = None,
     threads: int = 4,
     share: tuple[int, int] = (0, 1),
+    timeout: float = ROW_TIMEOUT,
+    stopping: Callable[[], bool] = never,
 ) -> Iterator[EvalBatch]:
     """Every clip once, whole, longest first in batches of similar length, for evaluation and embedding.
 
@@ -579,9 +615,12 @@ def eval_batches(
         threads: decoding threads.
         share: rank and number of processes that share the batches: this one makes each `share[1]`-th, and they are as
             long as those of the others to within one batch.
+        timeout: seconds to wait for one clip.
+        stopping: asked about twice a second while waiting for a clip.
 
     Raises:
-        DataError: a clip is unusable and `bad` is None.
+        DataError: a clip is unusable and `bad` is None, or could not be read in time.
+        LoaderStopped: `stopping` said so.
     """
 
     def load(row: int) -> tuple[int, Clip | BadClip]:
@@ -595,17 +634,24 @@ def eval_batches(
     order = np.argsort(-clip_durations(manifest), kind="stable").tolist()
     groups = [order[first : first + batch_size] for first in range(0, len(order), batch_size)][share[0] :: share[1]]
     limit = None if max_seconds is None else round(max_seconds * sampling_rate)
-    with ThreadPoolExecutor(threads) as pool:
-        ahead = [pool.submit(load, row) for row in groups[0]] if groups else []
-        for following in [*groups[1:], []] if groups else []:
-            current, ahead = ahead, [pool.submit(load, row) for row in following]
+    with contextlib.closing(
+        in_threads(
+            load,
+            itertools.chain.from_iterable(groups),
+            threads,
+            ahead=max(batch_size, threads),
+            timeout=timeout,
+            stopping=stopping,
+            describe=lambda row: f"{manifest[row].origin}: {manifest[row].audio}",
+        )
+    ) as decoded:
+        for group in groups:
             rows, clips = [], []
-            for row, clip in (future.result() for future in current):
+            for row, clip in itertools.islice(decoded, len(group)):
                 if isinstance(clip, Clip):
                     rows.append(row)
                     clips.append(clip)
                 elif bad is None:
-                    pool.shutdown(cancel_futures=True)
                     raise DataError(f"{clip.origin}: {clip.path}: {clip.reason}")
                 else:
                     bad.append(clip)

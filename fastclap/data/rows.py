@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
 from typing import Literal, NamedTuple, overload
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastclap.audio import AudioError, audio_info
+from fastclap.data.workers import in_threads
 from fastclap.errors import DataError
 
 Mix = Literal["concat", "interleave"]
@@ -113,15 +115,40 @@ class Manifest(Sequence[Row]):
         begin = ends[index - 1] if index else 0
         return Row(*pickle.loads(self._bytes.numpy()[begin : ends[index]].data))
 
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits of what training sees: the order of the rows, their captions, tags and durations.
+
+        Of a path only the file's name counts, so that data may move; what the files hold does not.
+        """
+        digest = blake2b(digest_size=16)
+        for row in self:
+            seen = (os.path.basename(row.audio), *row[1:7], row.source)
+            digest.update(repr(seen).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
     def __repr__(self) -> str:
         tags = ", ".join(self.columns) or "none"
         return f"Manifest({len(self)} rows from {', '.join(self.source_names)}; tags: {tags})"
+
+
+def check_column(manifest: Manifest, column: str, flag: str) -> None:
+    """Raise DataError if no row has a tag in a column that a flag names."""
+    has_class = any(row.classification_tag for row in manifest)
+    if column not in manifest.columns and not (column == "classification_tag" and has_class):
+        known = ", ".join([*["classification_tag"] * has_class, *manifest.columns])
+        raise DataError(
+            f"{flag} {column}: no row of {', '.join(manifest.source_names)} has a tag in it; the columns of tags are: "
+            f"{known or 'none'}"
+        )
 
 
 def clip_durations(rows: Sequence[Row], threads: int = 8) -> np.ndarray:
     """Seconds of every clip, float64 [rows]: the row's, else from the file's header; 0 where that cannot be read.
 
     An unreadable file is no error here: it is reported when its clip is drawn.
+
+    Raises:
+        DataError: a file could not be read in time: its drive does not answer.
     """
     known = rows.durations if isinstance(rows, Manifest) else [row.duration for row in rows]  # None becomes NaN
     durations = np.array(known, np.float64)
@@ -132,16 +159,15 @@ def clip_durations(rows: Sequence[Row], threads: int = 8) -> np.ndarray:
 
         console = Console(stderr=True)
         paths = (rows[int(row)].audio for row in unknown)
-        with ThreadPoolExecutor(threads) as pool:
-            seconds = track(
-                pool.map(_seconds_of_file, paths, chunksize=1),
-                "Reading clip lengths",
-                total=len(unknown),
-                console=console,
-                transient=True,
-                disable=not console.is_terminal,
-            )
-            durations[unknown] = list(seconds)
+        seconds = track(
+            in_threads(_seconds_of_file, paths, threads, ahead=64 * threads),
+            "Reading clip lengths",
+            total=len(unknown),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        durations[unknown] = list(seconds)
     return durations
 
 

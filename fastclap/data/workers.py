@@ -1,27 +1,99 @@
-"""Helper processes: where they come from, how they begin, and what to say when one of them dies."""
+"""Helper processes and threads: results in order, made a little ahead, by helpers that are watched.
+
+A read of a hung network drive cannot be interrupted, and a process may be stopped, or be killed when memory runs out.
+So nobody here waits without looking: the wait for a result is made of slices, between which a wish to stop is heeded
+and the helper that owes the result is looked at. Each process has a pipe of its own, served by a thread of its own, and
+notes in shared memory what it is at. (torch's DataLoader has one pipe for all of its processes: one that is stopped
+while it writes stops them all, and none can be replaced.)
+
+A process that makes no progress is killed, and a new one makes the same result, so that an accident (a stopped process,
+a drive that was away) changes nothing. A clip at which the second one stops too is left out like any other that cannot
+be read. Whoever needs a third replacement has no clip with a fault but a machine, and the run ends, to be continued.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import itertools
 import multiprocessing
+import multiprocessing.process
 import os
+import queue
 import signal
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterable, Mapping
+from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from typing import TYPE_CHECKING, TypeVar
+from multiprocessing.reduction import ForkingPickler
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastclap.errors import DataError
+import numpy as np
+import torch
+
+from fastclap import console
+from fastclap.errors import DataError, FastclapError
 
 if TYPE_CHECKING:
     from fastclap.data.rows import Row
 
-_GRACE_SECONDS = 30
+TIMEOUT = 120.0
+"""Seconds without any progress after which a helper counts as stuck."""
 
+ROW_TIMEOUT = 600.0
+"""The same for commands that decode whole recordings, which may last hours."""
+
+ELSEWHERE = -1
+"""What a process is at when it is at no clip."""
+
+_GRACE_SECONDS = 30
+_START_SECONDS = 300  # for a process to begin; importing torch takes long on a busy machine
+_END_SECONDS = 2  # for one that was killed to be gone
+_SLICE = 0.5  # seconds
+
+S = TypeVar("S")
 T = TypeVar("T")
+Tasks = queue.SimpleQueue[Any]  # of (number, item); None ends a helper
+Results = queue.SimpleQueue[tuple[int, Any, "BaseException | None"]]  # (number, result, error)
+
+
+class LoaderStopped(Exception):
+    """The wait for a batch was given up because `stopping` said so."""
+
+
+class WorkerGone(Exception):
+    """A helper process has ended.
+
+    Attributes:
+        deaths: (process id, exit code) of those that have.
+        item: what it had been given.
+    """
+
+    def __init__(self, deaths: list[tuple[int | None, int | None]], item: Any) -> None:
+        super().__init__(describe_deaths(deaths))
+        self.deaths = deaths
+        self.item = item
+
+
+class WorkerStuck(Exception):
+    """A helper process made no progress, and neither did the one in its place.
+
+    Attributes:
+        pid: of the process.
+        item: what it had been given.
+        place: what it noted with `now_at`.
+    """
+
+    def __init__(self, pid: int | None, item: Any, place: int) -> None:
+        super().__init__(f"process {pid} is stuck")
+        self.pid, self.item, self.place = pid, item, place
+
+
+def never() -> bool:
+    """No wish to stop."""
+    return False
 
 
 def fork_server() -> BaseContext:
@@ -31,11 +103,11 @@ def fork_server() -> BaseContext:
     return context
 
 
-def start_worker(worker: int = 0) -> None:
+def start_worker() -> None:
     """Tie this helper process to its parent.
 
-    It ends when the parent ends; torch watches the fork server instead, which survives a killed run. It survives a
-    signal to the whole process group (Ctrl-C, a scheduler's SIGTERM), so that the parent can finish its step and save.
+    It ends when the parent ends. It survives a signal to the whole process group (Ctrl-C, a scheduler's SIGTERM), so
+    that the parent can finish its step and save.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_SECONDS))  # then SIGALRM ends it
@@ -50,7 +122,7 @@ def start_worker(worker: int = 0) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def describe_deaths(ended: Iterable[tuple[int, int | None]]) -> str:
+def describe_deaths(ended: Iterable[tuple[int | None, int | None]]) -> str:
     """How helper processes ended, from their (process id, exit code) pairs, in words that explain the signal."""
     found = []
     for pid, code in ended:
@@ -67,57 +139,338 @@ def describe_deaths(ended: Iterable[tuple[int, int | None]]) -> str:
     return "; ".join(found) or "a process ended"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# in a helper process
+
+_noted = np.zeros(2, np.int64)  # how often this process has noted something, and what
+_left_out: Mapping[int, str] = {}
+
+
+def now_at(place: int) -> str | None:
+    """Note, for whoever watches this process, that it is alive and what it is at, such as the row of a clip.
+
+    Returns:
+        Why this clip is to be left out; None: it is not.
+    """
+    _noted[1] = place
+    _noted[0] += 1
+    return _left_out.get(place)
+
+
+def _serve(connection: Connection, function: Callable[[Any], Any], noted: torch.Tensor) -> None:
+    """What a helper process does: make results of what arrives until the other end of the pipe is closed."""
+    global _noted, _left_out
+    start_worker()
+    torch.set_num_threads(1)
+    _noted = noted.numpy()
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            now_at(ELSEWHERE)
+            item, _left_out = connection.recv()
+            now_at(ELSEWHERE)
+            connection.send_bytes(_packed_result(function, item))
+
+
+def _packed_result(function: Callable[[Any], Any], item: Any) -> Any:
+    try:
+        return ForkingPickler.dumps((function(item), None))
+    except FastclapError as error:
+        return ForkingPickler.dumps((None, error))
+    except Exception:
+        return ForkingPickler.dumps((None, RuntimeError(f"in process {os.getpid()}:\n{traceback.format_exc()}")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in the process that wants the results
+
+
+class _Worker(threading.Thread):
+    """A helper process, and the thread that hands it tasks and takes its results."""
+
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        tasks: Tasks,
+        results: Results,
+        left_out: Mapping[int, str],
+        receive: Callable[[Any], Any],
+        first: tuple[int, Any] | None = None,
+    ) -> None:
+        super().__init__(daemon=True)
+        self._tasks, self._results, self._left_out, self._receive = tasks, results, left_out, receive
+        self.task = first
+        self.given_up = False  # whether nobody waits for it any more
+        self.noted = torch.zeros(2, dtype=torch.int64).share_memory_()
+        context = fork_server()
+        self._connection, there = context.Pipe()
+        self.process = context.Process(target=_serve, args=(there, function, self.noted), daemon=True)  # type: ignore[attr-defined]
+        self.process.start()
+        there.close()
+        self.start()
+
+    def run(self) -> None:
+        try:
+            while not self.given_up:
+                if self.task is None and (task := self._tasks.get()) is not None:
+                    self.task = task
+                if self.task is None or self.given_up:
+                    break
+                number, item = self.task
+                self._connection.send((item, dict(self._left_out)))
+                result, error = self._connection.recv()
+                if error is None:
+                    result = self._receive(result)
+                self.task = None
+                self._results.put((number, result, error))
+        except Exception as error:  # of many kinds, by what the process was doing when it died
+            if not self.given_up:
+                self.process.join(timeout=1)
+                gone = self.process.exitcode is not None
+                item = None if self.task is None else self.task[1]
+                death = WorkerGone([(self.process.pid, self.process.exitcode)], item) if gone else error
+                self._results.put((ELSEWHERE, None, death))
+        finally:
+            self._connection.close()
+
+    def give_up(self) -> None:
+        """End the process, whatever it is at: it holds nothing of value."""
+        self.given_up = True
+        self.process.kill()
+
+    def wait(self) -> None:
+        """Wait for the end of a process that was given up."""
+        self.process.join(_END_SECONDS)
+        self.join(_END_SECONDS)
+        if self.process.is_alive():  # within a system call that nothing ends; Python would wait for it at its own end
+            multiprocessing.process._children.discard(self.process)  # type: ignore[attr-defined]
+
+
+def in_processes(
+    function: Callable[[S], T],
+    items: Iterable[S],
+    workers: int,
+    *,
+    ahead: int,
+    timeout: float = TIMEOUT,
+    stopping: Callable[[], bool] = never,
+    receive: Callable[[T], T] = lambda result: result,
+) -> Generator[T, None, None]:
+    """What `function` makes of each item, in order; made in processes a little ahead of the caller.
+
+    Args:
+        function: picklable. What it notes with `now_at` is its progress, and a clip that it can leave out.
+        items: taken as they are needed.
+        workers: processes, at least one. They end with the generator, or with this process however it ends.
+        ahead: items a process that are under way or waiting for the caller.
+        timeout: seconds that a process may make no progress while the caller waits for it; the first one is replaced.
+        stopping: asked about twice a second while waiting.
+        receive: called with each result as it arrives, in a thread.
+
+    Raises:
+        LoaderStopped: `stopping` said so.
+        WorkerGone: a process died.
+        WorkerStuck: a process made no progress, nor did the one that replaced it.
+        Exception: what `function` raised; if it was no FastclapError, a RuntimeError with its traceback.
+    """
+    tasks: Tasks = queue.SimpleQueue()
+    results: Results = queue.SimpleQueue()
+    left_out: dict[int, str] = {}
+    crew: list[_Worker] = []
+    pause = min(_SLICE, timeout / 2)
+
+    def hire(first: tuple[int, Any] | None = None) -> None:
+        crew.append(_Worker(function, tasks, results, left_out, receive, first))
+
+    def dismiss() -> None:
+        for worker in crew:
+            worker.give_up()
+            tasks.put(None)
+        for worker in crew:
+            worker.wait()
+
+    # Seconds are counted while somebody waits, not by a clock, which goes on while this process is suspended.
+    silent = 0.0
+    last: tuple[int | None, int] = None, 0  # the process that owes the result, and how often it had noted something
+    stuck_at: dict[int, list[int]] = {}  # by the number of a result: where processes that owed it stood still
+
+    def watch(due: int) -> None:
+        nonlocal silent, last
+        at_work = ((worker, task) for worker in crew if (task := worker.task) is not None)
+        worker, task = next(((worker, task) for worker, task in at_work if task[0] == due), (None, None))
+        if worker is None or task is None:
+            return
+        pid = worker.process.pid
+        count, place = worker.noted.tolist()
+        silent, last = (silent + pause if last == (pid, count) else 0.0), (pid, count)
+        if silent < (timeout if count else max(timeout, _START_SECONDS)):
+            return
+        silent = 0.0
+        before = stuck_at.setdefault(due, [])
+        before.append(place)
+        if len(before) > 1 and (before[1:] != before[:1] or place == ELSEWHERE):
+            raise WorkerStuck(pid, task[1], place)
+        if len(before) > 1:
+            left_out[place] = f"could not be read within {timeout:g} s, twice; see to its drive, or remove its row"
+        console.note(f"process {pid} made no progress for {timeout:g} s; another one takes over")
+        worker.give_up()
+        crew.remove(worker)
+        worker.wait()
+        hire(task)
+
+    atexit.register(dismiss)  # before multiprocessing waits for processes, which may be stuck
+    try:
+        for _ in range(workers):
+            hire()
+        yield from _in_order(items, ahead * workers, tasks, results, watch, stopping, pause)
+    finally:
+        atexit.unregister(dismiss)
+        dismiss()
+
+
+def in_threads(
+    function: Callable[[S], T],
+    items: Iterable[S],
+    threads: int,
+    *,
+    ahead: int,
+    timeout: float = TIMEOUT,
+    stopping: Callable[[], bool] = never,
+    describe: Callable[[S], str] = str,
+) -> Generator[T, None, None]:
+    """What `function` makes of each item, in order; made in threads a little ahead of the caller.
+
+    A thread that is stuck is left behind, and does not keep the process from ending.
+
+    Args:
+        function: may raise.
+        items: taken as they are needed.
+        threads: how many, at least one.
+        ahead: items in all that are under way or waiting for the caller.
+        timeout: seconds that the caller waits for one result.
+        stopping: asked about twice a second while waiting.
+        describe: an item, for the message.
+
+    Raises:
+        LoaderStopped: `stopping` said so.
+        DataError: a thread is stuck.
+        Exception: what `function` raised.
+    """
+    tasks: Tasks = queue.SimpleQueue()
+    results: Results = queue.SimpleQueue()
+    pause = min(_SLICE, timeout / 2)
+    under_way: dict[int, S] = {}
+    ended = False
+    silent, last = 0.0, ELSEWHERE
+
+    def work() -> None:
+        while (task := tasks.get()) is not None and not ended:
+            number, item = task
+            under_way[number] = item
+            try:
+                results.put((number, function(item), None))
+            except BaseException as error:
+                results.put((number, None, error))
+            del under_way[number], task, item
+
+    def watch(due: int) -> None:
+        nonlocal silent, last
+        silent, last = (silent + pause if due == last else 0.0), due
+        if silent >= timeout:
+            item = under_way.get(due)
+            what = "a clip" if item is None else describe(item)
+            raise DataError(f"{what}: could not be read within {timeout:g} s; see to its drive, and run it again")
+
+    for _ in range(threads):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        yield from _in_order(items, ahead, tasks, results, watch, stopping, pause)
+    finally:
+        ended = True
+        for _ in range(threads):
+            tasks.put(None)
+
+
+def _in_order(
+    items: Iterable[Any],
+    ahead: int,
+    tasks: Tasks,
+    results: Results,
+    watch: Callable[[int], None],
+    stopping: Callable[[], bool],
+    pause: float,
+) -> Generator[Any, None, None]:
+    """Hand out items as numbered tasks, at most `ahead` before the caller, and yield their results in order.
+
+    Args:
+        watch: called with the number of the result that is due, after each `pause` seconds without any result.
+    """
+    source = enumerate(items)
+    done: dict[int, tuple[Any, BaseException | None]] = {}
+    given = 0
+    for due in itertools.count():
+        for task in itertools.islice(source, due + ahead - given):
+            tasks.put(task)
+            given += 1
+        if due == given:
+            return
+        begin = time.monotonic()
+        while due not in done:
+            try:
+                number, result, error = results.get(timeout=pause)
+            except queue.Empty:
+                watch(due)
+            else:
+                if number == ELSEWHERE and error is not None:
+                    raise error
+                if number >= due:  # else made twice: by a process that was given up, and by the one in its place
+                    done[number] = result, error
+            if due not in done and time.monotonic() - begin >= pause and stopping():
+                raise LoaderStopped("stopped while waiting for data")
+        result, error = done.pop(due)
+        if error is not None:
+            raise error
+        yield result
+        del result
+
+
 def map_rows(
-    function: Callable[[Row], T], rows: Iterable[Row], workers: int, *, ahead: int, doing: str, goes_on: str
+    function: Callable[[Row], T],
+    rows: Iterable[Row],
+    workers: int,
+    *,
+    ahead: int,
+    doing: str,
+    goes_on: str,
+    timeout: float = ROW_TIMEOUT,
 ) -> Generator[T, None, None]:
     """What `function` makes of each row, in order; made in processes a little ahead of the caller.
 
     Args:
         function: picklable.
         rows: taken as they are needed.
-        workers: processes; 0: everything is made in this one.
+        workers: processes; 0: everything is made in this one, where nothing watches it.
         ahead: rows a process that are under way or waiting for the caller.
         doing: what the processes are doing, such as "decoding", and
         goes_on: where the same command goes on, such as "from there"; both for the message of the error.
+        timeout: seconds that one row may take; it is tried twice.
 
     Raises:
-        DataError: a process died.
+        DataError: a process died or is stuck.
     """
     if not workers:
         yield from map(function, rows)
         return
-    pool = ProcessPoolExecutor(workers, fork_server(), initializer=start_worker)
-    pending: deque[tuple[Row, Future[T]]] = deque()
     try:
-        for row in rows:
-            pending.append((row, pool.submit(function, row)))
-            if len(pending) == ahead * workers:
-                yield pooled_result(pending[0][1], pool)
-                pending.popleft()
-        while pending:
-            yield pooled_result(pending[0][1], pool)
-            pending.popleft()
-    except BrokenProcessPool as error:
-        suspects = ", ".join(row.audio for row, _ in itertools.islice(pending, workers))
+        yield from in_processes(function, rows, workers, ahead=ahead, timeout=timeout)
+    except WorkerGone as error:
+        where = "" if error.item is None else f" at {error.item.audio}"
         raise DataError(
-            f"a {doing} process died, most likely because memory ran out or a decoder crashed, at about {suspects}; "
-            f"run the same command again, which goes on {goes_on}, with fewer --workers, or with --workers 0 to see "
-            "which clip it is"
+            f"a {doing} process died{where} ({error}), most likely because memory ran out or a decoder crashed; run "
+            f"the same command again, which goes on {goes_on}, with fewer --workers"
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def pooled_result(future: Future[T], pool: ProcessPoolExecutor) -> T:
-    """What a future gives.
-
-    The pool notices a process that dies, unless that happens while it sends a result: then the pool reads on forever,
-    as its own end of the pipe is open. So the processes are watched here too, and that end is closed.
-    """
-    while not wait([future], timeout=1).done:
-        processes = list((pool._processes or {}).values())
-        if any(process.exitcode is not None for process in processes):
-            for process in processes:
-                process.kill()
-            pool._result_queue._writer.close()  # type: ignore[attr-defined]
-    return future.result()
+    except WorkerStuck as error:
+        raise DataError(
+            f"{error.item.origin}: {error.item.audio}: {doing} it took more than {timeout:g} s, twice (process "
+            f"{error.pid}): its drive does not answer, or it is too long; see to that or remove the row, and run the "
+            f"same command again, which goes on {goes_on}"
+        ) from error

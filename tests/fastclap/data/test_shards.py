@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import pickle
 import signal
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +24,6 @@ from fastclap.commands.main import main
 from fastclap.data import BatchSampler, ClipDataset, Manifest, Quarantine, eval_batches, load_manifest, make_loader
 from fastclap.data.pack import pack
 from fastclap.data.shards import BLOCK, PackedFile, open_clip
-from fastclap.data.workers import fork_server, pooled_result
 from fastclap.errors import ConfigError, DataError
 
 RATE = 16000
@@ -331,28 +326,11 @@ def test_a_decoding_process_that_dies_is_named(mixed: str, tmp_path: Path) -> No
             for process in multiprocessing.active_children():
                 os.kill(process.pid or 0, signal.SIGKILL)
 
-    with pytest.raises(
-        DataError, match=r"a decoding process died.* at about .*\.(wav|flac).*; run the same command again"
-    ):
+    with pytest.raises(DataError, match=r"a decoding process died at .*\.(wav|flac).*; run the same command again"):
         pack(load_manifest(mixed), tmp_path / "pack", workers=1, advance=kill)
     assert not list((tmp_path / "pack").glob("shard*"))
     pack(load_manifest(mixed), tmp_path / "pack")
     assert len(load_manifest(str(tmp_path / "pack"))) == 16
-
-
-def die_while_sending() -> None:
-    """Send a length and the first of so many bytes as the result, and be killed."""
-
-    def send(connection: Any, message: Any) -> None:
-        os.write(connection.fileno(), struct.pack("!i", 100) + b"x")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    multiprocessing.connection.Connection._send_bytes = send  # type: ignore[attr-defined]
-
-
-def test_a_decoding_process_that_dies_while_it_sends_is_noticed() -> None:
-    with ProcessPoolExecutor(1, fork_server()) as pool, pytest.raises(BrokenProcessPool):
-        pooled_result(pool.submit(die_while_sending), pool)
 
 
 FULL = """
