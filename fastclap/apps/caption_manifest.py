@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -21,7 +22,7 @@ from fastclap.apps.acoustics import SAMPLING_RATE, VERSION, Acoustics, measure, 
 from fastclap.apps.captions import LABELS, Thresholds, describe, labels_of
 from fastclap.apps.embed import AUDIO_SUFFIXES, audio_files, clip_key, clip_row, is_table_folder
 from fastclap.audio import INT16_SCALE, AudioError, AudioFile, whole_clip
-from fastclap.console import Advance
+from fastclap.console import Advance, json_text
 from fastclap.data import Row, load_manifest
 from fastclap.data.manifest import read_records
 from fastclap.data.shards import is_pack
@@ -29,9 +30,11 @@ from fastclap.data.workers import map_rows
 from fastclap.errors import ConfigError, DataError
 from fastclap.files import locked, replacing
 from fastclap.prompts import parse_sex
+from fastclap.reading import parse_json, read_bytes
 
 _OWN = ("text_description", "fine_description", "intrinsic_tags", "situational_tags")
 _SEXES = ("sex", "gender")
+_MOST_MEASURED = 1 << 32  # bytes of what an earlier call measured
 
 
 class _Clip(NamedTuple):
@@ -129,7 +132,7 @@ def caption(
                 row = _captioned(clip, found, description, out, replace)
                 if known is None:
                     row["measured_sex"] = sex or "unknown"
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                file.write(json_text(row) + "\n")
         thresholds_file = out.with_name(f"{out.stem}-thresholds.json")
         with replacing(thresholds_file) as temporary:
             temporary.write_text(bounds.to_json(), encoding="utf-8")
@@ -230,6 +233,8 @@ def _labelled_sex(clip: _Clip, used: Iterable[str]) -> str | None:
 
 def _measure_row(row: Row) -> Acoustics | str:
     """The measures of a clip, or why it cannot be used."""
+    if not row.audio.isprintable() and row.audio != row.audio.encode(errors="replace").decode():
+        return "its name is not UTF-8, which no manifest can hold; rename it"
     try:
         with AudioFile(row.audio, SAMPLING_RATE) as file:
             return measure(whole_clip(file).wave / INT16_SCALE)
@@ -268,24 +273,24 @@ def _read_store(store: Path) -> dict[bytes, Acoustics | str]:
     """What an earlier call found; nothing if its measures were of another version. A line cut short ends it."""
     found: dict[bytes, Acoustics | str] = {}
     try:
-        lines = store.read_text(encoding="utf-8").splitlines(keepends=True)
-        if not lines or json.loads(lines[0]) != {"version": VERSION}:
+        lines = read_bytes(store, limit=_MOST_MEASURED).split(b"\n")
+        if parse_json(lines[0], str(store)) != {"version": VERSION}:
             return {}
-        for line in lines[1:]:
-            if not line.endswith("\n"):
-                break
-            told = json.loads(line)
+        for line in lines[1:-1]:  # the last one was cut short, or is empty
+            told = parse_json(line, str(store))
             key = bytes.fromhex(told.pop("key"))
-            found[key] = told["reason"] if "reason" in told else _acoustics(told)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError):  # damaged: what follows is measured again
+            found[key] = str(told["reason"]) if "reason" in told else _acoustics(told)
+    except (ValueError, KeyError, TypeError, AttributeError):  # missing or damaged: what follows is measured again
         pass
     return found
 
 
 def _acoustics(told: Mapping[str, Any]) -> Acoustics:
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+    for value in values.values():
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not (isinstance(number, (int, float)) and math.isfinite(number)):
+                raise ValueError(f"{number!r} is no measure")
     return Acoustics(**values)
 
 
@@ -328,4 +333,4 @@ def _write_skipped(path: Path, lost: Sequence[tuple[_Clip, Acoustics | str]]) ->
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         for clip, reason in lost:
             note = {"path": clip.row.audio, "reason": reason, "origin": clip.row.origin}
-            file.write(json.dumps(note, ensure_ascii=False) + "\n")
+            file.write(json_text(note) + "\n")

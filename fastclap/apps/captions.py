@@ -8,11 +8,11 @@ seed and the clip's name, so that a caption depends on neither the order of the 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -21,12 +21,14 @@ from fastclap.apps.acoustics import Acoustics
 from fastclap.data.hashing import draw
 from fastclap.errors import DataError
 from fastclap.prompts import article
+from fastclap.reading import read_json
 
 T = TypeVar("T")
 
 FEWEST = 12  # clips that have terciles; with fewer a measure without published thresholds is left unsaid
 LABELS = ("classification_tag", "emotion", "sex", "gender", "age", "accent")  # columns that captions know how to say
 _ALL = "all"  # the group of thresholds that do not depend on the sex
+_GROUPS = ("male", "female", _ALL)
 _LONG_PAUSE = 1.0  # seconds
 _COURSE_SEMITONES, _COURSE_DECIBELS = 2.0, 3.0  # from one third of a clip to another, to be called a change
 
@@ -81,7 +83,7 @@ class Thresholds:
                         values.setdefault((measure, sex), []).append(value)
         bounds: dict[str, dict[str, tuple[float, float]]] = {}
         for measure, scale in SCALES.items():
-            groups = ("male", "female", _ALL) if scale.by_sex else (_ALL,)
+            groups = _GROUPS if scale.by_sex else (_ALL,)
             for group in groups:
                 found = scale.published.get(group) if published else None
                 if found is None and len(values.get((measure, group), ())) >= FEWEST:
@@ -99,20 +101,28 @@ class Thresholds:
         Raises:
             DataError: the file cannot be read or holds something else.
         """
+        found = read_json(path)
         try:
             bounds = {
                 measure: {group: (float(low), float(high)) for group, (low, high) in groups.items()}
-                for measure, groups in json.loads(Path(path).read_text(encoding="utf-8")).items()
+                for measure, groups in found.items()
             }
-        except OSError as error:
-            raise DataError(f"{path}: cannot read the thresholds ({error.strerror})") from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise DataError(
                 f'{path}: holds no thresholds ({error}); they look like {{"pitch_hz": {{"male": [115.7, 149.7]}}}}'
             ) from error
-        unknown = [name for name in bounds if name not in SCALES]
-        if unknown:
-            raise DataError(f"{path}: no measure is named {unknown[0]!r}; the measures are {', '.join(SCALES)}")
+        for measure, groups in bounds.items():
+            if measure not in SCALES:
+                raise DataError(f"{path}: no measure is named {measure!r}; the measures are {', '.join(SCALES)}")
+            for group, (low, high) in groups.items():
+                if group not in _GROUPS:
+                    raise DataError(
+                        f"{path}: {measure}: no group is named {group!r}; the groups are {', '.join(_GROUPS)}"
+                    )
+                if not -math.inf < low <= high < math.inf:
+                    raise DataError(
+                        f"{path}: {measure}: {group}: [{low:g}, {high:g}] is no pair of a low and a high value"
+                    )
         return cls(bounds)
 
     def to_json(self) -> str:

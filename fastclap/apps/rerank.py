@@ -9,7 +9,7 @@ written under a temporary name and renamed when it is complete.
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import re
 import shutil
@@ -20,7 +20,7 @@ from typing import Any
 
 from fastclap.apps.embed import check_finite, clip_row, read_lines
 from fastclap.apps.scoring import normalized_weights, prompt_cosines
-from fastclap.console import Advance
+from fastclap.console import Advance, json_text
 from fastclap.data import BadClip
 from fastclap.data.manifest import read_records
 from fastclap.errors import MAX_LISTED, ConfigError, DataError, raise_data_errors
@@ -71,14 +71,15 @@ def read_iterations(
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    found = sorted(int(m[1]) for item in folder.iterdir() if (m := re.fullmatch(r"iter_([1-9]\d*)", item.name)))
+    found = {int(m[1]) for item in folder.iterdir() if (m := re.fullmatch(r"iter_([1-9][0-9]{0,17})", item.name))}
     count = iterations if iterations is not None else max(found, default=0)
     if count < 1:
         raise DataError(f"{folder}: no folders iter_1, iter_2, …; each holds audios/0.wav, 1.wav, … of one attempt")
-    missing = [number for number in range(1, count + 1) if number not in found]
+    absent = (number for number in range(1, count + 1) if number not in found)
+    missing = list(itertools.islice(absent, MAX_LISTED))  # there may be an iter_999999999
     if missing:
         raise DataError(
-            f"{folder}: the iteration folder {', '.join(f'iter_{number}' for number in missing[:MAX_LISTED])} is "
+            f"{folder}: the iteration folder {', '.join(f'iter_{number}' for number in missing)} is "
             f"missing (of iter_1 to iter_{count}); synthesise it, or say how many there are with --iterations"
         )
     folders = [folder / f"iter_{number}" for number in range(1, count + 1)]
@@ -195,7 +196,11 @@ def read_table(name: str, *, audio_root: str | None = None, unequal: bool = Fals
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
             errors.append(f"{name}:{line}: the column 'text' holds a blank description: {text!r}")
             continue
-        if not re.fullmatch(r"[^/\\\0]+", identity) or identity in (".", ".."):
+        if (
+            not re.fullmatch(r"[^/\\\0]{1,200}", identity)
+            or identity in (".", "..")
+            or len(os.fsencode(identity)) > 200
+        ):
             errors.append(f"{name}:{line}: the id {identity!r} cannot be a file name")
             continue
         path = os.path.join(root, audio)
@@ -355,7 +360,7 @@ def write_selection(candidates: Candidates, result: dict[str, Any], out: str | o
                 for index, entry in enumerate(result["selection"])
             ]
             (aside / name).write_text("".join(f"{line}\n" for line in best), encoding="utf-8")
-        summary = json.dumps(result["selection"], indent=2, ensure_ascii=False)
+        summary = json_text(result["selection"], indent=2)
         (aside / "selection_summary.json").write_text(summary + "\n", encoding="utf-8")
         for file in sorted(aside.rglob("*")):
             fsync(file)

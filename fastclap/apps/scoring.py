@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,9 +110,10 @@ def normalized_weights(models: int, weights: Sequence[float] | None) -> list[flo
         return [1 / models] * models
     if len(weights) != models:
         raise ConfigError(f"{len(weights)} weights for {models} models; give one for each")
-    if not all(weight > 0 and math.isfinite(weight) for weight in weights):
-        raise ConfigError(f"weights {list(weights)}: each must be a positive number")
-    return [weight / sum(weights) for weight in weights]
+    total = sum(weights)
+    if not all(weight > 0 for weight in weights) or not math.isfinite(total):
+        raise ConfigError(f"weights {list(weights)}: each must be a positive number, and their sum finite")
+    return [weight / total for weight in weights]
 
 
 def as_prompts(text: str | Sequence[str | Sequence[str]], count: int) -> list[tuple[str, ...]]:
@@ -186,8 +188,15 @@ def agreement(scores: Sequence[float], ratings: Sequence[float], confidence: flo
         if len(set(values)) == 1:
             raise DataError(f"all {len(values)} {what} are {values[0]:g}: no correlation is defined")
     found: dict[str, Any] = {"pairs": len(scores), "confidence": confidence}
+    scaled = [
+        np.asarray(values, np.float64) / max(map(abs, values)) for values in (scores, ratings)
+    ]  # squares overflow
     for name, function in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
-        value, p = map(float, function(scores, ratings))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of numbers so alike that nothing is left of their differences
+            value, p = map(float, function(*scaled))
+        if not math.isfinite(value):
+            raise DataError(f"the {len(scores)} cosines or ratings are too alike to be correlated")
         variance = 1 + value**2 / 2 if name == "spearman" else 1.0
         low, high = -1.0, 1.0
         if abs(value) >= 1:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +18,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from fastclap.console import json_text
 from fastclap.errors import ConfigError, DataError
 from fastclap.files import replacing
 from fastclap.prepare import acted, described
@@ -38,6 +37,7 @@ DATASETS: dict[str, Dataset] = {
 
 _CLIPS_AT_A_TIME = 1024  # clips whose files are looked for together
 _THREADS = 16  # they wait for the disk, or the network behind it
+_LONGEST = 1e7  # seconds that a clip may last by its owners' word; of longer ones the file's header is asked
 _SPLIT_MARK = "{split}"
 
 
@@ -170,7 +170,9 @@ def _locate(clip: DescribedClip) -> _Found:
     path = next((path for path in clip.paths if os.path.isfile(path)), None)
     if path is None:
         return _Found(None, 0.0, "no such file")
-    if clip.duration is not None and 0 < clip.duration < math.inf:
+    if path != path.encode(errors="replace").decode():
+        return _Found(path, 0.0, "its name is not UTF-8, which no manifest can hold; rename it")
+    if isinstance(clip.duration, (int, float)) and 0 < clip.duration < _LONGEST:
         return _Found(path, float(clip.duration), "")
     try:
         return _Found(path, audio_info(path).duration, "")
@@ -204,7 +206,8 @@ class _Writer:
         path = os.path.normpath(os.path.join(self.prefix, os.path.relpath(str(found.path), self.root)))
         columns = {name: value for name, value in clip.columns.items() if value is not None and value not in ("", [])}
         duration = round(found.duration, 4)
-        line = _json_line({"audio": path.replace(os.sep, "/"), "split": clip.split, **columns, "duration": duration})
+        row = {"audio": path.replace(os.sep, "/"), "split": clip.split, **columns, "duration": duration}
+        line = json_text(row) + "\n"
         digest = blake2b(line.encode(), digest_size=12).digest()
         if digest in self.seen:
             self.repeated += 1
@@ -218,7 +221,7 @@ class _Writer:
             self.speakers[clip.split].add(str(columns["speaker"]))
 
     def skip(self, note: Mapping[str, Any]) -> None:
-        self._open(self.skipped_path).write(_json_line(note))
+        self._open(self.skipped_path).write(json_text(note) + "\n")
 
     def _open(self, path: Path) -> TextIO:
         file = self.files.get(path)
@@ -237,10 +240,6 @@ class _Writer:
             }
             for split, count in sorted(self.counts.items())
         }
-
-
-def _json_line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def _nothing_usable(

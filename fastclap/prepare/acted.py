@@ -11,7 +11,6 @@ reads them). From memory: CREMA-D's sentence codes and its age range, IEMOCAP's 
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from fastclap.errors import ConfigError
 from fastclap.prepare.layout import Clips, Dataset, DescribedClip, Place
 from fastclap.prompts import article, fill_template, parse_sex
+from fastclap.reading import read_bytes
 
 _RAVDESS_NAME = re.compile(r"(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)")
 _RAVDESS_EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgusted", "surprised")
@@ -114,21 +114,23 @@ def _read_ravdess(place: Place) -> Clips:
 
 
 def _read_crema_d(place: Place) -> Clips:
+    from fastclap.data.manifest import read_records
+
     table = next(iter(place.files("VideoDemographics.csv")), None)
     if table is None or not table.is_file():
         raise place.wrong(f"{place.annotations / 'VideoDemographics.csv'} is missing")
-    with open(table, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        if not {"ActorID", "Age", "Sex"} <= set(rows.fieldnames or ()):
-            raise place.wrong(f"{table} has the columns {rows.fieldnames}, not ActorID, Age and Sex")
-        actors = {row["ActorID"].strip(): row for row in rows}
+    rows = [record for _, record in read_records(str(table))]
+    if not {"ActorID", "Age", "Sex"} <= set(rows[0]):
+        raise place.wrong(f"{table} has the columns {', '.join(rows[0])}, not ActorID, Age and Sex")
+    actors = {str(row["ActorID"]).strip(): row for row in rows}
     clips = []
     for path, (actor, sentence, emotion, intensity) in _recordings(place, _CREMA_NAME):
         if emotion not in _CREMA_EMOTIONS or actor not in actors:
             place.left_out["the file name has an unknown emotion, or an actor without a row in VideoDemographics"] += 1
             continue
         person = actors[actor]
-        age = int(person["Age"]) if (person["Age"] or "").strip().isdecimal() else None
+        years = str(person["Age"]).strip()
+        age = int(years) if re.fullmatch("[0-9]{1,3}", years) else None
         columns = {
             **_labels(actor, parse_sex(person["Sex"]), _CREMA_EMOTIONS[emotion], age),
             "age_group": None if age is None else _age_group(age),
@@ -159,7 +161,7 @@ def _iemocap_clips(place: Place, tables: list[Path]) -> Iterator[DescribedClip]:
     for table in tables:
         session_folder = place.root / table.parents[2].relative_to(place.annotations)
         folder = session_folder / "sentences" / "wav" / table.stem
-        for line, text in enumerate(table.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for line, text in enumerate(read_bytes(table).decode(errors="replace").split("\n"), 1):
             match = _IEMOCAP_LINE.match(text)
             if match is None:
                 continue

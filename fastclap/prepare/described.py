@@ -15,8 +15,8 @@ differs needs `--columns`.
 from __future__ import annotations
 
 import gzip
-import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from fastclap.prepare.layout import (
     texts,
 )
 from fastclap.prompts import parse_sex
+from fastclap.reading import parse_json, read_json
 
 _SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 
@@ -52,6 +53,7 @@ _PARASPEECHCAPS_COLUMNS = {  # theirs → ours; transcripts, phonemes and measur
 }
 _FCAPS_CUSTOM = ("intrinsic_tags", "situational_tags", "accent", "pitch", "speaking_rate")
 
+_MOST_ENTRIES = 1 << 32  # bytes of a SpeechCraft file: one object of half a million descriptions
 _SPEECHCRAFT_CAPTIONS = ("description", "instruction", "caption")
 _SPEECHCRAFT_LABELS = {  # theirs, English and Chinese → ours
     "age": "age",
@@ -104,13 +106,12 @@ def _paraspeechcaps_tables(place: Place) -> tuple[int, list[tuple[str, str, Iter
         for path in place.files("*.parquet", "*/*.parquet", "*/*/*.parquet"):
             try:
                 file = pyarrow.parquet.ParquetFile(path)
-            except pyarrow.ArrowException as error:
+            except (pyarrow.ArrowException, OSError) as error:
                 raise DataError(f"{path}: not a readable Parquet file ({error}); download it again") from error
             columns[str(path)] = set(file.schema_arrow.names)
             total += file.metadata.num_rows
             match = _SHARD.fullmatch(path.stem)
-            rows = (row for batch in file.iter_batches(batch_size=4096) for row in batch.to_pylist())
-            splits.append((match[1] if match else path.stem, str(path), rows))
+            splits.append((match[1] if match else path.stem, str(path), _parquet_rows(path, file)))
     if not splits:
         raise place.wrong(
             f"no .parquet file in {place.annotations}; name the hub's with --annotations hf:ajd12342/paraspeechcaps"
@@ -119,6 +120,16 @@ def _paraspeechcaps_tables(place: Place) -> tuple[int, list[tuple[str, str, Iter
         if not needed <= found:
             raise place.wrong(f"{name} has the columns {', '.join(sorted(found))}, not {', '.join(sorted(needed))}")
     return total, splits
+
+
+def _parquet_rows(path: Path, file: Any) -> Iterator[Mapping[str, Any]]:
+    import pyarrow
+
+    try:
+        for batch in file.iter_batches(batch_size=4096):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error}); download it again") from error
 
 
 def _read_fcaps(place: Place) -> Clips:
@@ -138,17 +149,19 @@ def _json_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
             yield from ((line, text) for line, text in enumerate(file, 1) if text.strip())
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}); download it again") from error
 
 
 def _fcaps_clip(place: Place, path: Path, line: int, text: str) -> Iterator[DescribedClip]:
     origin = f"{path}:{line}"
     try:
-        cut = json.loads(text)
+        cut = parse_json(text, origin)
         source, supervision = cut["recording"]["sources"][0]["source"], cut["supervisions"][0]
         custom, start = supervision.get("custom") or {}, cut.get("start", 0.0)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        relative = source.lstrip("/")
+        custom.keys()
+    except (LookupError, TypeError, AttributeError) as error:
         raise place.wrong(f"{origin} is not a cut with a recording and a supervision ({error!r})") from error
     fine, short = texts(custom.get(place.name("long_captions"))), texts(custom.get(place.name("short_captions")))
     if not fine and not short:
@@ -164,7 +177,6 @@ def _fcaps_clip(place: Place, path: Path, line: int, text: str) -> Iterator[Desc
         "speaker": supervision.get("speaker"),
         **{column: custom.get(column) for column in _FCAPS_CUSTOM},
     }
-    relative = source.lstrip("/")
     paths = (str(place.root / relative), str(place.root / relative.removeprefix("download/")))
     split = path.name.removeprefix("fcaps-").split(".")[0].removesuffix("-train_base")
     yield DescribedClip(paths, split, columns, origin, cut.get("duration"))
@@ -238,8 +250,8 @@ def _read_speechcraft(place: Place) -> Clips:
 def _speechcraft_entries(place: Place, path: Path) -> Iterator[tuple[str, Any]]:
     """(clip id, description or fields) of a JSON object by clip id."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8")).items()
-    except (OSError, ValueError, AttributeError) as error:
+        entries = read_json(path, limit=_MOST_ENTRIES).items()
+    except (DataError, AttributeError) as error:
         raise place.wrong(f"{path} is not a JSON object by clip id ({error})") from error
     for name, value in entries:
         if not isinstance(value, (str, dict)):

@@ -71,7 +71,7 @@ class Place:
         if self.annotations.is_file():
             return [self.annotations]
         found = {path for pattern in patterns for path in self.annotations.glob(pattern)}
-        return sorted(path for path in found if not path.name.startswith("."))
+        return sorted(path for path in found if not path.name.startswith(".") and path.is_file())
 
 
 class Tables(NamedTuple):

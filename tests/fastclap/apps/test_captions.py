@@ -237,14 +237,26 @@ def test_thresholds_are_read_as_written_and_mistakes_are_named(tmp_path: Path) -
     path = tmp_path / "t.json"
     path.write_text(BOUNDS.to_json())
     assert Thresholds.read(str(path)) == BOUNDS
-    with pytest.raises(DataError, match="cannot read the thresholds"):
+    with pytest.raises(DataError, match="cannot be read"):
         Thresholds.read(str(tmp_path / "no.json"))
-    for wrong in ("[1]", '{"pitch_hz": [1, 2]}', "{", '{"pitch_hz": {"male": [1]}}'):
-        path.write_text(wrong)
-        with pytest.raises(DataError, match=r"holds no thresholds .* they look like"):
+    wrong = {
+        "[1]": "holds no thresholds .* they look like",
+        '{"pitch_hz": [1, 2]}': "holds no thresholds",
+        '{"pitch_hz": {"male": [1]}}': "holds no thresholds",
+        '{"pitch_hz": {"male": [1, 1%s]}}' % ("0" * 400): "holds no thresholds",
+        "{": r"t\.json: not valid JSON",
+        "[" * 100_000: r"t\.json: JSON nested too deeply",
+        '{"speed": {"all": [1, 2]}}': "no measure is named 'speed'; the measures are pitch_hz",
+        '{"pitch_hz": {"child": [1, 2]}}': "no group is named 'child'",
+        '{"pitch_hz": {"male": [1, NaN]}}': r"\[1, nan\] is no pair",
+        '{"pitch_hz": {"male": [2, 1]}}': r"\[2, 1\] is no pair",
+    }
+    for text, message in wrong.items():
+        path.write_text(text)
+        with pytest.raises(DataError, match=message):
             Thresholds.read(str(path))
-    path.write_text('{"speed": {"all": [1, 2]}}')
-    with pytest.raises(DataError, match="no measure is named 'speed'; the measures are pitch_hz"):
+    path.write_bytes(b"\xff")
+    with pytest.raises(DataError, match="not UTF-8"):
         Thresholds.read(str(path))
 
 
@@ -406,7 +418,7 @@ def test_mistakes_are_one_line(
     assert "name a .jsonl file" in line(str(voices), "--out", str(tmp_path / "o.csv"))
     assert "is the manifest itself" in line(str(voices), "--out", str(voices))
     assert "--captions is 0" in line(str(voices), *out, "--captions", "0")
-    assert "cannot read the thresholds" in line(str(voices), *out, "--thresholds", "no.json")
+    assert "no.json: cannot be read" in line(str(voices), *out, "--thresholds", "no.json")
     assert main(["pack", str(voices), "--out", str(tmp_path / "packed"), "--workers", "0"]) == 0
     capfd.readouterr()
     assert "is a packed folder; caption the manifest" in line(str(tmp_path / "packed"), *out)

@@ -90,7 +90,9 @@ def test_two_models_weights_and_several_prompts(
     assert main(command) == 0
     assert "Best of 3" in capfd.readouterr().out
     assert "3 weights for 2 models" in refused(capfd, *command[1:3], "--weights", "1", "1", "1", "--data", str(outputs))
-    assert "must be a positive" in refused(capfd, *command[1:3], "--weights", "1", "-1", "--data", str(outputs))
+    assert "--weights is -1.0; it must be" in refused(
+        capfd, *command[1:3], "--weights", "1", "-1", "--data", str(outputs)
+    )
 
 
 def test_an_unusable_candidate_is_listed_and_never_selected(

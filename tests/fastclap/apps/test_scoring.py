@@ -169,6 +169,32 @@ def test_clips_with_texts_and_ratings_of_their_own(
     assert json.loads(capfd.readouterr().out)["agreement"] is None, "no ratings, no correlation"
 
 
+@pytest.mark.parametrize(
+    ("ratings", "reason"),
+    [
+        (["1", "2"], "a correlation needs at least 3 rated pairs, there are 2"),
+        (["1", "1", "1"], "all 3 ratings are 1"),
+        (["1e308", "-1e308", "1.7e308"], "too large, or too alike"),
+    ],
+)
+def test_without_a_correlation_the_cosines_are_printed_and_the_reason(
+    ratings: list[str], reason: str, clap_folder: str, clips: list[str], tmp_path: Path, capfd: Any
+) -> None:
+    lines = [f"{i}.wav,text {i},{rating}" for i, rating in enumerate(ratings)]
+    pairs = write_pairs(tmp_path, "p.csv", "audio,text,rating", *lines)
+    assert main(["similarity", clap_folder, pairs, "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["agreement"] is None and reason in result["no_agreement"]
+    assert main(["similarity", clap_folder, pairs]) == 0
+    out, err = capfd.readouterr()
+    assert all(
+        f"{score:.3f}" in out for score in result["scores"]
+    ) and f"no correlation with the ratings: {reason}" in (
+        " ".join(out.replace("the 3 cosines or ratings are ", "").split())
+    )
+    assert "Warning" not in err
+
+
 def test_bad_pairs_and_ratings_are_named(clap_folder: str, clips: list[str], tmp_path: Path, capfd: Any) -> None:
     def refused(lines: list[str], *flags: str) -> str:
         assert main(["similarity", clap_folder, write_pairs(tmp_path, "p.csv", *lines), *flags]) == 2
@@ -186,8 +212,6 @@ def test_bad_pairs_and_ratings_are_named(clap_folder: str, clips: list[str], tmp
     assert "no column 'mos'; the columns are audio, text, rating" in refused([head, *good], "--rating-column", "mos")
     short = write_pairs(tmp_path, "r.csv", "rating", "1", "2")
     assert "r.csv: 2 ratings for the 3 pairs of" in refused([head, *good], "--ratings", short)
-    assert "needs at least 3 rated pairs, there are 2" in refused([head, *good[:2]])
-    assert "all 3 ratings are 1" in refused([head, *(line[:-1] + "1" for line in good)])
     assert "none of the 1 pairs can be scored" in refused(["audio,text", "none.wav,a"])
     assert "name a .csv file" in refused([head, *good], "--out", "x.json")
     assert "no such manifest" in refused([head, *good], "--ratings", str(tmp_path / "none.csv"))
