@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastclap import console
 from fastclap.audio import MIN_SECONDS, AudioError, Clip, whole_clip
 from fastclap.data.hashing import CAPTION, CROP, PERTURBATION, REPLACEMENT, draw, hash64
 from fastclap.data.perturbation import ATTRIBUTES, perturbed
@@ -45,6 +46,7 @@ from fastclap.data.workers import (
     now_at,
 )
 from fastclap.errors import DataError, FastclapError, TrainingError
+from fastclap.reading import parse_json
 
 T = TypeVar("T")
 CaptionKind = Literal["global", "fine", "both", "pair", "perturbed"]
@@ -412,12 +414,13 @@ def text_id(text: str) -> int:
 class Quarantine:
     """The list of unusable clips of a run, kept in a JSON-lines file, and the limit on its length.
 
-    The file is read before it is added to, so several ranks may share it and a resumed run goes on counting.
+    The file is read before it is added to, so several ranks may share it and a resumed run goes on counting. Where it
+    cannot be written (a full disk), the clips are counted all the same.
 
     Args:
         path: the file, created with the first bad clip.
         total_rows: rows of the training manifest.
-        max_bad_share: largest tolerable share of bad rows, 0 … 1.
+        max_bad_share: largest tolerable share of bad rows, 0 … 1. Unless it is 0, one bad clip is tolerated in any set.
     """
 
     def __init__(self, path: str | os.PathLike[str], total_rows: int, max_bad_share: float) -> None:
@@ -426,6 +429,7 @@ class Quarantine:
         self.max_bad_share = max_bad_share
         self._known: set[tuple[int, str]] = set()
         self._position = 0
+        self._failed = False
 
     def __len__(self) -> int:
         return len(self._known)
@@ -434,40 +438,61 @@ class Quarantine:
         """Record clips; returns those that are new.
 
         Raises:
-            DataError: the share of bad rows exceeds `max_bad_share`.
+            DataError: more rows are bad than `max_bad_share` tolerates; the file lists them.
         """
         clips = list(clips)
         if not clips:
             return []
-        self._read()
+        with self._file_errors():
+            self._read()
         new = list({(clip.row, clip.path): clip for clip in clips if (clip.row, clip.path) not in self._known}.values())
+        self._known.update((clip.row, clip.path) for clip in new)
         if new:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(clip._asdict()) + "\n" for clip in new))
-            self._known.update((clip.row, clip.path) for clip in new)
-        if len(self._known) > self.max_bad_share * self.total_rows:
+            with self._file_errors():
+                self._check_kind()
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write("".join(json.dumps(clip._asdict()) + "\n" for clip in new))
+        if len(self._known) > self.max_bad_share * self.total_rows and len(self._known) > (self.max_bad_share > 0):
             last = clips[-1]
+            listed = "The first are" if self._failed else "All are"
             raise DataError(
                 f"{len(self._known)} of {self.total_rows} clips are unusable, more than the tolerated share "
-                f"{self.max_bad_share:g}; the last one is {last.origin}: {last.path}: {last.reason}. All are listed in "
-                f"{self.path}; repair or remove them, or raise the share (--data.max-bad-share)"
+                f"{self.max_bad_share:g}; the last one is {last.origin}: {last.path}: {last.reason}. {listed} listed "
+                f"in {self.path}; repair or remove them, or raise the share (--data.max-bad-share)"
             )
         return new
 
+    @contextlib.contextmanager
+    def _file_errors(self) -> Iterator[None]:
+        """The list is of use to people, and no reason to stop a run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                console.note(f"{self.path}: unusable clips cannot be listed here ({console.os_error_text(error)})")
+            self._failed = True
+
+    def _check_kind(self) -> None:
+        if os.path.exists(self.path) and not os.path.isfile(self.path):  # a pipe would be waited for
+            raise FileExistsError(errno.EEXIST, "it is not a file")
+
     def _read(self) -> None:
-        """Read the lines that were written since the last call, by this process or another."""
+        """Read the lines that were written since the last call, by this process or another; others are skipped."""
+        self._check_kind()
         if not os.path.exists(self.path):
             return
         with open(self.path, "rb+") as file:
             file.seek(self._position)
             lines = file.read()
-            if lines and not lines.endswith(b"\n"):  # a killed run left half a line
+            if lines and not lines.endswith(b"\n"):  # a killed run, or a full disk, left half a line
                 lines = lines[: lines.rfind(b"\n") + 1]
                 file.truncate(self._position + len(lines))
         self._position += len(lines)
-        for line in lines.splitlines():
-            clip = json.loads(line)
-            self._known.add((clip["row"], clip["path"]))
+        for line in lines.split(b"\n"):
+            with contextlib.suppress(DataError):
+                clip = parse_json(line, self.path)
+                if isinstance(clip, dict) and isinstance(clip.get("row"), int) and isinstance(clip.get("path"), str):
+                    self._known.add((clip["row"], clip["path"]))
 
 
 class _Timed:

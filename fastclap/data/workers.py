@@ -52,6 +52,7 @@ _GRACE_SECONDS = 30
 _START_SECONDS = 300  # for a process to begin; importing torch takes long on a busy machine
 _END_SECONDS = 2  # for one that was killed to be gone
 _SLICE = 0.5  # seconds
+_SMALL = 4096  # bytes of a task that fit into any pipe beside another one
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -194,11 +195,13 @@ class _Worker(threading.Thread):
         results: Results,
         left_out: Mapping[int, str],
         receive: Callable[[Any], Any],
-        first: tuple[int, Any] | None = None,
+        ahead: int,
+        given: tuple[tuple[int, Any], ...] = (),
     ) -> None:
         super().__init__(daemon=True)
         self._tasks, self._results, self._left_out, self._receive = tasks, results, left_out, receive
-        self.task = first
+        self._ahead = ahead
+        self.given = given  # the task that the process is at, and one that waits for it there
         self.given_up = False  # whether nobody waits for it any more
         self.noted = torch.zeros(2, dtype=torch.int64).share_memory_()
         context = fork_server()
@@ -210,27 +213,40 @@ class _Worker(threading.Thread):
 
     def run(self) -> None:
         try:
-            while not self.given_up:
-                if self.task is None and (task := self._tasks.get()) is not None:
-                    self.task = task
-                if self.task is None or self.given_up:
-                    break
-                number, item = self.task
-                self._connection.send((item, dict(self._left_out)))
+            sent = 0  # of the tasks that are given
+            while self._take():
+                # The second one only if it fits into the pipe: the process may be waiting to be rid of a result.
+                for _, item in self.given[sent:]:
+                    data = ForkingPickler.dumps((item, dict(self._left_out)))
+                    if sent and len(data) > _SMALL:
+                        break
+                    self._connection.send_bytes(data)
+                    sent += 1
                 result, error = self._connection.recv()
-                if error is None:
-                    result = self._receive(result)
-                self.task = None
-                self._results.put((number, result, error))
+                number, _ = self.given[0]
+                self.given, sent = self.given[1:], sent - 1
+                self._results.put((number, self._receive(result) if error is None else None, error))
         except Exception as error:  # of many kinds, by what the process was doing when it died
             if not self.given_up:
                 self.process.join(timeout=1)
                 gone = self.process.exitcode is not None
-                item = None if self.task is None else self.task[1]
+                item = self.given[0][1] if self.given else None
                 death = WorkerGone([(self.process.pid, self.process.exitcode)], item) if gone else error
                 self._results.put((ELSEWHERE, None, death))
         finally:
             self._connection.close()
+
+    def _take(self) -> bool:
+        """Take a task for the process, and one more that it need not wait for; False: it is given up."""
+        with contextlib.suppress(queue.Empty):
+            while len(self.given) < min(2, self._ahead) and not self.given_up:
+                task = self._tasks.get(block=not self.given)
+                if task is None or self.given_up:  # None ends all of them
+                    self.given_up = True
+                    self._tasks.put(task)
+                else:
+                    self.given = (*self.given, task)
+        return not self.given_up
 
     def give_up(self) -> None:
         """End the process, whatever it is at: it holds nothing of value."""
@@ -278,13 +294,13 @@ def in_processes(
     crew: list[_Worker] = []
     pause = min(_SLICE, timeout / 2)
 
-    def hire(first: tuple[int, Any] | None = None) -> None:
-        crew.append(_Worker(function, tasks, results, left_out, receive, first))
+    def hire(given: tuple[tuple[int, Any], ...] = ()) -> None:
+        crew.append(_Worker(function, tasks, results, left_out, receive, ahead, given))
 
     def dismiss() -> None:
+        tasks.put(None)
         for worker in crew:
             worker.give_up()
-            tasks.put(None)
         for worker in crew:
             worker.wait()
 
@@ -295,9 +311,9 @@ def in_processes(
 
     def watch(due: int) -> None:
         nonlocal silent, last
-        at_work = ((worker, task) for worker in crew if (task := worker.task) is not None)
-        worker, task = next(((worker, task) for worker, task in at_work if task[0] == due), (None, None))
-        if worker is None or task is None:
+        at_work = ((worker, given) for worker in crew if (given := worker.given))
+        worker, given = next(((worker, given) for worker, given in at_work if given[0][0] == due), (None, ()))
+        if worker is None:
             return
         pid = worker.process.pid
         count, place = worker.noted.tolist()
@@ -308,14 +324,14 @@ def in_processes(
         before = stuck_at.setdefault(due, [])
         before.append(place)
         if len(before) > 1 and (before[1:] != before[:1] or place == ELSEWHERE):
-            raise WorkerStuck(pid, task[1], place)
+            raise WorkerStuck(pid, given[0][1], place)
         if len(before) > 1:
             left_out[place] = f"could not be read within {timeout:g} s, twice; see to its drive, or remove its row"
         console.note(f"process {pid} made no progress for {timeout:g} s; another one takes over")
         worker.give_up()
         crew.remove(worker)
         worker.wait()
-        hire(task)
+        hire(worker.given)
 
     atexit.register(dismiss)  # before multiprocessing waits for processes, which may be stuck
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import multiprocessing
@@ -444,6 +445,54 @@ def test_quarantine_stops_above_the_share(tmp_path: Path) -> None:
     assert "--data.max-bad-share" in message
     with pytest.raises(DataError, match="1 of 10 clips"):
         Quarantine(tmp_path / "other.jsonl", 10, 0.0).add([bad_clip(0)])
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 3  # listed before the run ends
+
+
+def test_one_bad_clip_does_not_end_a_run_on_a_small_set(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", 40, 0.01)
+    assert quarantine.add([bad_clip(7)]) == [bad_clip(7)]
+    with pytest.raises(DataError, match=r"2 of 40 clips are unusable, more than the tolerated share 0\.01"):
+        quarantine.add([bad_clip(8)])
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"[]", b"7", b'{"row": "1", "path": 2}', b'{"row": 1}', b"\xff", b"[" * 5000, b""]
+)
+def test_quarantine_skips_lines_that_are_none(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    path.write_bytes(line + b'\n{"row": 1, "path": "1.wav"}\n')
+    assert Quarantine(path, 100, 0.05).add([bad_clip(1), bad_clip(2)]) == [bad_clip(2)]
+
+
+@pytest.mark.parametrize("kind", ["full disk", "pipe", "folder"])
+def test_a_list_that_cannot_be_written_ends_no_run(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    if kind == "full disk":
+        path.symlink_to("/dev/full")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    quarantine = Quarantine(path, 100, 0.02)
+    assert quarantine.add([bad_clip(1)]) == [bad_clip(1)]
+    assert quarantine.add([bad_clip(1), bad_clip(2)]) == [bad_clip(2)]
+    assert capsys.readouterr().err.count(f"{path}: unusable clips cannot be listed here (") == 1
+    with pytest.raises(DataError, match=r"3 of 100 clips .* The first are listed in"):
+        quarantine.add([bad_clip(3)])
+
+
+def test_a_disk_that_fills_up_loses_no_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(path, 100, 0.05)
+    quarantine.add([bad_clip(1)])
+    with monkeypatch.context() as full:
+        full.setattr("builtins.open", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))
+        quarantine.add([bad_clip(2)])
+    assert len(quarantine) == 2
+    assert quarantine.add([bad_clip(3)]) == [bad_clip(3)]
+    assert [json.loads(line)["row"] for line in path.read_text().splitlines()] == [1, 3]
 
 
 # Evaluation

@@ -104,6 +104,11 @@ def test_results_come_in_order(children: Children, workers: int, ahead: int, cou
     assert found == [number * number for number in range(count)]
 
 
+def test_large_items_and_results_do_not_block_each_other(children: Children) -> None:
+    items = [bytes([index]) * size for index, size in enumerate((10, 1 << 20, 10, 1 << 20, 1 << 20))]
+    assert list(in_processes(bytes, items, 1, ahead=3)) == items
+
+
 def test_a_stopped_process_is_replaced_and_changes_nothing(
     children: Children, capsys: pytest.CaptureFixture[str]
 ) -> None:
