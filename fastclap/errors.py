@@ -36,6 +36,17 @@ class TrainingError(FastclapError, RuntimeError):
     """Training stopped by itself: too many non-finite steps, a failed save, a rank that disagrees."""
 
 
+class TrainingStopped(TrainingError):
+    """A signal asked training to stop, and what it had reached was saved. `number` is the signal's."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return type(self), (str(self), self.number)
+
+
 def raise_data_errors(messages: Sequence[str]) -> None:
     """One error of several mistakes, of which the first ten are listed; none if there are no messages.
 

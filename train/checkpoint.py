@@ -36,8 +36,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastclap.config import CLAPConfig
-from fastclap.errors import ConfigError, ModelError, TrainingError
-from fastclap.files import fsync
+from fastclap.errors import ConfigError, DataError, ModelError, TrainingError
+from fastclap.files import fsync, write_atomic
 from fastclap.models.card import model_card
 from fastclap.models.clap import CLAP
 from fastclap.models.folder import (
@@ -53,6 +53,7 @@ from fastclap.models.folder import (
 )
 from fastclap.models.lora import merged
 from fastclap.models.tokenizer import Tokenizer
+from fastclap.reading import read_json
 from fastclap.train.config import TrainConfig
 from fastclap.train.distributed import World, placed_like, whole
 from fastclap.train.step import Step, state_names
@@ -89,6 +90,7 @@ _MAY_CHANGE = [
     "profile",
     "data.workers",
     "data.prefetch",
+    "data.worker_timeout",
     "data.cache_mb",
     "data.valid",
     "data.max_bad_share",
@@ -231,17 +233,20 @@ class Saver:
     Args:
         say: shows a line to the person who watches; never called by the thread.
         frozen: what checkpoints leave out.
+        saved: step of the newest checkpoint that there is.
     """
 
-    def __init__(self, say: Callable[[str], None], frozen: Frozen | None = None) -> None:
+    def __init__(self, say: Callable[[str], None], frozen: Frozen | None = None, saved: int = 0) -> None:
         self._say, self._frozen = say, frozen
+        self._saved, self._failed = saved, -1  # steps
+        self._changes: tuple[Path, dict[str, Any]] | None = None  # of a state, for when it is written
         self._memory = HostMemory()
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_step_aside)
         self._writing: Future[Written] | None = None
         self._step, self._paused, self._lacking = 0, 0.0, ""
         self._tokenizer: Tokenizer | None = None
 
-    def save(self, step: Step, totals: dict[str, float], tags: list[str] | None, *, required: bool) -> None:
+    def save(self, step: Step, totals: dict[str, Any], tags: list[str] | None, data: str, *, required: bool) -> None:
         """Write `checkpoints/step-<number>` of the run folder.
 
         The main rank writes; every rank calls this, because sharded tensors are put together here.
@@ -250,6 +255,7 @@ class Saver:
             step: model, optimizer, average and configuration.
             totals: sums of the log interval, by name.
             tags: the tags of the tag loss, in the order of its columns; None: there are none.
+            data: fingerprint of the rows that are trained on.
             required: wait until the checkpoint is on the disk.
 
         Raises:
@@ -272,6 +278,8 @@ class Saver:
             "totals": totals,
             "chunk_sizes": copy.copy(step.objective.chunk_sizes),
             "tags": tags,
+            "data": data,
+            "finished": False,
         }
         card = model_card(model.facts) if model.card is None else model.card
         snapshot = Snapshot(
@@ -298,13 +306,37 @@ class Saver:
         try:
             written = writing.result()
         except TrainingError as error:
+            self._failed = self._step
             if required:
                 raise
             self._say(f"warning: {error}; training goes on")
             return
+        self._saved = self._step
         line = f"checkpoint at step {self._step}: paused {self._paused:.1f} s, written in {written.seconds:.1f} s"
         reason = f"; training waited, because {self._lacking}" if self._lacking else ""
         self._say(f"{line} ({_bytes(written.size)}){reason}")
+        self._amend()
+
+    def is_settled(self, step: int) -> bool:
+        """Whether the checkpoint of this step is on the disk, or could not be written."""
+        self.report(wait=True)
+        return step in (self._saved, self._failed)
+
+    def amend(self, step: Step, **changes: Any) -> None:
+        """Change entries of the state in the checkpoint of this step, once it is written and if there is one."""
+        if step.world.is_main:
+            self._changes = (Path(step.config.run_dir) / "checkpoints" / f"step-{step.number}" / _STATE, changes)
+            self._amend()
+
+    def _amend(self) -> None:
+        if self._writing is not None or self._changes is None:
+            return
+        (path, changes), self._changes = self._changes, None
+        if path.exists():
+            try:
+                write_atomic(path, json.dumps({**read_json(path), **changes}, indent=1).encode())
+            except (OSError, DataError) as error:
+                self._say(f"warning: {path}: could not be brought up to date ({error}); training goes on")
 
     def close(self) -> None:
         """Wait for the write in flight and say how it went."""
@@ -548,11 +580,10 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: a file is missing, truncated or of an unknown format.
     """
-    try:
-        state = json.loads((path / _STATE).read_text())
-        sizes = state["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: not a complete checkpoint ({_STATE} cannot be read: {error})") from error
+    state = read_json(path / _STATE, ModelError)
+    sizes = state.get("files") if isinstance(state, dict) else None
+    if not isinstance(sizes, dict):
+        raise ModelError(f"{path / _STATE}: not the state of a checkpoint; the checkpoint is damaged")
     if state.get("format") != FORMAT:
         raise ModelError(f"{path}: checkpoint format {state.get('format')!r}; this version reads format {FORMAT}")
     for name, size in sizes.items():

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastclap.errors import FastclapError
+from fastclap.console import STATUSES, note, run_command, version_line
+from fastclap.errors import FastclapError, TrainingStopped
 from fastclap.flags import parse_flags
 
 _USAGE = """usage: fastclap-train RECIPE [--small] [--parity] [--wavlm] [--config FILE] [--data.train MANIFEST ...]
@@ -26,7 +27,10 @@ Train a dual encoder. Recipes:
   --wavlm                           a recipe of CLSP with WavLM and AdamW for its Zipformer and ScaledAdam
   fastclap-train average RUN        a model with the mean weights of the last checkpoints (average --help)
   --config FILE                     YAML or TOML file laid over the recipe; flags override it
+  --version                         versions of fastclap-train, Python and torch
 
+A signal (Ctrl-C, SIGTERM, SIGHUP) ends training once it is saved. Exit statuses:
+{statuses}
 Examples:
   fastclap-train demo
   fastclap-train small --data.train train.jsonl --data.valid valid.jsonl --run-dir runs/first
@@ -41,7 +45,8 @@ def parse(arguments: Sequence[str]) -> object:
     from fastclap.train.recipes import FORMS, RECIPES
 
     usage = _USAGE.format(
-        recipes="\n".join(f"  {name:<28}{(build.__doc__ or '').splitlines()[0]}" for name, build in RECIPES.items())
+        statuses=STATUSES,
+        recipes="\n".join(f"  {name:<28}{(build.__doc__ or '').splitlines()[0]}" for name, build in RECIPES.items()),
     )
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage, end="", file=sys.stdout if arguments else sys.stderr)
@@ -99,18 +104,30 @@ def average(arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        if arguments and arguments[0] == "average":
-            average(arguments[1:])
-            return
-        config = parse(arguments)
-        from fastclap.train.loop import train
+    """Run a command line (default: this process's); an exit status other than 0 is raised as SystemExit."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    status = run_command(lambda: run(words), "fastclap-train")
+    if status:
+        raise SystemExit(status)
 
+
+def run(words: list[str]) -> int:
+    """Do what the arguments ask for, and return the exit status."""
+    if words[:1] == ["--version"]:
+        print(version_line("fastclap-train"))
+        return 0
+    if words[:1] == ["average"]:
+        average(words[1:])
+        return 0
+    config = parse(words)
+    from fastclap.train.loop import train
+
+    try:
         train(config)  # type: ignore[arg-type]
-    except FastclapError as error:
-        print(f"fastclap-train: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    except TrainingStopped as error:
+        note(str(error), "fastclap-train")
+        return 128 + error.number
+    return 0
 
 
 if __name__ == "__main__":

@@ -77,6 +77,9 @@ class DataConfig:
     """Decoding processes (0: decode in the training process)."""
     prefetch: Annotated[int, Range(1, 1024)] = 4
     """Batches each worker prepares ahead."""
+    worker_timeout: Annotated[float, Range(1, 86_400)] = 120.0
+    """Seconds without progress after which a decoding process is replaced. A clip at which the next one stops too is
+    left out like one that cannot be read."""
     cache_mb: CountOrNone = 0
     """Decoded audio kept in memory, in MiB, for each decoding process: small sets are then decoded once."""
     frozen_cache: str = "auto"

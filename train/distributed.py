@@ -68,12 +68,15 @@ class Alarm:
     Args:
         store: that all ranks share.
         rank, size: of this process, and how many there are.
+
+    Attributes:
+        saving: held while this rank saves what it has reached; the process is not ended then.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._reason: str | None = None
-        self._closed = threading.Event()
+        self._closed, self.saving = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="alarm", daemon=True)
         self._thread.start()
 
@@ -107,9 +110,10 @@ class Alarm:
         while not self._closed.wait(_POLL_SECONDS):
             reason = self.reason()
             if reason is not None:
-                if not self._closed.wait(_GRACE_SECONDS):
-                    print(f"rank {self._rank} stops with another: {reason}", file=sys.stderr, flush=True)
-                    os._exit(2)
+                while not self._closed.wait(_GRACE_SECONDS):
+                    if self.saving.acquire(blocking=False):
+                        print(f"rank {self._rank} stops with another: {reason}", file=sys.stderr, flush=True)
+                        os._exit(2)
                 return
 
 

@@ -6,22 +6,25 @@ else does, so two runs of the same training differ in that key only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from torch import Tensor
 
 import fastclap
+from fastclap.console import abandon, printable, show
 from fastclap.errors import ConfigError, TrainingError
 from fastclap.files import write_atomic
 from fastclap.models.packing import HostCopy
+from fastclap.reading import read_text
 from fastclap.train.best import Best
 from fastclap.train.config import TrainConfig
 from fastclap.train.distributed import World
@@ -54,7 +57,12 @@ class Journal:
         self.validated: int | None = state["totals"].get("validated") if state else None
         self._config, self._meter = config, meter
         self._pending: LogStep | None = None
-        self._file = self._progress = self._tensorboard = self._wandb = None
+        self._file: Any = None
+        self._progress = self._tensorboard = self._wandb = None
+        self._unwritten, self._warned = (
+            "",
+            False,
+        )  # lines that `metrics.jsonl` could not take, and whether this was said
         if not world.is_main:
             return
         run_dir, start_step = Path(config.run_dir), int(state["step"]) if state else 0
@@ -62,8 +70,8 @@ class Journal:
         write_atomic(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
         write_atomic(run_dir / "environment.json", json.dumps(environment(world), indent=1).encode())
         path = run_dir / "metrics.jsonl"
-        _truncate(path, start_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        _truncate(path, start_step, self.validated)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
         self._progress = _progress_bar(start_step, config.steps)
         self._tensorboard = _open_tensorboard(run_dir) if config.tensorboard else None
         self._wandb = _open_wandb(run_dir, config.to_dict()) if config.wandb else None
@@ -89,16 +97,17 @@ class Journal:
             return
         pending, self._pending = self._pending, None
         figures = Totals.figures(pending.totals)
-        if figures.pop("worst_run") >= self._config.max_bad_steps:
-            raise TrainingError(
-                f"step {pending.step}: {self._config.max_bad_steps} steps in a row had a non-finite loss or gradient. "
-                "The weights are those before them; look at the last batches, or lower --optimizer.learning-rate"
-            )
+        worst_run = figures.pop("worst_run")
         if self._file is not None:
             lap = self._meter.lap()
             head = {"step": pending.step, "epoch": pending.epoch, "learning_rate": pending.learning_rate}
             record = {"kind": "train", **head, **figures}
             self._write({**record, "time": lap}, train_line(record, lap, self._config))
+        if worst_run >= self._config.max_bad_steps:
+            raise TrainingError(
+                f"step {pending.step}: {self._config.max_bad_steps} steps in a row had a non-finite loss or gradient. "
+                "The weights are those before them; look at the last batches, or lower --optimizer.learning-rate"
+            )
 
     def write_validation(self, step: int, figures: dict[str, Any]) -> bool:
         """Write the figures of a validation, and say whether it is the best so far; every rank calls this."""
@@ -107,48 +116,74 @@ class Journal:
         return self.best.is_beaten(step, figures)
 
     def say(self, message: str) -> None:
-        """One line for the person who watches."""
-        if self._progress is not None:
-            self._progress.console.print(message, highlight=False, markup=False)
-        elif self._file is not None:
-            print(message, flush=True)
+        """One line for the person who watches. Where it cannot be written, nobody watches any more."""
+        try:
+            if self._progress is not None:
+                self._progress.console.print(printable(message), highlight=False, markup=False)
+            elif self._file is not None:
+                show(message)
+                sys.stdout.flush()
+        except (OSError, ValueError):  # a full disk, a pipe without a reader
+            abandon(sys.stdout)
 
     def _write(self, record: dict[str, Any], line: str) -> None:
-        """Append a record to `metrics.jsonl` and the trackers, and show `line`."""
+        """Append a record to `metrics.jsonl` and the trackers, and show `line`. None of them ever ends a run."""
         if self._file is None:
             return
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(record) + "\n"
+        self._flush()
         self.say(line)
         values = {f"{record['kind']}/{name}": value for name, value in _numbers(record) if name not in ("step", "kind")}
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, record["step"])
-        if self._wandb is not None:
-            self._wandb.log(values, step=record["step"])
+        for name in ("tensorboard", "wandb"):
+            try:
+                if name == "tensorboard" and self._tensorboard is not None:
+                    for key, value in values.items():
+                        self._tensorboard.add_scalar(key, value, record["step"])
+                if name == "wandb" and self._wandb is not None:
+                    self._wandb.log(values, step=record["step"])
+            except Exception as error:  # of whatever kind their packages have
+                self.say(f"warning: {name} is left out from here on ({error})")
+                setattr(self, f"_{name}", None)
+
+    def _flush(self) -> None:
+        """Write what is still to be written to `metrics.jsonl`: whole lines, or nothing."""
+        if self._file is None or not self._unwritten:
+            return
+        end = self._file.tell()
+        try:
+            self._file.write(self._unwritten.encode())
+            self._unwritten = ""
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+                self._file.seek(end)
+            if not self._warned:
+                self.say(f"warning: {self._file.name}: {error.strerror}; its lines are kept until it can be written")
+            self._warned = True
 
     def state(self) -> dict[str, Any]:
         """The sums and the best validation, for a checkpoint; the record is forced onto the disk first."""
-        if self._file is not None:
-            self._sync(self._file)
+        self._sync()
         return {**self.totals.state(), "validated": self.validated, "best": self.best.state()}
 
     def close(self) -> None:
         """Close every file, and leave the terminal as it was."""
-        if self._file is not None:
-            self._sync(self._file)
-            self._file.close()
-        if self._progress is not None:
-            self._progress.stop()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._sync()
+        for end in (
+            self._file and self._file.close,
+            self._progress and self._progress.stop,
+            self._tensorboard and self._tensorboard.close,
+            self._wandb and self._wandb.finish,
+        ):
+            if end is not None:
+                with contextlib.suppress(Exception):  # of whatever kind trackers have; the run is what counts
+                    end()
 
-    @staticmethod
-    def _sync(file: TextIO) -> None:
-        file.flush()
-        os.fsync(file.fileno())
+    def _sync(self) -> None:
+        self._flush()
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,16 +323,18 @@ def environment(world: World) -> dict[str, Any]:
 # files and trackers
 
 
-def _truncate(path: Path, last_step: int) -> None:
-    """Keep the records up to `last_step`; a torn last line goes too."""
+def _truncate(path: Path, last_step: int, validated: int | None) -> None:
+    """Keep the records up to `last_step`; a torn last line goes too, and a validation that the checkpoint has not."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path, limit=1 << 40).split("\n"):
         try:
-            if json.loads(line)["step"] <= last_step:
+            record = json.loads(line)
+            known = record["kind"] != "valid" or record["step"] <= (-1 if validated is None else validated)
+            if record["step"] <= last_step and known:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     write_atomic(path, "".join(kept).encode())
 
@@ -313,7 +350,7 @@ def _numbers(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]
 
 
 def _progress_bar(start: int, total: int) -> Any:
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():
         return None
     from rich import progress
 

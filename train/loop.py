@@ -11,21 +11,26 @@ The loop does not wait for the device between log lines: what a step leaves stay
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 import signal
+import threading
+import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastclap.data import Batch
-from fastclap.errors import TrainingError
-from fastclap.files import write_atomic
+from fastclap.data.workers import LoaderStopped
+from fastclap.errors import ConfigError, TrainingError, TrainingStopped
+from fastclap.files import locked, write_atomic
 from fastclap.grad_cache import is_out_of_memory
 from fastclap.models.packing import HostCopy
 from fastclap.train import distributed
@@ -33,30 +38,66 @@ from fastclap.train.config import TrainConfig
 from fastclap.train.distributed import World
 from fastclap.train.run import Run, prepare
 
+_OVERDUE_SECONDS = 5.0  # after a signal, for the batch of the step that it came in
+
 
 def train(config: TrainConfig) -> Path:
     """Train as configured and return the folder of the exported model (`run_dir/model`).
 
+    What an error or a signal ends is saved first, as far as it has come, if that is possible.
+
     Raises:
-        ConfigError: an impossible or, on resume, a changed configuration.
-        DataError: unusable manifests, or more unusable clips than `data.max_bad_share`.
+        ConfigError: an impossible or, on resume, a changed configuration, or changed data.
+        DataError: unusable manifests, more unusable clips than `data.max_bad_share`, or another process trains into the
+            run folder.
         ModelError: a damaged checkpoint or one of another model.
+        TrainingStopped: SIGTERM, SIGINT or SIGHUP asked for it.
         TrainingError: too many non-finite steps in a row, or a last checkpoint that could not be written.
     """
-    world = distributed.join(config.device)
+    interrupt, world = Interrupt(), World(0, 1, torch.device("cpu"), None)
     try:
+        world = distributed.join(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision(config.matmul_precision)
-        return take_steps(prepare(config, world))
+        with run_folder(config, world):
+            return take_steps(prepare(config, world, interrupt.is_overdue), interrupt)
+    except (StopAtOnce, LoaderStopped) as error:
+        raise interrupt.stopped() from error
     except Exception as error:
         stated = in_words(error, world)
         if stated is error:
             raise
         raise stated from error
     finally:
+        interrupt.restore()
         distributed.leave(world)
+
+
+@contextlib.contextmanager
+def run_folder(config: TrainConfig, world: World) -> Iterator[None]:
+    """The run folder, for this training alone.
+
+    Raises:
+        ConfigError: it cannot be made or written, or a file has the name of a folder in it.
+        DataError: another process trains into it.
+    """
+    if not world.is_main:
+        yield
+        return
+    folder = Path(config.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoints", "model", "best", "report"):
+            if (folder / name).exists() and not (folder / name).is_dir():
+                raise ConfigError(f"{folder / name}: is a file, where the run writes a folder; move it away")
+        write_atomic(folder / ".writable", b"")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(f"--run-dir {folder}: cannot be written ({error.strerror}); name another folder") from error
+    with locked(folder, "training into"):
+        yield
 
 
 def in_words(error: Exception, world: World) -> Exception:
@@ -84,17 +125,24 @@ def in_words(error: Exception, world: World) -> Exception:
     return error
 
 
-def take_steps(run: Run) -> Path:
+def take_steps(run: Run, interrupt: Interrupt) -> Path:
     """The steps of a run, from where it stands to its end."""
     config, world, step, journal = run.config, run.world, run.step, run.journal
     first, last_step = step.number + 1, config.steps
     if journal.best.out_of_patience:  # an earlier start ended for that reason
         last_step = step.number
     batches = run.meter.received(batches_on_device(run), config.data.workers)
-    interrupt = Interrupt()
-    profiler = Profiler(run.folder, world) if config.profile and world.is_main else None
+    profiler = Profiler(run) if config.profile and world.is_main else None
     run.model.train()
+
+    def validate() -> None:
+        with run.meter.paused(), interrupt.at_once():
+            run.validate()
+
+    interrupt.immediate = False
     try:
+        if first <= last_step and run.is_to_validate(step.number) and journal.validated != step.number:
+            validate()  # which the end of an earlier start came before
         for number in range(first, last_step + 1):
             seed_step(config, number, world)
             if number == config.optimizer.unfreeze_step + 1 > 1:
@@ -106,7 +154,7 @@ def take_steps(run: Run) -> Path:
                 profiler.step()
 
             last = number == config.steps
-            validate_now = bool(config.valid_every) and number % config.valid_every == 0 and not last
+            validate_now = run.is_to_validate(number)
             save_now = number % config.save_every == 0 and not last and not stop
 
             # On a GPU a line is written a step late: its figures have arrived by then, and the device has more to do.
@@ -117,34 +165,38 @@ def take_steps(run: Run) -> Path:
                 journal.report()
             run.saver.report()
 
-            if validate_now:
-                with run.meter.paused():
-                    run.validate()
-                if journal.best.out_of_patience:
-                    if number % config.log_every:
-                        journal.end_interval(number, result, run.model.logit_scale)
-                        journal.report()
-                    break
             if save_now:
                 with run.meter.paused():
                     run.save(required=False)
             if stop:
                 run.save(required=True)
-                journal.say(f"stopped by {interrupt.name or 'another process'} at step {number}; --resume continues")
-                return run.model_folder
+                raise interrupt.stopped()
+            if validate_now:
+                validate()
+                if journal.best.out_of_patience:
+                    if number % config.log_every:
+                        journal.end_interval(number, result, run.model.logit_scale)
+                        journal.report()
+                    break
 
         if journal.best.out_of_patience and step.number < config.steps:
             journal.say(
                 f"ended at step {step.number} of {config.steps}: the patience of {config.valid.patience} is used up, "
                 f"the best is {journal.best}; --resume with a larger --valid.patience goes on"
             )
-        if step.number >= first or not run.model_folder.exists():
-            run.finish()
+        if step.number >= first or not run.is_finished:
+            run.save(required=True)  # before all else that belongs to the end
+            if journal.validated != step.number:
+                validate()
+            with interrupt.at_once():
+                run.finish()
         journal.say(f"model: {run.model_folder}   report: {run.folder / 'report' / 'report.html'}")
         distributed.barrier(world)
         return run.model_folder
+    except BaseException as error:
+        run.rescue(error)
+        raise
     finally:
-        interrupt.restore()
         batches.close()
         if profiler is not None:
             profiler.close()
@@ -182,19 +234,65 @@ def seed_step(config: TrainConfig, step: int, world: World) -> None:
     random.seed(seed)
 
 
+class StopAtOnce(KeyboardInterrupt):
+    """A signal ends what is being done. No `except Exception` on the way takes it for an error of its own."""
+
+
 class Interrupt:
-    """SIGTERM and SIGINT become a wish to stop after the current step; a second SIGINT interrupts at once."""
+    """What SIGTERM, SIGINT and SIGHUP do: the run ends, once what it has reached is saved.
+
+    Among the steps they wait for the end of one (a second SIGINT does not); during all else, such as a validation, they
+    end it at once. A signal that the process ignores, as SIGHUP under nohup, stays ignored, and in a thread other than
+    the main one Python takes none.
+
+    Attributes:
+        number: of the signal that came; None: none did.
+        immediate: whether a signal ends at once what is being done.
+    """
 
     def __init__(self) -> None:
-        self.wanted = False
-        self.name: str | None = None
+        self.number: int | None = None
+        self.immediate = True
+        self._since = 0.0
         self._earlier: deque[HostCopy] = deque()
-        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._handlers[number] = signal.signal(number, self._note)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this rank wants to stop."""
+        return self.number is not None
+
+    def is_overdue(self) -> bool:
+        """Whether a step has gone on for so long since the signal that its batch may never come."""
+        return self.wanted and time.monotonic() - self._since > _OVERDUE_SECONDS
+
+    def stopped(self) -> TrainingStopped:
+        """The error that ends a run for a signal, of this rank or of another."""
+        name = "another process" if self.number is None else signal.Signals(self.number).name
+        return TrainingStopped(f"stopped by {name}; --resume continues", self.number or signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Signals within, and one that has come before, end at once what is being done."""
+        self.immediate = True
+        try:
+            if self.wanted:
+                raise StopAtOnce
+            yield
+        finally:
+            self.immediate = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.wanted:
+        again, self.number = self.wanted, number
+        self._since = self._since or time.monotonic()
+        if again and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.wanted, self.name = True, signal.Signals(number).name
+        if self.immediate and not again:
+            raise StopAtOnce
 
     def agreed(
         self,
@@ -216,12 +314,12 @@ class Interrupt:
 class Profiler:
     """Traces steps 6 to 8 of this start: `profile/trace.json` for a viewer and `profile/longest.txt` to read."""
 
-    def __init__(self, run_dir: Path, world: World) -> None:
-        self._folder = run_dir / "profile"
+    def __init__(self, run: Run) -> None:
+        self._folder, self._say, kind = run.folder / "profile", run.journal.say, run.world.device.type
         activities = [torch.profiler.ProfilerActivity.CPU]
-        if world.device.type == "cuda":
+        if kind == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._order = f"self_{world.device.type}_time_total"
+        self._order = f"self_{kind}_time_total"
         self._profile = torch.profiler.profile(
             activities=activities,
             schedule=torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1),
@@ -238,7 +336,10 @@ class Profiler:
         self._profile.stop()
 
     def _write(self, profile: torch.profiler.profile) -> None:
-        self._folder.mkdir(exist_ok=True)
-        profile.export_chrome_trace(str(self._folder / "trace.json"))
         table = profile.key_averages().table(sort_by=self._order, row_limit=25, max_name_column_width=80)
-        write_atomic(self._folder / "longest.txt", table.encode())
+        try:
+            self._folder.mkdir(exist_ok=True)
+            profile.export_chrome_trace(str(self._folder / "trace.json"))
+            write_atomic(self._folder / "longest.txt", table.encode())
+        except OSError as error:
+            self._say(f"warning: {self._folder}: the trace could not be written ({error.strerror}); training goes on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fastclap.audio import AudioError, AudioFile, whole_clip
 from fastclap.data import Batch, BatchSampler, ClipDataset, Manifest, Quarantine, load_manifest, make_loader
 from fastclap.data.demo_voices import write_demo
-from fastclap.data.rows import with_fine_captions, within_seconds
+from fastclap.data.rows import check_column, with_fine_captions, within_seconds
 from fastclap.data.tags import TagPrompts
-from fastclap.errors import ConfigError, TrainingError
+from fastclap.errors import ConfigError, DataError, FastclapError, TrainingError
 from fastclap.evaluation import ClassificationTask, caption_sets, evaluate, write_report
+from fastclap.evaluation.evaluate import candidate_classes
 from fastclap.models.audio_towers import LogMelTower
 from fastclap.models.clap import CLAP
 from fastclap.models.tokenizer import train_tokenizer
@@ -33,6 +36,7 @@ from fastclap.train.meter import Meter, build_meter
 from fastclap.train.step import Step, applied, frozen
 
 _STATISTICS_CLIPS = 512  # plenty for a mean and a deviation
+_CLIPS_TO_TRY = 32
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Run:
     meter: Meter
     journal: Journal
     saver: checkpoint.Saver
+    data: str  # fingerprint of the rows to train on
+    was_finished: bool  # an earlier start had come to the end
 
     @property
     def folder(self) -> Path:
@@ -67,10 +73,20 @@ class Run:
         """Where the model of the best validation goes."""
         return self.folder / "best"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether an earlier start has done all that belongs to the end of the run."""
+        return self.was_finished and self.model_folder.exists()
+
+    def is_to_validate(self, step: int) -> bool:
+        """Whether a validation follows this step, which is not the last."""
+        every = self.config.valid_every
+        return 0 < step < self.config.steps and every > 0 and step % every == 0
+
     def validate(self) -> None:
         """Retrieval and zero-shot classification with the weights to use, which are kept if they are the best so far.
 
-        The ranks share the work; every one of them calls this.
+        The ranks share the work; every one of them calls this. A checkpoint of this step learns of it.
         """
         if self.valid is None:
             return
@@ -91,20 +107,41 @@ class Run:
                 self.journal.say(f"warning: {error}; training goes on")
             else:
                 self.journal.say(f"the best so far: {self.journal.best}   model: {self.best_folder}")
+        self.saver.amend(self.step, totals=self.journal.state())
 
     def save(self, *, required: bool) -> None:
         """Write a checkpoint (every rank calls this): a required one before this returns, or the run ends."""
         tags = None if self.tags is None else self.tags.vocabulary
-        self.saver.save(self.step, self.journal.state(), tags, required=required)
+        self.saver.save(self.step, self.journal.state(), tags, self.data, required=required)
 
     def finish(self) -> None:
-        """Validate, save and export at the end of the run, and write its report."""
-        if self.journal.validated != self.step.number:
-            self.validate()
-        self.save(required=True)
+        """Export the model at the end of the run, and write its report."""
         self.export(self.model_folder)
         if self.world.is_main:
-            write_report(self.folder / "report", run=self.folder)
+            try:
+                write_report(self.folder / "report", run=self.folder)
+            except (FastclapError, OSError) as error:
+                self.journal.say(f"warning: the report could not be written ({error}); `fastclap report` makes it")
+        self.saver.amend(self.step, finished=True)
+
+    def rescue(self, error: BaseException) -> None:
+        """Save what the run has reached before an error ends it, where that is possible. Never fails itself."""
+        if type(error) is KeyboardInterrupt or not self.world.is_main:  # a second Ctrl-C is not to wait for a disk
+            return
+        alarm = self.world.alarm
+        try:
+            with alarm.saving if alarm is not None else contextlib.nullcontext():
+                with contextlib.suppress(FastclapError):
+                    self.journal.report()
+                if self.saver.is_settled(self.step.number):
+                    return
+                if self.config.shard or not self.step.between_steps:
+                    self.journal.say("warning: the steps since the last checkpoint could not be saved")
+                    return
+                self.journal.say(f"saving what was reached, after step {self.step.number}")
+                self.save(required=True)
+        except Exception as failure:
+            self.journal.say(f"warning: what was reached could not be saved: {failure}")
 
     def export(self, folder: Path) -> None:
         """Write the model to use; an older one in the folder stays until the new one is complete."""
@@ -120,8 +157,13 @@ class Run:
                 ) from error
 
 
-def prepare(config: TrainConfig, world: World) -> Run:
+def prepare(config: TrainConfig, world: World, stopping: Callable[[], bool] = lambda: False) -> Run:
     """Read the data, build the model and its step, and take over the state of the run to continue, if there is one.
+
+    Args:
+        config: of the run.
+        world: this process.
+        stopping: whether to give up waiting for a batch.
 
     Raises:
         ConfigError, DataError, ModelError: as `fastclap.train.loop.train` says.
@@ -138,6 +180,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     torch.manual_seed(config.seed)
     data = config.data
     manifest, valid, left_out = read_manifests(config)
+    data_read = check_data(config, manifest, valid, state)
     sampler = BatchSampler(
         manifest,
         config.batch_size,
@@ -217,9 +260,32 @@ def prepare(config: TrainConfig, world: World) -> Run:
             journal.say(line)
     on_gpu = world.device.type == "cuda"
     workers = data.workers if kept.clips is None else 0
-    loader = make_loader(kept.dataset(dataset), sampler, num_workers=workers, prefetch=data.prefetch, pin_memory=on_gpu)
-    saver = checkpoint.Saver(journal.say, unchanging)
-    return Run(config, world, model, step, tags, valid, kept, kept.loader(loader), quarantine, meter, journal, saver)
+    loader = make_loader(
+        kept.dataset(dataset),
+        sampler,
+        num_workers=workers,
+        prefetch=data.prefetch,
+        pin_memory=on_gpu,
+        timeout=data.worker_timeout,
+        stopping=stopping,
+    )
+    saver = checkpoint.Saver(journal.say, unchanging, saved=start_step)
+    return Run(
+        config,
+        world,
+        model,
+        step,
+        tags,
+        valid,
+        kept,
+        kept.loader(loader),
+        quarantine,
+        meter,
+        journal,
+        saver,
+        data_read,
+        state is not None and bool(state.get("finished", True)),
+    )
 
 
 def make_demo_data(config: TrainConfig, world: World) -> None:
@@ -258,6 +324,47 @@ def read_manifests(config: TrainConfig) -> tuple[Manifest, Manifest | None, list
         )
     valid = load_manifest(data.valid, audio_root=data.audio_root, columns=data.columns) if data.valid else None
     return manifest, valid, left_out
+
+
+def check_data(config: TrainConfig, manifest: Manifest, valid: Manifest | None, state: dict[str, Any] | None) -> str:
+    """The fingerprint of what is trained on, after a look at all that only a later step would stumble over.
+
+    Raises:
+        ConfigError: the rows are not those that the run has begun with, or a manifest lacks a column.
+        DataError: prompts, templates or the clips to validate on are unusable.
+    """
+    fingerprint = manifest.fingerprint()
+    before = (state or {}).get("data", fingerprint)
+    if before != fingerprint:
+        raise ConfigError(
+            f"{', '.join(config.data.train)}: the rows, their captions or tags are not those of the checkpoint; the "
+            "run would not go on as it began; give the manifests of that run, or another --run-dir with --init-from"
+        )
+    if config.data.tag_column is not None:
+        check_column(manifest, config.data.tag_column, "--data.tag-column")
+    if valid is not None:
+        for column in config.valid.classify:
+            if column != "classification_tag":
+                check_column(valid, column, "--valid.classify")
+        for task in classification_tasks(config.valid, valid):
+            candidate_classes(valid, task)
+        check_some_clips(valid)
+    return fingerprint
+
+
+def check_some_clips(manifest: Manifest) -> None:
+    """Raise DataError if no clip of a manifest can be used, as far as a few of them, evenly spread, tell."""
+    reasons = []
+    for row in manifest[:: max(1, len(manifest) // _CLIPS_TO_TRY)]:
+        if row.packed is not None:  # whose clips were all usable
+            return
+        try:
+            with AudioFile(row.audio) as clip:
+                whole_clip(clip)
+            return
+        except AudioError as error:
+            reasons.append(str(error))
+    raise DataError(f"--data.valid: none of {len(reasons)} clips that were tried can be used; the first: {reasons[0]}")
 
 
 def classification_tasks(config: ValidConfig, manifest: Manifest) -> list[ClassificationTask]:

@@ -57,6 +57,8 @@ class Step:
 
     Attributes:
         number: steps taken.
+        between_steps: whether everything is as it was after that step, so that it can be saved; False after an error
+            amid the optimizer's update, or of a loss whose embeddings may be in the queue.
         average: the moving average of the weights; None: there is none.
         mean: the mean of the weights since the start; None: there is none.
         queue: embeddings of earlier batches, the same on every rank; None: there are none.
@@ -77,7 +79,7 @@ class Step:
         number: int = 0,
         chunk_sizes: list[int] | None = None,
     ) -> None:
-        self.model, self.config, self.number = model, config, number
+        self.model, self.config, self.number, self.between_steps = model, config, number, True
         self.world = world = world or World(0, 1, model.device, None)
         if config.optimizer.unfreeze_step and not model.has_frozen_parts:
             raise ConfigError(
@@ -147,6 +149,7 @@ class Step:
         """
         try:
             self.objective.use_queue = self.number >= self.config.loss.queue_after
+            self.between_steps = self.queue is None
             return self.objective(batch, weight=1 / self.config.accumulate)
         except SecondPassMemoryError as error:
             # Towers that communicate by themselves wait for this rank in the middle of a layer.
@@ -164,9 +167,8 @@ class Step:
 
     def update(self, loss: Tensor, stop: bool, epoch: int) -> StepResult:
         """The optimizer's part of a step, on the gradients as they are."""
-        self.number += 1
-        config = self.config.optimizer
-        learning_rate = scheduled_learning_rate(config, self.number, self.config.steps, epoch)
+        config, number = self.config.optimizer, self.number + 1
+        learning_rate = scheduled_learning_rate(config, number, self.config.steps, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         # Every rank must take or skip the step alike: the flags are summed together with the gradients.
@@ -175,6 +177,7 @@ class Step:
         if findings is not None:
             flags = torch.cat([flags, findings])
         flags, norm = self.gradients.finish(flags, config.clip_norm if config.kind == "adamw" else 0.0)
+        self.between_steps = False
         if findings is not None:
             self.model.audio_branch.end_step(flags[2:])
         skipped = (flags[0] > 0) | ~norm.isfinite()
@@ -183,9 +186,10 @@ class Step:
         self.gradients.clear()
         self.model.clamp_logit_scale_()
         if self.average is not None:
-            self.average.update(self.number)
+            self.average.update(number)
         if self.mean is not None:
-            self.mean.update(self.number)
+            self.mean.update(number)
+        self.number, self.between_steps = number, True
         return StepResult(loss, norm, skipped, flags[1], learning_rate, epoch)
 
 

@@ -128,7 +128,7 @@ def evaluate(
         if not any(_captions(row, name) for row in manifest):
             column = "text_description" if name == "global" else "fine_description"
             raise DataError(f"the manifest has no {name} captions (column {column})")
-    candidates = [_candidates(manifest, task) for task in tasks]
+    candidates = [candidate_classes(manifest, task) for task in tasks]
 
     start = time.perf_counter()
     ranks = EvaluationRanks(model, process_group)
@@ -353,7 +353,7 @@ def _map(audio: Tensor, rows: Sequence[int], labels: Mapping[str, _Labels]) -> d
     }
 
 
-def _candidates(manifest: Manifest, task: ClassificationTask) -> list[str]:
+def candidate_classes(manifest: Manifest, task: ClassificationTask) -> list[str]:
     """The candidate classes of a task, after the checks that need no model."""
     found = sorted({tag for row in manifest for tag in row.tags_of(task.column)})
     if not found:

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 import fastclap
 from fastclap.config import AudioTowerConfig
-from fastclap.errors import ConfigError, ModelError, TrainingError
+from fastclap.errors import ConfigError, ModelError, TrainingError, TrainingStopped
 from fastclap.train import checkpoint
 from fastclap.train.config import TrainConfig
 from fastclap.train.loop import train
@@ -292,14 +292,14 @@ def test_copies_from_a_gpu(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None
 def test_sigterm_saves_and_exits_cleanly(tiny: Build) -> None:
     whole, stopped = tiny("whole", steps=40), tiny("stopped", steps=40)
     train(whole)
-    child = FORK.Process(target=train, args=(stopped,))
+    child = FORK.Process(target=_train_until_stopped, args=(stopped,))
     child.start()
     while child.is_alive() and not (Path(stopped.run_dir) / "metrics.jsonl").exists():
         time.sleep(0.01)
     time.sleep(0.1)
     os.kill(child.pid, signal.SIGTERM)
     child.join(60)
-    assert child.exitcode == 0
+    assert child.exitcode == 128 + signal.SIGTERM
     newest = checkpoint.newest_checkpoint(Path(stopped.run_dir))
     assert newest is not None and 0 < newest[1]["step"] < 40
     assert not (Path(stopped.run_dir) / "model").exists()
@@ -308,20 +308,28 @@ def test_sigterm_saves_and_exits_cleanly(tiny: Build) -> None:
     assert_same_run(whole.run_dir, stopped.run_dir)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def _train_until_stopped(config: TrainConfig) -> None:
+    try:
+        train(config)
+    except TrainingStopped as error:
+        os._exit(128 + error.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_whole_process_group_saves_too(tiny: Build, tmp_path: Path, number: signal.Signals) -> None:
     """What Ctrl-C and schedulers do: the loader process is hit as well, through the real command line."""
     config = tiny(steps=100000, log_every=1)
     config.data.workers = 1
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.to_dict()))
     command = [sys.executable, "-m", "fastclap.train.cli", "small", "--config", str(tmp_path / "run.yaml")]
-    child = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = subprocess.Popen(command, start_new_session=True, text=True, **pipes)
     assert child.stdout is not None
     while not child.stdout.readline().startswith("step 5/"):
         assert child.poll() is None
     os.killpg(child.pid, number)
-    out, _ = child.communicate(timeout=120)
-    assert child.returncode == 0 and f"stopped by {number.name} at step" in out
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 128 + number and err == f"fastclap-train: stopped by {number.name}; --resume continues\n"
     newest = checkpoint.newest_checkpoint(Path(config.run_dir))
     assert newest is not None and newest[1]["step"] >= 5
 
