@@ -142,10 +142,9 @@ def _drawn(table: Table) -> str:
     for row in table.rows:
         texts = [printable(str(cell)) for cell in row]
         drawn.add_row(*(Text(t if kind == "whole" else shortened(t)) for t, kind in zip(texts, kinds, strict=True)))
-    console = Console()
-    with console.capture() as captured:  # rich itself ends the process when the reader of the output has gone
-        console.print(drawn)
-    return captured.get()
+    memory = _Memory(sys.stdout, vital=True)  # rich ends the process itself when the reader of the output has gone
+    Console(file=cast(TextIO, memory)).print(drawn)
+    return "".join(memory.text)
 
 
 def show_json(value: Any, *, lines: bool = False) -> None:
@@ -268,6 +267,21 @@ class _Stream:
             abandon(self._stream)
 
 
+class _Memory(_Stream):
+    """Keeps what is written to a stream that is asked for its terminal and encoding only."""
+
+    def __init__(self, stream: Any, vital: bool) -> None:
+        super().__init__(stream, vital)
+        self.text: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.text.append(text)
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
 def abandon(stream: Any) -> None:
     """Send all that is, and will be, written to a stream nowhere: its reader has gone, or its disk is full."""
     if isinstance(stream, _Stream):
@@ -352,7 +366,7 @@ def os_error_text(error: OSError) -> str:
     """One line about an error of the operating system: the file that it happened to, and what it was."""
     name = error.filename2 or error.filename  # of a copy and of a renaming the second is what is written
     reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
-    return f"{os.fsdecode(name) if isinstance(name, (str, bytes)) else name}: {reason}" if name else reason
+    return f"{printable(os.fsdecode(name) if isinstance(name, bytes) else str(name))}: {reason}" if name else reason
 
 
 @contextlib.contextmanager
