@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ import torch
 
 from fastclap.errors import DataError
 from fastclap.evaluation import classification, retrieval, write_report
-from fastclap.evaluation.report import embedding_map
+from fastclap.evaluation.report import (
+    MAX_LABELLED,
+    MAX_MAPPED,
+    _run_details,
+    confusion_matrix,
+    embedding_map,
+    read_metrics,
+    training_curves,
+)
 from fastclap.files import write_atomic
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -165,6 +174,108 @@ def test_a_torn_last_line_is_left_out_and_another_is_an_error(tmp_path: Path) ->
         write_report(tmp_path / "out", run=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="needs results, a run folder, or both"):
         write_report(tmp_path / "out")
+
+
+ODD = (
+    "[laughing]",
+    "[/laugh]",
+    "$100_$",
+    "開心",
+    "غاضب",
+    "😀",
+    "\udcff",
+    "a\nb",
+    "\x1b[31m",
+    "_hidden",
+    "{body}",
+    "x" * 500,
+)
+
+
+def test_names_of_any_kind_are_drawn_and_escaped(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    audio, text = torch.randn(24, 8, generator=generator), torch.randn(len(ODD), 8, generator=generator)
+    figures = classification(audio, text, [ODD[i % len(ODD)] for i in range(24)], list(ODD))
+    shown = {"model": "{body}", "data": ["\udcff"], "classification": {"情绪": figures, "年龄": figures}}
+    shown["skipped"] = [{"row": 0, "path": "\udcff\x1b.wav", "reason": "<b>"}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = write_report(tmp_path, results=shown).read_text(encoding="utf-8")
+    assert sorted(item.name for item in tmp_path.glob("*.png")) == ["confusion-_-2.png", "confusion-_.png"]
+    assert "class=problem" not in page and page.count("<h1>") == 1 and "<b>" not in page and "\x1b" not in page
+    assert r"\udcff\x1b.wav" in page and "<td>情绪</td>" in page
+    data = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert data["classification"]["情绪"]["classes"][:6] == list(ODD[:6]) and data["data"] == [r"\udcff"]
+
+
+def test_many_and_long_classes_fit_on_a_map() -> None:
+    given = embeddings(40, sex=500)
+    given["columns"]["sex"]["classes"][:2] = ["_hidden", "x" * 500]
+    figure = embedding_map(given, "sex")
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend[:2] == ["no, several or other classes", " _hidden"] and len(legend) == MAX_MAPPED + 1
+    assert len(legend[2]) == 40 and figure.get_figwidth() < 40
+
+
+def test_a_large_confusion_matrix_names_some_of_its_classes() -> None:
+    names = [f"class {i}" for i in range(200)]
+    audio = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    figure = confusion_matrix("speaker", classification(audio, audio, names, names))
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels[:2] == ["class 0 (1)", "class 3 (1)"] and len(labels) <= MAX_LABELLED
+
+
+DEEP = "[" * 5000 + "]" * 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "noted"),
+    [
+        ("environment.json", b"{", "environment.json cannot be shown"),
+        ("environment.json", b"\xff", "not UTF-8"),
+        ("environment.json", f'{{"a": {DEEP}}}'.encode(), "environment.json cannot be shown"),
+        ("environment.json", b'{"a": 1' + b"0" * 5000 + b"}", "an integer of more than"),
+        ("environment.json", b'{"a": "\\ud800"}', "half of a character"),
+        ("config.yaml", b"seed: \xff", "config.yaml:1: not UTF-8"),
+        ("metrics.jsonl", b'{"kind": "valid", "step": 1, "retrieval": 5}', "retrieval cannot be shown"),
+        ("metrics.jsonl", b'{"kind": "valid", "step": 1, "classification": {"sex": []}}', "confusion-sex cannot be"),
+        ("metrics.jsonl", b'{"kind": "valid", "step": 1, "embeddings": "x"}', "the picture embeddings cannot be"),
+        ("metrics.jsonl", b'{"kind": "valid", "step": 1, "skipped": 7}', "the skipped clips cannot be shown"),
+        ("metrics.jsonl", b'{"kind": "valid", "step": 1, "data": 7}', "the summary cannot be shown"),
+    ],
+)
+def test_what_is_damaged_is_a_note_on_the_page(name: str, content: bytes, noted: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / name).write_bytes(content)
+    page = write_report(tmp_path / "out", run=tmp_path).read_text(encoding="utf-8")
+    assert noted in " ".join(re.findall("<p class=problem>(.*?)</p>", page))
+    json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *('{"kind": 3, "step": 1}', '{"kind": "train", "step": "1"}', '{"kind": "train", "step": 1e9}', "[]", "null"),
+        *('{"kind": "valid", "step": -1}', f'{{"kind": "train", "step": 1{"0" * 30}}}', '{"step": 1}', "\x00", "{"),
+        *('{"kind": "train", "step": 1, "x": "\\ud800"}', DEEP + "]"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(line + '\n{"kind": "train", "step": 2}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:1: .*; remove the line"):
+        write_report(tmp_path / "out", run=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", '"text"', "null", "[1]", "{}", "1" + "0" * 400, "true"])
+def test_training_values_of_any_kind_can_be_read(value: str, tmp_path: Path) -> None:
+    line = f'{{"kind": "train", "step": 1, "loss": {value}, "logit_scale": {value}, "time": {value}}}\n'
+    (tmp_path / "metrics.jsonl").write_text(line)
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    notes: list[str] = []
+    details = _run_details(tmp_path, [record], notes)
+    assert details["loss"] == (1.0 if value == "true" else None) and notes == []
+    assert training_curves([record], []).axes[0].get_title(loc="left") == "training loss"
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
