@@ -172,7 +172,7 @@ def _locate(clip: DescribedClip) -> _Found:
         return _Found(None, 0.0, "no such file")
     if path != path.encode(errors="replace").decode():
         return _Found(path, 0.0, "its name is not UTF-8, which no manifest can hold; rename it")
-    if isinstance(clip.duration, (int, float)) and 0 < clip.duration < _LONGEST:
+    if isinstance(clip.duration, (int, float)) and clip.duration is not True and 0 < clip.duration < _LONGEST:
         return _Found(path, float(clip.duration), "")
     try:
         return _Found(path, audio_info(path).duration, "")

@@ -107,7 +107,7 @@ def _paraspeechcaps_tables(place: Place) -> tuple[int, list[tuple[str, str, Iter
             try:
                 file = pyarrow.parquet.ParquetFile(path)
             except (pyarrow.ArrowException, OSError) as error:
-                raise DataError(f"{path}: not a readable Parquet file ({error}); download it again") from error
+                raise _unreadable(path, error) from error
             columns[str(path)] = set(file.schema_arrow.names)
             total += file.metadata.num_rows
             match = _SHARD.fullmatch(path.stem)
@@ -129,7 +129,11 @@ def _parquet_rows(path: Path, file: Any) -> Iterator[Mapping[str, Any]]:
         for batch in file.iter_batches(batch_size=4096):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}); download it again") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())}); download it again")
 
 
 def _read_fcaps(place: Place) -> Clips:

@@ -491,3 +491,72 @@ def test_help_has_examples(capfd: Any) -> None:
     assert stopped.value.code == 0
     text = capfd.readouterr().out
     assert "Examples:" in text and "fastclap prepare ravdess --root" in text and "hf:ajd12342/paraspeechcaps" in text
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "not UTF-8": lambda data: b"\xff\xfe" + data,
+    "a bit": lambda data: data[: len(data) // 3] + bytes([data[len(data) // 3] ^ 8]) + data[len(data) // 3 + 1 :],
+    "zeros": lambda data: bytes(len(data)),
+    "deep": lambda data: b"[" * 100_000,
+    "digits": lambda data: b"1" * 5000,
+    "surrogate": lambda data: b'{"a": "\\ud800"}',
+    "null": lambda data: b"null",
+}
+LAYOUTS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+    "fcaps": (make_fcaps, "*.jsonl.gz"),
+    "paraspeechcaps": (make_paraspeechcaps, "*.parquet"),
+    "promptspeech": (make_promptspeech, "*.csv"),
+    "speechcraft": (make_speechcraft, "*.json"),
+    "crema-d": (lambda root, folder: make_crema_d(root), "VideoDemographics.csv"),
+    "iemocap": (lambda root, folder: make_iemocap(root), "Session?/dialog/EmoEvaluation/Ses*.txt"),
+}
+
+
+@pytest.mark.parametrize("dataset", LAYOUTS)
+def test_damaged_annotations_are_one_message(dataset: str, tmp_path: Path, capfd: Any) -> None:
+    make, pattern = LAYOUTS[dataset]
+    root, folder = tmp_path / "data", tmp_path / "annotations"
+    make(root, folder)
+    folder = folder if folder.exists() else root
+    whole = {path: path.read_bytes() for path in folder.glob(pattern)}
+    assert whole
+    for name, damage in DAMAGE.items():
+        for path, data in whole.items():
+            path.write_bytes(damage(data))
+        flags = ["--root", str(root), "--annotations", str(folder), "--out", str(tmp_path / "o.jsonl")]
+        status = main(["prepare", dataset, *flags])
+        err = capfd.readouterr().err
+        lines = [line for line in err.splitlines() if not line.startswith("prepared ")]
+        assert (status, len(lines)) in ((2, 1), (0, 0), (0, 1)), (name, err)
+        assert status == 0 or lines[0].startswith("fastclap: "), (name, err)
+
+
+SOUND = {"sources": [{"source": "Emilia/a.wav"}]}
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        *([], 3, "x", None, {}, {"recording": SOUND}, {"recording": [], "supervisions": [{}]}),
+        {"recording": {"sources": [{"source": 3}]}, "supervisions": [{}]},
+        {"recording": SOUND, "supervisions": ["x"]},
+        {"recording": SOUND, "supervisions": [{"custom": [1]}]},
+        {"recording": SOUND, "supervisions": [{"custom": "x"}]},
+    ],
+)
+def test_a_cut_that_is_none_is_named(cut: Any, mistake: Any, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "fcaps-dev.jsonl").write_text(json.dumps(cut) + "\n")
+    assert "fcaps-dev.jsonl:1 is not a cut with" in mistake("fcaps", "--annotations", str(tmp_path))
+
+
+@pytest.mark.parametrize("duration", ["long", [], {}, -1, 0, True, 1e300, float("nan"), 10**400])
+def test_a_duration_that_is_none_is_that_of_the_file(duration: Any, prepare: Any, tmp_path: Path) -> None:
+    audio(tmp_path / "data" / "Emilia" / "a.wav", 0.25)
+    custom = {"custom": {"short_captions": "A voice.", "accent": {"odd": ["\x1b"]}}}
+    cut = {"recording": SOUND, "supervisions": [custom], "duration": duration}
+    (tmp_path / "fcaps-dev.jsonl").write_text(json.dumps(cut) + "\n")
+    rows, _ = prepare("fcaps", "--annotations", str(tmp_path))
+    assert rows[0]["duration"] == 0.25 and rows[0]["accent"] == {"odd": ["\x1b"]}
