@@ -111,12 +111,25 @@ class AudioTower(nn.Module):
         return Stages()
 
 
+_MOST = {
+    "n_fft": 1 << 15,
+    "n_mels": 1 << 10,
+    "num_frames": 1 << 20,
+    "sampling_rate": 1 << 20,
+    "mel_sampling_rate": 1 << 20,
+}
+"""More than any front-end has."""
+
+
 def features_of(preset: str, changes: dict[str, Any]) -> LogMel:
     """The front-end of a tower: a preset with changes to it.
 
     Raises:
         ConfigError: an unknown option, or a value that is impossible.
     """
+    for name, most in _MOST.items():
+        if isinstance(changes.get(name), int) and changes[name] > most:
+            raise ConfigError(f"log-mel features: {name} is {changes[name]:,}; give at most {most:,}")
     try:
         return LogMel(preset, **changes)
     except (TypeError, ValueError) as error:

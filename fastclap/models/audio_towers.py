@@ -12,6 +12,7 @@ replays the same masks. The towers of transformers keep their module as `.base`,
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ from fastclap.models.pretrained import (
     transformers_config,
     transformers_model,
 )
+from fastclap.models.sizes import check_counts, one_error
 from fastclap.models.whisper import WhisperTower
 from fastclap.models.zipformer.tower import ZipformerTower
 
@@ -481,6 +483,30 @@ def build_audio_tower(config: AudioTowerConfig, load_pretrained: bool = True) ->
         ConfigError: the configuration is impossible.
         ModelError: the pretrained weights cannot be read or belong to another architecture.
     """
+    with one_error("audio"):
+        check_counts(dataclasses.asdict(config), "audio")
+        if load_pretrained:
+            _refuse_what_is_not_read(config)
+        return _audio_tower(config, load_pretrained)
+
+
+def _refuse_what_is_not_read(config: AudioTowerConfig) -> None:
+    """Raise a ConfigError for options of other kinds of towers, which would be ignored."""
+    kinds = {
+        "pretrained": ("wav2vec2", "whisper", "ast", "clap-htsat", "zipformer", "pe-audio"),
+        "hf_config": ("wav2vec2", "whisper", "ast", "clap-htsat", "pe-audio"),
+        "chunks": ("whisper",),
+        "pool_padding": ("whisper",),
+    }
+    for name, own in kinds.items():
+        if getattr(config, name) and config.kind not in own:
+            raise ConfigError(
+                f"audio.{name} has no meaning for a tower of kind {config.kind}; leave it out, or choose audio.kind "
+                f"{', '.join(own)}"
+            )
+
+
+def _audio_tower(config: AudioTowerConfig, load_pretrained: bool) -> AudioTower:
     if config.kind == "log-mel":
         return LogMelTower(config)
     if config.kind == "cnn14":

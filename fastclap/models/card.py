@@ -7,15 +7,16 @@ the path: a card is meant for others. Whoever publishes a model names the licenc
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, TextTowerConfig
+from fastclap.errors import DataError
+from fastclap.reading import parse_json, parse_yaml, read_json, read_text
 
 _FROM_HERE = 'CLAP.from_pretrained(".")'
 
@@ -228,29 +229,27 @@ def _sources(names: Any) -> str:
 def _last_validation(path: Path) -> dict[str, Any]:
     last: dict[str, Any] = {}
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            if record.get("kind") == "valid":
+        for number, line in enumerate(read_text(path, limit=1 << 30).split("\n"), 1):
+            record = parse_json(line, f"{path}:{number}") if line.strip() else None
+            if isinstance(record, dict) and record.get("kind") == "valid":
                 last = record
-    except (OSError, ValueError, AttributeError):  # no figures are better than no model
+    except DataError:  # no figures are better than no model
         return {}
     return last
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return data if isinstance(data, dict) else {}
+    return _mapping(lambda: parse_yaml(read_text(path), str(path)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    return _mapping(lambda: read_json(path))
+
+
+def _mapping(read: Callable[[], Any]) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = read()
+    except DataError:
         return {}
     return data if isinstance(data, dict) else {}
 

@@ -42,8 +42,9 @@ from fastclap.models.freezing import ask_for_gradients, parameters_to_freeze
 from fastclap.models.heads import build_head
 from fastclap.models.layers import masked_mean
 from fastclap.models.lora import add_adapters, is_adapter, merged, without_adapters
+from fastclap.models.sizes import Allowance, free_memory, one_error
 from fastclap.models.text_towers import build_text_tower
-from fastclap.models.tokenizer import TOKENIZER_FILE, Tokenizer
+from fastclap.models.tokenizer import TOKENIZER_FILE, Tokenizer, check_vocabulary
 
 
 class CLAP(DualEncoder):
@@ -70,14 +71,16 @@ class CLAP(DualEncoder):
                 f"init_logit_scale must lie between 1 and max_logit_scale = {config.max_logit_scale}, "
                 f"not at {config.init_logit_scale}"
             )
-        self.audio_branch = build_audio_tower(config.audio, load_pretrained)
+        with Allowance(config.to_dict(), free_memory(), "of memory are free"):
+            self.audio_branch = build_audio_tower(config.audio, load_pretrained)
+            self.text_branch = build_text_tower(config.text, load_pretrained)
+            with one_error("projection heads"):
+                self.audio_projection = build_head(config.head, self.audio_branch.width, "audio")
+                self.text_projection = build_head(config.head, self.text_branch.width, "text")
         self.sampling_rate = self.audio_branch.sampling_rate
         self.equal_lengths_only = self.audio_branch.equal_lengths_only
         self.single_on_cpu = self.audio_branch.single_on_cpu
         self.beginning = None if self.audio_branch.chunk else self.audio_branch.window
-        self.text_branch = build_text_tower(config.text, load_pretrained)
-        self.audio_projection = build_head(config.head, self.audio_branch.width, "audio")
-        self.text_projection = build_head(config.head, self.text_branch.width, "text")
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(config.init_logit_scale)))
         bias = config.init_logit_bias
         self.register_parameter("logit_bias", None if bias is None else nn.Parameter(torch.tensor(float(bias))))
@@ -88,6 +91,7 @@ class CLAP(DualEncoder):
         )
         if tokenizer is None and config.text.kind == "hf" and config.text.pretrained and load_pretrained:
             tokenizer = Tokenizer.from_pretrained(config.text.pretrained)
+            check_vocabulary(tokenizer, self.text_branch.vocab_size, config.text.pretrained)
         if tokenizer is not None and tokenizer.vocab_size > self.text_branch.vocab_size:
             raise ConfigError(
                 f"the text tower has {self.text_branch.vocab_size} tokens, the tokenizer has {tokenizer.vocab_size}; "
@@ -314,21 +318,30 @@ class CLAP(DualEncoder):
                 of other codes hold none, and theirs comes from the hub.
 
         Raises:
+            ConfigError: there is no such device, or `dtype` is none of floating-point numbers.
             ModelError: there is no model, a file is damaged, or the weights are those of another architecture.
         """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigError(f"dtype is {dtype!r}; give one of floating-point numbers, such as torch.bfloat16")
         found = find_model(path)
         saved = read_foreign(found, tokenizer) if is_foreign(found) else read_model(found, tokenizer)
-        return cls._from_saved(saved).to(device=device, dtype=dtype)
+        model = cls._from_saved(saved)
+        try:
+            return model.to(device=device, dtype=dtype)
+        except (AssertionError, RuntimeError, TypeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise ConfigError(f"device {device!r}: the model cannot be put there ({reason})") from error
 
     @classmethod
     def _from_saved(cls, saved: SavedModel) -> CLAP:
+        # what is built and not kept, such as a decoder, is no larger than a few times what is
+        most = 16 * sum(tensor.numel() for tensor in saved.weights.values()) + (1 << 26)
+        source = f"are more than any model needs for the weights in {saved.weights_file.name}"
         try:
-            with uninitialized_parameters():
+            with uninitialized_parameters(), Allowance(saved.config.to_dict(), most, source):
                 model = cls(saved.config, saved.tokenizer, load_pretrained=False)
         except ConfigError as error:
             raise ModelError(f"{saved.config_file}: {error}") from error
-        except ValueError as error:  # transformers raises it for sizes that do not go together
-            raise ModelError(f"{saved.config_file}: no tower has this configuration: {error}") from error
         check_weights(model, saved.weights, saved.weights_file)
         model.load_state_dict(saved.weights)
         model.card = saved.card if saved.origin is None else model_card(model.facts, origin=saved.origin)

@@ -25,6 +25,8 @@ class FixedWindowTower(AudioTower):
         ConfigError: features that are impossible.
     """
 
+    window: int
+
     def __init__(self, config: AudioTowerConfig, n_mels: int | None = None) -> None:
         super().__init__()
         bands = {} if n_mels is None else {"n_mels": n_mels}

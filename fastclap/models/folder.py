@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from fastclap.config import FORMAT_VERSION, CLAPConfig
+from fastclap.console import printable
 from fastclap.errors import ConfigError, ModelError
 from fastclap.files import fsync
 from fastclap.models.tokenizer import TOKENIZER_FILE, Tokenizer, as_tokenizer
+from fastclap.reading import read_json, read_text
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -72,9 +74,7 @@ def find_model(path: str | os.PathLike[str]) -> Path:
     Raises:
         ModelError: there is none, or there are several.
     """
-    folder = Path(path)
-    if not folder.exists():
-        folder = _download(os.fspath(path))
+    folder = _existing(path) or _download(os.fspath(path))
     if is_foreign(folder):
         return folder
     archives = sorted(folder.glob("*.pth.tar"))
@@ -94,14 +94,29 @@ def find_model(path: str | os.PathLike[str]) -> Path:
     return steps[max(steps)]
 
 
+def _existing(path: str | os.PathLike[str]) -> Path | None:
+    """The file or folder of this name, None if there is none.
+
+    Raises:
+        ModelError: it is no name.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ModelError(f"{path!r} names no model; give a folder, a file, or a hub id")
+    found = Path(path)
+    try:
+        return found if found.exists() else None
+    except (OSError, ValueError) as error:  # a zero byte, or too long
+        raise ModelError(f"{printable(str(path))}: no such model folder ({error})") from error
+
+
 def find_weights_file(path: str | os.PathLike[str]) -> Path:
     """A file of weights: the path itself, that of a folder, or either on the hub (owner/name, owner/name/file).
 
     Raises:
         ModelError: there is none, or there are several.
     """
-    found = Path(path)
-    if not found.exists():
+    found = _existing(path)
+    if found is None:
         found = _download(os.fspath(path), [WEIGHTS_FILE])
         if not found.is_file() and not (found / WEIGHTS_FILE).exists():
             found = _download(os.fspath(path), _WEIGHTS)
@@ -126,15 +141,18 @@ def is_foreign(path: Path) -> bool:
 
 def format_of(folder: Path) -> str | int | None:
     """Format version of an export, model type of a transformers folder, None without a readable configuration."""
+    if not (folder / CONFIG_FILE).is_file():
+        return None
     try:
-        data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = read_json(folder / CONFIG_FILE, ModelError)
+    except ModelError:
         return None
     if not isinstance(data, dict):
         return None
     if "modeling_clsp." in str(data.get("auto_map")):  # whatever CLSP's code calls its type
         return "clsp"
-    return data.get("format_version", data.get("model_type"))
+    found = data.get("format_version", data.get("model_type"))
+    return found if type(found) in (int, str) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,22 +175,21 @@ def read_model(folder: Path, tokenizer: Tokenizer | str | os.PathLike[str] | Non
     elif (folder / TOKENIZER_FILE).exists():
         tokenizer = Tokenizer.load(folder)
     weights = _names_of_today(load_weights(folder))
-    card = folder / CARD_FILE
-    text = card.read_text(encoding="utf-8") if card.is_file() else None
+    text = None
+    if (folder / CARD_FILE).is_file():
+        with contextlib.suppress(ModelError):  # a card that is no text is none: a new one is written
+            text = read_text(folder / CARD_FILE, ModelError)
     return SavedModel(config, weights, tokenizer, folder / CONFIG_FILE, folder / WEIGHTS_FILE, text)
 
 
 def _read_config(path: Path) -> CLAPConfig:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: missing; this is not an exported model") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}); export the model again") from error
+    if not path.exists():
+        raise ModelError(f"{path}: missing; this is not an exported model")
+    data = read_json(path, ModelError)
     version = data.pop("format_version", None) if isinstance(data, dict) else None
-    if version not in (1, FORMAT_VERSION):
+    if type(version) is not int or version not in (1, FORMAT_VERSION):
         raise ModelError(
-            f"{path}: format version {version}, this fastclap reads 1 to {FORMAT_VERSION}; "
+            f"{path}: format version {version!r:.40}, this fastclap reads 1 to {FORMAT_VERSION}; "
             "the file is not a fastclap model or needs another release"
         )
     try:
@@ -227,9 +244,9 @@ def find_frozen(folder: Path, *, verify: bool) -> Path | None:
     note = folder / FROZEN_NOTE
     if not note.is_file():
         return None
-    path = folder.resolve().parents[1] / FROZEN_FILE
+    path = folder.resolve().parent.parent / FROZEN_FILE
     try:
-        wanted = json.loads(note.read_text(encoding="utf-8"))
+        wanted = read_json(note, ModelError)
         found = fingerprint(path) if verify else {"bytes": path.stat().st_size}
         if found == {name: wanted[name] for name in found}:
             return path
@@ -263,18 +280,26 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         ModelError: the file is missing, damaged, not a state dict, or a pickle that does more than hold tensors.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"{path}: no such weights file")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(24)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+    if head.startswith(b"version https://git-lfs"):
+        raise ModelError(f"{path}: a pointer of Git LFS, not the weights; fetch them with `git lfs pull`")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
-        except (SafetensorError, OSError) as error:
+        except Exception as error:  # safetensors raises errors of its own, torch others for types that it lacks
             size = path.stat().st_size
             raise ModelError(f"{path}: truncated or damaged ({error}; {size} bytes); copy or save it again") from error
+    if head and not head.startswith((b"PK", b"\x80")):  # a zip file, a pickle
+        raise ModelError(f"{path}: no torch file: it begins with {head[:8]!r}; give a checkpoint, or its folder")
     try:
         with torch.serialization.safe_globals([*_numpy_numbers(), *_paths()]):
             data = torch.load(path, map_location="cpu", weights_only=True)
@@ -283,14 +308,33 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{path}: refused, because it is damaged or its pickle asks to run code instead of holding tensors only; "
             "nothing of it was run. Ask its author for a safetensors file"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # unpickling what is damaged ends in errors of any kind
         raise ModelError(f"{path}: not a readable torch file ({error}); copy or save it again") from error
     for wrapping in ("state_dict", "model", "model_state_dict"):
         if isinstance(data, Mapping) and isinstance(data.get(wrapping), Mapping):
             data = data[wrapping]
-    if not isinstance(data, Mapping) or not all(isinstance(value, Tensor) for value in data.values()):
+    named = isinstance(data, Mapping) and all(isinstance(name, str) for name in data)
+    if not named or not all(isinstance(value, Tensor) for value in data.values()):
         raise ModelError(f"{path}: holds no state dict (a mapping from names to tensors)")
     return dict(data)
+
+
+def check_index(folder: Path) -> None:
+    """Check that the index of weights in several files names files of its own folder, before transformers reads them.
+
+    Raises:
+        ModelError: it names another one, or one that is missing, or is damaged.
+    """
+    for path in sorted(folder.glob("*.index.json")):
+        data = read_json(path, ModelError)
+        files = data.get("weight_map") if isinstance(data, dict) else None
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+            raise ModelError(f"{path}: no index of weights (weight_map, from names to files); copy it again")
+        for name in sorted(set(files.values())):
+            if name != os.path.basename(name) or name in ("", ".", ".."):
+                raise ModelError(f"{path}: names {name!r}, which is not a file of its folder; do not use this model")
+            if not (folder / name).is_file():
+                raise ModelError(f"{folder / name}: missing; {path.name} names it: copy it along")
 
 
 def _numpy_numbers() -> list[Any]:
@@ -310,7 +354,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -
     """Compare names and shapes with the model's, so that the error for a checkpoint of another model says what differs.
 
     Raises:
-        ModelError: a tensor is missing, left over or of another shape.
+        ModelError: a tensor is missing, left over or of another shape or kind of number.
     """
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in weights]
@@ -319,6 +363,11 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -
         f"{name} has the shape {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if name in weights and weights[name].shape != tensor.shape
+    ]
+    problems += [
+        f"{name} is of type {weights[name].dtype} instead of {tensor.dtype}"
+        for name, tensor in expected.items()
+        if name in weights and tensor.is_floating_point() and not weights[name].is_floating_point()
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastclap.config import AudioTowerConfig, TextTowerConfig
-from fastclap.errors import ConfigError, ModelError
+from fastclap.errors import ConfigError, FastclapError, ModelError
+from fastclap.models.folder import CONFIG_FILE, check_index
 from fastclap.models.layers import SharedContext
+from fastclap.models.sizes import check_counts
+from fastclap.reading import read_json
 
 
 def transformers_config(
@@ -29,9 +33,16 @@ def transformers_config(
         if "/" in str(changes.get(key)):
             raise ConfigError(f"hf_config: {key}={changes[key]!r} would run code from the hub, which is not supported")
     if config.pretrained is not None and load_pretrained:
+        folder = Path(config.pretrained)
+        if folder.is_dir():
+            check_index(folder)
+            whole = read_json(folder / CONFIG_FILE, ModelError)
+            if not isinstance(whole, dict):
+                raise ModelError(f"{folder / CONFIG_FILE}: holds {type(whole).__name__} instead of an object")
+            check_counts(whole, str(folder / CONFIG_FILE))
         try:
             return config_class.from_pretrained(config.pretrained, **changes), config.pretrained
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of any kind, for a file that another program has written
             raise ModelError(f"{config.pretrained}: no transformers configuration could be read ({error})") from error
     if config.hf_config is None:
         raise ConfigError(f"a {config.kind} tower needs `pretrained` (folder or hub id) or `hf_config`")
@@ -70,13 +81,13 @@ def transformers_model(
     """
     if pretrained is None:
         return build(model_config)
-    from safetensors import SafetensorError
-
     try:
         module, info = loader.from_pretrained(
             pretrained, config=model_config, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+    except FastclapError:
+        raise
+    except Exception as error:  # likewise
         raise ModelError(f"{pretrained}: the weights could not be loaded ({error})") from error
     absent = [key for key in sorted(info["missing_keys"]) if not any(part in key for part in optional)]
     if absent or info["mismatched_keys"]:

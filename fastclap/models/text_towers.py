@@ -7,6 +7,7 @@ length.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,6 +36,7 @@ from fastclap.models.pretrained import (
     transformers_config,
     transformers_model,
 )
+from fastclap.models.sizes import check_counts, one_error
 
 
 class TextTower(nn.Module):
@@ -232,8 +234,15 @@ class TransformersTextTower(TextTower):
 
 def build_text_tower(config: TextTowerConfig, load_pretrained: bool = True) -> TextTower:
     """Text tower of `config.kind`; arguments and errors as for `build_audio_tower`."""
-    if config.kind == "small":
-        return SmallTextTower(config)
-    if config.kind == "hf":
-        return TransformersTextTower(config, load_pretrained)
+    with one_error("text"):
+        check_counts(dataclasses.asdict(config), "text")
+        if config.kind == "hf":
+            return TransformersTextTower(config, load_pretrained)
+        for name in ("pretrained", "hf_config") if config.kind == "small" and load_pretrained else ():
+            if getattr(config, name):
+                raise ConfigError(
+                    f"text.{name} has no meaning for a tower of kind small; leave it out, or choose text.kind hf"
+                )
+        if config.kind == "small":
+            return SmallTextTower(config)
     raise ConfigError(f"unknown text tower {config.kind!r}; known: small, hf")

@@ -219,6 +219,24 @@ def _raise_unless_of_tokenizers(error: BaseException) -> None:
         raise error
 
 
+def check_vocabulary(tokenizer: Tokenizer, rows: int, where: str) -> None:
+    """Check that a tokenizer is the one that an encoder was trained with, as far as their sizes tell.
+
+    Args:
+        tokenizer: of the encoder.
+        rows: of the encoder's embedding: some hundreds more than there are tokens, for the sake of a round number.
+        where: both come from.
+
+    Raises:
+        ModelError: a tenth of the rows, and more than a thousand, have no token.
+    """
+    if rows - tokenizer.vocab_size > max(1024, rows // 10):
+        raise ModelError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, but the text tower an embedding of {rows}: "
+            "files of the tokenizer are missing, or it is another model's; copy them there along with the weights"
+        )
+
+
 def as_tokenizer(
     source: Tokenizer | str | os.PathLike[str], prepare: Callable[[tokenizers.Tokenizer], None] | None = None
 ) -> Tokenizer:

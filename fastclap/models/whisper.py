@@ -46,6 +46,7 @@ class WhisperTower(AudioTower):
     """
 
     base: Encoder
+    window: int
 
     def __init__(self, config: AudioTowerConfig, load_pretrained: bool) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastclap.errors import ModelError
+from fastclap.errors import FastclapError, ModelError
 from fastclap.models.folder import FOREIGN_TYPES, SavedModel, find_model, format_of, is_foreign, load_state_dict_file
 from fastclap.models.foreign.clsp import icefall_names, read_clsp, read_clsp_folder
 from fastclap.models.foreign.laion import read_laion
@@ -23,7 +23,7 @@ from fastclap.models.foreign.pe_audio import read_pe_audio
 from fastclap.models.foreign.shared import ForeignModel, ForeignWeights, modern_names
 from fastclap.models.foreign.transformers_clap import read_transformers
 from fastclap.models.foreign.voiceclap import read_voiceclap, read_voiceclap_folder
-from fastclap.models.tokenizer import Tokenizer, as_tokenizer
+from fastclap.models.tokenizer import Tokenizer, as_tokenizer, check_vocabulary
 
 # by what the first key that is theirs alone begins with
 _FILES = {
@@ -68,23 +68,31 @@ def read_foreign(
         ModelError: not such a checkpoint, damaged, or without a tokenizer.
     """
     audio, text = dict(audio_config or {}), dict(text_config or {})
-    if path.is_dir():
-        if not is_foreign(path):
-            raise ModelError(
-                f"{path}: no configuration of a model that is read (config.json with model_type "
-                f"{', '.join(sorted(FOREIGN_TYPES))})"
-            )
-        found = _FOLDERS[str(format_of(path))](path, audio, text)
-    else:
-        found = _read_file(path, audio, text)
+    try:
+        found = _read_folder(path, audio, text) if path.is_dir() else _read_file(path, audio, text)
+    except FastclapError:
+        raise
+    except Exception as error:  # shapes and entries that no such model has
+        told = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{path}: not such a checkpoint as it seems, or damaged ({told})") from error
     try:
         tokenizer = as_tokenizer(found.tokenizer if tokenizer is None else tokenizer, found.prepare_tokenizer)
+        check_vocabulary(tokenizer, (found.config.text.hf_config or {})["vocab_size"], str(path))
     except ModelError as error:
         raise ModelError(
             f"{error}. The checkpoint {path} holds no tokenizer; give the folder or hub id of one with tokenizer="
         ) from error
     origin = f"Weights converted from the {found.code} checkpoint `{path.name}`."
     return SavedModel(found.config, found.weights, tokenizer, path, path, origin=origin)
+
+
+def _read_folder(path: Path, audio: dict[str, Any], text: dict[str, Any]) -> ForeignModel:
+    if not is_foreign(path):
+        raise ModelError(
+            f"{path}: no configuration of a model that is read (config.json with model_type "
+            f"{', '.join(sorted(FOREIGN_TYPES))})"
+        )
+    return _FOLDERS[str(format_of(path))](path, audio, text)
 
 
 def _read_file(path: Path, audio: dict[str, Any], text: dict[str, Any]) -> ForeignModel:

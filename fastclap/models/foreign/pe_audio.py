@@ -11,7 +11,6 @@ reader follows Meta's code.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,10 @@ from torch import Tensor
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.errors import ModelError
+from fastclap.models.folder import check_index
 from fastclap.models.foreign.shared import ForeignModel, ForeignWeights, renamed
+from fastclap.models.sizes import check_counts
+from fastclap.reading import read_json
 
 _NAMES = [
     (r"^audio_video_encoder\.embedder\.audio_encoder\.", "audio_encoder."),  # one of the two names of tied parameters
@@ -41,10 +43,11 @@ def read_pe_audio(folder: Path, audio: dict[str, Any], text: dict[str, Any]) -> 
     Raises:
         ModelError: a model of frames, a configuration that is incomplete, or weights that are damaged.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import PeAudioConfig
 
-    data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    data = read_json(folder / "config.json", ModelError)
+    check_counts(data, str(folder / "config.json"))
+    check_index(folder)
     if "PeAudioFrameLevelModel" in (data.get("architectures") or []):
         raise ModelError(
             f"{folder}: a PE-A-Frame model, which embeds every 40 ms and has no vector of a clip; use facebook/pe-av-*"
@@ -52,7 +55,7 @@ def read_pe_audio(folder: Path, audio: dict[str, Any], text: dict[str, Any]) -> 
     towers = data.get("audio_video_config") if data["model_type"] == "pe_audio_video" else data
     try:
         whole = PeAudioConfig(text_config=data["text_config"], audio_config=(towers or {})["audio_config"])
-    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+    except Exception as error:  # of any kind, for numbers and names that are impossible
         raise ModelError(f"{folder}: config.json does not describe a PE-AV ({error!r})") from error
     ours: dict[str, Tensor] = {}
     for name, tensor in _tensors(folder).items():
@@ -86,7 +89,7 @@ def read_pe_audio(folder: Path, audio: dict[str, Any], text: dict[str, Any]) -> 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     """Of the safetensors in a folder, what belongs to neither video nor the two together."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
@@ -99,6 +102,6 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
                 for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
                     if name.startswith((*own, "audio_video_encoder.embedder.audio_encoder.")):
                         found[name] = tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+        except Exception as error:  # of safetensors' own kinds, and torch's
             raise ModelError(f"{file}: truncated or damaged ({error}); copy or download it again") from error
     return found

@@ -11,25 +11,30 @@ import torch
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
 from fastclap.errors import ModelError
+from fastclap.models.folder import check_index
 from fastclap.models.foreign.shared import SPECIAL_TOKENS, ForeignModel, modern_names
+from fastclap.models.sizes import Allowance, check_counts, free_memory
+from fastclap.reading import read_json
 
 
 def read_transformers(folder: Path, audio: dict[str, Any], text: dict[str, Any]) -> ForeignModel:
     """The folder of a transformers `ClapModel`, whose configuration says everything; `audio` and `text` change it."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
     from transformers import ClapConfig, ClapModel
 
+    check_index(folder)
+    data = read_json(folder / "config.json", ModelError)
+    check_counts(data, str(folder / "config.json"))
     try:
         whole = ClapConfig.from_pretrained(folder)
         if whole.audio_config.enable_fusion:
             raise ModelError(f"{folder}: a fusion model, which takes four spectrograms a clip; use one without fusion")
         if whole.projection_hidden_act != "relu":
             raise ModelError(f"{folder}: projection_hidden_act is {whole.projection_hidden_act}; only relu is known")
-        model, info = ClapModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        with Allowance(data, free_memory(), "of memory are free"):
+            model, info = ClapModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except ModelError:
         raise
-    except (OSError, RuntimeError, SafetensorError, StrictDataclassError, ValueError) as error:
+    except Exception as error:  # of any kind, for a file that another program has written
         raise ModelError(f"{folder}: the CLAP model of transformers could not be loaded ({error})") from error
     wrong = [f"{name} is missing" for name in sorted(info["missing_keys"])]
     wrong += [f"{name} has another shape" for name in map(str, sorted(info["mismatched_keys"]))]

@@ -8,12 +8,12 @@ the final norm, and a clip of several parts has the mean of their unit vectors.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig
+from fastclap.errors import ModelError
 from fastclap.models.folder import load_state_dict_file
 from fastclap.models.foreign.shared import (
     ForeignModel,
@@ -23,6 +23,7 @@ from fastclap.models.foreign.shared import (
     modern_names,
     renamed,
 )
+from fastclap.reading import read_json
 
 _AUDIO, _TEXT = "audio_encoder", "text_encoder"
 _NAMES = [
@@ -52,7 +53,7 @@ def read_voiceclap_folder(folder: Path, audio: dict[str, Any], text: dict[str, A
     Raises:
         ModelError: as for `read_voiceclap`.
     """
-    data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    data = read_json(folder / "config.json", ModelError)
     ours = {"n_head": ("encoder_attention_heads", audio), "text_num_heads": ("num_attention_heads", text)}
     ours |= {"text_layer_norm_eps": ("layer_norm_eps", text), "text_pad_token_id": ("pad_token_id", text)}
     for theirs, (name, fields) in ours.items():

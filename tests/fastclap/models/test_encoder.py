@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -295,7 +296,7 @@ def test_a_long_recording_is_the_mean_of_its_windows(make: Callable[..., CLAP], 
     model = make(audio).train()
     wave = np.round(noise(RATE * 17 // 10) * 32768).astype(np.int16)
     edges = [len(wave) * number // 7 for number in range(8)]
-    windows = [wave[begin:end] for begin, end in zip(edges, edges[1:], strict=False)]
+    windows = [wave[begin:end] for begin, end in itertools.pairwise(edges)]
     expected = F.normalize(model.embed_audio(windows).mean(0), dim=0)
     short = [noise(4000), noise(RATE)]
     path = str(tmp_path / "long.wav")

@@ -325,8 +325,8 @@ def test_a_parameter_out_of_its_range_is_driven_back() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": [1, 2]}, r"zipformer.layers is \[1, 2\]; give a positive number for each of the 7 stacks"),
-        ({"width": [0]}, "zipformer.width is"),
+        ({"layers": [1, 2]}, r"zipformer.layers is \[1, 2\]; give a number for each of the 7 stacks"),
+        ({"width": [0]}, "zipformer.width 0"),
         ({"kernel": [30]}, "zipformer.kernel has 30; it must be odd"),
         ({"feedforward": [99]}, "zipformer.feedforward has 99"),
         ({"unmasked_width": [2000]}, "unmasked_width 2000"),
