@@ -30,10 +30,10 @@ from fastclap.errors import DataError, required
 from fastclap.reading import kind_of_file
 
 INT16_SCALE = 32768.0
+RATES = range(1000, 1_000_001)  # Hz; what says 1 Hz would become thousands of times as long when it is resampled
 MIN_SECONDS = 0.1  # a shorter clip is of no use for training
 
 _STATISTICS_BLOCK = 1 << 16
-_RATES = range(1000, 1_000_001)  # Hz; one of 1 Hz would become thousands of times as long when it is resampled
 _MAX_VALUES = 1 << 30  # that one read decodes: 4 GiB of float32
 
 # Writers to a pipe (ffmpeg, sox) cannot revisit the header and leave a size of 2 GiB or more in it.
@@ -108,8 +108,8 @@ class AudioFile:
     statistics: tuple[float, float] | None = None
 
     def __init__(self, path: str | os.PathLike[str], sampling_rate: int | None = None) -> None:
-        if sampling_rate is not None and sampling_rate not in _RATES:
-            raise DataError(f"sampling_rate={sampling_rate}: it is {_RATES[0]} to {_RATES[-1]} Hz")
+        if sampling_rate is not None and sampling_rate not in RATES:
+            raise DataError(f"sampling_rate={sampling_rate}: it is {RATES[0]} to {RATES[-1]} Hz")
         self.path = os.fspath(path)
         self._file = _open(self.path)
         self.info = AudioInfo(
@@ -207,10 +207,10 @@ class AudioFile:
         return wave
 
     def _check_header(self) -> None:
-        if self.info.sampling_rate not in _RATES:
+        if self.info.sampling_rate not in RATES:
             raise AudioError(
                 self.path,
-                f"the header says {self.info.sampling_rate} Hz, and audio has {_RATES[0]} to {_RATES[-1]}: it is "
+                f"the header says {self.info.sampling_rate} Hz, and audio has {RATES[0]} to {RATES[-1]}: it is "
                 "damaged; replace the file",
             )
         log = self._file.extra_info

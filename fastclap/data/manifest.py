@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import ast
 import csv
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TextIO
+import re
+import reprlib
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from fastclap.data.rows import Manifest, Mix, PackedClip, Row, check_mix
-from fastclap.data.shards import CLIP_COLUMN, is_pack, read_pack
-from fastclap.errors import MAX_LISTED, DataError, required
+from fastclap.data.rows import Manifest, Mix, PackedClip, Row, check_mix, check_text
+from fastclap.data.shards import CLIP_COLUMN, is_pack, parquet_records, read_pack
+from fastclap.errors import MAX_LISTED, DataError, FastclapError, required
+from fastclap.reading import kind_of_file, parse_json, read_text
 
 Record = Mapping[str, Any]
 Records = Iterator[tuple[int, Record]]  # each with its line or number
 
 _FILES_TO_TRY = 8
+_MAX_LINE = 64 << 20  # characters
+_MAX_JSON = 1 << 32  # bytes of a .json manifest, which is read as a whole
+_MAX_SECONDS = 1e7  # of a clip
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python reads a byte that is not UTF-8, if it is told to
 _PATH_COLUMNS = ("audio", "relative_audio_path")
 _CAPTION_COLUMNS = ("text_description", "fine_description")
 _FIELD_COLUMNS = ("source", "classification_tag", "duration", "text_style_prompt")
@@ -31,9 +38,9 @@ _NOT_TAGS = frozenset((*_PATH_COLUMNS, *_CAPTION_COLUMNS, "classification_tag", 
 
 
 def load_manifest(
-    sources: str | Sequence[str],
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
-    audio_root: str | None = None,
+    audio_root: str | os.PathLike[str] | None = None,
     columns: Mapping[str, str] | None = None,
     mix: Mix = "concat",
     probabilities: Sequence[float] | None = None,
@@ -68,7 +75,7 @@ def load_manifest(
     Raises:
         DataError: nothing to read, or rows that break the rules above; up to ten errors are listed, the rest counted.
     """
-    names = [sources] if isinstance(sources, str) else list(sources)
+    names = [os.fspath(name) for name in ([sources] if isinstance(sources, (str, os.PathLike)) else sources)]
     if not names:
         raise DataError("no manifest given; name at least one file, packed or datasets folder, or hf:NAME")
     check_mix(names, mix, probabilities)
@@ -77,7 +84,8 @@ def load_manifest(
         if ours not in _KNOWN_COLUMNS:
             raise DataError(f"cannot remap {ours!r}: the columns with a meaning are {', '.join(_KNOWN_COLUMNS)}")
     errors = _Errors()
-    rules = _Rules(audio_root, remap, ("audio", "text_description") if require_captions else ("audio",), check_files)
+    root = None if audio_root is None else os.fspath(audio_root)
+    rules = _Rules(root, remap, ("audio", "text_description") if require_captions else ("audio",), check_files)
     seen: dict[int, str] = {}
     checkers = [_Checker(name, index, rules, seen, errors) for index, name in enumerate(names)]
     rows = (row for checker in checkers for row in checker.rows())
@@ -184,6 +192,11 @@ class _Checker:
             except _RowError as error:
                 self.errors.add(f"{origin}: {error}")
                 continue
+            try:
+                check_text(row)
+            except DataError as error:
+                self.errors.add(str(error))
+                continue
             key = hash((row.audio, *row[1:3], tuple(row.tags.items()), *row[4:7]))
             first = self.seen.setdefault(key, origin)
             if first is not origin:
@@ -283,10 +296,19 @@ class _Checker:
         return chosen
 
 
+def _shown(value: Any) -> str:
+    """A value of a table in at most 60 characters; `repr` fails of what is nested deeply and of very large integers."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 4, 60, 60, 60
+    try:
+        shown = short.repr(value)
+    except ValueError:
+        shown = f"{type(value).__name__}(...)"
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
 def _wrong_type(column: str, value: Any, expected: str) -> _RowError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return _RowError(f"column {column!r} is {shown} ({type(value).__name__}); it must be {expected}")
+    return _RowError(f"column {column!r} is {_shown(value)} ({type(value).__name__}); it must be {expected}")
 
 
 def _as_path(column: str, value: Any) -> str:
@@ -308,7 +330,7 @@ def _as_captions(column: str, value: Any) -> tuple[str, ...]:
     if not isinstance(captions, (list, tuple)) or not all(isinstance(item, str) for item in captions):
         raise _wrong_type(column, value, "a string or a list of strings")
     if not all(map(str.strip, captions)):
-        raise _RowError(f"column {column!r} has an empty caption, {value!r}; write one or remove it")
+        raise _RowError(f"column {column!r} has an empty caption, {_shown(value)}; write one or remove it")
     return tuple(captions)
 
 
@@ -319,9 +341,12 @@ def _as_tags(value: Any) -> tuple[str, ...] | None:
     if value is None:
         return ()
     if isinstance(value, (bool, int, float)):
-        return () if value != value else (str(value),)
+        value = () if value != value else (value,)
     if isinstance(value, (list, tuple)) and all(isinstance(item, (str, bool, int, float)) for item in value):
-        return tuple(map(str, value))
+        try:
+            return tuple(map(str, value))
+        except ValueError:  # an integer of thousands of digits
+            return None
     return None
 
 
@@ -330,9 +355,10 @@ def _as_string(column: str, value: Any) -> str | None:
         value = value[0]
     if value is None or value == "":
         return None
-    if not isinstance(value, (str, int, float)):
+    tag = _as_tags(value) if isinstance(value, (str, int, float)) else None
+    if tag is None:
         raise _wrong_type(column, value, "one string")
-    return str(value)
+    return tag[0] if tag else None
 
 
 def _as_duration(column: str, value: Any, numbers_are_text: bool) -> float | None:
@@ -344,8 +370,13 @@ def _as_duration(column: str, value: Any, numbers_are_text: bool) -> float | Non
         seconds = float(value)
     except (TypeError, ValueError):
         raise _wrong_type(column, value, "a number of seconds") from None
-    if not 0 < seconds < math.inf:
-        raise _RowError(f"column {column!r} is {value}; a duration is a positive number of seconds")
+    except OverflowError:
+        seconds = math.inf
+    if not 0 < seconds <= _MAX_SECONDS:
+        raise _RowError(
+            f"column {column!r} is {_shown(value)}; a duration is a positive number of seconds, at most "
+            f"{_MAX_SECONDS:g}"
+        )
     return seconds
 
 
@@ -355,7 +386,8 @@ def _open_source(name: str, errors: _Errors) -> tuple[Records, str | None]:
         return _read_hub(name), None
     if not os.path.exists(name):
         raise DataError(f"{name}: no such manifest; check the path (a Hugging Face name is written hf:NAME)")
-    if os.path.isdir(name):
+    mode = os.stat(name).st_mode
+    if stat.S_ISDIR(mode):
         return read_pack(name) if is_pack(name) else _read_datasets_folder(name), name
     readers: dict[str, Callable[[str, _Errors], Records]] = {
         ".jsonl": _read_jsonl,
@@ -370,72 +402,70 @@ def _open_source(name: str, errors: _Errors) -> tuple[Records, str | None]:
         raise DataError(
             f"{name}: unknown manifest type {extension!r}; use one of {known}, or a packed or datasets folder"
         )
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{name}: is {kind_of_file(mode)}, not a file; write the table to a file and name that")
     return readers[extension](name, errors), os.path.dirname(name)
 
 
 def _read_jsonl(name: str, errors: _Errors) -> Records:
-    with _open_text(name) as file:
-        for line, text in enumerate(_utf8_lines(name, file), 1):
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-            except json.JSONDecodeError as error:
-                errors.add(f"{name}:{line}: not valid JSON ({error.msg} at column {error.colno}); correct the line")
-                continue
-            if isinstance(record, dict):
-                yield line, record
-            else:
-                errors.add(f"{name}:{line}: holds {text.strip()[:40]!r}, not a JSON object; write one object a line")
+    for line, text in enumerate(_utf8_lines(name), 1):
+        if not text.strip():
+            continue
+        try:
+            record = parse_json(text, f"{name}:{line}")
+        except DataError as error:
+            errors.add(f"{error}; correct the line")
+            continue
+        if isinstance(record, dict):
+            yield line, record
+        else:
+            errors.add(f"{name}:{line}: holds {text.strip()[:40]!r}, not a JSON object; write one object a line")
 
 
 def _read_json(name: str, errors: _Errors) -> Records:
-    with _open_text(name) as file:
-        try:
-            records = json.loads("".join(_utf8_lines(name, file)))
-        except json.JSONDecodeError as error:
-            hint = "; one object a line is named .jsonl" if error.msg == "Extra data" else ""
-            where = f"{name}:{error.lineno}"
-            raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}){hint}") from error
+    text = read_text(name, limit=_MAX_JSON)
+    records = parse_json(text, name) if text.strip() else []
     if not isinstance(records, list):
         raise DataError(f"{name}: holds a {type(records).__name__}; a .json manifest is an array of objects")
     for number, record in enumerate(records, 1):
         if isinstance(record, dict):
             yield number, record
         else:
-            errors.add(f"{name}:{number}: holds {str(record)[:40]!r}, not an object")
+            errors.add(f"{name}:{number}: holds {_shown(record)}, not an object")
 
 
 def _read_csv(name: str, errors: _Errors) -> Records:
-    with _open_text(name, newline="") as file:
-        table = csv.reader(_utf8_lines(name, file), delimiter="\t" if name.lower().endswith(".tsv") else ",")
-        try:
-            header = next(table, [])
-            if len(set(header)) < len(header):
-                raise DataError(f"{name}:1: a column name occurs twice in the header {header}; rename one")
-            for cells in table:
-                if len(cells) == len(header):
-                    yield (
-                        table.line_num,
-                        {column: _parsed_cell(cell) for column, cell in zip(header, cells, strict=True)},
-                    )
-                elif cells:
-                    errors.add(
-                        f"{name}:{table.line_num}: {len(cells)} cells under a header of {len(header)}; "
-                        "quote cells that contain the separator"
-                    )
-        except csv.Error as error:
-            raise DataError(f"{name}:{table.line_num}: not valid CSV ({error})") from error
+    table = csv.reader(_utf8_lines(name, newline=""), delimiter="\t" if name.lower().endswith(".tsv") else ",")
+    try:
+        header = next(table, [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{name}:1: a column name occurs twice in the header {header}; rename one")
+        for cells in table:
+            if len(cells) == len(header):
+                yield (
+                    table.line_num,
+                    {column: _parsed_cell(cell) for column, cell in zip(header, cells, strict=True)},
+                )
+            elif cells:
+                errors.add(
+                    f"{name}:{table.line_num}: {len(cells)} cells under a header of {len(header)}; "
+                    "quote cells that contain the separator"
+                )
+    except csv.Error as error:
+        hint = f"; a quote that is not closed, or a cell of more than {csv.field_size_limit()} characters"
+        raise DataError(
+            f"{name}:{table.line_num}: not valid CSV ({error}){hint if 'limit' in str(error) else ''}"
+        ) from error
 
 
 def _parsed_cell(cell: str) -> str | list[Any] | None:
     """A CSV cell; one that holds a list, as JSON or as Python prints it, becomes that list."""
     if not cell.startswith("[") or not cell.endswith("]"):
         return cell or None
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (lambda cell: parse_json(cell, "cell"), ast.literal_eval):
         try:
             value = parse(cell)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):  # DataError is a ValueError
             continue
         if isinstance(value, list):
             return value
@@ -443,17 +473,7 @@ def _parsed_cell(cell: str) -> str | list[Any] | None:
 
 
 def _read_parquet(name: str, errors: _Errors) -> Records:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(name).iter_batches(batch_size=4096):
-            for record in batch.to_pylist():
-                number += 1
-                yield number, record
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{name}: not a readable Parquet file ({error})") from error
+    return parquet_records(name, name)
 
 
 def _read_datasets_folder(name: str) -> Records:
@@ -464,9 +484,11 @@ def _read_datasets_folder(name: str) -> Records:
         raise DataError(
             f"{name}: not a folder of `fastclap pack` or datasets.save_to_disk; name a manifest file instead"
         ) from error
+    except Exception as error:  # damage of any of its files
+        raise DataError(f"{name}: datasets could not load it: {error}") from error
     if isinstance(data, datasets.DatasetDict):
         raise DataError(f"{name}: holds several splits; name one, such as {os.path.join(name, next(iter(data)))}")
-    return _read_dataset(data)
+    return _read_dataset(name, data)
 
 
 def _read_hub(name: str) -> Records:
@@ -476,27 +498,40 @@ def _read_hub(name: str) -> Records:
         data = datasets.load_dataset(path, split=split or "train")
     except Exception as error:  # network, permission, unknown name or split: all are the user's to solve
         raise DataError(f"{name}: datasets could not load it: {error}") from error
-    return _read_dataset(data)
+    return _read_dataset(name, data)
 
 
-def _read_dataset(data: Any) -> Records:
+def _read_dataset(name: str, data: Any) -> Records:
     import datasets
 
-    for column, feature in data.features.items():
-        if isinstance(feature, datasets.Audio):
-            data = data.cast_column(column, datasets.Audio(decode=False))
-    return enumerate(data, 1)
-
-
-def _open_text(name: str, newline: str | None = None) -> TextIO:
+    number = 0
     try:
-        return open(name, encoding="utf-8-sig", newline=newline)
+        for column, feature in data.features.items():
+            if isinstance(feature, datasets.Audio):
+                data = data.cast_column(column, datasets.Audio(decode=False))
+        for number, record in enumerate(data, 1):
+            yield number, record
+    except FastclapError:
+        raise
+    except Exception as error:  # text that is not UTF-8, a damaged file, a feature without its package
+        raise DataError(f"{name}:{number + 1}: datasets could not read the row: {error}") from error
+
+
+def _utf8_lines(name: str, newline: str | None = None) -> Iterator[str]:
+    """The lines of a text file, of which there may be millions."""
+    try:
+        with open(name, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
+            number = 0
+            while text := file.readline(_MAX_LINE):
+                number += 1
+                if found := _NOT_UTF8.search(text):
+                    byte = ord(found[0]) & 0xFF
+                    raise DataError(
+                        f"{name}:{number}: not UTF-8 text (byte {byte:#04x} in column {found.start() + 1}); save it as "
+                        "UTF-8"
+                    )
+                if len(text) == _MAX_LINE:
+                    raise DataError(f"{name}:{number}: a line of more than {_MAX_LINE} characters; write a row a line")
+                yield text
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror}") from error
-
-
-def _utf8_lines(name: str, lines: Iterable[str]) -> Iterator[str]:
-    try:
-        yield from lines
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: not UTF-8 text ({error}); save it as UTF-8") from error

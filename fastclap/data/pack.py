@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -19,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastclap.audio import AudioError, AudioFile, whole_clip
-from fastclap.data.rows import Manifest, Row
+from fastclap.audio import RATES, AudioError, AudioFile, whole_clip
+from fastclap.data.rows import Manifest, Row, check_text
 from fastclap.data.shards import (
     BLOCK,
     CLIP_COLUMN,
@@ -39,6 +40,9 @@ from fastclap.data.shards import (
 from fastclap.data.workers import map_rows
 from fastclap.errors import ConfigError, DataError, FastclapError
 from fastclap.files import fsync, locked, write_atomic
+from fastclap.reading import read_json
+
+_MAX_RECORD = 1 << 32  # bytes of the record of a shard: some 100 a second of audio, and a little a clip
 
 
 class _Decoded(NamedTuple):
@@ -78,10 +82,10 @@ def pack(
         DataError: the folder holds something else, the disk is full, a process died, or no clip can be used.
         ConfigError: an impossible option.
     """
-    if sampling_rate < 1 or workers < 0 or not shard_mb > 0:
+    if sampling_rate not in RATES or workers < 0 or not 0 < shard_mb < math.inf:
         raise ConfigError(
-            f"sampling_rate={sampling_rate}, shard_mb={shard_mb}, workers={workers}: the first two must be positive, "
-            "the third at least 0"
+            f"sampling_rate={sampling_rate}, shard_mb={shard_mb}, workers={workers}: the first is {RATES[0]} to "
+            f"{RATES[-1]}, the second positive, the third at least 0"
         )
     folder = Path(folder)
     with _explained_write_errors(folder):
@@ -115,14 +119,7 @@ def _input_id(manifest: Manifest, sampling_rate: int, shard_mb: float) -> str:
         )
     digest = blake2b(f"{sampling_rate}/{float(shard_mb)!r}".encode(), digest_size=16)
     for row in manifest:
-        try:
-            "".join(
-                (row.audio, *row.captions, *row.fine_captions, *(tag for tags in row.tags.values() for tag in tags))
-            ).encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{row.origin}: half a surrogate pair ({error.object[error.start]!a}) is no text; correct it"
-            ) from error
+        check_text(row)
         digest.update(repr(tuple(row)).encode())
     return digest.hexdigest()
 
@@ -196,6 +193,11 @@ class _ShardWriter:
         self.temporary.unlink(missing_ok=True)
 
 
+def _new_shard(folder: Path, number: int) -> _ShardWriter:
+    with _explained_write_errors(folder / shard_name(number)):
+        return _ShardWriter(folder, number)
+
+
 def _write_shards(
     manifest: Manifest,
     rows: Sequence[int],
@@ -210,8 +212,7 @@ def _write_shards(
     begin = records[-1]["next_clip"] if records else 0
     advance(begin, len(rows))
     with contextlib.ExitStack() as stack:
-        with _explained_write_errors(folder):
-            writer = _ShardWriter(folder, len(records))
+        writer = _new_shard(folder, len(records))
         stack.callback(lambda: writer.discard())
         decoded = stack.enter_context(
             contextlib.closing(_decode_all(manifest, rows[begin:], header["sampling_rate"], workers))
@@ -220,13 +221,14 @@ def _write_shards(
             if isinstance(found, AudioError):
                 writer.skipped.append([clip, found.path, found.reason])
             else:
-                with _explained_write_errors(folder):
-                    if writer.size and writer.size + found.wave.nbytes > limit:
+                if writer.size and writer.size + found.wave.nbytes > limit:
+                    with _explained_write_errors(writer.path):
                         records.append(writer.finish(clip))
-                        writer = _ShardWriter(folder, len(records))
+                    writer = _new_shard(folder, len(records))
+                with _explained_write_errors(writer.path):
                     writer.add(clip, found)
             advance(clip + 1, len(rows))
-        with _explained_write_errors(folder):
+        with _explained_write_errors(writer.path):
             records.append(writer.finish(len(rows)))
     skipped = [clip for record in records for clip in record["skipped"]]
     records = [record for record in records if record["size"]]
@@ -243,10 +245,10 @@ def _finished_shards(folder: Path) -> list[dict[str, Any]]:
         number = len(records)
         path, record_path = folder / shard_name(number), _record_path(folder, number)
         try:
-            record = json.loads(record_path.read_bytes())
-            if path.stat().st_size != record["size"]:
+            record = read_json(record_path, limit=_MAX_RECORD)
+            if not _is_record(record, records) or path.stat().st_size != record["size"]:
                 break
-        except (OSError, ValueError):
+        except (OSError, DataError):
             break
         records.append(record)
     keep = {name(number) for number in range(len(records)) for name in (shard_name, _record_name)}
@@ -255,6 +257,21 @@ def _finished_shards(folder: Path) -> list[dict[str, Any]]:
             if left.name not in keep:
                 left.unlink()
     return records
+
+
+def _is_record(record: Any, earlier: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether this is the record of a finished shard that follows on those of earlier ones."""
+    first = earlier[-1]["next_clip"] if earlier else 0
+    try:
+        numbers = sorted([*(clip[0] for clip in record["clips"]), *(clip[0] for clip in record["skipped"])])
+        return (
+            numbers == list(range(first, record["next_clip"]))
+            and record["size"] == sum(2 * clip[2] for clip in record["clips"])
+            and all(len(clip) == 7 and isinstance(bytes.fromhex(clip[5]), bytes) for clip in record["clips"])
+            and all(len(clip) == 3 and all(isinstance(text, str) for text in clip[1:]) for clip in record["skipped"])
+        )
+    except (KeyError, IndexError, TypeError, ValueError):
+        return False
 
 
 def _decode_all(
@@ -371,7 +388,7 @@ def _summary(folder: Path) -> dict[str, Any]:
         "hours": size / SAMPLE.itemsize / header["sampling_rate"] / 3600,
         "bytes": size,
         "shards": len(header["shards"]),
-        "skipped": len(skipped.read_bytes().splitlines()) if skipped.exists() else 0,
+        "skipped": skipped.read_bytes().count(b"\n") if skipped.exists() else 0,
     }
 
 
@@ -385,12 +402,12 @@ def _record_path(folder: Path, number: int) -> Path:
 
 
 @contextlib.contextmanager
-def _explained_write_errors(folder: Path) -> Iterator[None]:
-    """Turns an error of the operating system into one that says how to go on."""
+def _explained_write_errors(path: Path) -> Iterator[None]:
+    """Turns an error of the operating system into one that names what was being written and says how to go on."""
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"{error.filename or folder}: cannot be written: {error.strerror or error}; make room or choose another "
-            "folder; the same command goes on after the last finished shard"
+            f"{path}: cannot be written: {error.strerror or error}; make room or choose another folder; the same "
+            "command goes on after the last finished shard"
         ) from error

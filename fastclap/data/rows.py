@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import pickle
@@ -18,6 +19,9 @@ from fastclap.data.workers import in_threads
 from fastclap.errors import DataError
 
 Mix = Literal["concat", "interleave"]
+
+MAX_TEXT = 1 << 17
+"""Characters of a caption, a tag or a path; a cell of a CSV file may have no more either."""
 
 
 class PackedClip(NamedTuple):
@@ -54,6 +58,38 @@ class Row(NamedTuple):
         return self.tags.get(column, ())
 
 
+def check_text(row: Row) -> None:
+    """Refuse what is no text, and what no caption, tag or path can be.
+
+    Raises:
+        DataError: half a character (a lone surrogate), a zero byte in a path, or more than 131,072 characters.
+    """
+    tags = [tag for values in row.tags.values() for tag in values]
+    texts = (row.audio, *row.captions, *row.fine_captions, *tags, row.classification_tag or "", row.style_prompt or "")
+    whole = "".join(texts)
+    try:
+        whole.encode()
+        if len(whole) <= MAX_TEXT and "\0" not in row.audio:
+            return
+    except UnicodeEncodeError:
+        pass
+    named = {"path": [row.audio], "caption": row.captions, "fine caption": row.fine_captions}
+    named |= {f"tag of {column!r}": values for column, values in row.tags.items()}
+    named |= {"classification_tag": row.tags_of("classification_tag"), "style prompt": [row.style_prompt or ""]}
+    for kind, values in named.items():
+        for text in values:
+            if len(text) > MAX_TEXT:
+                raise DataError(f"{row.origin}: a {kind} of {len(text)} characters; shorten it to at most {MAX_TEXT}")
+            if kind == "path" and "\0" in text:
+                raise DataError(f"{row.origin}: a zero byte in the path {text[:60]!a}; correct it")
+            half = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+            if half:
+                raise DataError(
+                    f"{row.origin}: half of a character ({half!a}, a lone surrogate) in the {kind} {text[:60]!a}; "
+                    "write the whole one"
+                )
+
+
 class Manifest(Sequence[Row]):
     """An immutable sequence of rows, in the order of their sources.
 
@@ -64,6 +100,7 @@ class Manifest(Sequence[Row]):
         source_names: the sources as given to `load_manifest`.
         source_sizes: rows of each source; rows of one source are contiguous.
         columns: names of the tag columns.
+        tag_columns: what tags can be asked for by: `columns`, and classification_tag where a row has one.
         durations: float64 [rows], seconds, NaN where the manifest has none.
         mix, probabilities: how `BatchSampler` draws from several sources.
     """
@@ -83,6 +120,7 @@ class Manifest(Sequence[Row]):
         durations: list[float] = []
         sizes = [0] * len(self.source_names)
         columns: dict[str, None] = {}
+        classified = False
         for row in rows:
             if row.source != len(sizes) - 1 and any(sizes[row.source + 1 :]):
                 raise ValueError(f"{row.origin}: rows must come in the order of their sources")
@@ -91,8 +129,10 @@ class Manifest(Sequence[Row]):
             durations.append(math.nan if row.duration is None else row.duration)
             sizes[row.source] += 1
             columns.update(dict.fromkeys(row.tags))
+            classified = classified or bool(row.classification_tag)
         self.source_sizes = tuple(sizes)
         self.columns = tuple(columns)
+        self.tag_columns = (*self.columns, "classification_tag")[: None if classified else -1]
         self.durations = torch.tensor(durations, dtype=torch.float64)
         self._ends = torch.tensor(ends, dtype=torch.int64)
         self._bytes: Tensor = torch.frombuffer(encoded or bytearray(1), dtype=torch.uint8)
@@ -116,30 +156,32 @@ class Manifest(Sequence[Row]):
         return Row(*pickle.loads(self._bytes.numpy()[begin : ends[index]].data))
 
     def fingerprint(self) -> str:
-        """32 hexadecimal digits of what training sees: the order of the rows, their captions, tags and durations.
+        """32 hexadecimal digits that change with what a training step sees of the rows, about 5 s for a million.
 
-        Of a path only the file's name counts, so that data may move; what the files hold does not.
+        They cover the number and order of the rows, how sources are mixed, and of each row captions, tags, duration
+        and the path of its audio below the folder that all paths of its source have in common: a data set may move as a
+        whole, and so may its manifest. They do not cover the audio files themselves, nor in which format or under which
+        name the manifest was written.
         """
-        digest = blake2b(digest_size=16)
-        for row in self:
-            seen = (os.path.basename(row.audio), *row[1:7], row.source)
-            digest.update(repr(seen).encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+        found = blake2b(ascii((self.source_sizes, self.mix, self.probabilities)).encode(), digest_size=16)
+        last = 0
+        for size in self.source_sizes:
+            rows = range(last, last + size)
+            last += size
+            paths = []
+            for row in map(self.__getitem__, rows):
+                paths.append(row.audio)
+                # Not pickle, whose bytes tell which equal strings are one object; not repr, which changes with Unicode.
+                found.update(ascii((*row[1:3], sorted(row.tags.items()), *row[4:6])).encode())
+            ends = [min(paths), max(paths)] if paths else [""]
+            folder = len(os.path.commonprefix(ends).rpartition("/")[0])  # noqa: RUF071 - cut at a folder
+            for path in paths:
+                found.update(ascii(path[folder:]).encode())
+        return found.hexdigest()
 
     def __repr__(self) -> str:
         tags = ", ".join(self.columns) or "none"
         return f"Manifest({len(self)} rows from {', '.join(self.source_names)}; tags: {tags})"
-
-
-def check_column(manifest: Manifest, column: str, flag: str) -> None:
-    """Raise DataError if no row has a tag in a column that a flag names."""
-    has_class = any(row.classification_tag for row in manifest)
-    if column not in manifest.columns and not (column == "classification_tag" and has_class):
-        known = ", ".join([*["classification_tag"] * has_class, *manifest.columns])
-        raise DataError(
-            f"{flag} {column}: no row of {', '.join(manifest.source_names)} has a tag in it; the columns of tags are: "
-            f"{known or 'none'}"
-        )
 
 
 def clip_durations(rows: Sequence[Row], threads: int = 8) -> np.ndarray:
@@ -223,6 +265,25 @@ def within_seconds(manifest: Manifest, shortest: float, longest: float) -> Manif
                 "--data.max-seconds)"
             )
     return Manifest(rows, source_names=manifest.source_names, mix=manifest.mix, probabilities=manifest.probabilities)
+
+
+def check_column(manifest: Manifest, column: str | None, flag: str) -> None:
+    """Refuse a tag column that no row of a manifest fills.
+
+    Args:
+        column: None is no question.
+        flag: that names the column, for the message, such as "--data.tag-column".
+
+    Raises:
+        DataError: no row has a tag in it; names the columns that there are.
+    """
+    if column is None or column in manifest.tag_columns:
+        return
+    likely = difflib.get_close_matches(column, manifest.tag_columns, 1)
+    raise DataError(
+        f"{', '.join(manifest.source_names)}: no clip has a tag in column {column!r}; tag columns: "
+        f"{', '.join(manifest.tag_columns) or 'none'}; {f'do you mean {likely[0]}?' if likely else 'name one'} ({flag})"
+    )
 
 
 def check_mix(names: Sequence[str], mix: str, probabilities: Sequence[float] | None) -> tuple[float, ...] | None:

@@ -18,10 +18,10 @@ asked for. `fastclap.data.pack` writes such folders.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -30,9 +30,10 @@ from typing import Any
 
 import numpy as np
 
-from fastclap.audio import AudioError, AudioFile
+from fastclap.audio import RATES, AudioError, AudioFile
 from fastclap.data.rows import PackedClip, Row
-from fastclap.errors import DataError
+from fastclap.errors import DataError, FastclapError
+from fastclap.reading import read_bytes, read_json
 
 VERSION = 1
 CLIP_COLUMN = "fastclap_clip"
@@ -42,6 +43,7 @@ BLOCK = 1 << 14  # samples under one checksum
 ROWS_AT_ONCE = 4096  # of the index
 SAMPLE = np.dtype("<i2")
 _OPEN_SHARDS = 128
+_MAX_INDEX = 1 << 36  # bytes
 _REMEDY = "copy the folder again from where it came from, or remove it and run `fastclap pack` again"
 
 
@@ -163,41 +165,113 @@ def read_pack(folder: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if found != size:
             state = "truncated" if found < size else "too long"
             raise DataError(f"{path}: {state}: {found} bytes instead of {size}; {_REMEDY}")
-    number = 0
-    for batch in index.iter_batches(batch_size=ROWS_AT_ONCE):
-        for record in batch.to_pylist():
-            number += 1
-            clip = record[CLIP_COLUMN]
-            record[CLIP_COLUMN] = PackedClip(
-                os.path.join(folder, shard_name(clip["shard"])),
-                clip["offset"],
-                clip["samples"],
-                header["sampling_rate"],
-                clip["mean"],
-                clip["variance"],
-                clip["crc32"],
-                clip["origin"],
-            )
-            yield number, record
+    for number, record in parquet_records(index, index_name := os.path.join(folder, "index.parquet")):
+        clip = record.get(CLIP_COLUMN)
+        try:
+            record[CLIP_COLUMN] = _packed_clip(clip, folder, header)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{index_name}:{number}: no place in a shard ({CLIP_COLUMN} is {str(clip)[:200]}); {_REMEDY}"
+            ) from error
+        yield number, record
+
+
+def _packed_clip(clip: Any, folder: str, header: Mapping[str, Any]) -> PackedClip:
+    """Where a record's samples are; ValueError, KeyError or TypeError: nowhere."""
+    shard, offset, samples, checksums = (clip[name] for name in ("shard", "offset", "samples", "crc32"))
+    mean, variance = float(clip["mean"]), float(clip["variance"])
+    blocks = -(-samples // BLOCK)
+    if not (
+        0 <= shard < len(header["shards"])
+        and 0 <= offset <= header["shards"][shard] - 2 * samples
+        and samples > 0
+        and len(checksums) == 4 * blocks
+        and -1 <= mean <= 1
+        and 0 <= variance <= 1
+        and isinstance(clip["origin"], str)
+    ):
+        raise ValueError
+    path = os.path.join(folder, shard_name(shard))
+    return PackedClip(path, offset, samples, header["sampling_rate"], mean, variance, checksums, clip["origin"])
 
 
 def read_header(folder: Path) -> dict[str, Any]:
+    """What `pack.json` says, of this version of the format, every entry of its type.
+
+    Raises:
+        DataError: it cannot be read, is of another version, or is damaged.
+    """
     path = folder / HEADER_FILE
-    try:
-        header: dict[str, Any] = json.loads(path.read_bytes())
-        version = header["version"]
-        if version == VERSION:
-            return {**{key: header[key] for key in INPUT_KEYS}, **header}
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    header = read_json(path)
+    version = header.get("version") if isinstance(header, dict) else None
+    if isinstance(version, int) and version != VERSION:
         raise DataError(
-            f"{path}: not the header of a packed folder ({type(error).__name__}: {error}); {_REMEDY}"
-        ) from error
-    raise DataError(
-        f"{path}: the folder was packed in version {version!r} of the format, this fastclap reads version {VERSION}; "
-        "use the fastclap that packed it, or pack it again"
-    )
+            f"{path}: the folder was packed in version {version!r} of the format, this fastclap reads version "
+            f"{VERSION}; use the fastclap that packed it, or pack it again"
+        )
+
+    def size(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 1 << 62
+
+    valid: dict[str, Callable[[Any], bool]] = {
+        "version": size,
+        "sampling_rate": lambda value: type(value) is int and value in RATES,
+        "shard_mb": lambda value: type(value) in (int, float) and 0 < value < math.inf,
+        "input": lambda value: isinstance(value, str),
+    }
+    if isinstance(header, dict) and "index" in header:
+        valid |= {"index": valid["input"], "shards": lambda value: isinstance(value, list) and all(map(size, value))}
+    for key, is_valid in valid.items():
+        if not isinstance(header, dict) or key not in header or not is_valid(header[key]):
+            found = f"{key} is {str(header[key])[:60]}" if isinstance(header, dict) and key in header else f"no {key}"
+            raise DataError(f"{path}: not the header of a packed folder ({found}); {_REMEDY}")
+    return header
+
+
+def parquet_records(source: Any, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The numbered records of a Parquet file.
+
+    Args:
+        source: path, or an open `pyarrow.parquet.ParquetFile`.
+        name: of the file, for messages.
+
+    Raises:
+        DataError: it cannot be read, two columns have the same name, or a value is none of Python's.
+    """
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        file = pyarrow.parquet.ParquetFile(source) if isinstance(source, str) else source
+        columns = file.schema_arrow.names
+        if twice := sorted({column for column in columns if columns.count(column) > 1}):
+            raise DataError(f"{name}: several columns have the name {twice[0]!r}; rename one")
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):
+            try:
+                records = batch.to_pylist()
+            except Exception as error:
+                raise _value_error(batch, number, name) from error
+            for record in records:
+                number += 1
+                yield number, record
+    except FastclapError:
+        raise
+    except Exception as error:  # pyarrow raises errors of Arrow, of Python's, and plain OSErrors
+        raise DataError(f"{name}: not a readable Parquet file ({' '.join(str(error).split())})") from error
+
+
+def _value_error(batch: Any, before: int, name: str) -> DataError:
+    """What to say of the value of a batch that Python cannot have, such as text that is not UTF-8."""
+    for column in batch.schema.names:
+        for index, value in enumerate(batch.column(column)):
+            try:
+                value.as_py()
+            except Exception as error:
+                reason = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+                return DataError(
+                    f"{name}:{before + index + 1}: column {column!r} cannot be read ({reason}); correct or remove it"
+                )
+    return DataError(f"{name}: rows {before + 1} to {before + len(batch)} cannot be read")
 
 
 def open_index(folder: Path, header: Mapping[str, Any]) -> Any:
@@ -207,12 +281,15 @@ def open_index(folder: Path, header: Mapping[str, Any]) -> Any:
     if "index" not in header:
         raise DataError(f"{folder}: an unfinished pack; run the same `fastclap pack` command again, it goes on")
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; {_REMEDY}") from error
+        data = read_bytes(path, limit=_MAX_INDEX)
+    except DataError as error:
+        raise DataError(f"{error}; {_REMEDY}") from error
     if index_checksum(data) != header["index"]:
         raise DataError(f"{path}: damaged, or of another pack than {folder}/pack.json: its sum is another; {_REMEDY}")
-    return pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+    try:
+        return pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+    except Exception as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error}); {_REMEDY}") from error
 
 
 def index_checksum(data: bytes) -> str:

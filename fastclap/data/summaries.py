@@ -24,6 +24,7 @@ import dataclasses
 import json
 import mmap
 import os
+import re
 import struct
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,6 +47,7 @@ VERSION = 1
 
 _KEY, _SEAL = 16, 16
 _HEAD = _KEY + 8  # and the extent
+_FILE_NAME = re.compile(r"[0-9a-f]{32}\.(float64|float32|float16|bfloat16)\.[1-9][0-9]{0,8}(x[1-9][0-9]{0,8}){0,3}")
 _SETTLED = 50_000_000  # ns; kernels stamp files by a clock that stands still for up to 10 ms
 
 
@@ -105,7 +107,10 @@ class SummaryStore:
             DataError: the file cannot be read.
         """
         if self._descriptor < 0:
-            found = sorted(self.folder.glob(f"{self.fingerprint}.*"))
+            found = sorted(
+                path for path in self.folder.glob(f"{self.fingerprint}.*") if _FILE_NAME.fullmatch(path.name)
+            )
+            found = [path for path in found if path.is_file()]  # no pipe, nor anything of somebody else
             if not found:
                 return
             with self._errors("read", found[0]):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastclap.data.hashing import PROMPT, draw
-from fastclap.data.rows import Manifest, Row
+from fastclap.data.rows import Manifest, Row, check_column
 from fastclap.errors import DataError
 from fastclap.prompts import DEFAULT_TEMPLATE, fill_template, load_prompts
 
@@ -32,13 +32,10 @@ def clip_tags(manifest: Manifest, column: str) -> list[tuple[str, ...]]:
     Raises:
         DataError: no row has a tag in this column.
     """
+    check_column(manifest, column, "--data.tag-column")
     tags = [row_tags(row, column) for row in manifest]
     if not any(tags):
-        known = ", ".join((*manifest.columns, "classification_tag"))
-        raise DataError(
-            f"{', '.join(manifest.source_names)}: no clip has a tag in column {column!r}; tag columns: {known} "
-            "(--data.tag-column)"
-        )
+        raise DataError(f"{', '.join(manifest.source_names)}: all tags in column {column!r} are blank")
     return tags
 
 

@@ -28,16 +28,13 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.reduction import ForkingPickler
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from fastclap import console
 from fastclap.errors import DataError, FastclapError
-
-if TYPE_CHECKING:
-    from fastclap.data.rows import Row
 
 TIMEOUT = 120.0
 """Seconds without any progress after which a helper counts as stuck."""
@@ -54,6 +51,17 @@ _END_SECONDS = 2  # for one that was killed to be gone
 _SLICE = 0.5  # seconds
 _SMALL = 4096  # bytes of a task that fit into any pipe beside another one
 
+
+class HasOrigin(Protocol):
+    """A row of a manifest, as far as messages need it."""
+
+    @property
+    def audio(self) -> str: ...
+    @property
+    def origin(self) -> str: ...
+
+
+R = TypeVar("R", bound=HasOrigin)
 S = TypeVar("S")
 T = TypeVar("T")
 Tasks = queue.SimpleQueue[Any]  # of (number, item); None ends a helper
@@ -450,8 +458,8 @@ def _in_order(
 
 
 def map_rows(
-    function: Callable[[Row], T],
-    rows: Iterable[Row],
+    function: Callable[[R], T],
+    rows: Iterable[R],
     workers: int,
     *,
     ahead: int,

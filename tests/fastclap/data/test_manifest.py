@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fastclap.data import Manifest, Row, load_manifest
+from fastclap.data import Manifest, Row, check_column, load_manifest
+from fastclap.data.rows import MAX_TEXT
 from fastclap.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -356,7 +361,7 @@ def test_malformed_json_lines(folder: Path) -> None:
 
 def test_json_file_that_is_json_lines(folder: Path) -> None:
     message = error_of(jsonl(folder, *ROWS, name="m.json"))
-    assert "m.json:2: not valid JSON (Extra data at column 1); one object a line is named .jsonl" in message
+    assert "m.json: not valid JSON (Extra data at line 2, column 1); one object a line is named .jsonl" in message
 
 
 def test_json_file_that_is_an_object(folder: Path) -> None:
@@ -396,9 +401,10 @@ def test_broken_parquet(folder: Path) -> None:
     assert "m.parquet: not a readable Parquet file" in error_of(str(folder / "m.parquet"))
 
 
-def test_text_that_is_not_utf8(folder: Path) -> None:
-    (folder / "m.jsonl").write_bytes('{"audio": "a.wav", "text_description": "schön"}\n'.encode("latin-1"))
-    assert "m.jsonl: not UTF-8 text" in error_of(str(folder / "m.jsonl"))
+@pytest.mark.parametrize("name", ["m.jsonl", "m.json", "m.csv", "m.tsv"])
+def test_text_that_is_not_utf8(folder: Path, name: str) -> None:
+    (folder / name).write_bytes("\n\n[sch\u00f6n, \u20ac]\n".encode("utf-8")[:9] + b"\xf6n\n")
+    assert f"{name}:3: not UTF-8 text (byte 0x" in error_of(str(folder / name))
 
 
 def test_byte_order_mark_is_ignored(folder: Path) -> None:
@@ -422,3 +428,264 @@ def test_hub_name_that_does_not_load(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder / "cache"))
     name = write_hub(folder).removesuffix(":test")
     assert f"{name}: datasets could not load it: " in error_of(name)
+
+
+# Malice and accidents
+
+
+def table(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
+    """The rows as a file of the type that the name says; Parquet only of text."""
+    if name.endswith("parquet"):
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
+    elif name.endswith("csv"):
+        with open(folder / name, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif name.endswith("jsonl"):
+        jsonl(folder, *rows, name=name)
+    else:
+        (folder / name).write_text(json.dumps(rows), encoding="utf-8")
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.json", "m.csv", "m.parquet"])
+@pytest.mark.parametrize(
+    "caption", ["a\u2028b\u0085c\x0b\x0c\x1c\u2029d", "👩‍👩‍👧 اَلْعَرَبِيَّةُ", "[laughing] [/laugh] $100_$", "a\r\nb\nc"]
+)
+def test_captions_of_every_script_and_separator(folder: Path, name: str, caption: str) -> None:
+    rows = [{"audio": f"{wave}.wav", "text_description": text} for wave, text in zip("ab", ("x", caption), strict=True)]
+    manifest = load_manifest(table(folder, name, rows))
+    assert [row.captions for row in manifest] == [("x",), (caption,)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[" * 100_000, "JSON nested too deeply to be read; correct the line"),
+        ('{"audio": ' + "[" * 5000 + "]" * 5000 + "}", "JSON nested too deeply"),
+        ('{"text_description": "x", "audio": ' + "[" * 500 + "]" * 500 + "}", "column 'audio' is [[[[[..."),
+        ('{"duration": ' + "7" * 5000 + "}", "JSON with an integer of more than 4300 digits"),
+        ('{"audio": "b.wav", "text_description": "x", "duration": ' + "7" * 4000 + "}", "column 'duration' is 7777"),
+        ('{"audio": "b.wav", "text_description": "x", "duration": 1e300}', "'duration' is 1e+300; a duration is a pos"),
+        ('{"audio": "b.wav", "text_description": "half \\ud83d"}', "'half \\ud83d', half of a character"),
+        ('{"audio": "\\udcff.wav", "text_description": "x"}', "'\\udcff.wav', half of a character"),
+        ('{"audio": "b.wav", "text_description": "x", "tag\\ud83d": "y"}', "'tag\\ud83d', half of a character"),
+        ('{"audio": "b\\u0000.wav", "text_description": "x"}', "a zero byte in the path '"),
+        ('{"audio": "b.wav", "text_description": "' + "x" * 131_073 + '"}', "a caption of 131073 characters; sh"),
+        ('{"audio": "b.wav", "text_description": "x", "t": "' + "x" * 131_073 + '"}', "a tag of 't' of 131073 chara"),
+        ('{"audio": "' + "x" * 131_073 + '", "text_description": "x"}', "a path of 131"),
+        ("\x00\x00", "not valid JSON ("),
+    ],
+)  # fmt: skip
+def test_lines_that_nobody_wrote_in_good_faith(folder: Path, line: str, message: str) -> None:
+    path = jsonl(folder, ROWS[0], line)
+    found = error_of(path)
+    assert found.startswith(f"{path}:2: ")
+    assert message in found
+    assert len(found) < 400 and found.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("x" * 131_073, "m.csv:3: not valid CSV (field larger than field limit (131072)); a quote that is not closed"),
+        ('"' + "x" * 200_000, "m.csv:3: not valid CSV (field larger than field limit (131072)); a quote that is not"),
+        ('["half \\ud83d"]', r"m.csv:3: half of a character ('\ud83d', a lone surrogate) in the caption"),
+    ],
+)
+def test_cells_that_nobody_wrote_in_good_faith(folder: Path, cell: str, message: str) -> None:
+    (folder / "m.csv").write_text(f"audio,text_description\na.wav,x\nb.wav,{cell}\n")
+    assert message in error_of(str(folder / "m.csv"))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ["[" * 50_000 + "]", "[" + "-" * 50_000 + "1]", "[" + "7" * 5000 + "]", "[[[[[]]]]]", "[nan]", "[1,]", "[\x00]"],
+)
+def test_cells_in_brackets_that_are_no_lists_stay_text(folder: Path, cell: str) -> None:
+    (folder / "m.csv").write_text(f'audio,text_description,other\na.wav,x,"{cell}"\n')
+    assert load_manifest(str(folder / "m.csv"))[0].tags_of("other") in ((cell,), ("1",), ())
+
+
+def test_a_cell_with_an_integer_that_python_does_not_write(folder: Path) -> None:
+    (folder / "m.csv").write_text(f"audio,text_description\na.wav,[0x{'f' * 6000}]\n")
+    assert "column 'text_description' is list(...) (list); it must be a string or" in error_of(str(folder / "m.csv"))
+
+
+def test_parquet_that_is_not_text(folder: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    bad = pyarrow.array([b"x", b"y\xff"]).view(pyarrow.string())
+    both = pyarrow.table({"audio": ["a.wav", "b.wav"], "text_description": bad})
+    pyarrow.parquet.write_table(both, folder / "m.parquet")
+    message = "m.parquet:2: column 'text_description' cannot be read (text that is not UTF-8); correct or remove it"
+    assert message in error_of(str(folder / "m.parquet"))
+    times = pyarrow.array([1, 1 << 60], pyarrow.timestamp("ms"))
+    odd = pyarrow.table({"audio": ["a.wav", "b.wav"], "text_description": ["x", "y"], "when": times})
+    pyarrow.parquet.write_table(odd, folder / "m.parquet")
+    assert "m.parquet:2: column 'when' cannot be read (" in error_of(str(folder / "m.parquet"))
+    twice = pyarrow.table([pyarrow.array(["a.wav"])] * 2, names=["audio", "audio"])
+    pyarrow.parquet.write_table(twice, folder / "m.parquet")
+    assert "m.parquet: several columns have the name 'audio'; rename one" in error_of(str(folder / "m.parquet"))
+
+
+def test_parquet_with_columns_of_every_type(folder: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {
+        "audio": pyarrow.array(["a.wav"]).dictionary_encode(),
+        "text_description": pyarrow.array([["x", "y"]], pyarrow.large_list(pyarrow.large_string())),
+        "day": pyarrow.array([3], pyarrow.date32()),
+        "map": pyarrow.array([[("a", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int8())),
+        "blob": pyarrow.array([b"\xff"]),
+        "deep": pyarrow.array([{"a": [1]}]),
+        "speaker": pyarrow.array([7], pyarrow.uint64()),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "m.parquet")
+    (row,) = load_manifest(str(folder / "m.parquet"))
+    assert (row.captions, row.tags) == (("x", "y"), {"speaker": ("7",)})
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.97])
+def test_parquet_that_is_damaged(folder: Path, share: float) -> None:
+    path = Path(table(folder, "m.parquet", [{"audio": "a.wav", "text_description": f"x {n}"} for n in range(500)]))
+    data = bytearray(path.read_bytes())
+    at = int(len(data) * share)
+    data[at : at + 40] = bytes(range(200, 240))
+    path.write_bytes(data)
+    assert error_of(str(path)).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.json", "m.csv", "m.parquet"])
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a socket"])
+def test_only_files_are_tables(folder: Path, name: str, kind: str) -> None:
+    path = folder / name
+    with socket.socket(socket.AF_UNIX) as server:
+        if kind == "a pipe":
+            os.mkfifo(path)
+        elif kind == "a device":
+            path.symlink_to("/dev/zero")
+        else:
+            server.bind(str(path))
+        assert error_of(str(path)) == f"{path}: is {kind}, not a file; write the table to a file and name that"
+
+
+def test_a_line_without_an_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastclap.data.manifest._MAX_LINE", 1000)
+    path = jsonl(folder, ROWS[0], "x" * 2000)
+    assert f"{path}:2: a line of more than 1000 characters; write a row a line" in error_of(path)
+
+
+def test_a_folder_of_datasets_that_is_damaged(folder: Path) -> None:
+    path = Path(write_datasets_folder(folder))
+    (arrow,) = path.glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:100])
+    assert f"{path}: datasets could not load it" in error_of(str(path))
+
+
+def test_sources_may_be_paths(folder: Path) -> None:
+    path = Path(jsonl(folder, *ROWS))
+    assert list(load_manifest(path, audio_root=folder)) == list(load_manifest([path])) == list(load_manifest(str(path)))
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**400), 10**400)
+    | st.floats()
+    | st.text(st.characters(exclude_categories=())),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+COLUMNS = st.sampled_from([*ROWS[0], "relative_audio_path", "source", "other"])
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.lists(st.dictionaries(COLUMNS, VALUES, max_size=6), max_size=3))
+def test_any_table_is_rows_or_an_error_that_names_it(tmp_path_factory: Any, rows: list[dict[str, Any]]) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    path = jsonl(folder, {"audio": "/dev/null", "text_description": "x"}, *rows, name="any.jsonl")
+    try:
+        manifest = load_manifest(path)
+    except DataError as error:
+        assert all(line.startswith((path, "... and")) for line in str(error).split("\n"))
+        assert len(str(error)) < 4000
+    else:
+        assert all(row.captions and "".join(row.captions).encode() for row in manifest)
+        assert manifest.fingerprint()
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(st.binary(max_size=60), st.sampled_from(["jsonl", "json", "csv", "tsv", "parquet"]))
+def test_any_bytes_are_rows_or_an_error_that_names_them(tmp_path_factory: Any, data: bytes, kind: str) -> None:
+    path = tmp_path_factory.getbasetemp() / f"any.{kind}"
+    path.write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        load_manifest(str(path))
+    assert str(caught.value).startswith(str(path))
+
+
+# What training sees, in a few digits
+
+
+def test_the_fingerprint_moves_with_the_data(tmp_path: Path) -> None:
+    found = set()
+    for root, name in (("here", "m.jsonl"), ("there", "n.jsonl"), ("elsewhere", "m.csv")):
+        (tmp_path / root / "speaker").mkdir(parents=True)
+        for wave in ("a.wav", "b.wav"):
+            (tmp_path / root / "speaker" / wave).touch()
+        rows = [{"audio": f"speaker/{wave}.wav", "text_description": "x", "speaker": "s"} for wave in "ab"]
+        found.add(load_manifest(table(tmp_path / root, name, rows)).fingerprint())
+    assert len(found) == 1
+
+
+def test_the_fingerprint_tells_changes_apart(folder: Path) -> None:
+    rows = list(load_manifest(jsonl(folder, *ROWS)))
+    first = rows[0]
+    others = [
+        rows,
+        rows[::-1],
+        rows[:1],
+        [first._replace(captions=first.captions[::-1]), rows[1]],
+        [first._replace(captions=(), fine_captions=first.captions), rows[1]],
+        [first._replace(fine_captions=()), rows[1]],
+        [first._replace(tags={}), rows[1]],
+        [first._replace(tags={**first.tags, "speaker": ("s3",)}), rows[1]],
+        [first._replace(classification_tag=None), rows[1]],
+        [first._replace(duration=1.6), rows[1]],
+        [first._replace(audio=str(folder / "c.wav")), rows[1]],
+        [first._replace(audio=str(folder / "deeper" / "a.wav")), rows[1]],
+    ]
+    prints = [Manifest(each).fingerprint() for each in others]
+    two = [rows[0], rows[1]._replace(source=1)]
+    prints += [Manifest(two, source_names=("a", "b"), mix=mix).fingerprint() for mix in ("concat", "interleave")]
+    assert len(set(prints)) == len(prints)
+    assert all(len(each) == 32 and int(each, 16) >= 0 for each in prints)
+    same = [row._replace(origin="other:1", style_prompt="not seen by training") for row in rows]
+    assert Manifest(same).fingerprint() == prints[0]
+    assert Manifest([]).fingerprint() == Manifest([]).fingerprint()
+
+
+def test_unknown_tag_columns_are_named(folder: Path) -> None:
+    manifest = load_manifest(jsonl(folder, *ROWS))
+    for column in (None, "speaker", "classification_tag", "intrinsic_tags"):
+        check_column(manifest, column, "--data.tag-column")
+    with pytest.raises(DataError) as caught:
+        check_column(manifest, "intrinsic_tag", "--data.tag-column")
+    assert str(caught.value) == (
+        f"{folder}/m.jsonl: no clip has a tag in column 'intrinsic_tag'; tag columns: intrinsic_tags, "
+        "situational_tags, speaker, classification_tag; do you mean intrinsic_tags? (--data.tag-column)"
+    )
+    bare = load_manifest(jsonl(folder, {"audio": "a.wav", "text_description": "x"}))
+    with pytest.raises(DataError, match=r"tag columns: none; name one \(--valid\.classify\)"):
+        check_column(bare, "classification_tag", "--valid.classify")
+
+
+def test_the_longest_text_is_that_of_csv() -> None:
+    assert csv.field_size_limit() == MAX_TEXT

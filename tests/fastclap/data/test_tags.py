@@ -85,7 +85,9 @@ def test_recurring_rows_get_new_crops_and_captions(make_set: Callable[..., str])
 
 
 def test_unusable_tags(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no clip has a tag in column 'pitch'; tag columns: style, class.*tag-column"):
+    with pytest.raises(
+        DataError, match=r"no clip has a tag in column 'pitch'; tag columns: style; name one \(--data\.tag-column\)"
+    ):
         TagPrompts(manifest_of(("deep",)), "pitch")
     with pytest.raises(DataError, match=r"nowhere\.json"):
         TagPrompts(manifest_of(("deep",)), "style", tmp_path / "nowhere.json")
