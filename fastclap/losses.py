@@ -7,8 +7,7 @@ argument on one rank is an error on all of them and not a hang; `agree_once` lea
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -16,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastclap.kernels import dispatch
 from fastclap.kernels.contrastive import operator
 from fastclap.kernels.contrastive.shared import (
     Contrast,
@@ -29,6 +29,8 @@ from fastclap.kernels.contrastive.shared import (
     reject,
     sigmoid_loss_reference,
 )
+
+MAX_SCALAR = torch.finfo(torch.float32).max
 
 
 @overload
@@ -139,8 +141,10 @@ def info_nce(  # type: ignore[misc]
         check_finite: look for NaN and infinity in a and b first (waits for the GPU).
 
     Returns:
-        0-d float32 (float64 for float64 embeddings), differentiable once in a, b and logit_scale. The gradients are
-        computed along with the loss, those that are needed and no others. With return_top1 a pair: the loss, and [2]
+        0-d float32 (float64 for float64 embeddings), differentiable once in a, b and logit_scale by `backward`. The
+        gradients are computed along with the loss, those that are needed and no others. Under torch.func (`grad`,
+        `vmap`, `jvp`, `hessian`, ...) and forward-mode differentiation the loss is that of the backend "reference",
+        with the matrix in memory and all derivatives. With return_top1 a pair: the loss, and [2]
         float32 with the share of rows, and of columns, whose best match is one of their positives (NaN for
         a direction that is left out).
 
@@ -148,6 +152,7 @@ def info_nce(  # type: ignore[misc]
         TypeError, ValueError: an argument is unusable, no row has a positive, or ranks disagree. With the Triton engine
             the loss is NaN if no row has a positive: to raise, the host would have to wait for the GPU.
     """
+    _check_group(process_group)
     try:
         prefixes = prefix_weights(matryoshka) if matryoshka else ()
         contrast = Contrast(
@@ -155,6 +160,7 @@ def info_nce(  # type: ignore[misc]
             keep_exponentials,
         )  # fmt: skip
         scalars = {"logit_scale": logit_scale}
+        definition = _takes_definition(backend, process_group, (a, b, logit_scale), return_top1, check_finite)
         ids = _checked_ids(a, b, a_ids, b_ids, scalars, process_group, backend, check_finite)
         teacher = _checked_teacher(teacher, contrast, a, b)
         rows = None if queue is None else _checked_queue(queue, contrast, a, ids)
@@ -162,10 +168,12 @@ def info_nce(  # type: ignore[misc]
             raise ValueError(f"matryoshka has width {prefixes[-1][0]} and the embeddings have {a.shape[1]} features")
         if return_top1 and backend == "reference":
             raise ValueError("backend='reference' has no in-batch top-1; use another backend")
+        if definition:
+            _check_some_positive(ids)
     except (TypeError, ValueError) as error:
         reject(error, process_group, agree_once)
-    if backend == "reference":
-        return info_nce_reference(a, b, logit_scale, ids, teacher, rows, contrast)
+    if definition:
+        return _by_definition(info_nce_reference, a, b, (logit_scale,), ids, teacher, rows, contrast)
     loss, top1 = operator.info_nce(
         a, b, logit_scale, ids, teacher, rows, contrast, process_group, backend, return_top1, agree_once
     )
@@ -184,7 +192,7 @@ class EmbeddingQueue(nn.Module):
         ids: whether rows have ids: needed exactly if the loss is given ids.
 
     Raises:
-        ValueError: size or dim is below 1.
+        TypeError, ValueError: an argument is unusable, or so many rows do not fit into memory.
     """
 
     a: Tensor
@@ -194,13 +202,18 @@ class EmbeddingQueue(nn.Module):
 
     def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32, ids: bool = False) -> None:
         super().__init__()
-        if size < 1 or dim < 1:
-            raise ValueError(f"a queue needs size and dim from 1 up, got size={size} and dim={dim}")
+        if type(size) is not int or type(dim) is not int or size < 1 or dim < 1:
+            raise ValueError(f"a queue needs whole numbers from 1 up, got size={size!r} and dim={dim!r}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"a queue keeps floating-point rows, got dtype={dtype!r}")
         self.size = size
         self._pushed = [0, 0]  # rows of a and of b so far; known here so that nobody asks the device
-        for name in ("a", "b"):
-            self.register_buffer(name, torch.zeros(size, dim, dtype=dtype))
-            self.register_buffer(f"{name}_ids", torch.zeros(size, dtype=torch.int64) if ids else None)
+        try:
+            for name in ("a", "b"):
+                self.register_buffer(name, torch.zeros(size, dim, dtype=dtype))
+                self.register_buffer(f"{name}_ids", torch.zeros(size, dtype=torch.int64) if ids else None)
+        except (RuntimeError, TypeError) as error:  # TypeError: more than an int64 can count
+            raise ValueError(f"a queue of {size} rows of {dim} features does not fit into memory") from error
 
     def rows(self) -> QueueRows:
         """The entries so far, in no particular order: views of the buffers, which the next `push` writes to."""
@@ -231,7 +244,10 @@ class EmbeddingQueue(nn.Module):
             TypeError, ValueError: an argument is unusable, ids are given to a queue without ids or not given to one
                 with ids, or ranks disagree.
         """
+        _check_group(process_group)
         try:
+            if dispatch.is_transformed():
+                raise ValueError("a queue outlives torch.func (grad, vmap, jvp, ...): push to it outside of them")
             ids = _checked_ids(a, b, a_ids, b_ids, {}, None, "auto", False)
             if (ids is not None) != (self.a_ids is not None):
                 raise ValueError(f"this queue has {'no ids' if ids else 'ids'}: make it with ids={ids is not None}")
@@ -299,18 +315,20 @@ def sigmoid_loss(
         (the others): as in `info_nce`.
 
     Returns:
-        0-d float32 (float64 for float64 embeddings), differentiable once in a, b, logit_scale and logit_bias.
+        0-d float32 (float64 for float64 embeddings), differentiable in a, b, logit_scale and logit_bias as `info_nce`.
 
     Raises:
         TypeError, ValueError: an argument is unusable, or ranks disagree.
     """
+    _check_group(process_group)
     try:
         scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
+        definition = _takes_definition(backend, process_group, (a, b, *scalars.values()), False, check_finite)
         ids = _checked_ids(a, b, a_ids, b_ids, scalars, process_group, backend, check_finite)
     except (TypeError, ValueError) as error:
         reject(error, process_group, agree_once)
-    if backend == "reference":
-        return sigmoid_loss_reference(a, b, logit_scale, logit_bias, ids, normalize)
+    if definition:
+        return _by_definition(sigmoid_loss_reference, a, b, (logit_scale, logit_bias), ids, normalize)
     return operator.sigmoid_loss(a, b, logit_scale, logit_bias, ids, normalize, process_group, backend, agree_once)
 
 
@@ -343,15 +361,13 @@ def tag_loss(
     Raises:
         ValueError: shapes do not match.
     """
-    wanted = (audio.shape[0], prompts.shape[0])
-    if tuple(targets.shape) != wanted or audio.shape[1:] != prompts.shape[1:]:
-        raise ValueError(
-            f"targets have shape {list(targets.shape)}, audio {list(audio.shape)} and prompts {list(prompts.shape)}; "
-            "they must be [clips, tags], [clips, dim] and [tags, dim]"
-        )
+    _check_rows(audio=audio, prompts=prompts)
+    _check_flags("targets", targets, audio, [audio.shape[0], prompts.shape[0]])
+    _check_scalar("scale", scale)
+    _check_group(process_group)
     dtype = torch.promote_types(audio.dtype, torch.float32)
     unit_audio, unit_prompts = (F.normalize(x.to(dtype), dim=-1) for x in (audio, prompts))
-    logits = scale * unit_audio @ unit_prompts.t()
+    logits = _as_factor(scale, audio) * unit_audio @ unit_prompts.t()
     of_clips = F.binary_cross_entropy_with_logits(logits, targets.to(dtype), reduction="none").mean(1)
     return _mean_over_ranks(of_clips, targets.any(1), process_group)
 
@@ -386,14 +402,17 @@ def local_loss(
     Raises:
         ValueError: shapes do not match.
     """
+    _check_rows(audio=audio, text=text, contradicting=contradicting)
     shapes = [list(x.shape) for x in (audio, text, contradicting)]
-    if audio.dim() != 2 or any(shape != shapes[0] for shape in shapes):
+    if any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"audio, text and contradicting must have one shape [clips, dim], got {shapes}")
-    if where is not None and list(where.shape) != shapes[0][:1]:
-        raise ValueError(f"where must have shape [{shapes[0][0]}], one entry a clip, got {list(where.shape)}")
+    if where is not None:
+        _check_flags("where", where, audio, shapes[0][:1])
+    _check_scalar("logit_scale", logit_scale)
+    _check_group(process_group)
     dtype = torch.promote_types(audio.dtype, torch.float32)
     unit_audio, unit_text, other = (F.normalize(x.to(dtype), dim=-1) for x in (audio, text, contradicting))
-    of_clips = -F.logsigmoid(logit_scale * (unit_audio * (unit_text - other)).sum(1))
+    of_clips = -F.logsigmoid(_as_factor(logit_scale, audio) * (unit_audio * (unit_text - other)).sum(1))
     counted = torch.ones_like(of_clips, dtype=torch.bool) if where is None else where
     return _mean_over_ranks(of_clips, counted, process_group)
 
@@ -408,6 +427,60 @@ def _mean_over_ranks(values: Tensor, counted: Tensor, process_group: dist.Proces
     count = both[1].clamp(min=1)
     own = total * dist.get_world_size(process_group) / count
     return both[0] / count + (own - own.detach())
+
+
+def _takes_definition(
+    backend: str,
+    group: dist.ProcessGroup | None,
+    inputs: Sequence[float | Tensor],
+    top1: bool,
+    check_finite: bool,
+) -> bool:
+    """Whether the definition computes the loss: it is asked for, or torch.func or forward-mode differentiation is at
+    work, which can follow nothing else.
+
+    Raises:
+        ValueError: the backend is unknown, or is to do under such a transform what only the others can.
+    """
+    if backend not in dispatch.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(dispatch.BACKENDS)}, is {backend!r}")
+    if not dispatch.is_transformed(*(x for x in inputs if isinstance(x, Tensor))):
+        return backend == "reference"
+    for option, given in (
+        ("backend='triton'", backend == "triton"),
+        ("process_group", group is not None),
+        ("return_top1", top1),
+        ("check_finite", check_finite),
+    ):
+        if given:
+            raise ValueError(
+                f"{option} cannot be combined with torch.func (grad, vmap, jvp, ...) and forward-mode differentiation, "
+                "under which the loss is computed from its definition: leave it out, or take the gradient by backward()"
+            )
+    return True
+
+
+def _by_definition(
+    definition: Callable[..., Tensor], a: Tensor, b: Tensor, scalars: Sequence[float | Tensor], *others: Any
+) -> Tensor:
+    """The loss with the whole matrix in memory, in the precision that other backends have."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    scalars = [_as_factor(x, a) for x in scalars]
+    with torch.autocast(a.device.type, enabled=False):
+        return definition(a.to(dtype), b.to(dtype), *scalars, *others)
+
+
+def _as_factor(scalar: float | Tensor, like: Tensor) -> float | Tensor:
+    """What multiplies a matrix on the device of `like` without another shape or precision."""
+    return scalar.reshape(()).to(like.device) if isinstance(scalar, Tensor) else float(scalar)
+
+
+def _check_some_positive(ids: Ids | None) -> None:
+    """What other engines see for themselves; neither a graph nor a transform lets the ids be looked at."""
+    if ids is None or torch.compiler.is_compiling() or dispatch.is_transformed():
+        return
+    if not torch.isin(ids[0].long(), ids[1].long().to(ids[0].device)).any():
+        raise ValueError("no row of a has a positive in b: a_ids and b_ids have no value in common")
 
 
 def _checked_ids(
@@ -443,6 +516,8 @@ def _checked_ids(
             raise TypeError(f"{name} must be a tensor of integers, got {type(ids).__name__}")
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"{name} must hold integers, got {ids.dtype}")
+        if ids.is_meta:
+            raise TypeError(f"{name} is on the meta device, where tensors have no values")
         if tuple(ids.shape) != (rows,):
             raise ValueError(f"{name} must have shape [{rows}], one id per row, got {list(ids.shape)}")
     return a_ids, b_ids
@@ -479,7 +554,7 @@ def _checked_queue(
         raise ValueError("guide_margin cannot be combined with a queue, whose entries the teacher has not seen")
     rows = queue.rows() if isinstance(queue, EmbeddingQueue) else queue
     for name, x, entry_ids in (("a", rows.a, rows.a_ids), ("b", rows.b, rows.b_ids)):
-        if x.dim() != 2 or not x.is_floating_point() or x.shape[1] != a.shape[1]:
+        if not isinstance(x, Tensor) or x.dim() != 2 or not x.is_floating_point() or x.shape[1] != a.shape[1]:
             raise ValueError(
                 f"the queue's {name} must be floating-point rows of {a.shape[1]} features like the batch, "
                 f"got {x.dtype} of shape {list(x.shape)}"
@@ -495,21 +570,49 @@ def _checked_queue(
 
 
 def _check_embeddings(**pair: Tensor) -> None:
-    """Two matrices by name: each alone, and that they go together."""
+    """Two matrices by name: each alone, that they go together, and that neither is empty."""
+    _check_rows(**pair)
     for name, x in pair.items():
+        if 0 in x.shape:
+            raise ValueError(f"{name} is empty: shape {list(x.shape)}")
+
+
+def _check_rows(**matrices: Tensor) -> None:
+    """Matrices by name: each alone, and that they go together."""
+    for name, x in matrices.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.layout != torch.strided or x.is_meta:
+            kind = "on the meta device" if x.is_meta else str(x.layout)
+            raise TypeError(f"{name} must be a dense tensor with values, and is {kind}")
         if x.dim() != 2:
             raise ValueError(f"{name} must be 2-D [rows, features], got shape {list(x.shape)}")
-        if x.shape[0] == 0 or x.shape[1] == 0:
-            raise ValueError(f"{name} is empty: shape {list(x.shape)}")
-    (name, x), (other_name, other) = pair.items()
-    if x.shape[1] != other.shape[1]:
-        raise ValueError(f"{name} has {x.shape[1]} features and {other_name} has {other.shape[1]}; they must be equal")
-    if x.device != other.device:
-        raise ValueError(f"{name} is on {x.device} and {other_name} on {other.device}; move them to one device")
+    (name, x), *others = matrices.items()
+    for other_name, other in others:
+        if x.shape[1] != other.shape[1]:
+            raise ValueError(
+                f"{name} has {x.shape[1]} features and {other_name} has {other.shape[1]}; they must be equal"
+            )
+        if x.device != other.device:
+            raise ValueError(f"{name} is on {x.device} and {other_name} on {other.device}; move them to one device")
+
+
+def _check_flags(name: str, flags: Tensor, embeddings: Tensor, shape: list[int]) -> None:
+    """Which clips, or which of their tags."""
+    if not isinstance(flags, Tensor) or flags.dtype != torch.bool:
+        got = flags.dtype if isinstance(flags, Tensor) else type(flags).__name__
+        raise TypeError(f"{name} must be a tensor of bool, got {got}")
+    if list(flags.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {list(flags.shape)}")
+    if flags.device != embeddings.device:
+        raise ValueError(f"{name} is on {flags.device} and audio on {embeddings.device}; move them to one device")
+
+
+def _check_group(group: dist.ProcessGroup | None) -> None:
+    if group is not None and not torch.compiler.is_compiling() and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed process group, got {type(group).__name__}")
 
 
 def _check_finite(name: str, x: Tensor) -> None:
@@ -525,7 +628,10 @@ def _check_scalar(name: str, value: float | Tensor) -> None:
             raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
         if value.numel() != 1:
             raise ValueError(f"{name} must have one element, got shape {list(value.shape)}")
+        if value.is_meta:
+            raise TypeError(f"{name} is on the meta device, where tensors have no values")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a one-element tensor, got {type(value).__name__}")
-    elif not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+    elif not abs(value) <= MAX_SCALAR:  # a comparison, which integers of any size survive
+        shown = value if isinstance(value, float) else f"an integer of {value.bit_length()} bits"
+        raise ValueError(f"{name} must be finite, and so in float32, got {shown}")

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 BACKENDS = ("auto", "triton", "torch", "reference")  # of the losses and the towers' operators
 LOG_MEL_BACKENDS = ("auto", "torch", "native", "cuda", "triton")
 LOG_MEL_ON_GPU = ("cuda", "triton")  # the quicker first, which is predicted: no record of a GPU has both yet
+TRANSFORMED = "torch.func and forward-mode differentiation follow only torch operations"
 WIDEST_NORM = 8192  # values of a row that the Triton engines of layer norms keep in registers
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # found here, as torch.compile cannot trace the search
 
@@ -76,8 +77,19 @@ def why_only_torch(x: Tensor) -> str | None:
     if torch.jit.is_tracing():
         return "torch.jit.trace follows only torch operations"
     if torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None:
-        return "functorch and forward-mode differentiation follow only torch operations"
+        return TRANSFORMED
     return None
+
+
+def is_transformed(*inputs: Tensor) -> bool:
+    """Whether torch.func transforms a call with these inputs, or one of them has a tangent of forward-mode: what an
+    operator and an autograd.Function without rules of their own refuse in torch's words, or drop without a word."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    # A trace shows no tangents; its graph is made anew for the first call that may have some.
+    return torch.compiler.is_compiling() or any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
 
 
 def engine(x: Tensor, backend: str, why_not: str | None = None, *, tensor: str = "") -> str:

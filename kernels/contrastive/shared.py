@@ -114,8 +114,6 @@ class Contrast:
     def _check_prefixes(self) -> None:
         seen = []
         for width, weight in self.matryoshka:
-            if isinstance(width, bool) or not isinstance(width, int):
-                raise TypeError(f"matryoshka must have whole numbers as widths, got {width!r}")
             if isinstance(weight, bool) or not isinstance(weight, (int, float)):
                 raise TypeError(f"matryoshka must have numbers as weights, got {weight!r} for width {width}")
             if width < 1 or width in seen:
@@ -152,10 +150,13 @@ def prefix_weights(matryoshka: Sequence[int] | Mapping[int, float]) -> tuple[tup
     Raises:
         TypeError: it is neither widths nor widths with weights.
     """
+    if not isinstance(matryoshka, (Mapping, list, tuple, range)):
+        raise TypeError(f"matryoshka must be a sequence of widths, or a mapping to weights, got {matryoshka!r}")
+    for width in matryoshka:
+        if isinstance(width, bool) or not isinstance(width, int):
+            raise TypeError(f"matryoshka must have whole numbers as widths, got {width!r}")
     if isinstance(matryoshka, Mapping):
         return tuple(sorted(matryoshka.items()))
-    if not isinstance(matryoshka, (list, tuple, range)):
-        raise TypeError(f"matryoshka must be a sequence of widths, or a mapping to weights, got {matryoshka!r}")
     return tuple([(width, 1.0) for width in sorted(matryoshka)])
 
 
@@ -176,7 +177,7 @@ def _positive_mask(num_rows: int, num_columns: int, ids: Ids | None) -> Tensor:
     """Boolean [num_rows, num_columns]: equal ids, or without ids the main diagonal."""
     if ids is None:
         return torch.eye(num_rows, num_columns, dtype=torch.bool)
-    return ids[0][:, None] == ids[1]
+    return ids[0].long()[:, None] == ids[1].long().to(ids[0].device)
 
 
 def info_nce_reference(
@@ -262,7 +263,8 @@ def _reference_direction(
         log_teacher = teacher_logits.log_softmax(1)
         divergence = (log_teacher.exp() * (log_teacher - log_p)).sum(1)
         loss = (1 - weight) * loss + weight * divergence
-    return loss[count > 0].mean()
+    some = count > 0
+    return torch.where(some, loss, 0.0).sum() / some.sum()  # by the index of some, vmap could not follow
 
 
 def sigmoid_loss_reference(

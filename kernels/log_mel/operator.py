@@ -56,8 +56,8 @@ def log_mel(
 
     Args:
         waveform: the clips, padded to one size.
-        lengths, offsets: on a GPU they are clamped to what the clips hold, where on the CPU they are checked: reading
-            them would stall the GPU.
+        lengths, offsets: on a GPU and under torch.func they are clamped to what the clips hold, where on the CPU they
+            are checked: reading them would stall the GPU.
         spec: the front-end.
         masks: for SpecAugment, two tensors of spans, begin and end, or None: of frames and of mels. What lies in a span
             is set last of all to the normalised `spec.log_padding`, the value of digital silence unless the front-end
@@ -80,7 +80,9 @@ def log_mel(
         batch = _checked(batch)
         batch, spec = batch._replace(waveform=scaled(waveform, spec)), spec.noiseless
     if torch.compiler.is_compiling():
-        return torch.ops.fastclap.log_mel(*batch, spec.key, backend)
+        if not dispatch.is_transformed(waveform):
+            return torch.ops.fastclap.log_mel(*batch, spec.key, backend)
+        raise RuntimeError("log-mel features in a graph cannot be transformed: leave them out of torch.compile")
     batch = _checked(batch)
     engine = chosen_engine(batch, spec, backend)
     if engine in dispatch.LOG_MEL_ON_GPU and waveform.requires_grad and torch.is_grad_enabled():
@@ -121,7 +123,7 @@ def _integers(name: str, values: Tensor | None, waveform: Tensor, offsets: Tenso
             f"{name} must be {waveform.shape[0]} integers, got {values.dtype} of shape {list(values.shape)}"
         )
     samples = waveform.shape[1]
-    if not torch.compiler.is_compiling() and values.device.type == "cpu":
+    if not torch.compiler.is_compiling() and values.device.type == "cpu" and not dispatch.is_transformed():
         room = samples if offsets is None or offsets.device.type != "cpu" else samples - offsets
         wrong = ((values < 0) | (values > room)).nonzero()
         if wrong.numel():
@@ -228,3 +230,12 @@ def _backward(ctx: Any, gradient: Tensor | None, _: Tensor | None) -> tuple[Tens
 
 
 log_mel_op.register_autograd(_backward, setup_context=_save)
+
+
+def _second_backward(*_: Any) -> None:
+    raise RuntimeError(
+        "the gradient of log-mel features in a graph cannot be differentiated again: leave them out of it"
+    )
+
+
+log_mel_backward_op.register_autograd(_second_backward)
