@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,9 +105,16 @@ def average(arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command line (default: this process's); an exit status other than 0 is raised as SystemExit."""
+    """Run a command line (default: this process's); an exit status other than 0 is raised as SystemExit.
+
+    A rank of several ends its process here.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     status = run_command(lambda: run(words), "fastclap-train")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from fastclap.train.distributed import end_process
+
+        end_process(status)
     if status:
         raise SystemExit(status)
 

@@ -14,6 +14,7 @@ are gathered once, whatever the number of chunks.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -158,6 +159,21 @@ def leave(world: World) -> None:
         dist.destroy_process_group()
     if world.alarm is not None:
         world.alarm.close()
+
+
+def end_process(status: int) -> NoReturn:
+    """End the process of a rank as Python would, except that the interpreter is not taken apart.
+
+    A thread of gloo that lets go of the tensor of a finished collective needs Python for it. If Python is ending then,
+    it ends that thread instead, in the middle of a destructor, and C++ answers with "terminate called without an active
+    exception". The last barrier of a run is the usual place. Destroying the process group joins the threads only once
+    nothing refers to it, and caches, FSDP and what autograd holds do so to the end.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a reader that has gone, a closed stream
+            stream.flush()
+    os._exit(status)
 
 
 def is_lost_connection(error: Exception, world: World) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import itertools
@@ -31,7 +32,7 @@ from fastclap.errors import ConfigError
 from fastclap.kernels.contrastive import shared
 from fastclap.losses import info_nce
 from fastclap.testing import assert_close_rel
-from fastclap.train import distributed, loop
+from fastclap.train import cli, distributed, loop
 from fastclap.train import step as train_step
 from fastclap.train.config import LossConfig, OptimizerConfig, TrainConfig
 from fastclap.train.loop import train
@@ -419,6 +420,25 @@ def _watch_the_gathering() -> None:
     distributed.leave(world)
 
 
+def _train_by_the_command_line(config: TrainConfig) -> None:
+    """Through the command line to the end of the process, with a note at each of the places that it could pass."""
+    atexit.register(print, f"rank {os.environ['RANK']}: exit functions")
+    with mock.patch.object(cli, "parse", lambda words: config):
+        cli.main(["small"])
+    print("the interpreter is taken apart")
+
+
+@pytest.mark.parametrize(("steps", "status"), [(1, 0), (-1, 2)])
+def test_a_rank_ends_its_process_before_the_interpreter_is_taken_apart(
+    tiny: Callable[..., TrainConfig], capfd: pytest.CaptureFixture[str], steps: int, status: int
+) -> None:
+    """Else a thread of gloo that needs Python for a tensor at that moment ends in std::terminate."""
+    assert on_ranks(2, _train_by_the_command_line, short_run(tiny, "run", steps=steps)) == [status, status]
+    out = capfd.readouterr().out
+    assert sorted(line for line in out.splitlines() if "exit" in line) == [f"rank {r}: exit functions" for r in (0, 1)]
+    assert "taken apart" not in out
+
+
 def test_sharding_needs_several_processes(tiny: Callable[..., TrainConfig]) -> None:
     with pytest.raises(ConfigError, match=r"--shard.*torchrun"):
         train(tiny(shard=True))
@@ -504,7 +524,7 @@ def _train_short_of_memory(config: TrainConfig, rank: int, place: str, grace: fl
 
 
 def short_run(tiny: Callable[..., TrainConfig], name: str, **changes: Any) -> TrainConfig:
-    config = without_dropout(tiny(name, batch_size=16, steps=5, log_every=1, valid_every=0, **changes))
+    config = without_dropout(tiny(name, batch_size=16, **{"steps": 5, "log_every": 1, "valid_every": 0, **changes}))
     config.data.valid = []
     return config
 
