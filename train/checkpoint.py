@@ -279,6 +279,7 @@ class Saver:
             "chunk_sizes": copy.copy(step.objective.chunk_sizes),
             "tags": tags,
             "data": data,
+            "threads": torch.get_num_threads(),
             "finished": False,
         }
         card = model_card(model.facts) if model.card is None else model.card

@@ -251,7 +251,9 @@ class TrainConfig:
     device: str = "auto"
     """cuda, cpu or auto."""
     threads: Annotated[int, Range(0, 1024)] = 0
-    """CPU threads per process (0: as torch chooses)."""
+    """CPU threads per process (0: as torch chooses, which is by OMP_NUM_THREADS or all cores; without a GPU less the
+    cores that other processes keep busy when the run begins). Another number rounds sums in another order, so a resumed
+    run keeps its number."""
     init_from: str | None = None
     """Model folder whose weights training starts from."""
     resume: bool = False

@@ -57,8 +57,6 @@ def train(config: TrainConfig) -> Path:
     interrupt, world = Interrupt(), World(0, 1, torch.device("cpu"), None)
     try:
         world = distributed.join(config.device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision(config.matmul_precision)
         with run_folder(config, world):

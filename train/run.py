@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -175,6 +177,7 @@ def prepare(config: TrainConfig, world: World, stopping: Callable[[], bool] = la
     found = distributed.agree(lambda: checkpoint.find_checkpoint(config), world)
     resume_path, state = found if found is not None else (None, None)
     start_step = int(state["step"]) if state else 0
+    threads = set_threads(config, world, state)
 
     # Data: a pure function of (seed, step).
     torch.manual_seed(config.seed)
@@ -255,7 +258,7 @@ def prepare(config: TrainConfig, world: World, stopping: Callable[[], bool] = la
 
     journal = Journal(config, world, meter, state, best)
     journal.say(opening_line(config, model, manifest, valid, start_step))
-    for line in (*left_out, plan.text, *kept.text):
+    for line in (threads, *left_out, plan.text, *kept.text):
         if line:
             journal.say(line)
     on_gpu = world.device.type == "cuda"
@@ -299,6 +302,51 @@ def make_demo_data(config: TrainConfig, world: World) -> None:
         write_demo(str(folder), config.data.demo_clips, max(120, config.data.demo_clips // 8), seed=config.seed)
     distributed.barrier(world)
     config.data.train, config.data.valid = [str(folder / "train.jsonl")], [str(folder / "valid.jsonl")]
+
+
+def set_threads(config: TrainConfig, world: World, state: dict[str, Any] | None) -> str:
+    """Set torch's threads: those of the flag, of the checkpoint, or without a GPU the cores that are free.
+
+    A parallel part of a step ends with its slowest thread, and one that shares its core with another process takes
+    twice as long or longer: a step beside busy processes is faster without it.
+
+    Returns:
+        What to tell the user; "": nothing.
+    """
+    before = config.threads or (state or {}).get("threads", 0)
+    if before:
+        torch.set_num_threads(before)
+        return ""
+    most = torch.get_num_threads()
+    if world.device.type != "cpu" or most == 1 or "OMP_NUM_THREADS" in os.environ:
+        return ""
+    busy = busy_cores()
+    torch.set_num_threads(max(1, most - round(busy)))
+    if torch.get_num_threads() == most:
+        return ""
+    return f"{torch.get_num_threads()} of {most} CPU threads, as other processes keep {busy:.1f} cores busy (--threads)"
+
+
+def busy_cores(seconds: float = 0.1) -> float:
+    """Of the cores that this process may use, how many others keep busy, but for those of lower priority.
+
+    Found by waiting so long; 0 where the system does not say (Linux does).
+    """
+
+    def ticks() -> float:
+        with open("/proc/stat") as lines:
+            fields = [line.split() for line in lines if line.startswith("cpu")][1:]
+        mine = os.sched_getaffinity(0)
+        # user, system, interrupts, and what a virtual machine's host took
+        return sum(sum(int(x[i]) for i in (1, 3, 6, 7, 8)) for x in fields if int(x[0][3:]) in mine)
+
+    try:
+        begin, first, own = time.monotonic(), ticks(), sum(os.times()[:2])
+        time.sleep(seconds)
+        taken = (ticks() - first) / os.sysconf("SC_CLK_TCK") - (sum(os.times()[:2]) - own)
+        return max(0.0, taken / (time.monotonic() - begin))
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
 
 
 def read_manifests(config: TrainConfig) -> tuple[Manifest, Manifest | None, list[str]]:
