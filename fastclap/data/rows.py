@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import os
 import pickle
@@ -156,7 +157,7 @@ class Manifest(Sequence[Row]):
         return Row(*pickle.loads(self._bytes.numpy()[begin : ends[index]].data))
 
     def fingerprint(self) -> str:
-        """32 hexadecimal digits that change with what a training step sees of the rows, about 5 s for a million.
+        """32 hexadecimal digits that change with what a training step sees of the rows, about 8 s for a million.
 
         They cover the number and order of the rows, how sources are mixed, and of each row captions, tags, duration
         and the path of its audio below the folder that all paths of its source have in common: a data set may move as a
@@ -164,17 +165,18 @@ class Manifest(Sequence[Row]):
         name the manifest was written.
         """
         found = blake2b(ascii((self.source_sizes, self.mix, self.probabilities)).encode(), digest_size=16)
-        last = 0
+        rows, begin = self._bytes.numpy().data, 0
+        ends = iter(self._ends.tolist())
         for size in self.source_sizes:
-            rows = range(last, last + size)
-            last += size
             paths = []
-            for row in map(self.__getitem__, rows):
-                paths.append(row.audio)
+            for end in itertools.islice(ends, size):
+                path, captions, fine, tags, classification, duration, *_ = pickle.loads(rows[begin:end])
+                begin = end
+                paths.append(path)
                 # Not pickle, whose bytes tell which equal strings are one object; not repr, which changes with Unicode.
-                found.update(ascii((*row[1:3], sorted(row.tags.items()), *row[4:6])).encode())
-            ends = [min(paths), max(paths)] if paths else [""]
-            folder = len(os.path.commonprefix(ends).rpartition("/")[0])  # noqa: RUF071 - cut at a folder
+                found.update(ascii((captions, fine, sorted(tags.items()), classification, duration)).encode())
+            outer = [min(paths), max(paths)] if paths else [""]
+            folder = len(os.path.commonprefix(outer).rpartition("/")[0])  # noqa: RUF071 - cut at a folder
             for path in paths:
                 found.update(ascii(path[folder:]).encode())
         return found.hexdigest()

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import mmap
 import os
 import re
@@ -181,7 +182,7 @@ class SummaryStore:
         _, dtype, shape = path.name.split(".")
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._shape = torch.Size(map(int, shape.split("x")))
-        self._stride = _HEAD + self._shape.numel() * self._dtype.itemsize + _SEAL
+        self._stride = _HEAD + math.prod(self._shape) * self._dtype.itemsize + _SEAL  # numel() would overflow
         writable = create or os.access(path, os.W_OK)  # one that others own can still be read
         flags = os.O_RDWR | os.O_APPEND if writable else os.O_RDONLY
         self._descriptor = os.open(path, flags | (os.O_CREAT if create else 0) | getattr(os, "O_CLOEXEC", 0), 0o666)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -18,12 +19,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fastclap.audio import AudioError, AudioFile, whole_clip
 from fastclap.commands.main import main
 from fastclap.data import BatchSampler, ClipDataset, Manifest, Quarantine, eval_batches, load_manifest, make_loader
 from fastclap.data.pack import pack
-from fastclap.data.shards import BLOCK, PackedFile, open_clip
+from fastclap.data.shards import BLOCK, PackedFile, index_checksum, open_clip
 from fastclap.errors import ConfigError, DataError
 
 RATE = 16000
@@ -564,3 +567,214 @@ def test_the_command_packs_and_sums_up(make_set: MakeSet, tmp_path: Path, capfd:
     assert capfd.readouterr().out == f"5 rows, 5 clips, 0.00 h, {summary['bytes'] / 1e6:.1f} MB in 1 shards: {out}\n"
     assert main(["pack", source, "--out", out, "--shard-mb", "1"]) == 2
     assert "holds the pack of another input (shard_mb was 512.0, now 1.0)" in capfd.readouterr().err
+
+
+# Malice and accidents
+
+
+@pytest.fixture
+def small_pack(make_set: MakeSet, tmp_path: Path) -> Path:
+    pack(load_manifest(make_set(4)), tmp_path / "pack", shard_mb=0.02)
+    return tmp_path / "pack"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling_rate": -16000}, "sampling_rate is -16000"),
+        ({"sampling_rate": 10**9}, "sampling_rate is 1000000000"),
+        ({"sampling_rate": 16000.0}, "sampling_rate is 16000.0"),
+        ({"sampling_rate": True}, "sampling_rate is True"),
+        ({"shards": 3}, "shards is 3"),
+        ({"shards": [-1]}, "shards is [-1]"),
+        ({"shards": [1 << 70]}, "shards is [1180591620717411303424]"),
+        ({"shards": ["64000"]}, "shards is ['64000']"),
+        ({"shards": None}, "shards is None"),
+        ({"shard_mb": "1"}, "shard_mb is 1"),
+        ({"shard_mb": float("nan")}, "shard_mb is nan"),
+        ({"shard_mb": 0}, "shard_mb is 0"),
+        ({"input": 7}, "input is 7"),
+        ({"index": 7}, "index is 7"),
+        ({"version": None}, "version is None"),
+    ],
+)
+def test_headers_with_impossible_numbers(small_pack: Path, changes: dict[str, Any], message: str) -> None:
+    path = small_pack / "pack.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(DataError) as caught:
+        load_manifest(str(small_pack))
+    assert str(caught.value).startswith(f"{path}: not the header of a packed folder ({message}); copy the folder again")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{}", '{"version": 1}', "[" * 10_000, '{"version": ' + "1" * 5000 + "}"]
+)
+def test_headers_that_are_none(small_pack: Path, text: str) -> None:
+    (small_pack / "pack.json").write_text(text)
+    with pytest.raises(DataError, match=r"^\S*pack\.json: (not|JSON)"):
+        load_manifest(str(small_pack))
+
+
+def test_pipes_in_a_pack_are_not_waited_for(small_pack: Path) -> None:
+    for name, message in (
+        ("index.parquet", "is a pipe, not a file"),
+        ("shard-00000.pcm", "truncated: 0 bytes instead"),
+    ):
+        whole = (small_pack / name).read_bytes()
+        (small_pack / name).unlink()
+        os.mkfifo(small_pack / name)
+        with pytest.raises(DataError, match=rf"{name}: {message}"):
+            load_manifest(str(small_pack))
+        (small_pack / name).unlink()
+        (small_pack / name).write_bytes(whole)
+    assert len(load_manifest(str(small_pack))) == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shard": 99},
+        {"shard": -1},
+        {"shard": None},
+        {"offset": -2},
+        {"offset": 1 << 40},
+        {"samples": 0},
+        {"samples": -5},
+        {"samples": 1 << 60},
+        {"mean": float("nan")},
+        {"variance": -1.0},
+        {"variance": float("inf")},
+        {"crc32": b""},
+        {"crc32": None},
+        {"origin": None},
+        None,
+    ],
+)
+def test_an_index_that_lies_is_an_error_that_names_the_row(small_pack: Path, changes: dict[str, Any] | None) -> None:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(small_pack / "index.parquet")
+    rows = table.to_pylist()
+    rows[1]["fastclap_clip"] = changes if changes is None else {**rows[1]["fastclap_clip"], **changes}
+    write_index(small_pack, pyarrow.Table.from_pylist(rows, table.schema))
+    with pytest.raises(
+        DataError, match=r"index\.parquet:2: no place in a shard \(fastclap_clip is .*; copy the folder"
+    ):
+        load_manifest(str(small_pack))
+
+
+def write_index(folder: Path, table: Any) -> None:
+    """Write another index, and its sum into the header."""
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(table, folder / "index.parquet")
+    header = json.loads((folder / "pack.json").read_text())
+    header["index"] = index_checksum((folder / "index.parquet").read_bytes())
+    (folder / "pack.json").write_text(json.dumps(header))
+
+
+def test_an_index_of_another_table(small_pack: Path) -> None:
+    import pyarrow
+
+    write_index(small_pack, pyarrow.table({"audio": ["a.wav"], "text_description": ["x"]}))
+    with pytest.raises(DataError, match=r"index\.parquet:1: no place in a shard \(fastclap_clip is None\)"):
+        load_manifest(str(small_pack))
+    (small_pack / "index.parquet").write_bytes(b"PAR1")
+    header = json.loads((small_pack / "pack.json").read_text())
+    (small_pack / "pack.json").write_text(json.dumps({**header, "index": index_checksum(b"PAR1")}))
+    with pytest.raises(DataError, match=r"index\.parquet: not a readable Parquet file"):
+        load_manifest(str(small_pack))
+
+
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["pack.json", "index.parquet"]), at=st.floats(0, 1), bytes_=st.binary(min_size=1, max_size=6)
+)
+def test_a_changed_pack_is_an_error_or_the_same(small_pack: Path, name: str, at: float, bytes_: bytes) -> None:
+    whole = (small_pack / name).read_bytes()
+    expected = list(load_manifest(str(small_pack)))
+    begin = int(at * len(whole))
+    (small_pack / name).write_bytes(whole[:begin] + bytes_ + whole[begin + len(bytes_) :])
+    try:
+        found = list(load_manifest(str(small_pack)))
+    except DataError as error:
+        assert str(small_pack) in str(error)
+    else:
+        assert [row[:6] for row in found] == [row[:6] for row in expected]
+    finally:
+        (small_pack / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "[" * 9000, '{"size": -1, "next_clip": 1, "clips": [], "skipped": []}']
+)
+def test_a_damaged_record_of_an_unfinished_pack_is_written_again(make_set: MakeSet, tmp_path: Path, text: str) -> None:
+    manifest = load_manifest(make_set(9))
+    interrupt_at(manifest, tmp_path / "pack", 8)
+    records = sorted((tmp_path / "pack").glob(".shard-*.json"))
+    assert len(records) >= 2
+    records[1].write_text(text)
+    pack(manifest, tmp_path / "pack", shard_mb=0.02)
+    pack(manifest, tmp_path / "whole", shard_mb=0.02)
+    assert contents(tmp_path / "pack") == contents(tmp_path / "whole")
+
+
+def interrupt_at(manifest: Manifest, folder: Path, clip: int) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == clip:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(manifest, folder, shard_mb=0.02, advance=interrupt)
+
+
+def test_a_record_whose_clips_are_others_is_not_believed(make_set: MakeSet, tmp_path: Path) -> None:
+    manifest = load_manifest(make_set(9))
+    interrupt_at(manifest, tmp_path / "pack", 8)
+    path = tmp_path / "pack" / ".shard-00001.json"
+    record = json.loads(path.read_text())
+    record["clips"][0][0] += 1
+    path.write_text(json.dumps(record))
+    pack(manifest, tmp_path / "pack", shard_mb=0.02)
+    pack(manifest, tmp_path / "whole", shard_mb=0.02)
+    assert contents(tmp_path / "pack") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_folder_that_cannot_be_written_is_named(
+    make_set: MakeSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    manifest = load_manifest(make_set(4))
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as full:
+        full.setattr("os.fsync", fail)
+        with pytest.raises(DataError, match=rf"pack: cannot be written: {os.strerror(code)}; make room or choose"):
+            pack(manifest, tmp_path / "pack")
+    with monkeypatch.context() as full:
+        full.setattr("fastclap.data.pack._ShardWriter.add", fail)
+        with pytest.raises(DataError, match=rf"pack/shard-00000\.pcm: cannot be written: {os.strerror(code)}; make"):
+            pack(manifest, tmp_path / "pack")
+    assert pack(manifest, tmp_path / "pack")["clips"] == 4
+
+
+def test_names_and_captions_with_separators_are_packed(tmp_path: Path) -> None:
+    name = "a\u2028b\u0085c.wav"
+    soundfile.write(tmp_path / name, np.random.default_rng(0).normal(0, 0.1, RATE), RATE)
+    rows = [{"audio": wave, "text_description": "x\u2028y\u0085z"} for wave in (name, "gone\u2028.wav")]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    summary = pack(load_manifest(str(tmp_path / "m.jsonl")), tmp_path / "pack\u2028")
+    assert (summary["rows"], summary["skipped"]) == (1, 1)
+    (row,) = load_manifest(str(tmp_path / "pack\u2028"))
+    assert (Path(row.audio).name, row.captions) == (name, ("x\u2028y\u0085z",))
+
+
+@pytest.mark.parametrize(
+    "options", [{"sampling_rate": 0}, {"sampling_rate": 10**9}, {"shard_mb": float("inf")}, {"workers": -1}]
+)
+def test_options_that_cannot_be(make_set: MakeSet, tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="the first is 1000 to 1000000, the second positive, the third at least 0"):
+        pack(load_manifest(make_set(1)), tmp_path / "pack", **options)
+    assert not (tmp_path / "pack").exists()

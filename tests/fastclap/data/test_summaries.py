@@ -246,6 +246,34 @@ def test_summaries_of_another_shape_are_refused(five: Path) -> None:
         SummaryStore(five.parent, TOWER).append([key_of(9)], [0], torch.zeros(1, 3, 3))
 
 
+@pytest.mark.parametrize(
+    "name", ["", ".float32", ".float32.", ".int8.2x3", ".float32.0x3", ".float32.-2x3", ".nn.2x3", ".float32.2x3.bak"]
+)
+@pytest.mark.parametrize("kind", ["file", "pipe", "folder"])
+def test_what_others_put_into_the_folder_is_left_alone(tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / f"{TOWER}{name}"
+    if kind == "file":
+        path.write_bytes(b"x" * 100)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    store = SummaryStore(tmp_path, TOWER)
+    append(store, 1)
+    assert held(tmp_path, 3) == {1}
+    assert path.exists()
+
+
+@pytest.mark.parametrize("shape", ["999999999x999999999x999999999x999999999", "1", "4294967296"])
+def test_a_name_with_a_shape_that_is_none_of_its_own(tmp_path: Path, shape: str) -> None:
+    (tmp_path / f"{TOWER}.float32.{shape[:39]}").write_bytes(b"x" * 1000)
+    store = SummaryStore(tmp_path, TOWER)
+    assert len(store) == 0
+    if len(shape) < 10 or "x" in shape:
+        with pytest.raises(DataError, match=r"does not fit; remove the file"):
+            append(store, 1)
+
+
 def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder(str(tmp_path)) == tmp_path
     monkeypatch.setenv("FASTCLAP_CACHE", str(tmp_path / "cache"))
