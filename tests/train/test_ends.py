@@ -268,6 +268,30 @@ def _stopped(config: TrainConfig) -> None:
         os._exit(128 + error.number)
 
 
+def test_a_signal_is_heeded_while_a_loader_process_is_stuck(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastclap.train.loop._OVERDUE_SECONDS", 0.3)
+    config = tiny(steps=100_000, log_every=1, save_every=100_000, valid_every=0)
+    config.data.workers, config.data.prefetch = 1, 1
+    child = FORK.Process(target=_stopped, args=(config,))
+    child.start()
+    metrics_file = Path(config.run_dir) / "metrics.jsonl"
+    while child.is_alive() and not (metrics_file.exists() and metrics_file.stat().st_size):
+        time.sleep(0.01)
+    [loader] = [
+        pid for pid in _descendants(child.pid or 0) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ][1:]
+    os.kill(loader, signal.SIGSTOP)
+    os.kill(child.pid or 0, signal.SIGTERM)
+    child.join(60)
+    assert child.exitcode == 128 + signal.SIGTERM and len(checkpoints(config)) == 1
+    assert not Path(f"/proc/{loader}").exists(), "the process that was stuck has been ended"
+
+
+def _descendants(pid: int) -> list[int]:
+    children = [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
+    return [*children, *(each for child in children for each in _descendants(child))]
+
+
 def test_signals_that_are_ignored_stay_ignored_and_others_are_given_back() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
     try:
