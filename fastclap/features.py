@@ -17,8 +17,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from fastclap.kernels.log_mel.operator import Masks, log_mel
-from fastclap.kernels.log_mel.spec import LogMelSpec, mel_bank
+from fastclap.kernels.log_mel.operator import Masks, checked, log_mel
+from fastclap.kernels.log_mel.spec import Batch, LogMelSpec, mel_bank
 from fastclap.kernels.log_mel.torch_engine import silence
 
 # The floor of torchaudio.compliance.kaldi: the spacing of float32 at 1.
@@ -90,6 +90,9 @@ PRESETS = MappingProxyType(
 )
 
 
+MOST = 100_000  # spans, or mels of one: more only fills memory
+
+
 @dataclass(frozen=True)
 class SpecAugment:
     """Masks of spans of frames and of mels (arXiv 1904.08779), drawn for each clip on the waveform's device.
@@ -98,7 +101,7 @@ class SpecAugment:
     width and each place in the clip is as likely as any other. Numbers come from torch's generator of the device.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or none.
     """
 
     time_masks: int = 2
@@ -109,9 +112,9 @@ class SpecAugment:
     def __post_init__(self) -> None:
         for name in ("time_masks", "mel_masks", "mel_width"):
             value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise ValueError(f"{name}={value!r}: must be an integer of at least 0")
-        if not 0 <= self.time_width <= 1:
+            if type(value) is not int or not 0 <= value <= MOST:
+                raise ValueError(f"{name}={value!r}: must be an integer from 0 to {MOST}")
+        if type(self.time_width) not in (int, float) or not 0 <= self.time_width <= 1:
             raise ValueError(f"time_width={self.time_width!r}: must lie in [0, 1], a share of a clip's frames")
 
     def masks(self, frame_lengths: Tensor, n_mels: int) -> Masks:
@@ -211,7 +214,14 @@ class LogMel(nn.Module):
         return silence(self.spec)
 
     def frame_lengths(self, lengths: Tensor) -> Tensor:
-        """Frames of clips of `lengths` samples (integer tensor of any shape), int64."""
+        """Frames of clips of `lengths` samples (integer tensor of any shape), int64.
+
+        Raises:
+            TypeError: they are no tensor of integers.
+        """
+        if not isinstance(lengths, Tensor) or lengths.dtype.is_floating_point or lengths.dtype.is_complex:
+            got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+            raise TypeError(f"lengths must be a tensor of integers, got {got}")
         return self.spec.frame_lengths(lengths)
 
     def forward(
@@ -227,19 +237,20 @@ class LogMel(nn.Module):
         """
         spec = self.spec if self.training else self._spec_without_dither
         masks = None
-        if self.training and self.spec_augment is not None and waveform.ndim == 2:
-            clips = self._clip_lengths(waveform, lengths, offsets)
-            masks = self.spec_augment.masks(self.frame_lengths(clips), self.n_mels)
+        if self.training and self.spec_augment is not None:
+            batch = checked(Batch(waveform, lengths, offsets))
+            lengths, offsets = batch.lengths, batch.offsets
+            masks = self.spec_augment.masks(self.frame_lengths(self._clip_lengths(batch)), self.n_mels)
         return log_mel(waveform, lengths, spec, offsets=offsets, masks=masks)
 
     @staticmethod
-    def _clip_lengths(waveform: Tensor, lengths: Tensor | None, offsets: Tensor | None) -> Tensor:
+    def _clip_lengths(batch: Batch) -> Tensor:
         """Samples of each clip, on the waveform's device."""
-        batch, samples = waveform.shape
-        whole = torch.full((batch,), samples, device=waveform.device)
-        if offsets is not None:
-            whole = (samples - torch.as_tensor(offsets).to(waveform.device)).clamp(0, samples)
-        return whole if lengths is None else torch.minimum(torch.as_tensor(lengths).to(waveform.device), whole)
+        clips, samples = batch.waveform.shape
+        whole = torch.full((clips,), samples, device=batch.waveform.device)
+        if batch.offsets is not None:
+            whole = samples - batch.offsets
+        return whole if batch.lengths is None else torch.minimum(batch.lengths, whole)
 
     def extra_repr(self) -> str:
         augment = [] if self.spec_augment is None else [repr(self.spec_augment)]

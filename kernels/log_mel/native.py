@@ -172,8 +172,6 @@ def _plan(spec: LogMelSpec, simd: str) -> _LibraryPlan | str:
     library, text = _load()
     if library is None:
         return text
-    if max(spec.n_fft, spec.hop_length, spec.n_mels) > 2**31:  # ctypes would cut off the higher bits
-        return "n_fft, hop_length or n_mels is above 2^31"
     taps = np.ascontiguousarray(window(spec), dtype=np.float64)
     bank = np.ascontiguousarray(mel_bank(spec), dtype=np.float64)
     config = _Config(

@@ -71,32 +71,38 @@ def log_mel(
         `spec.num_frames`; and frame lengths [B], int64.
 
     Raises:
+        TypeError: the waveform is no tensor.
         ValueError: the waveform is not [B, T] or is empty, its dtype is neither int16 nor floating point, lengths or
             offsets are not B integers with 0 <= offset <= offset + length <= T, masks have another shape, or the
             backend cannot compute this.
     """
     batch = Batch(waveform, lengths, offsets, *(masks or (None, None)))
     if spec.dither:
-        batch = _checked(batch)
+        batch = checked(batch)
         batch, spec = batch._replace(waveform=scaled(waveform, spec)), spec.noiseless
     if torch.compiler.is_compiling():
         if not dispatch.is_transformed(waveform):
             return torch.ops.fastclap.log_mel(*batch, spec.key, backend)
         raise RuntimeError("log-mel features in a graph cannot be transformed: leave them out of torch.compile")
-    batch = _checked(batch)
+    batch = checked(batch)
     engine = chosen_engine(batch, spec, backend)
     if engine in dispatch.LOG_MEL_ON_GPU and waveform.requires_grad and torch.is_grad_enabled():
         return torch.ops.fastclap.log_mel(*batch, spec.key, backend)
     return _features(batch, spec, engine)
 
 
-def _checked(batch: Batch) -> Batch:
+def checked(batch: Batch) -> Batch:
     """The batch, its lengths and offsets as int64 on the waveform's device.
 
     Raises:
-        ValueError: as `log_mel`.
+        TypeError, ValueError: as `log_mel`.
     """
     waveform, lengths, offsets, time_masks, mel_masks = batch
+    if not isinstance(waveform, Tensor):
+        raise TypeError(f"waveform must be a tensor [batch, samples], got {type(waveform).__name__}")
+    if waveform.layout != torch.strided or waveform.is_meta:
+        kind = "on the meta device" if waveform.is_meta else waveform.layout
+        raise ValueError(f"waveform must be a dense tensor with values, and is {kind}")
     if waveform.ndim != 2 or 0 in waveform.shape:
         hint = "; add a batch dimension: waveform[None]" if waveform.ndim == 1 else ""
         raise ValueError(f"waveform must be [batch, samples], neither of them 0, got {list(waveform.shape)}{hint}")
@@ -117,11 +123,17 @@ def _integers(name: str, values: Tensor | None, waveform: Tensor, offsets: Tenso
     """Lengths or offsets, checked against what the clips hold; on the device they are clamped."""
     if values is None:
         return None
-    values = torch.as_tensor(values)
-    if values.shape != waveform.shape[:1] or values.is_floating_point() or values.dtype == torch.bool:
+    try:
+        values = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be {waveform.shape[0]} integers, got {str(values)[:80]} ({error})") from error
+    whole = not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+    if values.shape != waveform.shape[:1] or not whole or values.is_meta:
+        on = " on the meta device" if values.is_meta else ""
         raise ValueError(
-            f"{name} must be {waveform.shape[0]} integers, got {values.dtype} of shape {list(values.shape)}"
+            f"{name} must be {waveform.shape[0]} integers, got {values.dtype} of shape {list(values.shape)}{on}"
         )
+    values = values.to(torch.int64)
     samples = waveform.shape[1]
     if not torch.compiler.is_compiling() and values.device.type == "cpu" and not dispatch.is_transformed():
         room = samples if offsets is None or offsets.device.type != "cpu" else samples - offsets
@@ -130,7 +142,7 @@ def _integers(name: str, values: Tensor | None, waveform: Tensor, offsets: Tenso
             clip = int(wrong[0])
             after = "" if offsets is None else f", from offsets[{clip}]={int(offsets[clip])} on"
             raise ValueError(f"{name}[{clip}]={int(values[clip])}: the waveform holds {samples} samples a clip{after}")
-    return values.to(waveform.device, torch.int64).clamp(0, samples)
+    return values.to(waveform.device).clamp(0, samples)
 
 
 def chosen_engine(batch: Batch, spec: LogMelSpec, backend: str) -> str:
@@ -180,7 +192,7 @@ def log_mel_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """What torch.compile sees of `log_mel`, whose dither comes before. `spec` is the key of one."""
-    batch = _checked(Batch(waveform.detach(), lengths, offsets, time_masks, mel_masks))
+    batch = checked(Batch(waveform.detach(), lengths, offsets, time_masks, mel_masks))
     numbers = _spec_of(spec)
     with torch.no_grad():
         features, frame_lengths = _features(batch, numbers, chosen_engine(batch, numbers, backend))
@@ -208,7 +220,7 @@ def log_mel_backward_op(
     spec: str,
 ) -> Tensor:
     """Gradient of the waveform [B, T], in its dtype, from what the forward pass was given: nothing else is kept."""
-    batch = _checked(Batch(waveform.detach(), lengths, offsets, time_masks, mel_masks))
+    batch = checked(Batch(waveform.detach(), lengths, offsets, time_masks, mel_masks))
     return log_mel_torch_gradient(gradient, batch, _spec_of(spec))
 
 

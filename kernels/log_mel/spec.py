@@ -20,6 +20,9 @@ from torch import Tensor
 
 _IntOrTensor = TypeVar("_IntOrTensor", int, Tensor)
 
+LARGEST = 1 << 24  # of the integers: engines count samples and frames with 32 bits
+LARGEST_BANK = 1 << 27  # numbers of a mel bank, twice over: 512 MB
+SMALLEST = float(np.finfo(np.float32).smallest_subnormal)  # that float32 tells from 0
 EDGES = {"snip_edges": 0, "center": 1, "no_snip_edges": 2}  # the framings, as the compiled engines number them
 
 
@@ -81,7 +84,7 @@ class LogMelSpec:
         for name, expected in _field_types().items():
             value = getattr(self, name)
             if float in expected and type(value) is int:
-                value = float(value)
+                value = _as_float(name, value)
                 object.__setattr__(self, name, value)
             choices = tuple(option for option in expected if isinstance(option, str))
             if choices and value not in choices and type(value) not in expected:
@@ -89,15 +92,19 @@ class LogMelSpec:
             if not choices and type(value) not in expected:
                 kinds = " or ".join("None" if kind is type(None) else kind.__name__ for kind in expected)
                 raise ValueError(f"{name}={value!r}: expected {kinds}, got {type(value).__name__}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name}={value!r}: must be finite")
+            if isinstance(value, float):
+                _as_float(name, value)
         for name in ("sampling_rate", "n_fft", "win_length", "hop_length", "n_mels", "mel_sampling_rate", "num_frames"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+                raise ValueError(f"{name}={_shown(value)}: must be at least 1")
+            if value is not None and value > LARGEST:
+                raise ValueError(f"{name}={_shown(value)}: must be at most {LARGEST}")
+        if self.n_mels * self.n_fft > LARGEST_BANK:
+            raise ValueError(f"n_mels={self.n_mels} filters over n_fft={self.n_fft} bins: more than memory is for")
         for name in ("input_scale", "floor"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
+            if getattr(self, name) < SMALLEST:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0, at least {SMALLEST:.4g}")
         if self.n_fft % 2:
             raise ValueError(f"n_fft={self.n_fft}: must be even")
         if not 2 <= self.win_length <= self.n_fft:
@@ -150,10 +157,9 @@ class LogMelSpec:
             if type(number) not in (int, float):
                 kind = type(number).__name__
                 raise ValueError(f"{name}={value!r}: expected float or {self.n_mels} floats, got {kind}")
-            if not math.isfinite(number):
-                raise ValueError(f"{name}={value!r}: must be finite")
-            if name == "std" and number <= 0:
-                raise ValueError(f"{name}={value!r}: must be above 0")
+            _as_float(name, number)
+            if name == "std" and number < SMALLEST:
+                raise ValueError(f"{name}={value!r}: must be above 0, at least {SMALLEST:.4g}")
         if many and len(values) != self.n_mels:
             raise ValueError(f"{name} has {len(values)} numbers for n_mels={self.n_mels}")
         floats = tuple(float(number) for number in values)
@@ -221,6 +227,22 @@ class Batch(NamedTuple):
     def clips(self, some: slice) -> Batch:
         """Some of the clips."""
         return Batch(*(None if x is None else x[some] for x in self))  # type: ignore[arg-type]
+
+
+def _as_float(name: str, value: float) -> float:
+    """The number, which float32 has to hold.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not abs(value) <= float(np.finfo(np.float32).max):
+        raise ValueError(f"{name}={_shown(value)}: must be finite, and so in float32")
+    return float(value)
+
+
+def _shown(value: float) -> str:
+    """A number, but not thousands of digits of one, which Python refuses to write."""
+    return repr(value) if isinstance(value, float) or value.bit_length() < 64 else f"({value.bit_length()} bits)"
 
 
 @lru_cache(maxsize=1)

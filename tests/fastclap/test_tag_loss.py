@@ -64,7 +64,7 @@ def test_clips_without_tags_take_no_part() -> None:
 
 def test_wrong_shapes() -> None:
     audio, prompts, targets = example()
-    with pytest.raises(ValueError, match=r"\[clips, tags\]"):
+    with pytest.raises(ValueError, match="targets must have shape"):
         tag_loss(audio, prompts, targets.T)
 
 

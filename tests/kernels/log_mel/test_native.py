@@ -316,7 +316,7 @@ def test_dither_is_that_of_the_torch_engine() -> None:
         (torch.zeros(2, 100, dtype=torch.int32), None, "int16 or floating point"),
         (torch.zeros(2, 100), torch.tensor([100]), "lengths must be 2 integers"),
         (torch.zeros(2, 100), torch.tensor([100, 101]), r"lengths\[1\]=101"),
-        (torch.zeros(2, 100, device="meta"), None, "must be on the CPU"),
+        (torch.zeros(2, 100, device="meta"), None, "meta device"),
     ],
 )
 def test_wrong_arguments_are_named(waveform: Tensor, lengths: Tensor | None, message: str) -> None:
@@ -330,7 +330,6 @@ def test_wrong_arguments_are_named(waveform: Tensor, lengths: Tensor | None, mes
     [
         ({"n_fft": 2 * 7 * 32, "win_length": 448}, "prime factor above 5"),
         ({"n_fft": 4096, "win_length": 400}, "n_fft is above 2048"),
-        ({"hop_length": 2**40}, "above 2\\^31"),
         ({"floor": 1e-40}, "floor 1e-40"),
     ],
 )
