@@ -283,8 +283,8 @@ def check_column(manifest: Manifest, column: str | None, flag: str) -> None:
         return
     likely = difflib.get_close_matches(column, manifest.tag_columns, 1)
     raise DataError(
-        f"{', '.join(manifest.source_names)}: no clip has a tag in column {column!r}; tag columns: "
-        f"{', '.join(manifest.tag_columns) or 'none'}; {f'do you mean {likely[0]}?' if likely else 'name one'} ({flag})"
+        f"{flag} {column}: no row of {', '.join(manifest.source_names)} has a tag in it; the columns of tags are: "
+        f"{', '.join(manifest.tag_columns) or 'none'}" + (f"; do you mean {likely[0]}?" if likely else "")
     )
 
 

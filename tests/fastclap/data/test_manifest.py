@@ -679,11 +679,11 @@ def test_unknown_tag_columns_are_named(folder: Path) -> None:
     with pytest.raises(DataError) as caught:
         check_column(manifest, "intrinsic_tag", "--data.tag-column")
     assert str(caught.value) == (
-        f"{folder}/m.jsonl: no clip has a tag in column 'intrinsic_tag'; tag columns: intrinsic_tags, "
-        "situational_tags, speaker, classification_tag; do you mean intrinsic_tags? (--data.tag-column)"
+        f"--data.tag-column intrinsic_tag: no row of {folder}/m.jsonl has a tag in it; the columns of tags are: "
+        "intrinsic_tags, situational_tags, speaker, classification_tag; do you mean intrinsic_tags?"
     )
     bare = load_manifest(jsonl(folder, {"audio": "a.wav", "text_description": "x"}))
-    with pytest.raises(DataError, match=r"tag columns: none; name one \(--valid\.classify\)"):
+    with pytest.raises(DataError, match=r"^--valid\.classify classification_tag: .* of tags are: none$"):
         check_column(bare, "classification_tag", "--valid.classify")
 
 

@@ -86,7 +86,7 @@ def test_recurring_rows_get_new_crops_and_captions(make_set: Callable[..., str])
 
 def test_unusable_tags(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"no clip has a tag in column 'pitch'; tag columns: style; name one \(--data\.tag-column\)"
+        DataError, match=r"^--data\.tag-column pitch: no row of rows has a tag in it; the columns of tags are: style$"
     ):
         TagPrompts(manifest_of(("deep",)), "pitch")
     with pytest.raises(DataError, match=r"nowhere\.json"):
