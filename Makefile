@@ -30,8 +30,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Ends with a summary of a screen; TABLES=1 prints pytest-benchmark's own tables before it.
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest --benchmark-only bench
+	@mkdir -p runs
+	$(BIN)/python -m pytest -q --disable-warnings --benchmark-only $(if $(TABLES),,--benchmark-quiet) --benchmark-json=runs/bench.json bench
 
 # What a machine with a GPU and no package index needs to run bench.gpu: .gpu-kit/run.sh, see bench/gpu_kit.py.
 gpu-kit: $(INSTALLED)
