@@ -12,12 +12,12 @@ object a row: `path` or `text`, and `origin`) and `X.json` (the header). A Parqu
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import shutil
 import time
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -33,14 +33,17 @@ from fastclap.data.shards import is_pack
 from fastclap.errors import ConfigError, DataError, ModelError
 from fastclap.evaluation.embedding import embed_clips
 from fastclap.files import fsync, locked, replacing, write_atomic
-from fastclap.models.encoder import DualEncoder
+from fastclap.models.encoder import DualEncoder, check_batch_size
+from fastclap.reading import parse_json, read_bytes, read_json, read_text
 
 VERSION = 1
 AUDIO_SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc"))
 _MANIFEST_SUFFIXES = frozenset((".jsonl", ".json", ".csv", ".tsv", ".parquet"))
 _CAPTIONS_AT_ONCE = 1024
+_NAMES = ("path", "text", "origin")  # columns that name a row
 _PRECISIONS = ("float32", "bfloat16")  # the default first
 _METADATA = b"fastclap"
+_MOST_BYTES = 1 << 40  # of a list of captions or names, which is as long as the collection
 
 
 class Input(NamedTuple):
@@ -130,12 +133,7 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         DataError: the file is missing or not UTF-8.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    text = read_text(Path(path), limit=_MOST_BYTES)
     return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
 
 
@@ -237,33 +235,48 @@ def embed(
         raise ConfigError(f"--out {out}: name a .parquet or a .npy file")
     if precision not in _PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; choose one of {', '.join(_PRECISIONS)}")
+    check_batch_size(batch_size)
+    if not inputs:
+        raise DataError("nothing to embed: name at least one file, folder or manifest")
     header: dict[str, Any] = {
         "version": VERSION,
         "model": fingerprint(model),
         "precision": precision,
         "items": _digest(*[item.key for item in inputs]).hex(),
     }
-    parts = out.with_name(f".{out.name}.parts")
     start = time.perf_counter()
-    if out.exists():
-        found = {"precision": _PRECISIONS[0], **(_header(out) or {})}
-        if any(found.get(key) != value for key, value in header.items()):
-            raise DataError(
-                f"{out}: exists already and was not made of this model and these inputs in {precision}; remove it, or "
-                "name another file"
-            )
-        shutil.rmtree(parts, ignore_errors=True)
-        return {**found["summary"], "out": os.fspath(out), "reused": len(inputs), "time": _times(start, 0)}
-    parts.mkdir(parents=True, exist_ok=True)
-    with locked(parts, "embedding into"):
-        origin = header["model"] + ("" if precision == _PRECISIONS[0] else f" in {precision}")
-        store = _Store(parts, origin, save_seconds)
-        reused = sum(item.key in store.done for item in inputs)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            clips = _embed_missing(model, inputs, store, batch_size, threads, advance)
-        summary = _finish(out, inputs, store, header)
-    shutil.rmtree(parts)
-    return {**summary, "out": os.fspath(out), "reused": reused, "time": _times(start, clips)}
+    parts = out.with_name(f".{out.name}.parts")
+    with _naming(out):
+        if out.exists():
+            found = {"precision": _PRECISIONS[0], **_header_of_output(out)}
+            if any(found.get(key) != value for key, value in header.items()):
+                raise DataError(
+                    f"{out}: exists already and was not made of this model and these inputs in {precision}; remove "
+                    "it, or name another file"
+                )
+            shutil.rmtree(parts, ignore_errors=True)
+            return {**found["summary"], "out": os.fspath(out), "reused": len(inputs), "time": _times(start, 0)}
+        parts.mkdir(parents=True, exist_ok=True)
+        with locked(parts, "embedding into"):
+            origin = header["model"] + ("" if precision == _PRECISIONS[0] else f" in {precision}")
+            store = _Store(parts, origin, save_seconds)
+            reused = sum(item.key in store.done for item in inputs)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                clips = _embed_missing(model, inputs, store, batch_size, threads, advance)
+            summary = _finish(out, inputs, store, header)
+        shutil.rmtree(parts)
+        return {**summary, "out": os.fspath(out), "reused": reused, "time": _times(start, clips)}
+
+
+@contextlib.contextmanager
+def _naming(out: Path) -> Iterator[None]:
+    """Errors of a full disk, of which Python names no file, name the output."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(out)) from error
 
 
 def _times(start: float, clips: int) -> dict[str, float]:
@@ -328,7 +341,11 @@ class _Store:
         self._saved = time.monotonic()
         owner = folder / "model.json"
         if owner.exists():
-            if json.loads(owner.read_bytes()) != {"version": VERSION, "model": model}:
+            try:
+                found = read_json(owner)
+            except DataError as error:
+                raise DataError(f"{error}; remove the folder {folder}, and embed again") from error
+            if found != {"version": VERSION, "model": model}:
                 raise DataError(
                     f"{folder}: holds what an interrupted call computed with another model or precision; use that "
                     "again, or remove the folder"
@@ -336,11 +353,11 @@ class _Store:
         else:
             write_atomic(owner, json.dumps({"version": VERSION, "model": model}).encode())
         for path in sorted(folder.glob("part-*.npz")):
-            try:
-                keys, _, skipped = _read_part(path, vectors=False)
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            part = _read_part(path)
+            if part is None or not path.stem.removeprefix("part-").isdecimal():
                 path.unlink()  # damaged: its items are embedded again
                 continue
+            keys, _, skipped = part
             self.files.append(path)
             self.done.update(keys)
             self.skipped.update(skipped)
@@ -377,16 +394,25 @@ class _Store:
 
     def vectors(self) -> Iterator[tuple[list[bytes], np.ndarray]]:
         for path in self.files:
-            keys, vectors, _ = _read_part(path)
-            if keys:
-                yield keys, vectors
+            part = _read_part(path)
+            if part is None:
+                raise DataError(f"{path}: damaged since it was written; run the same command again")
+            if part[0]:
+                yield part[0], part[1]
 
 
-def _read_part(path: Path, vectors: bool = True) -> tuple[list[bytes], np.ndarray, dict[bytes, str]]:
-    with np.load(path, allow_pickle=False) as part:
-        keys = [row.tobytes() for row in part["keys"]]
-        skipped = {bytes.fromhex(key): reason for key, reason in json.loads(part["skipped"].tobytes()).items()}
-        return keys, part["vectors"] if vectors else np.zeros((0, 0), np.float32), skipped
+def _read_part(path: Path) -> tuple[list[bytes], np.ndarray, dict[bytes, str]] | None:
+    """Keys, their vectors, and what was skipped; None: the file is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as part:
+            keys, vectors, listed = part["keys"], part["vectors"], parse_json(part["skipped"].tobytes(), str(path))
+        skipped = {bytes.fromhex(key): str(reason) for key, reason in listed.items()}
+        whole = keys.dtype == np.uint8 and keys.shape == (len(vectors), 16) and vectors.dtype == np.float32
+        if whole and vectors.ndim == 2 and np.isfinite(vectors).all():
+            return [row.tobytes() for row in keys], vectors, skipped
+    except Exception:  # an archive of NumPy may be damaged in any of its layers
+        pass
+    return None
 
 
 def _finish(out: Path, inputs: Sequence[Input], store: _Store, header: Mapping[str, Any]) -> dict[str, Any]:
@@ -458,17 +484,35 @@ def _write_parquet(
 
 
 def _header(path: Path) -> dict[str, Any] | None:
-    """The header of an output, None if fastclap did not write it."""
-    try:
-        if path.suffix == ".npy":
-            header = json.loads(path.with_name(f"{path.name}.json").read_bytes())
-        else:
-            import pyarrow.parquet
+    """The header of an output, None if fastclap did not write it.
 
-            header = json.loads((pyarrow.parquet.read_schema(path).metadata or {})[_METADATA])
-    except (OSError, ValueError, KeyError):  # pyarrow's errors are OSErrors and ValueErrors
-        return None
-    return header if isinstance(header, dict) and isinstance(header.get("summary"), dict) else None
+    Raises:
+        DataError: it is damaged.
+    """
+    if path.suffix == ".npy":
+        file = path.with_name(f"{path.name}.json")
+        if not file.exists():
+            return None
+        header = read_json(file)
+    else:
+        import pyarrow.parquet
+
+        metadata = pyarrow.parquet.read_schema(path).metadata or {}
+        if _METADATA not in metadata:
+            return None
+        file, header = path, parse_json(metadata[_METADATA], f"{path}: its header")
+    kinds = {"model": str, "items": str, "summary": dict}
+    if not isinstance(header, dict) or not all(isinstance(header.get(key), kind) for key, kind in kinds.items()):
+        raise DataError(f"{file}: not the header of vectors that fastclap embedded; embed again, or remove it")
+    return header
+
+
+def _header_of_output(path: Path) -> dict[str, Any]:
+    """The header of something that is there already, empty if it has none that can be read."""
+    try:
+        return _header(path) or {}
+    except (DataError, OSError, ValueError):  # pyarrow's errors are OSErrors and ValueErrors
+        return {}
 
 
 def load_index(path: str | os.PathLike[str]) -> Index:
@@ -479,8 +523,11 @@ def load_index(path: str | os.PathLike[str]) -> Index:
             whose names are read from FILE.npy.jsonl, one object a row.
 
     Raises:
-        DataError: the file is missing, damaged or holds no vectors, or there are more or fewer names than vectors.
+        DataError: the file is missing, damaged or holds no vectors, a vector is not finite or has no direction, or
+            there are more or fewer names than vectors, or a name is no object with texts.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise DataError(f"an index is {path!r}; give the .parquet or .npy file that fastclap embed wrote")
     path = Path(path)
     if path.is_dir():
         raise DataError(f"{path}: is a folder; embed it first: fastclap embed MODEL {path} --out index.parquet")
@@ -493,45 +540,76 @@ def load_index(path: str | os.PathLike[str]) -> Index:
         raise DataError(f"{path}: holds {matrix.dtype} of shape {matrix.shape} instead of a matrix of vectors")
     if len(names) != len(matrix):
         raise DataError(f"{path}: {len(names)} names for {len(matrix)} vectors; embed again")
-    vectors = torch.from_numpy(np.array(matrix, np.float32, copy=True))
-    if not vectors.isfinite().all():
-        bad = int((~vectors.isfinite().all(1)).nonzero()[0])
-        raise DataError(f"{path}: the vector of row {bad} is not finite; embed again")
+    for row, name in enumerate(names):
+        if not isinstance(name, dict) or not all(isinstance(name.get(key, ""), str) for key in _NAMES):
+            raise DataError(f"{path}: the name of row {row} is {str(name)[:80]!a}; give an object with path or text")
+    with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite
+        vectors = torch.from_numpy(np.array(matrix, np.float32, copy=True))
+    lengths = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)
+    for unusable, what in ((~vectors.isfinite().all(1), "not finite"), (lengths == 0, "zero, which has no direction")):
+        if unusable.any():
+            raise DataError(f"{path}: the vector of row {int(unusable.nonzero()[0])} is {what}; embed again")
+    small_or_large = (lengths < 1e-12) | (lengths > 1e18)  # whose squares float32 does not hold
+    if small_or_large.any():
+        vectors[small_or_large] = (vectors[small_or_large].double() / lengths[small_or_large, None]).float()
     header = _header(path)
     return Index(torch.nn.functional.normalize(vectors, dim=1), names, header["model"] if header else None)
 
 
-def _read_npy(path: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
+def _read_npy(path: Path) -> tuple[np.ndarray, list[Any]]:
     listing = path.with_name(f"{path.name}.jsonl")
     try:
-        matrix = np.load(path, allow_pickle=False)
-        names = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError as error:
-        raise DataError(f"{listing}: missing; it names the rows of {path.name}; copy it along") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: truncated or damaged ({error}); embed again") from error
-    return matrix, names
+        matrix = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # of any kind, for a header that another program has written
+        raise DataError(f"{path}: truncated or damaged ({' '.join(str(error).split())}); embed again") from error
+    if not isinstance(matrix, np.ndarray):
+        raise DataError(f"{path}: holds several arrays; give a .npy file with one matrix")
+    if not listing.exists():
+        raise DataError(f"{listing}: missing; it names the rows of {path.name}; copy it along")
+    lines = read_bytes(listing, limit=_MOST_BYTES).removesuffix(b"\n").split(b"\n")  # no other character ends a line
+    return matrix, [parse_json(line, f"{listing}:{number}") for number, line in enumerate(lines, 1)]
 
 
-def _read_parquet(path: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
+def _read_parquet(path: Path) -> tuple[np.ndarray, list[Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(path).read()  # read_table would import pandas
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: truncated or damaged ({error}); embed again") from error
+        table = pyarrow.parquet.read_table(path)
+    except Exception as error:  # ArrowException, OSError, and others of damaged metadata
+        raise DataError(f"{path}: truncated or damaged ({' '.join(str(error).split())}); embed again") from error
     if "vector" not in table.column_names:
         raise DataError(f"{path}: no column 'vector'; the columns are {', '.join(table.column_names)}")
     column = table.column("vector").combine_chunks()
-    if not pyarrow.types.is_fixed_size_list(column.type) and not pyarrow.types.is_list(column.type):
+    types = pyarrow.types
+    if not (types.is_fixed_size_list(column.type) or types.is_list(column.type) or types.is_large_list(column.type)):
         raise DataError(f"{path}: the column 'vector' holds {column.type} instead of lists of numbers")
+    if not types.is_floating(column.type.value_type):
+        raise DataError(f"{path}: the column 'vector' holds lists of {column.type.value_type} instead of floats")
+    if not len(table):
+        raise DataError(f"{path}: holds no vectors; embed again")
+    if column.null_count:
+        row = int(np.flatnonzero(np.array(column.is_null()))[0])
+        raise DataError(f"{path}: the vector of row {row} is missing; embed again")
     flat = column.flatten()
-    plain = pyarrow.types.is_floating(flat.type) and not flat.null_count
-    values = np.from_dlpack(flat) if plain else flat.to_numpy(zero_copy_only=False)  # which would import pandas
-    if not len(table) or len(values) % len(table) or column.null_count:
-        raise DataError(f"{path}: the vectors are of different lengths or missing; embed again")
-    kept = [name for name in ("path", "text", "origin") if name in table.column_names]
-    records = table.select(kept).to_pylist() if kept else [{"path": f"row {i}"} for i in range(len(table))]
+    if not types.is_fixed_size_list(column.type):
+        sizes = np.diff(np.array(column.offsets))
+        if (sizes != sizes[0]).any():
+            row = int(np.flatnonzero(sizes != sizes[0])[0])
+            raise DataError(
+                f"{path}: the vector of row {row} has {sizes[row]} numbers, that of row 0 has {sizes[0]}: they are of "
+                "different lengths; embed again"
+            )
+    values = flat.to_numpy(zero_copy_only=False) if flat.null_count else np.from_dlpack(flat)  # no need of pandas
+    kept = [name for name in _NAMES if name in table.column_names]
+    for name in kept:
+        kind = table.schema.field(name).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
+            raise DataError(f"{path}: the column {name!r} holds {kind} instead of text")
+    try:
+        records = table.select(kept).to_pylist() if kept else [{"path": f"row {i}"} for i in range(len(table))]
+    except (UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: a name is damaged ({error}); embed again") from error
     names = [{key: value for key, value in record.items() if value is not None} for record in records]
     return values.reshape(len(table), -1), names

@@ -29,11 +29,16 @@ def search(index: Index, query: Tensor, k: int = 10, *, engine: Literal["torch",
         For each query a list of {"rank": from 1, "score": cosine, "path" or "text", "origin"}.
 
     Raises:
-        ConfigError: `k` is not positive, or faiss is not installed.
-        DataError: the dimensions of index and query differ.
+        ConfigError: `k` is not a positive integer, or faiss is not installed.
+        DataError: the dimensions of index and query differ, or a query is not finite.
     """
-    if k < 1:
-        raise ConfigError(f"-k is {k}; it must be at least 1")
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ConfigError(f"-k is {k!r}; it must be at least 1")
+    if not isinstance(query, Tensor) or query.ndim != 2 or not query.is_floating_point():
+        shape = tuple(query.shape) if isinstance(query, Tensor) else type(query).__name__
+        raise DataError(f"search takes queries as a tensor of unit vectors [q, D], not {shape}")
+    if not query.isfinite().all():
+        raise DataError("a query is not finite")
     if query.shape[1] != index.vectors.shape[1]:
         raise DataError(
             f"the index holds vectors of dimension {index.vectors.shape[1]}, the model makes {query.shape[1]}; embed "

@@ -23,8 +23,11 @@ MAX_LAYERS = 1000
 """Layers of one kind; each takes time to build, however small it is."""
 MAX_TENSORS = 100_000
 """Tensors of a model, likewise."""
+MAX_POSITIONS = 1 << 24
+"""Numbers of a range, such as of positions or distances: tables are computed from it, in several steps."""
 
 _SHAPED = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full}
+_RANGES = {torch.arange, torch.linspace}
 _NEW = {Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full}
 _LIKE = {torch.empty_like, torch.zeros_like, torch.ones_like, torch.rand_like, torch.randn_like, torch.full_like}
 
@@ -55,23 +58,26 @@ class Allowance(TorchFunctionMode):
     def __init__(self, config: Mapping[str, Any], most: int | None, source: str) -> None:
         super().__init__()
         self._config, self._most, self._source = config, math.inf if most is None else most, source
-        if torch.get_default_device().type == "meta":  # nothing takes memory there
-            self._most = math.inf
+        self._counts = torch.get_default_device().type != "meta"  # nothing takes memory there
         self._bytes = self._tensors = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        size = _elements(func, args, kwargs)
+        size = _elements(func, args, kwargs) if self._counts else 0
         if size:
             self._bytes += size * (kwargs.get("dtype") or torch.get_default_dtype()).itemsize
             self._tensors += 1
-            if self._bytes > self._most or self._tensors > MAX_TENSORS:
-                much = f"{self._bytes:,} bytes or more, but {self._most:,} {self._source}"
-                many = f"more than {MAX_TENSORS:,} tensors"
-                largest = ", ".join(f"{name} {value:,}" for name, value in _largest(self._config))
-                takes = much if self._bytes > self._most else many
-                raise ConfigError(f"a model of these sizes takes {takes}; the largest are {largest}")
+            if self._bytes > self._most:
+                self._refuse(f"{self._bytes:,} bytes or more, but {self._most:,} {self._source}")
+            if self._tensors > MAX_TENSORS:
+                self._refuse(f"more than {MAX_TENSORS:,} tensors")
+            if func in _RANGES and size > MAX_POSITIONS:
+                self._refuse(f"a table of {size:,} positions")
         return func(*args, **kwargs)
+
+    def _refuse(self, what: str) -> None:
+        largest = ", ".join(f"{name} {value:,}" for name, value in _largest(self._config))
+        raise ConfigError(f"a model of these sizes takes {what}; the largest are {largest}")
 
 
 def _elements(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

@@ -206,7 +206,7 @@ def test_what_is_refused(
     (tmp_path / "empty.txt").write_text("")
     assert "empty.txt: the file is empty" in refused(str(tmp_path / "empty.txt"))
     (tmp_path / "latin.txt").write_bytes("schön".encode("latin-1"))
-    assert "latin.txt: not UTF-8" in refused(str(tmp_path / "latin.txt"))
+    assert "latin.txt:1: not UTF-8" in refused(str(tmp_path / "latin.txt"))
     assert "nothing to embed" in refused()
     assert "name a .parquet or a .npy file" in refused(clip, out=str(tmp_path / "x.csv"))
     assert "--batch-size is 0" in error_of(capfd, "embed", clap_folder, clip, "--out", out, "--batch-size", "0")
