@@ -300,6 +300,15 @@ def test_transformers_folders_that_cannot_be_read(tokenizer: Tokenizer, tmp_path
         CLAP.from_pretrained(tmp_path, tokenizer=tokenizer)
 
 
+def test_a_transformers_folder_without_its_tokenizer(tokenizer: Tokenizer, tmp_path: Path, capfd: Any) -> None:
+    """transformers makes a tokenizer of five tokens of it, and every caption would be the same."""
+    clap_model(tokenizer).save_pretrained(tmp_path / "clap")
+    assert main(["convert", str(tmp_path / "clap"), str(tmp_path / "out")]) == 2
+    message = capfd.readouterr().err
+    assert f"{tmp_path / 'clap'}: no tokenizer could be loaded: the folder holds none of its files" in message
+    assert "tokenizer.json" in message and "vocab.json with merges.txt" in message and not (tmp_path / "out").exists()
+
+
 def laion_state(model: Any) -> dict[str, Tensor]:
     """The weights of transformers' model under LAION-CLAP's names."""
     state = model.state_dict()
