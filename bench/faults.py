@@ -404,7 +404,7 @@ def surroundings(chance: random.Random) -> Surroundings:
         [
             *(Surroundings(stdout=kind) for kind in ("closed", "full", "gone", "gone", "ascii")),
             *(Surroundings(stderr=kind) for kind in ("closed", "full")),
-            *(Surroundings(disk=size) for size in (0, 1000, 20_000)),
+            *(Surroundings(disk=size) for size in (4096, 8192, 50_000)),
             Surroundings(environment={"HOME": None}),
             Surroundings(environment={"HOME": "/dev/null", "FASTCLAP_CACHE": "/dev/null/x"}),
             Surroundings(environment={"FASTCLAP_CACHE": "\udcff/x"}),

@@ -475,8 +475,8 @@ def _write_parquet(
     }
     vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(matrix.reshape(-1)), matrix.shape[1])
     table = pyarrow.table({**columns, "vector": vectors}, metadata={_METADATA: json.dumps(header)})
-    with replacing(out) as aside:
-        pyarrow.parquet.write_table(table, aside, use_dictionary=False)
+    with replacing(out) as aside, open(aside, "wb") as file:  # pyarrow takes no name that is not UTF-8
+        pyarrow.parquet.write_table(table, file, use_dictionary=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -497,7 +497,8 @@ def _header(path: Path) -> dict[str, Any] | None:
     else:
         import pyarrow.parquet
 
-        metadata = pyarrow.parquet.read_schema(path).metadata or {}
+        with open(path, "rb") as opened:
+            metadata = pyarrow.parquet.read_schema(opened).metadata or {}
         if _METADATA not in metadata:
             return None
         file, header = path, parse_json(metadata[_METADATA], f"{path}: its header")
@@ -509,6 +510,8 @@ def _header(path: Path) -> dict[str, Any] | None:
 
 def _header_of_output(path: Path) -> dict[str, Any]:
     """The header of something that is there already, empty if it has none that can be read."""
+    if not path.is_file():  # a pipe would be waited for
+        return {}
     try:
         return _header(path) or {}
     except (DataError, OSError, ValueError):  # pyarrow's errors are OSErrors and ValueErrors
@@ -575,7 +578,8 @@ def _read_parquet(path: Path) -> tuple[np.ndarray, list[Any]]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        with open(path, "rb") as file:
+            table = pyarrow.parquet.read_table(file)
     except Exception as error:  # ArrowException, OSError, and others of damaged metadata
         raise DataError(f"{path}: truncated or damaged ({' '.join(str(error).split())}); embed again") from error
     if "vector" not in table.column_names:

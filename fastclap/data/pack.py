@@ -351,7 +351,10 @@ def _write_index(
 
     skipped, batch = [], []
     temporary = folder / ".index.parquet.partial"
-    with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+    with (
+        open(temporary, "wb") as file,
+        pyarrow.parquet.ParquetWriter(file, schema) as writer,
+    ):  # its name may be no UTF-8
         for index, (row, clip) in enumerate(zip(manifest, clip_of_row, strict=True)):
             if clip in reasons:
                 path, reason = reasons[clip]

@@ -242,7 +242,7 @@ def parquet_records(source: Any, name: str) -> Iterator[tuple[int, dict[str, Any
 
     number = 0
     try:
-        file = pyarrow.parquet.ParquetFile(source) if isinstance(source, str) else source
+        file = pyarrow.parquet.ParquetFile(open(source, "rb")) if isinstance(source, str) else source  # noqa: SIM115
         columns = file.schema_arrow.names
         if twice := sorted({column for column in columns if columns.count(column) > 1}):
             raise DataError(f"{name}: several columns have the name {twice[0]!r}; rename one")

@@ -105,7 +105,7 @@ def _paraspeechcaps_tables(place: Place) -> tuple[int, list[tuple[str, str, Iter
         total, columns = 0, {}
         for path in place.files("*.parquet", "*/*.parquet", "*/*/*.parquet"):
             try:
-                file = pyarrow.parquet.ParquetFile(path)
+                file = pyarrow.parquet.ParquetFile(open(path, "rb"))  # noqa: SIM115 - read from later
             except (pyarrow.ArrowException, OSError) as error:
                 raise _unreadable(path, error) from error
             columns[str(path)] = set(file.schema_arrow.names)
