@@ -6,11 +6,17 @@ import dataclasses
 import json
 import subprocess
 import sys
+import typing
+from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastclap.config import AudioTowerConfig, CLAPConfig, HeadConfig, TextTowerConfig, read_dataclass
 from fastclap.errors import ConfigError
+from fastclap.train.config import TrainConfig, load_config
 
 
 def test_round_trip_through_json() -> None:
@@ -74,3 +80,42 @@ def test_importing_the_configuration_does_not_import_torch() -> None:
     code = "import sys, fastclap.config; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# anything at all
+
+_LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**30)
+_NAMES = [*typing.get_type_hints(AudioTowerConfig), "audio", "text", "head", "zipformer", "x"]
+_KEYS = st.sampled_from(_NAMES) | st.text(max_size=3)
+_ANYTHING = st.recursive(
+    _LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=3), max_leaves=8
+)
+_TOWER = st.dictionaries(_KEYS, _ANYTHING, max_size=2)
+_TOWERS = st.fixed_dictionaries({}, optional={"audio": _TOWER, "text": _ANYTHING})
+
+
+@settings(max_examples=80, derandomize=True, deadline=None)
+@given(_TOWERS | _ANYTHING)
+def test_any_data_is_a_configuration_or_an_error_in_words(data: Any) -> None:
+    try:
+        config = CLAPConfig.from_dict(data)
+    except ConfigError as error:
+        assert str(error)
+    else:
+        assert CLAPConfig.from_dict(config.to_dict()) == config
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(_ANYTHING | st.binary(max_size=30), st.sampled_from([".yaml", ".toml", ".json"]))
+def test_any_file_is_a_configuration_or_an_error_that_names_it(
+    tmp_path_factory: pytest.TempPathFactory, content: Any, ending: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"anything{ending}"
+    path.write_bytes(content if isinstance(content, bytes) else yaml.safe_dump(content, allow_unicode=True).encode())
+    try:
+        config = load_config(path, TrainConfig())
+    except ConfigError as error:
+        assert str(error).startswith(str(path))
+    else:
+        assert config == TrainConfig() or content
