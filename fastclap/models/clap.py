@@ -66,6 +66,7 @@ class CLAP(DualEncoder):
 
     def __init__(self, config: CLAPConfig, tokenizer: Tokenizer | None = None, *, load_pretrained: bool = True) -> None:
         super().__init__()
+        config.check()
         if not 1 <= config.init_logit_scale <= config.max_logit_scale:
             raise ConfigError(
                 f"init_logit_scale must lie between 1 and max_logit_scale = {config.max_logit_scale}, "

@@ -192,6 +192,9 @@ def _read_config(path: Path) -> CLAPConfig:
             f"{path}: format version {version!r:.40}, this fastclap reads 1 to {FORMAT_VERSION}; "
             "the file is not a fastclap model or needs another release"
         )
+    for part, kind in (("audio", "log-mel"), ("text", "small")):  # an earlier release wrote what had no meaning
+        if isinstance(data.get(part), dict) and data[part].get("kind", kind) == kind:
+            data[part].pop("pretrained", None)
     try:
         return CLAPConfig.from_dict(_from_version_1(data) if version == 1 else data)
     except ConfigError as error:

@@ -238,11 +238,6 @@ def build_text_tower(config: TextTowerConfig, load_pretrained: bool = True) -> T
         check_counts(dataclasses.asdict(config), "text")
         if config.kind == "hf":
             return TransformersTextTower(config, load_pretrained)
-        for name in ("pretrained", "hf_config") if config.kind == "small" and load_pretrained else ():
-            if getattr(config, name):
-                raise ConfigError(
-                    f"text.{name} has no meaning for a tower of kind small; leave it out, or choose text.kind hf"
-                )
         if config.kind == "small":
             return SmallTextTower(config)
     raise ConfigError(f"unknown text tower {config.kind!r}; known: small, hf")

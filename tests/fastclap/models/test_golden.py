@@ -66,7 +66,7 @@ def write() -> None:
     model = CLAP(config, train_tokenizer(CAPTIONS, 300)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
+            parameter.add_(0.3 * torch.randn_like(parameter))
     branch: Any = model.audio_branch
     branch.feature_mean.fill_(-6.0)
     branch.feature_std.fill_(4.0)
