@@ -29,9 +29,9 @@ def transformers_config(
         ModelError: the pretrained model's configuration cannot be read.
     """
     changes = dict(config.hf_config or {})
-    for key in ("attn_implementation", "_attn_implementation"):
-        if "/" in str(changes.get(key)):
-            raise ConfigError(f"hf_config: {key}={changes[key]!r} would run code from the hub, which is not supported")
+    for key in ("attn_implementation", "_attn_implementation", "trust_remote_code"):
+        if "/" in str(value := changes.get(key)) or (key == "trust_remote_code" and value is not None):
+            raise ConfigError(f"hf_config: {key}={value!r} would run code from the hub, which is not supported")
     if config.pretrained is not None and load_pretrained:
         folder = Path(config.pretrained)
         if folder.is_dir():
@@ -41,9 +41,15 @@ def transformers_config(
                 raise ModelError(f"{folder / CONFIG_FILE}: holds {type(whole).__name__} instead of an object")
             check_counts(whole, str(folder / CONFIG_FILE))
         try:
-            return config_class.from_pretrained(config.pretrained, **changes), config.pretrained
+            found = config_class.from_pretrained(config.pretrained, trust_remote_code=False, **changes)
         except Exception as error:  # of any kind, for a file that another program has written
             raise ModelError(f"{config.pretrained}: no transformers configuration could be read ({error})") from error
+        if "/" in str(found._attn_implementation):
+            raise ModelError(
+                f"{config.pretrained}: {CONFIG_FILE} asks for attention {found._attn_implementation!r}, which "
+                "would run code from the hub; this is not supported"
+            )
+        return found, config.pretrained
     if config.hf_config is None:
         raise ConfigError(f"a {config.kind} tower needs `pretrained` (folder or hub id) or `hf_config`")
     if hasattr(config_class, "for_model"):
@@ -83,7 +89,7 @@ def transformers_model(
         return build(model_config)
     try:
         module, info = loader.from_pretrained(
-            pretrained, config=model_config, dtype=torch.float32, output_loading_info=True
+            pretrained, config=model_config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     except FastclapError:
         raise
