@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastclap.console import shortened
 from fastclap.errors import DataError
 from fastclap.reading import read_json
 
@@ -92,8 +93,8 @@ def fill_template(template: str, name: str) -> str:
     placeholders = set(re.findall(r"\{[^{}]*\}", template))
     if "{}" not in placeholders or not placeholders <= {"{}", "{a}", "{A}"}:
         raise DataError(
-            f"template {template!r}: it must contain {{}} for the class name, and may contain {{a}} or {{A}} for its "
-            "article; nothing else in braces"
+            f"template {shortened(template, 200)!r}: it must contain {{}} for the class name, and may contain {{a}} "
+            "or {A} for its article; nothing else in braces"
         )
     found = article(name)
     return template.replace("{a}", found).replace("{A}", found.capitalize()).replace("{}", name)
@@ -118,6 +119,7 @@ def load_prompts(path: str | Path, column: str) -> dict[str, list[str]]:
     for name, value in content.items():
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise DataError(f"{path}: class {name!r} needs a prompt or a list of prompts, not {value!r}")
+            found = shortened(repr(value))
+            raise DataError(f"{path}: class {shortened(name)!r} needs a prompt or a list of prompts, not {found}")
         prompts[name] = texts
     return prompts

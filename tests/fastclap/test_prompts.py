@@ -45,6 +45,11 @@ def test_prompts_by_class_and_by_column(tmp_path: Path) -> None:
         ('{"sad": []}', "class 'sad' needs a prompt"),
         ('{"sad": ["ok", " "]}', "class 'sad' needs a prompt"),
         ('{"sad": 3}', "class 'sad' needs a prompt"),
+        ('{"sad": ["x", %s]}' % ("1, " * 9999 + "2"), r"class 'sad' needs a prompt .{,90}$"),
+        ('{"%s": 3}' % ("s" * 9999), r"class 's{,60}…' needs a prompt"),
+        ('{"sad": "\\ud800"}', "holds '.ud800', half of a character"),
+        ("[" * 100_000, "JSON nested too deeply"),
+        ('{"sad": 1%s}' % ("0" * 5000), "JSON with an integer of more than"),
         ('{"emotion": {"sad": null}}', "class 'sad' needs a prompt"),
     ],
 )
@@ -53,7 +58,7 @@ def test_bad_prompts_files_are_named(tmp_path: Path, content: str, message: str)
     path.write_text(content)
     with pytest.raises(DataError, match=f"prompts.json: {message}"):
         load_prompts(path, "emotion")
-    with pytest.raises(DataError, match="cannot read the prompts file"):
+    with pytest.raises(DataError, match=r"none\.json: cannot be read"):
         load_prompts(tmp_path / "none.json", "emotion")
 
 
