@@ -25,6 +25,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from fastclap.kernels import dispatch
 
 # What error texts say besides "out of memory": the allocators of cuBLAS and cuDNN, that of the CPU, and what is left of
 # an out-of-memory error after torch has tried all engines of cuDNN for a convolution.
@@ -111,9 +114,15 @@ class GradCache:
             ValueError, TypeError: unusable inputs, embeddings or loss.
             SecondPassMemoryError: memory ran out in the second pass of a distributed run, or of towers that are neither
                 modules nor methods of one.
+            RuntimeError: called under torch.func or within forward-mode differentiation.
             RuntimeError (see `is_out_of_memory`): chunks of one row do not fit, or memory ran out where one rank cannot
                 repeat its part: in the loss of a distributed run, or in sharded towers (FSDP2).
         """
+        if dispatch.is_transformed() or forward_ad._current_level >= 0:
+            raise RuntimeError(
+                "GradCache adds to .grad by its own backward passes, which torch.func and forward-mode differentiation "
+                "cannot follow: call it outside of them"
+            )
         if len(inputs) != len(self.towers):
             raise ValueError(f"{len(self.towers)} towers need as many inputs, got {len(inputs)}")
         sizes = [_checked_rows(index, batch) for index, batch in enumerate(inputs)]

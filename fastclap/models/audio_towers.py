@@ -45,7 +45,6 @@ from fastclap.models.pretrained import (
 )
 from fastclap.models.sizes import check_counts, one_error
 from fastclap.models.whisper import WhisperTower
-from fastclap.models.zipformer.tower import ZipformerTower
 
 
 class LogMelTower(AudioTower):
@@ -514,6 +513,8 @@ def _audio_tower(config: AudioTowerConfig, load_pretrained: bool) -> AudioTower:
     if config.kind == "pe-audio":
         return PEAudioTower(config)
     if config.kind == "zipformer":
+        from fastclap.models.zipformer.tower import ZipformerTower  # the operators of which take a while to register
+
         return ZipformerTower(config, load_pretrained)
     towers = {"wav2vec2": Wav2Vec2Tower, "whisper": WhisperTower, "ast": ASTTower, "clap-htsat": CLAPHTSATTower}
     if config.kind not in towers:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fastclap
@@ -533,3 +534,15 @@ def test_activations_of_one_chunk_only() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         GradCache([tower, tower], 8, loss)(a, b)
     assert chunks[0] * 8 == whole, "before the loss only one chunk of each tower had a graph"
+
+
+def test_transforms_are_refused_and_change_nothing() -> None:
+    tower = nn.Linear(3, 2)
+    cached = GradCache([tower], 2, lambda x: x.square().sum())
+    x = torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match="outside of them"):
+        torch.func.jvp(cached, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="outside of them"):
+        cached(forward_ad.make_dual(x, x))
+    assert tower.weight.grad is None
+    assert cached(x) > 0 and tower.weight.grad is not None
