@@ -30,12 +30,20 @@ def fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, then flushed to the disk and renamed to `path`; after an error, removed."""
+    """A temporary path to write to, then flushed to the disk and renamed to `path`; after an error, removed.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
         fsync(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, os.fspath(temporary)):  # a full disk has no name
+            error.filename = os.fspath(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -89,7 +89,8 @@ class DataConfig:
     """Crops of a clip longer than `crop_seconds` that are kept of a frozen audio tower, evenly spread and the same in
     every run; each epoch takes one of them."""
     max_bad_share: Share = 0.01
-    """Share of unusable clips (missing, truncated, silent, NaN) that are set aside before the run stops."""
+    """Share of unusable clips (missing, truncated, silent, NaN) that are set aside before the run stops. One of them is
+    tolerated in any set, unless this is 0."""
 
 
 @dataclass

@@ -9,11 +9,11 @@ share the work instead of doing it twice.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -40,6 +40,7 @@ from fastclap.data.summaries import (
     settle,
 )
 from fastclap.data.summary_batches import Captions, ClipTable, SummaryDataset, TextTable, WithTextSummaries
+from fastclap.data.workers import in_threads
 from fastclap.errors import DataError
 from fastclap.evaluation.ranks import Embedded
 from fastclap.models.clap import CLAP
@@ -393,33 +394,37 @@ class _Filling:
         random.Random().shuffle(groups)  # by the system's entropy: another order in every process
         total, done = sum(map(len, groups)), 0
 
-        def load(item: int) -> Any:
+        def load(wanted: tuple[range, int]) -> tuple[range, int, Any]:
+            group, item = wanted
             try:
-                return work.load(work.items[item])
+                return group, item, work.load(work.items[item])
             except AudioError as error:
-                return error
+                return group, item, error
 
-        with ExitStack() as stack:
-            pool = stack.enter_context(ThreadPoolExecutor(_THREADS))
-            advance = stack.enter_context(
-                console.progress(
-                    "computing the frozen tower's", "computed", work.unit, self.world.is_main and len(groups) > 1
-                )
+        def lacking() -> Iterator[tuple[range, int]]:
+            for group in groups:
+                store.refresh()
+                yield from ((group, item) for item in missing(group))
+
+        def loaded_in_threads(wanted: Iterable[tuple[range, int]]) -> Generator[tuple[range, int, Any], None, None]:
+            return in_threads(
+                load, wanted, _THREADS, ahead=2 * len(groups[0]), describe=lambda at: str(work.items[at[1]])
             )
-            stack.enter_context(_inference(self.model, work.bf16))
 
-            def ahead() -> Iterator[tuple[range, dict[int, Future[Any]]]]:
-                for group in groups:
-                    store.refresh()
-                    yield group, {item: pool.submit(load, item) for item in missing(group)}
-
-            for group, loading in _one_ahead(ahead()):
-                loaded = {item: future.result() for item, future in loading.items()}
-                unusable = {item: found for item, found in loaded.items() if isinstance(found, AudioError)}
+        show = self.world.is_main and len(groups) > 1
+        with (
+            closing(loaded_in_threads(lacking())) as results,
+            console.progress("computing the frozen tower's", "computed", work.unit, show) as advance,
+            _inference(self.model, work.bf16),
+        ):
+            for group, found in itertools.groupby(results, key=lambda result: result[0]):
+                loading = {item: result for _, item, result in found}
+                loaded = dict(loading)
+                unusable = {item: result for item, result in loaded.items() if isinstance(result, AudioError)}
                 bad |= unusable
                 if len(unusable) < len(loaded):
-                    others = [item for item in group if item not in loaded]
-                    loaded |= dict(zip(others, pool.map(load, others), strict=True))
+                    others = [(group, item) for item in group if item not in loaded]
+                    loaded |= {item: result for _, item, result in loaded_in_threads(others)}
                     items = [item for item in group if not isinstance(loaded[item], AudioError)]
                     extents, summaries = work.summarize([loaded[item] for item in items])
                     fresh = [at for at, item in enumerate(items) if item in loading]
@@ -431,16 +436,6 @@ class _Filling:
             if done < total:  # another run has computed the rest
                 advance(total, total)
         return bad
-
-
-def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The items, each of them once the one after it has been made."""
-    held: list[Item] = []
-    for item in items:
-        held.append(item)
-        if len(held) > 1:
-            yield held.pop(0)
-    yield from held
 
 
 @contextmanager

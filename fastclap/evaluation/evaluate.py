@@ -311,7 +311,7 @@ def _classification(
     candidates = [[tag for tag in dict.fromkeys(values) if tag in set(classes)] for values in tags]
     kept = [i for i, found in enumerate(candidates) if len(found) == 1]
     if not kept:
-        raise DataError(f"column {task.column!r}: no readable clip has exactly one of the classes {', '.join(classes)}")
+        raise DataError(f"column {task.column!r}: no readable clip has exactly one of the classes {_abridged(classes)}")
     merged = {name: other for name, other in task.merged.items() if {name, other} <= set(classes)}
     words = [task.words.get(name, name) for name in classes]
     filled = [[fill_template(template, word) for template in task.templates] for word in words]
@@ -364,10 +364,10 @@ def candidate_classes(manifest: Manifest, task: ClassificationTask) -> list[str]
         )
     classes = list(task.classes or task.prompts or found)
     if len(set(classes)) < len(classes):
-        raise DataError(f"column {task.column!r}: a class is given twice in {', '.join(classes)}")
+        raise DataError(f"column {task.column!r}: a class is given twice in {_abridged(classes)}")
     if not set(classes) & set(found):
         raise DataError(
-            f"column {task.column!r} has none of the classes {', '.join(classes)}; it has: {_abridged(found)}"
+            f"column {task.column!r} has none of the classes {_abridged(classes)}; it has: {_abridged(found)}"
         )
     if task.prompts:
         missing = [name for name in classes if not task.prompts.get(name)]

@@ -104,13 +104,11 @@ class Tokenizer:
             if truncation is None or truncation["max_length"] != max_tokens:
                 self.backend.enable_truncation(max_tokens)
             encodings = self.backend.encode_batch(texts)
-        ids = torch.tensor([encoding.ids for encoding in encodings])
-        if ids.numel() and int(ids.max()) >= self.vocab_size:
-            raise ModelError(
-                f"the tokenizer gives the id {int(ids.max())}, but has {self.vocab_size} ids; copy it again"
-            )
+        ids = [encoding.ids for encoding in encodings]
+        if (largest := max(max(row, default=0) for row in ids)) >= self.vocab_size:
+            raise ModelError(f"the tokenizer gives the id {largest}, but has {self.vocab_size} ids; copy it again")
         return {
-            "input_ids": ids,
+            "input_ids": torch.tensor(ids),
             "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings]),
         }
 

@@ -13,12 +13,12 @@ import itertools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from fastclap.console import json_text
+from fastclap.data.workers import in_threads
 from fastclap.errors import ConfigError, DataError
 from fastclap.files import replacing
 from fastclap.prepare import acted, described
@@ -35,7 +35,7 @@ DATASETS: dict[str, Dataset] = {
     "iemocap": acted.IEMOCAP,
 }
 
-_CLIPS_AT_A_TIME = 1024  # clips whose files are looked for together
+_CLIPS_AHEAD = 1024  # clips whose files are looked for at a time
 _THREADS = 16  # they wait for the disk, or the network behind it
 _LONGEST = 1e7  # seconds that a clip may last by its owners' word; of longer ones the file's header is asked
 _SPLIT_MARK = "{split}"
@@ -97,7 +97,7 @@ def prepare(
                 writer.skip({"path": found.path or clip.paths[0], "reason": found.reason, "origin": clip.origin})
             else:
                 writer.write(clip, found)
-            if done % _CLIPS_AT_A_TIME == 0:
+            if done % _CLIPS_AHEAD == 0:
                 advance(done, total)
         if not writer.rows:
             raise _nothing_usable(place, first, example, lost)
@@ -158,10 +158,9 @@ class _Found(NamedTuple):
 
 def _with_audio(clips: Iterable[DescribedClip]) -> Iterator[tuple[DescribedClip, _Found]]:
     """The clips with their audio files, in their order; the files of many clips are looked up at a time."""
-    stream = iter(clips)
-    with ThreadPoolExecutor(_THREADS) as threads:
-        while block := list(itertools.islice(stream, _CLIPS_AT_A_TIME)):
-            yield from zip(block, threads.map(_locate, block), strict=True)
+    clips, again = itertools.tee(clips)
+    with contextlib.closing(in_threads(_locate, again, _THREADS, ahead=_CLIPS_AHEAD)) as located:
+        yield from zip(clips, located, strict=True)
 
 
 def _locate(clip: DescribedClip) -> _Found:

@@ -256,7 +256,10 @@ def test_a_queue_holds_the_pairs_alone(tiny: Build) -> None:
     [
         ({"captions": "perturbed"}, r"--data\.captions perturbed and --loss\.local-weight .*belong together"),
         ({"local_weight": 0.2}, r"--data\.captions perturbed and --loss\.local-weight .*belong together"),
-        ({"captions": "perturbed", "local_weight": -1.0}, r"--loss\.local-weight is -1\.0; it must not be negative"),
+        (
+            {"captions": "perturbed", "local_weight": -1.0},
+            r"--loss\.local-weight is -1\.0; it must be a number at least 0",
+        ),
     ],
 )
 def test_captions_and_loss_belong_together(tiny: Build, change: dict[str, Any], message: str) -> None:
