@@ -12,7 +12,6 @@ object a row: `path` or `text`, and `origin`) and `X.json` (the header). A Parqu
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -30,7 +29,7 @@ from torch import Tensor
 from fastclap.console import Advance
 from fastclap.data import BadClip, Row, load_manifest
 from fastclap.data.shards import is_pack
-from fastclap.errors import ConfigError, DataError, ModelError
+from fastclap.errors import ConfigError, DataError, FastclapError, ModelError
 from fastclap.evaluation.embedding import embed_clips
 from fastclap.files import fsync, locked, replacing, write_atomic
 from fastclap.models.encoder import DualEncoder, check_batch_size
@@ -246,37 +245,25 @@ def embed(
     }
     start = time.perf_counter()
     parts = out.with_name(f".{out.name}.parts")
-    with _naming(out):
-        if out.exists():
-            found = {"precision": _PRECISIONS[0], **_header_of_output(out)}
-            if any(found.get(key) != value for key, value in header.items()):
-                raise DataError(
-                    f"{out}: exists already and was not made of this model and these inputs in {precision}; remove "
-                    "it, or name another file"
-                )
-            shutil.rmtree(parts, ignore_errors=True)
-            return {**found["summary"], "out": os.fspath(out), "reused": len(inputs), "time": _times(start, 0)}
-        parts.mkdir(parents=True, exist_ok=True)
-        with locked(parts, "embedding into"):
-            origin = header["model"] + ("" if precision == _PRECISIONS[0] else f" in {precision}")
-            store = _Store(parts, origin, save_seconds)
-            reused = sum(item.key in store.done for item in inputs)
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                clips = _embed_missing(model, inputs, store, batch_size, threads, advance)
-            summary = _finish(out, inputs, store, header)
-        shutil.rmtree(parts)
-        return {**summary, "out": os.fspath(out), "reused": reused, "time": _times(start, clips)}
-
-
-@contextlib.contextmanager
-def _naming(out: Path) -> Iterator[None]:
-    """Errors of a full disk, of which Python names no file, name the output."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror or str(error), os.fspath(out)) from error
+    if out.exists():
+        found = {"precision": _PRECISIONS[0], **_header_of_output(out)}
+        if any(found.get(key) != value for key, value in header.items()):
+            raise DataError(
+                f"{out}: exists already and was not made of this model and these inputs in {precision}; remove "
+                "it, or name another file"
+            )
+        shutil.rmtree(parts, ignore_errors=True)
+        return {**found["summary"], "out": os.fspath(out), "reused": len(inputs), "time": _times(start, 0)}
+    parts.mkdir(parents=True, exist_ok=True)
+    with locked(parts, "embedding into"):
+        origin = header["model"] + ("" if precision == _PRECISIONS[0] else f" in {precision}")
+        store = _Store(parts, origin, save_seconds)
+        reused = sum(item.key in store.done for item in inputs)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            clips = _embed_missing(model, inputs, store, batch_size, threads, advance)
+        summary = _finish(out, inputs, store, header)
+    shutil.rmtree(parts)
+    return {**summary, "out": os.fspath(out), "reused": reused, "time": _times(start, clips)}
 
 
 def _times(start: float, clips: int) -> dict[str, float]:
@@ -538,7 +525,13 @@ def load_index(path: str | os.PathLike[str]) -> Index:
         raise DataError(f"{path}: not a table of vectors; give the .parquet or .npy file that fastclap embed wrote")
     if not path.is_file():
         raise DataError(f"{path}: no such file; make it with: fastclap embed MODEL INPUT... --out {path}")
-    matrix, names = (_read_npy if path.suffix == ".npy" else _read_parquet)(path)
+    try:
+        matrix, names = (_read_npy if path.suffix == ".npy" else _read_parquet)(path)
+        header = _header(path)
+    except FastclapError:
+        raise
+    except Exception as error:  # of any kind: NumPy's and pyarrow's for what another program has written, or cut
+        raise DataError(f"{path}: truncated or damaged ({' '.join(str(error).split())}); embed again") from error
     if matrix.ndim != 2 or not matrix.size or not np.issubdtype(matrix.dtype, np.floating):
         raise DataError(f"{path}: holds {matrix.dtype} of shape {matrix.shape} instead of a matrix of vectors")
     if len(names) != len(matrix):
@@ -555,16 +548,12 @@ def load_index(path: str | os.PathLike[str]) -> Index:
     small_or_large = (lengths < 1e-12) | (lengths > 1e18)  # whose squares float32 does not hold
     if small_or_large.any():
         vectors[small_or_large] = (vectors[small_or_large].double() / lengths[small_or_large, None]).float()
-    header = _header(path)
     return Index(torch.nn.functional.normalize(vectors, dim=1), names, header["model"] if header else None)
 
 
 def _read_npy(path: Path) -> tuple[np.ndarray, list[Any]]:
     listing = path.with_name(f"{path.name}.jsonl")
-    try:
-        matrix = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # of any kind, for a header that another program has written
-        raise DataError(f"{path}: truncated or damaged ({' '.join(str(error).split())}); embed again") from error
+    matrix = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(matrix, np.ndarray):
         raise DataError(f"{path}: holds several arrays; give a .npy file with one matrix")
     if not listing.exists():
@@ -577,11 +566,8 @@ def _read_parquet(path: Path) -> tuple[np.ndarray, list[Any]]:
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        with open(path, "rb") as file:
-            table = pyarrow.parquet.read_table(file)
-    except Exception as error:  # ArrowException, OSError, and others of damaged metadata
-        raise DataError(f"{path}: truncated or damaged ({' '.join(str(error).split())}); embed again") from error
+    with open(path, "rb") as file:
+        table = pyarrow.parquet.ParquetFile(file).read()  # read_table would import pandas
     if "vector" not in table.column_names:
         raise DataError(f"{path}: no column 'vector'; the columns are {', '.join(table.column_names)}")
     column = table.column("vector").combine_chunks()
@@ -611,9 +597,6 @@ def _read_parquet(path: Path) -> tuple[np.ndarray, list[Any]]:
         kind = kind.value_type if types.is_dictionary(kind) else kind
         if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
             raise DataError(f"{path}: the column {name!r} holds {kind} instead of text")
-    try:
-        records = table.select(kept).to_pylist() if kept else [{"path": f"row {i}"} for i in range(len(table))]
-    except (UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: a name is damaged ({error}); embed again") from error
+    records = table.select(kept).to_pylist() if kept else [{"path": f"row {i}"} for i in range(len(table))]
     names = [{key: value for key, value in record.items() if value is not None} for record in records]
     return values.reshape(len(table), -1), names

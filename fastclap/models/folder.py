@@ -7,6 +7,7 @@ A folder holds `config.json`, `model.safetensors`, `tokenizer.json` if the model
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -390,6 +391,7 @@ def write_model(
         ModelError: `folder` holds files that are not a model's.
         OSError: the disk is full or the place is not writable; nothing is left behind.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     names = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
@@ -402,7 +404,10 @@ def write_model(
         fields = {"format_version": FORMAT_VERSION, **config.to_dict()}
         (temporary / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        try:
+            save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(errno.EIO, f"cannot be written ({error})", os.fspath(folder / WEIGHTS_FILE)) from error
         if tokenizer is not None:
             tokenizer.save(temporary / TOKENIZER_FILE)
         (temporary / CARD_FILE).write_text(card, encoding="utf-8")
@@ -410,7 +415,11 @@ def write_model(
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to; it is then flushed to the disk and renamed to `folder`, or removed after an error."""
+    """A folder to write to; it is then flushed to the disk and renamed to `folder`, or removed after an error.
+
+    Raises:
+        OSError: it cannot be written; names `folder` where Python names no file.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     # fixed names, so that the next save clears what a killed one has left behind
     temporary, old = (folder.parent / f".{folder.name.lstrip('.')}.{end}" for end in ("tmp", "old"))
@@ -426,7 +435,9 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         temporary.replace(folder)
         fsync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # a full disk has no name
+            error.filename = os.fspath(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 

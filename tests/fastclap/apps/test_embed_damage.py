@@ -251,7 +251,7 @@ def test_damaged_parts_are_embedded_again(model: CLAP, tmp_path: Path) -> None:
         embed(model, items, out)
 
 
-def test_a_full_disk_names_the_output(
+def test_a_full_disk_names_what_was_written(
     model: CLAP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clap_folder: str, capfd: Any
 ) -> None:
     (tmp_path / "captions.txt").write_text("a\n")
@@ -263,7 +263,7 @@ def test_a_full_disk_names_the_output(
     with monkeypatch.context() as patch:
         patch.setattr("fastclap.files.fsync", full)
         assert main(arguments) != 0
-    assert f"{tmp_path / 'x.npy'}: No space left on device" in capfd.readouterr().err
+    assert f"{tmp_path / '.x.npy.parts/model.json'}: No space left on device" in capfd.readouterr().err
     assert main(arguments) == 0
 
 

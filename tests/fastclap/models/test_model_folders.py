@@ -264,6 +264,23 @@ def test_places_and_types(folder: Path, arguments: Any) -> None:
         CLAP.from_pretrained(folder, **arguments)
 
 
+@pytest.mark.parametrize("where", ["safetensors.torch.save_file", "fastclap.models.folder.fsync"])
+def test_a_full_disk_names_the_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    from safetensors import SafetensorError
+
+    model = CLAP.from_pretrained(folder)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error") if "safetensors" in where else OSError(28, "No space left on device")
+
+    monkeypatch.setattr(where, full)
+    with pytest.raises(OSError, match=r"written|No space") as error:
+        model.save_pretrained(tmp_path / "out")
+    assert str(error.value.filename).startswith(str(tmp_path / "out")) and not (tmp_path / "out").exists()
+
+
 # -- sizes ------------------------------------------------------------------------------------------------------------
 
 
