@@ -36,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ from typing import Any, NoReturn
 
 _MARK = "FASTCLAP_SOAK"
 _LATE_SECONDS, _HOLD_SECONDS = 0.4, 0.8
-_START_SECONDS, _STUCK_SECONDS = 120, 300
+_STUCK_SECONDS, _LEFT_SECONDS = 300, 60
 _DISK_BYTES = 64 << 20
 
 _LATE = r"""
@@ -70,7 +70,7 @@ int pthread_cond_broadcast(pthread_cond_t *condition) {
 """
 
 
-def configuration(folder: Path, *, ranks: int = 2, workers: int = 0, steps: int = 2) -> dict[str, Any]:
+def configuration(folder: Path, *, workers: int = 0, steps: int = 2) -> dict[str, Any]:
     """The fields in which a tiny run differs from the recipe `small`."""
     return {
         "run_dir": str(folder),
@@ -127,7 +127,7 @@ def prepare(folder: Path) -> None:
     from fastclap.train import cli, config, loop, recipes  # noqa: F401
 
     torch.set_num_threads(1)
-    report._pictures = lambda *_: {}  # type: ignore[assignment]
+    report._pictures = lambda *_: {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def _end(rank: int, port: int, log: Path, file: Path, trains: bool, taken_apart:
 
     distributed.barrier = last_barrier
     if taken_apart:
-        distributed.end_process = lambda status: None  # type: ignore[assignment]
+        distributed.end_process = lambda status: None  # type: ignore[assignment, return-value]
     if not trains:
         loop.train = _only_collectives  # type: ignore[assignment]
     cli.main(["small", "--config", str(file)])
@@ -277,7 +277,9 @@ class Start:
     """The processes of one start of a training."""
 
     def __init__(self, file: Path, ranks: int, log: Path) -> None:
-        self.processes, port, self._ended = [], free_port(), {}
+        self.processes: list[int] = []
+        self._statuses: dict[int, int] = {}
+        port = free_port()
         for rank in range(ranks):
             process = os.fork()
             if not process:
@@ -307,16 +309,15 @@ class Start:
     def poll(self) -> list[int] | None:
         """The statuses of all ranks, once all have ended."""
         for process in self.processes:
-            if process not in self._ended and os.waitpid(process, os.WNOHANG)[0]:
-                self._ended[process] = True
-        return None if len(self._ended) < len(self.processes) else list(self._statuses())
-
-    def _statuses(self) -> Iterator[int]:
-        yield from self._ended.values()
+            if process not in self._statuses:
+                ended, status = os.waitpid(process, os.WNOHANG)
+                if ended:
+                    self._statuses[process] = os.waitstatus_to_exitcode(status)
+        return None if len(self._statuses) < len(self.processes) else list(self._statuses.values())
 
     def kill(self) -> None:
         for process in self.processes:
-            if process not in self._ended:
+            if process not in self._statuses:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
 
@@ -345,7 +346,7 @@ def _kill_in_a_save(start: Start, run: Path, chance: random.Random) -> str:
     """As soon as a checkpoint is being written."""
     end = time.monotonic() + 5
     while time.monotonic() < end:
-        if any(name.startswith(".writing-") for name in os.listdir(run / "checkpoints")):
+        if any(run.glob("checkpoints/.writing-*")):
             break
     time.sleep(chance.uniform(0, 0.01))
     _kill(start.processes[0], signal.SIGKILL)
@@ -408,7 +409,7 @@ class Outcome:
     starts: int = 0
     statuses: collections.Counter[int] = field(default_factory=collections.Counter)
     disturbed: collections.Counter[str] = field(default_factory=collections.Counter)
-    samples: list[tuple[int, Figures]] = field(default_factory=list)  # steps done, of rank 0
+    samples: list[tuple[float, int, Figures]] = field(default_factory=list)  # seconds, steps, rank 0
     left_over: int = 0  # processes that outlived a start
     shared: int = 0  # pieces of shared memory that did
     faults: list[str] = field(default_factory=list)
@@ -421,61 +422,62 @@ def steps_done(run: Path) -> int:
     return 0
 
 
-def whole_run(run: Path, setup: tuple[int, int], steps: int, seconds: float, chance: random.Random | None) -> Outcome:
-    """Train to the end, with disturbances if there is a source of chance, for which `seconds` in all are meant."""
-    ranks, workers = setup
+def whole_run(run: Path, ranks: int, workers: int, steps: int, chance: random.Random | None, every: float) -> Outcome:
+    """Train to the end; with a source of chance, disturbed `every` so many seconds on average."""
     file = run.with_suffix(".json")
-    file.write_text(json.dumps(configuration(run, ranks=ranks, workers=workers, steps=steps)))
-    outcome, begin, wanted = Outcome(run), time.monotonic(), max(4.0, seconds / 40)
-    before, turn = shared_memory(), list(DISTURBANCES)
-    if not os.path.ismount(run.parent):
-        turn.remove(_fill_disk)
+    file.write_text(json.dumps(configuration(run, workers=workers, steps=steps)))
+    outcome, begin, before = Outcome(run), time.monotonic(), shared_memory()
+    turn = [act for act in DISTURBANCES if act is not _fill_disk or os.path.ismount(run.parent)]
     if chance is not None:
         chance.shuffle(turn)
     while True:
         log = run.parent / f"{run.name}-{outcome.starts}.log"
-        start = Start(file, ranks, log)
-        outcome.starts += 1
-        stirred, moved, done = time.monotonic(), time.monotonic(), steps_done(run)
-        pause = None if chance is None else chance.uniform(0.2, 1) * wanted
-        born = steps_done(run)
+        start, born = Start(file, ranks, log), steps_done(run)
+        outcome.starts, acts = outcome.starts + 1, outcome.disturbed.total()
+        done, moved = born, time.monotonic()
+        quiet_until = None if chance is None else moved + every * chance.uniform(0.5, 1.5)
         while (statuses := start.poll()) is None:
-            time.sleep(0.1)
-            now = time.monotonic()
-            if (there := steps_done(run)) != done:
+            time.sleep(0.05)
+            now, there = time.monotonic(), steps_done(run)
+            if there != done:
                 done, moved = there, now
                 if found := figures(start.processes[0]):
-                    outcome.samples.append((done, found))
+                    outcome.samples.append((now - begin, done, found))
             if now - moved > _STUCK_SECONDS:
-                outcome.faults.append(f"no step for {_STUCK_SECONDS} s in {log}")
+                outcome.faults.append(f"{log}: no step for {_STUCK_SECONDS} s")
                 start.kill()
-            past = now - begin > 3 * seconds + 60  # enough has been disturbed; the rest runs through
-            if chance is not None and pause is not None and done > born and not past and now - stirred > pause:
-                act = turn[sum(outcome.disturbed.values()) % len(turn)]
+            if chance is not None and quiet_until is not None and now > quiet_until and done > born:
+                act = turn[outcome.disturbed.total() % len(turn)]
                 outcome.disturbed[act(start, run, chance)] += 1
-                stirred, pause = time.monotonic(), chance.uniform(0.2, 1) * wanted
+                quiet_until = time.monotonic() + every * chance.uniform(0.5, 1.5)
         outcome.statuses.update(statuses)
-        end = time.monotonic() + 40  # loader processes see that their rank has gone
-        while (left := marked()) and time.monotonic() < end:
-            time.sleep(0.2)
-        outcome.left_over += len(left)
-        for process in left:
-            outcome.faults.append(f"left over after {log}: {process} {_command(process)[:120]!r}")
-            _kill(process, signal.SIGKILL)
-        outcome.shared += len(shared_memory() - before)
+        _look_for_what_is_left(outcome, log, before)
         text = log.read_text(errors="replace")
         if "Traceback" in text or "terminate called" in text:
             outcome.faults.append(f"{log}: {text[-1500:]}")
-        if all(status == 0 for status in statuses):
+        if not any(statuses):
             break
-        if chance is None or outcome.starts > 2000 or 70 in statuses:
+        if outcome.disturbed.total() == acts:  # and yet it has failed
             outcome.faults.append(f"{log}: statuses {statuses}: {text[-1500:]}")
-            if chance is None or outcome.starts > 2000:
-                break
-        if steps_done(run) == born and outcome.starts > 3 and not outcome.disturbed:
             break
     outcome.seconds = time.monotonic() - begin
     return outcome
+
+
+def _look_for_what_is_left(outcome: Outcome, log: Path, before: set[str]) -> None:
+    """Processes and shared memory that a start has left behind, once loader processes have seen that it has gone."""
+    end = time.monotonic() + _LEFT_SECONDS
+    while (left := marked()) and time.monotonic() < end:
+        time.sleep(0.1)
+    for process in left:
+        outcome.faults.append(f"{log}: left over is process {process}, {_command(process)[:120]!r}")
+        _kill(process, signal.SIGKILL)
+    outcome.left_over += len(left)
+    shared = shared_memory() - before
+    outcome.shared += len(shared)
+    for name in shared:
+        outcome.faults.append(f"{log}: left over is /dev/shm/{name}")
+        before.add(name)
 
 
 def result(run: Path) -> tuple[str, str, int]:
@@ -490,34 +492,32 @@ def result(run: Path) -> tuple[str, str, int]:
 def soak(minutes: float, folder: Path, seed: int) -> list[str]:
     """Soak, print as it goes, and return the record's lines; those with a fault begin with FAULT."""
     setups, lines = [(1, 2), (2, 1)], []
-    began, before = shared_memory(), figures(os.getpid())
-    for index, setup in enumerate(setups):
-        budget = 60 * minutes / len(setups)
-        steps, speed = 0, 0.0
-        trial = whole_run(folder / f"trial-{index}", setup, 40, 20, None)
-        times = [json.loads(line).get("time") for line in (trial.run / "metrics.jsonl").read_text().splitlines()]
-        times = [t for t in times if isinstance(t, (int, float))]
-        speed = 20.0 if len(times) < 12 or times[-1] <= times[5] else (len(times) - 6) / (times[-1] - times[5])
-        steps = max(60, int(speed * budget * 0.25))
-        whole = whole_run(folder / f"whole-{index}", setup, steps, budget / 4, None)
-        struck = whole_run(folder / f"struck-{index}", setup, steps, budget / 2, random.Random(seed + index))
-        lines += told(setup, steps, whole, struck)
-        print("\n".join(lines[-12:]), flush=True)
+    shared, before = shared_memory(), figures(os.getpid())
+    for index, (ranks, workers) in enumerate(setups):
+        seconds = 60 * minutes / len(setups)
+        trial = whole_run(folder / f"trial-{index}", ranks, workers, 60, None, 0)
+        (first, early, _), *_, (last, late, _) = trial.samples
+        steps = max(60, int((late - early) / (last - first) * (seconds - trial.seconds) / 4))
+        whole = whole_run(folder / f"whole-{index}", ranks, workers, steps, None, 0)
+        chance, every = random.Random(seed + index), max(2.0, min(15.0, whole.seconds / 8))
+        struck = whole_run(folder / f"struck-{index}", ranks, workers, steps, chance, every)
+        lines += (new := told(ranks, workers, steps, whole, struck))
+        print("\n".join(new), flush=True)
     after = figures(os.getpid())
     if before and after:
         lines.append(
-            f"The soak itself: {before.descriptors} descriptors and {before.threads} threads before, "
-            f"{after.descriptors} and {after.threads} after; shared memory left: {len(shared_memory() - began)}."
+            f"The soak itself had {before.descriptors} descriptors and {before.threads} threads before, and "
+            f"{after.descriptors} and {after.threads} after; {len(shared_memory() - shared)} pieces of shared memory "
+            "are left."
         )
     return lines
 
 
-def told(setup: tuple[int, int], steps: int, whole: Outcome, struck: Outcome) -> list[str]:
+def told(ranks: int, workers: int, steps: int, whole: Outcome, struck: Outcome) -> list[str]:
     """The record of a pair of runs."""
-    ranks, workers = setup
     lines = [f"## {ranks} rank(s), {workers} loader process(es) each, {steps} steps", ""]
     lines += ["| | undisturbed | disturbed |", "|---|---|---|"]
-    rows: list[tuple[str, str, str]] = [
+    rows: list[tuple[str, ...]] = [
         ("seconds", f"{whole.seconds:.0f}", f"{struck.seconds:.0f}"),
         ("starts", str(whole.starts), str(struck.starts)),
     ]
@@ -525,7 +525,7 @@ def told(setup: tuple[int, int], steps: int, whole: Outcome, struck: Outcome) ->
         row = [unit]
         for outcome in (whole, struck):
             early, late = (
-                [getattr(found, name) for at, found in outcome.samples if low * steps <= at <= high * steps]
+                [getattr(found, name) for _, at, found in outcome.samples if low * steps <= at <= high * steps]
                 for low, high in ((0.2, 0.4), (0.8, 2.0))
             )
             if not early or not late:
@@ -535,12 +535,11 @@ def told(setup: tuple[int, int], steps: int, whole: Outcome, struck: Outcome) ->
             row.append(f"{first:.0f} to {last:.0f}")
             if last > first + (max(20, 0.05 * first) if name == "megabytes" else 2):
                 outcome.faults.append(f"{unit} grow from {first:.0f} to {last:.0f}")
-        rows.append((row[0], row[1], row[2]))
+        rows.append(tuple(row))
     rows.append(("processes that outlived a start", str(whole.left_over), str(struck.left_over)))
     rows.append(("shared memory that did", str(whole.shared), str(struck.shared)))
-    rows.append(
-        ("exit statuses", *(", ".join(f"{s}: {n}" for s, n in sorted(o.statuses.items())) for o in (whole, struck)))
-    )  # type: ignore[arg-type]
+    statuses = [", ".join(f"{n} x {s}" for s, n in sorted(o.statuses.items())) for o in (whole, struck)]
+    rows.append(("exit statuses of ranks", *statuses))
     lines += [f"| {' | '.join(row)} |" for row in rows]
     lines += ["", "Disturbances: " + (", ".join(f"{n} x {d}" for d, n in sorted(struck.disturbed.items())) or "none")]
     try:
@@ -573,19 +572,20 @@ def begin(library: bool) -> Path:
         source.write_text(_LATE)
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", built, source, "-ldl", "-lpthread"], check=True)
         environment["LD_PRELOAD"] = str(built)
-    elif os.geteuid() == 0:  # so that a disk can be filled
-        options = ["-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", folder]
-        subprocess.run(["mount", *options], check=False, stderr=subprocess.DEVNULL)
-    os.execve(sys.executable, [sys.executable, "-m", "bench.soak", *sys.argv[1:]], environment)
+    command: list[str] = [sys.executable, "-m", "bench.soak", *sys.argv[1:]]
+    if not library and os.geteuid() == 0 and shutil.which("unshare"):
+        # A disk that can be filled, and shared memory of its own, both gone with this process.
+        mounts = f"mount -t tmpfs -o size={_DISK_BYTES} tmpfs {folder}; mount -t tmpfs tmpfs /dev/shm"
+        command = ["unshare", "--mount", "sh", "-c", f'{mounts}; exec "$@"', "sh", *command]
+    os.execvpe(command[0], command, environment)
 
 
 def end(folder: Path, failed: bool) -> NoReturn:
-    """Remove the folder, unless something is to be seen in it, and end."""
+    """Remove the folder, of which a copy is kept if something is to be seen in it, and end."""
     if failed:
-        print(f"see {folder}", flush=True)
-    else:
-        subprocess.run(["umount", "-q", folder], check=False, stderr=subprocess.DEVNULL)
-        shutil.rmtree(folder, ignore_errors=True)
+        print(f"see {shutil.copytree(folder, f'{folder}-seen')}", flush=True)
+    subprocess.run(["umount", "-q", folder], check=False, stderr=subprocess.DEVNULL)
+    shutil.rmtree(folder, ignore_errors=True)
     raise SystemExit(int(failed))
 
 
