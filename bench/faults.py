@@ -61,7 +61,7 @@ class Line:
 
 _TRAIN = [
     *("fastclap-train", "small", "--config", "{config}", "--data.train", "{manifest}", "--data.audio-root", "{audio}"),
-    *("--run-dir", "{out}"),
+    *("--steps", "2", "--run-dir", "{out}"),
 ]
 LINES = [
     Line(["eval", "--model", "{model}", "--data", "{manifest}", "--audio-root", "{audio}", "--json"]),
@@ -87,7 +87,7 @@ LINES = [
     Line(["doctor", "--json"]),
     Line(_TRAIN, TRAINING_DEADLINE),
     Line([*_TRAIN, "--data.valid", "{manifest}", "--valid.prompts", "{prompts}"], TRAINING_DEADLINE),
-    Line([*_TRAIN[:-1], "{run}", "--resume", "--steps", "4"], TRAINING_DEADLINE),
+    Line([*_TRAIN[:-4], "--steps", "4", "--run-dir", "{run}", "--resume"], TRAINING_DEADLINE),
     Line(["fastclap-train", "average", "{run}", "--last", "1", "--out", "{out}"]),
 ]
 

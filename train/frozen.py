@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from fastclap import console
 from fastclap.audio import AudioError, Clip
@@ -44,7 +43,8 @@ from fastclap.data.workers import in_threads
 from fastclap.errors import DataError
 from fastclap.evaluation.ranks import Embedded
 from fastclap.models.clap import CLAP
-from fastclap.models.encoder import evaluation_mode
+from fastclap.models.encoder import LONG_SECONDS, evaluation_mode
+from fastclap.models.layers import weights_computed_once
 from fastclap.models.products import fast_products
 from fastclap.train import distributed
 from fastclap.train.config import TrainConfig
@@ -150,7 +150,8 @@ def keep(
                 Path(quarantine.path).parent.mkdir(parents=True, exist_ok=True)
                 quarantine.add(kept.clips.bad.values())
             kept.text.append(_described("audio", kept.clips.store))
-        if valid is not None and not (config.shard and kept.clips is None):  # what combines would be in shards
+        in_shards = config.shard and kept.clips is None  # what combines
+        if valid is not None and not in_shards and not _in_windows(model, valid):
             whole = ClipDataset(valid, model.sampling_rate, seed=0)
             valid_clips = filling.clips(whole, store("audio", False), 1, False)
     if fixed["text"] and model.tokenizer is not None:
@@ -161,6 +162,11 @@ def keep(
         valid_texts = kept.texts if not bf16 else TextTable(store("text", False), {})
     kept.known = KnownSummaries(filling, valid_clips, valid_texts)
     return kept
+
+
+def _in_windows(model: CLAP, manifest: Manifest) -> bool:
+    """Whether some clip is so long that its vector is of several windows, and not of one summary."""
+    return model.beginning is None and bool((clip_durations(manifest) > LONG_SECONDS).any())
 
 
 def _is_writable(folder: Path) -> bool:
@@ -445,7 +451,7 @@ def _inference(model: CLAP, bf16: bool) -> Iterator[None]:
         evaluation_mode(model),
         torch.inference_mode(),
         fast_products(model.device),
-        parametrize.cached(),
+        weights_computed_once(),
         torch.autocast(device, torch.bfloat16, enabled=bf16),
     ):
         yield

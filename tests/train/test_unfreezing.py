@@ -319,7 +319,7 @@ def test_a_tower_without_known_layers_has_to_be_frozen() -> None:
 def test_impossible_decays(tiny: Build, decay: float) -> None:
     config = tiny()
     config.optimizer.layer_decay = decay
-    with pytest.raises(ConfigError, match=r"--optimizer.layer-decay is .*; it is a share above 0, up to 1"):
+    with pytest.raises(ConfigError, match=r"--optimizer.layer-decay is .*; it must be a number above 0 to 1"):
         train(config)
 
 
