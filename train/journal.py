@@ -7,6 +7,7 @@ else does, so two runs of the same training differ in that key only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -151,7 +152,9 @@ class Journal:
             return
         end = self._file.tell()
         try:
-            self._file.write(self._unwritten.encode())
+            data = self._unwritten.encode()
+            if self._file.write(data) < len(data):  # the last room on a disk is given without an error
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._unwritten = ""
         except OSError as error:
             with contextlib.suppress(OSError):

@@ -361,7 +361,7 @@ def _checked_batch(audio: Tensor, lengths: Sequence[int]) -> list[int]:
     if audio.dtype != torch.int16:
         if not audio.is_floating_point():
             raise DataError(f"a batch of type {audio.dtype}; give int16, or float in ±1")
-        finite = [bool(audio[row, :size].isfinite().all()) for row, size in enumerate(sizes)]
+        finite = torch.stack([audio[row, :size].isfinite().all() for row, size in enumerate(sizes)]).tolist()
         if not all(finite):
             raise DataError(f"row {finite.index(False)} has NaN or infinite samples")
     return sizes

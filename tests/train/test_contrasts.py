@@ -371,17 +371,20 @@ GUIDE = OPTIONS["guide"]
         ({**GUIDE, "guide_margin": math.inf}, r"--loss\.guide-margin is inf; it must be a finite number"),
         ({**GUIDE, "guide_margin": 1.0, "guide_relative": True}, r"--loss\.guide-margin is 1\.0; .* below 1"),
         ({"guide_relative": True}, r"--loss\.guide-relative says how --loss\.guide-margin is meant"),
-        ({"debias": 1.0}, r"--loss\.debias is 1\.0; it is a probability, from 0 to below 1"),
+        ({"debias": 1.0}, r"--loss\.debias is 1\.0; it must be a number from 0 to below 1"),
         ({"debias": -0.1}, r"--loss\.debias is -0\.1"),
         ({"queue_size": -1}, r"--loss\.queue-size is -1; it must be a whole number from 0"),
-        ({"queue_after": 5}, r"--loss\.queue-after is 5; it is a number of steps, and needs --loss\.queue-size"),
+        ({"queue_after": 5}, r"--loss\.queue-after is 5; it needs --loss\.queue-size"),
         ({"queue_after": -5, "queue_size": 8}, r"--loss\.queue-after is -5"),
         ({"matryoshka": [8, 0]}, r"--loss\.matryoshka is 0; it must be a whole number from 1"),
         ({"matryoshka": [8, 8]}, r"--loss\.matryoshka is \[8, 8\]"),
         ({"matryoshka": [8, 32]}, r"--loss\.matryoshka has width 32 and the embeddings have 16 columns"),
         ({"matryoshka": [8], "matryoshka_weights": [1.0, 2.0]}, r"--loss\.matryoshka-weights is \[1\.0, 2\.0\]; give"),
-        ({"matryoshka": [8], "matryoshka_weights": [0.0]}, r"--loss\.matryoshka-weights is \[0\.0\]; give a positive"),
-        ({"matryoshka_weights": [1.0]}, r"--loss\.matryoshka-weights is \[1\.0\]; give a positive number for each of"),
+        (
+            {"matryoshka": [8], "matryoshka_weights": [0.0]},
+            r"--loss\.matryoshka-weights is 0\.0; it must be a number above 0",
+        ),
+        ({"matryoshka_weights": [1.0]}, r"--loss\.matryoshka-weights is \[1\.0\]; give a number for each of"),
         *(
             ({"kind": "sigmoid", **OPTIONS[name]}, rf"--loss\.{flag} belong to info_nce; the sigmoid loss")
             for name, flag in (("debias", "debias"), ("queue", "queue-size"), ("matryoshka", "matryoshka"))
