@@ -44,7 +44,7 @@ from typing import Any, NoReturn
 
 _MARK = "FASTCLAP_SOAK"
 _LATE_SECONDS, _HOLD_SECONDS = 0.4, 0.8
-_STUCK_SECONDS, _LEFT_SECONDS = 300, 60
+_STUCK_SECONDS, _LEFT_SECONDS, _RESTART_SECONDS = 300, 60, 12
 _DISK_BYTES = 64 << 20
 
 _LATE = r"""
@@ -422,8 +422,8 @@ def steps_done(run: Path) -> int:
     return 0
 
 
-def whole_run(run: Path, ranks: int, workers: int, steps: int, chance: random.Random | None, every: float) -> Outcome:
-    """Train to the end; with a source of chance, disturbed `every` so many seconds on average."""
+def whole_run(run: Path, ranks: int, workers: int, steps: int, chance: random.Random | None, gap: float) -> Outcome:
+    """Train to the end; with a source of chance, disturbed every `gap` steps on average."""
     file = run.with_suffix(".json")
     file.write_text(json.dumps(configuration(run, workers=workers, steps=steps)))
     outcome, begin, before = Outcome(run), time.monotonic(), shared_memory()
@@ -434,34 +434,38 @@ def whole_run(run: Path, ranks: int, workers: int, steps: int, chance: random.Ra
         log = run.parent / f"{run.name}-{outcome.starts}.log"
         start, born = Start(file, ranks, log), steps_done(run)
         outcome.starts, acts = outcome.starts + 1, outcome.disturbed.total()
-        done, moved = born, time.monotonic()
-        quiet_until = None if chance is None else moved + every * chance.uniform(0.5, 1.5)
+        done, moved, quiet = born, time.monotonic(), 0.0 if chance is None else 1 + chance.expovariate(1 / gap)
         while (statuses := start.poll()) is None:
             time.sleep(0.05)
             now, there = time.monotonic(), steps_done(run)
             if there != done:
+                quiet -= max(0, there - done)  # a resumed run takes lines back
                 done, moved = there, now
                 if found := figures(start.processes[0]):
                     outcome.samples.append((now - begin, done, found))
             if now - moved > _STUCK_SECONDS:
                 outcome.faults.append(f"{log}: no step for {_STUCK_SECONDS} s")
                 start.kill()
-            if chance is not None and quiet_until is not None and now > quiet_until and done > born:
+            if chance is not None and quiet < 0:
                 act = turn[outcome.disturbed.total() % len(turn)]
                 outcome.disturbed[act(start, run, chance)] += 1
-                quiet_until = time.monotonic() + every * chance.uniform(0.5, 1.5)
+                quiet = 1 + chance.expovariate(1 / gap)
         outcome.statuses.update(statuses)
         _look_for_what_is_left(outcome, log, before)
         text = log.read_text(errors="replace")
-        if "Traceback" in text or "terminate called" in text:
-            outcome.faults.append(f"{log}: {text[-1500:]}")
+        if "Traceback (most recent" in text or "terminate called" in text:
+            outcome.faults.append(f"{log}: {_last_words(text)}")
         if not any(statuses):
             break
         if outcome.disturbed.total() == acts:  # and yet it has failed
-            outcome.faults.append(f"{log}: statuses {statuses}: {text[-1500:]}")
+            outcome.faults.append(f"{log}: statuses {statuses}: {_last_words(text)}")
             break
     outcome.seconds = time.monotonic() - begin
     return outcome
+
+
+def _last_words(text: str) -> str:
+    return " ".join(text.split())[-600:]
 
 
 def _look_for_what_is_left(outcome: Outcome, log: Path, before: set[str]) -> None:
@@ -499,8 +503,8 @@ def soak(minutes: float, folder: Path, seed: int) -> list[str]:
         (first, early, _), *_, (last, late, _) = trial.samples
         steps = max(60, int((late - early) / (last - first) * (seconds - trial.seconds) / 4))
         whole = whole_run(folder / f"whole-{index}", ranks, workers, steps, None, 0)
-        chance, every = random.Random(seed + index), max(2.0, min(15.0, whole.seconds / 8))
-        struck = whole_run(folder / f"struck-{index}", ranks, workers, steps, chance, every)
+        gap = steps / max(8.0, (seconds - whole.seconds) / _RESTART_SECONDS)
+        struck = whole_run(folder / f"struck-{index}", ranks, workers, steps, random.Random(seed + index), gap)
         lines += (new := told(ranks, workers, steps, whole, struck))
         print("\n".join(new), flush=True)
     after = figures(os.getpid())
