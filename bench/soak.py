@@ -315,11 +315,10 @@ class Start:
                     self._statuses[process] = os.waitstatus_to_exitcode(status)
         return None if len(self._statuses) < len(self.processes) else list(self._statuses.values())
 
-    def kill(self) -> None:
-        for process in self.processes:
-            if process not in self._statuses:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+    @property
+    def living(self) -> list[int]:
+        """The processes whose numbers are theirs still."""
+        return [process for process in self.processes if process not in self._statuses]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,15 +327,14 @@ class Start:
 
 def _signal(number: int) -> Callable[[Start, Path, random.Random], str]:
     def send(start: Start, run: Path, chance: random.Random) -> str:
-        rank = chance.randrange(len(start.processes))
-        _kill(start.processes[rank], number)
+        _kill(chance.choice(start.living), number)
         return f"{signal.Signals(number).name} of a rank"
 
     return send
 
 
 def _kill_loader(start: Start, run: Path, chance: random.Random) -> str:
-    found = loaders(chance.choice(start.processes))
+    found = loaders(chance.choice(start.living))
     if found:
         _kill(chance.choice(found), signal.SIGKILL)
     return "SIGKILL of a loader process"
@@ -349,7 +347,7 @@ def _kill_in_a_save(start: Start, run: Path, chance: random.Random) -> str:
         if any(run.glob("checkpoints/.writing-*")):
             break
     time.sleep(chance.uniform(0, 0.01))
-    _kill(start.processes[0], signal.SIGKILL)
+    _kill(start.living[0], signal.SIGKILL)
     return "SIGKILL in a save"
 
 
@@ -367,7 +365,7 @@ def _fill_disk(start: Start, run: Path, chance: random.Random) -> str:
 
 def _pause(whose: str) -> Callable[[Start, Path, random.Random], str]:
     def pause(start: Start, run: Path, chance: random.Random) -> str:
-        rank = chance.choice(start.processes)
+        rank = chance.choice(start.living)
         found = [rank] if whose == "a rank" else loaders(rank)
         if found:
             victim = chance.choice(found)
@@ -445,7 +443,8 @@ def whole_run(run: Path, ranks: int, workers: int, steps: int, chance: random.Ra
                     outcome.samples.append((now - begin, done, found))
             if now - moved > _STUCK_SECONDS:
                 outcome.faults.append(f"{log}: no step for {_STUCK_SECONDS} s")
-                start.kill()
+                for process in start.living:
+                    _kill(process, signal.SIGKILL)
             if chance is not None and quiet < 0:
                 act = turn[outcome.disturbed.total() % len(turn)]
                 outcome.disturbed[act(start, run, chance)] += 1
