@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored under nohup, by what tests start too
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 

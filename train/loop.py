@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import random
 import signal
+import tempfile
 import threading
 import time
 from collections import deque
@@ -90,8 +91,8 @@ def run_folder(config: TrainConfig, world: World) -> Iterator[None]:
         for name in ("checkpoints", "model", "best", "report"):
             if (folder / name).exists() and not (folder / name).is_dir():
                 raise ConfigError(f"{folder / name}: is a file, where the run writes a folder; move it away")
-        write_atomic(folder / ".writable", b"")
-        (folder / ".writable").unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise ConfigError(f"--run-dir {folder}: cannot be written ({error.strerror}); name another folder") from error
     with locked(folder, "training into"):

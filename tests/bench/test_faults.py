@@ -62,7 +62,7 @@ def test_valid_lines_get_flags_that_exist(scene: Path) -> None:
         words = {
             word for seed in range(60) for word in worse(list(line.words), random.Random(seed)) if word[:2] == "--"
         }
-        assert len(words) > 4, line
+        assert len(words) >= 4, line
 
 
 def test_damage_is_done_within_the_copy(tmp_path: Path) -> None:

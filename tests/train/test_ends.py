@@ -289,7 +289,10 @@ def test_a_signal_is_heeded_while_a_loader_process_is_stuck(tiny: Build, monkeyp
 
 
 def _descendants(pid: int) -> list[int]:
-    children = [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
+    children: list[int] = []
+    with contextlib.suppress(OSError):  # it has just ended
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            children += map(int, (task / "children").read_text().split())
     return [*children, *(each for child in children for each in _descendants(child))]
 
 

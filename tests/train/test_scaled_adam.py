@@ -349,7 +349,7 @@ def test_eden_and_the_start_of_the_warm_up() -> None:
     [
         ({"clipping_scale": -1.0}, r"--optimizer\.clipping-scale is -1\.0"),
         ({"warmup_start": 1.5}, r"--optimizer\.warmup-start is 1\.5"),
-        ({"eden_epochs": 0.0}, r"--optimizer\.eden-batches is .* --optimizer\.eden-epochs 0\.0"),
+        ({"eden_epochs": 0.0}, r"--optimizer\.eden-epochs is 0\.0; it must be a number above 0"),
         ({"schedule": "eden", "final_share": 0.1}, r"--optimizer\.final-share .*eden"),
         ({"average_every": -1, "ema_decay": 0.0}, r"--optimizer\.average-every is -1"),
         ({"average_every": 200}, r"--optimizer\.average-every and --optimizer\.ema-decay.*leave out one"),

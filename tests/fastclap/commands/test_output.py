@@ -335,7 +335,8 @@ def test_a_full_disk_is_named_by_what_was_to_be_written(
 
     monkeypatch.setattr(files, "fsync", full)
     out = str(tmp_path / "page")
-    assert refused(capfd, "report", str(tmp_path), "--out", out) == f"fastclap: {out}: No space left on device\n"
+    line = refused(capfd, "report", str(tmp_path), "--out", out)
+    assert line == f"fastclap: {out}/training.png: No space left on device\n"
 
 
 @pytest.mark.parametrize(
