@@ -20,6 +20,7 @@ import pytest
 import soundfile
 import torch
 
+from fastclap.data import workers
 from fastclap.errors import ConfigError, DataError, FastclapError, TrainingError, TrainingStopped
 from fastclap.files import locked
 from fastclap.train import checkpoint, run
@@ -269,8 +270,17 @@ def _stopped(config: TrainConfig) -> None:
         os._exit(128 + error.number)
 
 
-def test_a_signal_is_heeded_while_a_loader_process_is_stuck(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_is_heeded_while_a_loader_process_is_stuck(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fastclap.train.loop._OVERDUE_SECONDS", 0.3)
+    start, noted = workers._Worker.start, tmp_path / "loader"
+
+    def noting(self: workers._Worker) -> None:
+        noted.write_text(str(self.process.pid))
+        start(self)
+
+    monkeypatch.setattr(workers._Worker, "start", noting)
     config = tiny(steps=100_000, log_every=1, save_every=100_000, valid_every=0)
     config.data.workers, config.data.prefetch = 1, 1
     child = FORK.Process(target=_stopped, args=(config,))
@@ -278,22 +288,12 @@ def test_a_signal_is_heeded_while_a_loader_process_is_stuck(tiny: Build, monkeyp
     metrics_file = Path(config.run_dir) / "metrics.jsonl"
     while child.is_alive() and not (metrics_file.exists() and metrics_file.stat().st_size):
         time.sleep(0.01)
-    [loader] = [
-        pid for pid in _descendants(child.pid or 0) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ][1:]
+    loader = int(noted.read_text())
     os.kill(loader, signal.SIGSTOP)
     os.kill(child.pid or 0, signal.SIGTERM)
     child.join(60)
     assert child.exitcode == 128 + signal.SIGTERM and len(checkpoints(config)) == 1
     assert not Path(f"/proc/{loader}").exists(), "the process that was stuck has been ended"
-
-
-def _descendants(pid: int) -> list[int]:
-    children: list[int] = []
-    with contextlib.suppress(OSError):  # it has just ended
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            children += map(int, (task / "children").read_text().split())
-    return [*children, *(each for child in children for each in _descendants(child))]
 
 
 def test_signals_that_are_ignored_stay_ignored_and_others_are_given_back() -> None:
