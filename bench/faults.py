@@ -42,6 +42,7 @@ from typing import Any
 DEADLINE, TRAINING_DEADLINE = 20.0, 60.0  # seconds
 _MEMORY = 2 << 30  # bytes that an input may take beyond what this process has
 _RATE = 16_000
+ROOT = Path(__file__).resolve().parents[1]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # valid inputs
@@ -608,9 +609,9 @@ def wrong_result(text: str, command: str) -> str:
 def innermost(text: str) -> str:
     """The last line of a traceback, and the innermost place in it that is ours."""
     ours = [
-        f"{path.rpartition('/main/')[2]}:{line} in {function}"
+        f"{os.path.relpath(path, ROOT)}:{line} in {function}"
         for path, line, function in re.findall(r'File "([^"]*)", line (\d+), in (\S+)', text)
-        if "site-packages" not in path and ("fastclap" in path or "/train/" in path or "/kernels/" in path)
+        if path.startswith((f"{ROOT}/fastclap", f"{ROOT}/train", f"{ROOT}/kernels"))
     ]
     last = [line for line in text.strip().splitlines() if line and not line.startswith(" ")][-1]
     return f"{ours[-1] if ours else 'elsewhere'}: {re.sub(r'/[^ :]*/', '…/', last)[:160]}"

@@ -12,6 +12,7 @@ import pytest
 
 from bench.faults import (
     LINES,
+    ROOT,
     Input,
     Outcome,
     Surroundings,
@@ -80,8 +81,8 @@ def test_damage_is_done_within_the_copy(tmp_path: Path) -> None:
     )
 
 
-TRACEBACK = """Traceback (most recent call last):
-  File "/work/main/fastclap/data/pack.py", line 3, in inner
+TRACEBACK = f"""Traceback (most recent call last):
+  File "{ROOT}/fastclap/data/pack.py", line 3, in inner
 ValueError: no
 """
 
