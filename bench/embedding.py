@@ -49,6 +49,7 @@ from fastclap.apps.embed import Index, embed, gather, load_index
 from fastclap.apps.search import search
 from fastclap.files import write_atomic
 from fastclap.models.products import fast_products
+from fastclap.models.sizes import free_memory
 from fastclap.models.tokenizer import Tokenizer, train_tokenizer
 
 CPU = torch.device("cpu")
@@ -355,7 +356,7 @@ def measure_search(model: CLAP, sizes: list[int], repeats: int) -> list[Row]:
     rows = []
     for count in sizes:
         dim = model.config.head.dim
-        if 8 * count * dim > _free_bytes():
+        if 8 * count * dim > (free_memory() or 0):
             rows.append({"rows": count, "reason": "not enough memory"})
             continue
         vectors = torch.empty(count, dim)
@@ -400,12 +401,6 @@ def measure_command(model: CLAP, count: int, repeats: int, threads: int) -> Row:
             )
             samples.append(1e3 * (time.perf_counter() - start))
         return {"rows": count, **timing.Timing.of(samples[1:]).as_dict(), "inside": json.loads(done.stdout)["time"]}
-
-
-def _free_bytes() -> int:
-    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="utf-8") as lines:
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

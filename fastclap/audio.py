@@ -15,6 +15,7 @@ Both packages are imported when a file is opened or resampled, so that arrays ne
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -272,6 +273,12 @@ def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
         return file.info
 
 
+def window_edges(num_samples: int, most: int) -> list[int]:
+    """Where windows begin and end: as few as there can be of at most `most` samples, equally long to within one."""
+    count = -(-num_samples // most)
+    return [num_samples * edge // count for edge in range(count + 1)]
+
+
 def windows(
     file: AudioSource,
     seconds: float,  # at most, of a window
@@ -287,13 +294,11 @@ def windows(
     most = int(min(seconds * file.sampling_rate, file.num_samples)) if seconds > 0 else 0
     if not most:
         raise DataError(f"windows of {seconds} s hold no sample")
-    count = -(-file.num_samples // most)
-    for number in range(count):
-        begin, end = (file.num_samples * edge // count for edge in (number, number + 1))
+    for begin, end in itertools.pairwise(window_edges(file.num_samples, most)):
         try:
             yield file.read(begin, end - begin)
         except AudioError:
-            if number and not getattr(file, "has_length", True):  # it ended before its estimated length
+            if begin and not getattr(file, "has_length", True):  # it ended before its estimated length
                 return
             raise
 

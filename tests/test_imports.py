@@ -24,7 +24,7 @@ ORDER = (
     {"audio", "prompts", "testing"},
     {"flags"},
     {"reading"},
-    {"config", "files", "console"},
+    {"config", "files", "console", "threads"},
     {"bounds"},
     {"errors"},
 )

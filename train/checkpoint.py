@@ -15,7 +15,6 @@ folder, and leaves the rename, the sizes and the removal of old checkpoints to d
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
@@ -52,6 +51,7 @@ from fastclap.models.folder import (
     write_model,
 )
 from fastclap.models.lora import merged
+from fastclap.models.sizes import free_memory
 from fastclap.models.tokenizer import Tokenizer
 from fastclap.reading import read_json
 from fastclap.train.config import TrainConfig
@@ -478,7 +478,7 @@ class HostMemory:
 
 
 def _allocate(sizes: list[int], pinned: bool) -> list[Tensor]:
-    available = _available_memory()
+    available = free_memory()
     if available is not None and sum(sizes) > available:  # Linux would promise it, and end the process later
         raise MemoryError(f"a copy takes {_bytes(sum(sizes))} of host memory, of which {_bytes(available)} are left")
     try:
@@ -486,15 +486,6 @@ def _allocate(sizes: list[int], pinned: bool) -> list[Tensor]:
     except RuntimeError as error:  # torch's own for an allocation that failed
         reason = str(error).splitlines()[0]
         raise MemoryError(f"a copy takes {_bytes(sum(sizes))} of host memory, which it refused ({reason})") from error
-
-
-def _available_memory() -> int | None:
-    """Bytes that the host can give without swapping, where it says so (Linux)."""
-    with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return None
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

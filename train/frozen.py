@@ -39,13 +39,13 @@ from fastclap.data.summaries import (
     settle,
 )
 from fastclap.data.summary_batches import Captions, ClipTable, SummaryDataset, TextTable, WithTextSummaries
-from fastclap.data.workers import in_threads
 from fastclap.errors import DataError
 from fastclap.evaluation.ranks import Embedded
 from fastclap.models.clap import CLAP
 from fastclap.models.encoder import LONG_SECONDS, evaluation_mode
 from fastclap.models.layers import weights_computed_once
 from fastclap.models.products import fast_products
+from fastclap.threads import in_threads
 from fastclap.train import distributed
 from fastclap.train.config import TrainConfig
 from fastclap.train.distributed import World
@@ -430,7 +430,8 @@ class _Filling:
                 bad |= unusable
                 if len(unusable) < len(loaded):
                     others = [(group, item) for item in group if item not in loaded]
-                    loaded |= {item: result for _, item, result in loaded_in_threads(others)}
+                    if others:
+                        loaded |= {item: result for _, item, result in loaded_in_threads(others)}
                     items = [item for item in group if not isinstance(loaded[item], AudioError)]
                     extents, summaries = work.summarize([loaded[item] for item in items])
                     fresh = [at for at, item in enumerate(items) if item in loading]

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from fastclap.data import Batch
-from fastclap.data.workers import LoaderStopped
 from fastclap.errors import ConfigError, TrainingError, TrainingStopped
 from fastclap.files import locked, write_atomic
 from fastclap.grad_cache import is_out_of_memory
 from fastclap.models.packing import HostCopy
+from fastclap.threads import LoaderStopped
 from fastclap.train import distributed
 from fastclap.train.config import TrainConfig
 from fastclap.train.distributed import World

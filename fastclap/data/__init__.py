@@ -7,7 +7,7 @@ from fastclap.data.manifest import load_manifest
 from fastclap.data.rows import Manifest, Row, check_column
 from fastclap.data.sampler import BatchSampler
 from fastclap.data.shards import open_clip
-from fastclap.data.workers import LoaderStopped
+from fastclap.threads import LoaderStopped
 
 __all__ = [
     "BadClip",

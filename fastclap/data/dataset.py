@@ -34,19 +34,10 @@ from fastclap.data.rows import Manifest, Row, clip_durations
 from fastclap.data.sampler import BatchSampler
 from fastclap.data.shards import open_clip
 from fastclap.data.tags import TagPrompts, row_tags
-from fastclap.data.workers import (
-    ELSEWHERE,
-    ROW_TIMEOUT,
-    TIMEOUT,
-    WorkerGone,
-    WorkerStuck,
-    in_processes,
-    in_threads,
-    never,
-    now_at,
-)
+from fastclap.data.workers import ROW_TIMEOUT, WorkerGone, WorkerStuck, in_processes, now_at
 from fastclap.errors import DataError, FastclapError, TrainingError
 from fastclap.reading import parse_json
+from fastclap.threads import ELSEWHERE, TIMEOUT, in_threads, never
 
 T = TypeVar("T")
 CaptionKind = Literal["global", "fine", "both", "pair", "perturbed"]

@@ -351,10 +351,8 @@ def _write_index(
 
     skipped, batch = [], []
     temporary = folder / ".index.parquet.partial"
-    with (
-        open(temporary, "wb") as file,
-        pyarrow.parquet.ParquetWriter(file, schema) as writer,
-    ):  # its name may be no UTF-8
+    # an open file, as its name may be no UTF-8
+    with open(temporary, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
         for index, (row, clip) in enumerate(zip(manifest, clip_of_row, strict=True)):
             if clip in reasons:
                 path, reason = reasons[clip]

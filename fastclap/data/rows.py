@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastclap.audio import AudioError, audio_info
-from fastclap.data.workers import in_threads
 from fastclap.errors import DataError
+from fastclap.threads import in_threads
 
 Mix = Literal["concat", "interleave"]
 

@@ -1,9 +1,7 @@
-"""Helper processes and threads: results in order, made a little ahead, by helpers that are watched.
+"""Helper processes: results in order, made a little ahead, by processes that are watched (`fastclap.threads`).
 
-A read of a hung network drive cannot be interrupted, and a process may be stopped, or be killed when memory runs out.
-So nobody here waits without looking: the wait for a result is made of slices, between which a wish to stop is heeded
-and the helper that owes the result is looked at. Each process has a pipe of its own, served by a thread of its own, and
-notes in shared memory what it is at. (torch's DataLoader has one pipe for all of its processes: one that is stopped
+A process may be stopped, or be killed when memory runs out. Each has a pipe of its own, served by a thread of its own,
+and notes in shared memory what it is at. (torch's DataLoader has one pipe for all of its processes: one that is stopped
 while it writes stops them all, and none can be replaced.)
 
 A process that makes no progress is killed, and a new one makes the same result, so that an accident (a stopped process,
@@ -15,14 +13,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import itertools
 import multiprocessing
 import multiprocessing.process
 import os
 import queue
 import signal
 import threading
-import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Mapping
 from multiprocessing.connection import Connection
@@ -35,20 +31,14 @@ import torch
 
 from fastclap import console
 from fastclap.errors import DataError, FastclapError
-
-TIMEOUT = 120.0
-"""Seconds without any progress after which a helper counts as stuck."""
+from fastclap.threads import ELSEWHERE, SLICE, TIMEOUT, Results, Tasks, in_order, never
 
 ROW_TIMEOUT = 600.0
-"""The same for commands that decode whole recordings, which may last hours."""
-
-ELSEWHERE = -1
-"""What a process is at when it is at no clip."""
+"""`TIMEOUT` for commands that decode whole recordings, which may last hours."""
 
 _GRACE_SECONDS = 30
 _START_SECONDS = 300  # for a process to begin; importing torch takes long on a busy machine
 _END_SECONDS = 2  # for one that was killed to be gone
-_SLICE = 0.5  # seconds
 _SMALL = 4096  # bytes of a task that fit into any pipe beside another one
 
 
@@ -64,12 +54,6 @@ class HasOrigin(Protocol):
 R = TypeVar("R", bound=HasOrigin)
 S = TypeVar("S")
 T = TypeVar("T")
-Tasks = queue.SimpleQueue[Any]  # of (number, item); None ends a helper
-Results = queue.SimpleQueue[tuple[int, Any, "BaseException | None"]]  # (number, result, error)
-
-
-class LoaderStopped(Exception):
-    """The wait for a batch was given up because `stopping` said so."""
 
 
 class WorkerGone(Exception):
@@ -98,11 +82,6 @@ class WorkerStuck(Exception):
     def __init__(self, pid: int | None, item: Any, place: int) -> None:
         super().__init__(f"process {pid} is stuck")
         self.pid, self.item, self.place = pid, item, place
-
-
-def never() -> bool:
-    """No wish to stop."""
-    return False
 
 
 def fork_server() -> BaseContext:
@@ -300,7 +279,7 @@ def in_processes(
     results: Results = queue.SimpleQueue()
     left_out: dict[int, str] = {}
     crew: list[_Worker] = []
-    pause = min(_SLICE, timeout / 2)
+    pause = min(SLICE, timeout / 2)
 
     def hire(given: tuple[tuple[int, Any], ...] = ()) -> None:
         crew.append(_Worker(function, tasks, results, left_out, receive, ahead, given))
@@ -345,116 +324,10 @@ def in_processes(
     try:
         for _ in range(workers):
             hire()
-        yield from _in_order(items, ahead * workers, tasks, results, watch, stopping, pause)
+        yield from in_order(items, ahead * workers, tasks, results, watch, stopping, pause)
     finally:
         atexit.unregister(dismiss)
         dismiss()
-
-
-def in_threads(
-    function: Callable[[S], T],
-    items: Iterable[S],
-    threads: int,
-    *,
-    ahead: int,
-    timeout: float = TIMEOUT,
-    stopping: Callable[[], bool] = never,
-    describe: Callable[[S], str] = str,
-) -> Generator[T, None, None]:
-    """What `function` makes of each item, in order; made in threads a little ahead of the caller.
-
-    A thread that is stuck is left behind, and does not keep the process from ending.
-
-    Args:
-        function: may raise.
-        items: taken as they are needed.
-        threads: how many, at least one.
-        ahead: items in all that are under way or waiting for the caller.
-        timeout: seconds that the caller waits for one result.
-        stopping: asked about twice a second while waiting.
-        describe: an item, for the message.
-
-    Raises:
-        LoaderStopped: `stopping` said so.
-        DataError: a thread is stuck.
-        Exception: what `function` raised.
-    """
-    tasks: Tasks = queue.SimpleQueue()
-    results: Results = queue.SimpleQueue()
-    pause = min(_SLICE, timeout / 2)
-    under_way: dict[int, S] = {}
-    ended = False
-    silent, last = 0.0, ELSEWHERE
-
-    def work() -> None:
-        while (task := tasks.get()) is not None and not ended:
-            number, item = task
-            under_way[number] = item
-            try:
-                results.put((number, function(item), None))
-            except BaseException as error:
-                results.put((number, None, error))
-            del under_way[number], task, item
-
-    def watch(due: int) -> None:
-        nonlocal silent, last
-        silent, last = (silent + pause if due == last else 0.0), due
-        if silent >= timeout:
-            item = under_way.get(due)
-            what = "a clip" if item is None else describe(item)
-            raise DataError(f"{what}: could not be read within {timeout:g} s; see to its drive, and run it again")
-
-    for _ in range(threads):
-        threading.Thread(target=work, daemon=True).start()
-    try:
-        yield from _in_order(items, ahead, tasks, results, watch, stopping, pause)
-    finally:
-        ended = True
-        for _ in range(threads):
-            tasks.put(None)
-
-
-def _in_order(
-    items: Iterable[Any],
-    ahead: int,
-    tasks: Tasks,
-    results: Results,
-    watch: Callable[[int], None],
-    stopping: Callable[[], bool],
-    pause: float,
-) -> Generator[Any, None, None]:
-    """Hand out items as numbered tasks, at most `ahead` before the caller, and yield their results in order.
-
-    Args:
-        watch: called with the number of the result that is due, after each `pause` seconds without any result.
-    """
-    source = enumerate(items)
-    done: dict[int, tuple[Any, BaseException | None]] = {}
-    given = 0
-    for due in itertools.count():
-        for task in itertools.islice(source, due + ahead - given):
-            tasks.put(task)
-            given += 1
-        if due == given:
-            return
-        begin = time.monotonic()
-        while due not in done:
-            try:
-                number, result, error = results.get(timeout=pause)
-            except queue.Empty:
-                watch(due)
-            else:
-                if number == ELSEWHERE and error is not None:
-                    raise error
-                if number >= due:  # else made twice: by a process that was given up, and by the one in its place
-                    done[number] = result, error
-            if due not in done and time.monotonic() - begin >= pause and stopping():
-                raise LoaderStopped("stopped while waiting for data")
-        result, error = done.pop(due)
-        if error is not None:
-            raise error
-        yield result
-        del result
 
 
 def map_rows(

@@ -30,8 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastclap.audio import window_edges
 from fastclap.errors import ConfigError, DataError, required
-from fastclap.models.layers import as_float, weights_computed_once
+from fastclap.models.layers import as_float, length_mask, weights_computed_once
 from fastclap.models.products import fast_products
 
 if TYPE_CHECKING:
@@ -234,10 +235,9 @@ class DualEncoder(nn.Module):
         short = [row for row, size in enumerate(lengths) if not self._in_windows(size)]
         parts = [[_Piece(row, 0, lengths[row], True) for row in short]] if short else []
         for row in (row for row, size in enumerate(lengths) if self._in_windows(size)):
-            count = math.ceil(lengths[row] / (WINDOW_SECONDS * self.sampling_rate))
-            edges = [lengths[row] * number // count for number in range(count + 1)]
+            edges = window_edges(lengths[row], int(WINDOW_SECONDS * self.sampling_rate))
             pieces = [_Piece(row, begin, end - begin, False) for begin, end in itertools.pairwise(edges)]
-            parts += [pieces[first : first + WINDOWS_AT_ONCE] for first in range(0, count, WINDOWS_AT_ONCE)]
+            parts += [pieces[first : first + WINDOWS_AT_ONCE] for first in range(0, len(pieces), WINDOWS_AT_ONCE)]
         return [[part[i] for i in group] for part in parts for group in self.encoding_groups([p.size for p in part])]
 
     def audio_runs(self, lengths: Sequence[int]) -> int:
@@ -361,7 +361,8 @@ def _checked_batch(audio: Tensor, lengths: Sequence[int]) -> list[int]:
     if audio.dtype != torch.int16:
         if not audio.is_floating_point():
             raise DataError(f"a batch of type {audio.dtype}; give int16, or float in ±1")
-        finite = torch.stack([audio[row, :size].isfinite().all() for row, size in enumerate(sizes)]).tolist()
+        beyond = ~length_mask(torch.tensor(sizes, device=audio.device), audio.shape[1])
+        finite = (audio.isfinite() | beyond).all(1).tolist()
         if not all(finite):
             raise DataError(f"row {finite.index(False)} has NaN or infinite samples")
     return sizes

@@ -9,7 +9,6 @@ byte.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from fastclap.console import json_text
-from fastclap.data.workers import in_threads
 from fastclap.errors import ConfigError, DataError
 from fastclap.files import replacing
 from fastclap.prepare import acted, described
 from fastclap.prepare.layout import Dataset, DescribedClip, Place
+from fastclap.threads import in_threads
 
 DATASETS: dict[str, Dataset] = {
     "paraspeechcaps": described.PARASPEECHCAPS,
@@ -158,9 +157,9 @@ class _Found(NamedTuple):
 
 def _with_audio(clips: Iterable[DescribedClip]) -> Iterator[tuple[DescribedClip, _Found]]:
     """The clips with their audio files, in their order; the files of many clips are looked up at a time."""
-    clips, again = itertools.tee(clips)
-    with contextlib.closing(in_threads(_locate, again, _THREADS, ahead=_CLIPS_AHEAD)) as located:
-        yield from zip(clips, located, strict=True)
+    pairs = in_threads(lambda clip: (clip, _locate(clip)), clips, _THREADS, ahead=_CLIPS_AHEAD)
+    with contextlib.closing(pairs):
+        yield from pairs
 
 
 def _locate(clip: DescribedClip) -> _Found:

@@ -222,7 +222,7 @@ def test_without_memory_for_a_copy_training_waits_for_the_write(
     plain, short = tiny("plain"), tiny("short")
     train(plain)
     capfd.readouterr()
-    monkeypatch.setattr(checkpoint, "_available_memory", lambda: 1_000)
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: 1_000)
     train(short)
     assert_same_run(plain.run_dir, short.run_dir)
     reason = r"; training waited, because a copy takes 0\.3 MB of host memory, of which 0\.0 MB are left\n"
@@ -230,7 +230,7 @@ def test_without_memory_for_a_copy_training_waits_for_the_write(
 
 
 def test_memory_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_available_memory", lambda: None)
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: None)
     with pytest.raises(MemoryError, match="of host memory, which it refused"):
         checkpoint.HostMemory().like({"x": torch.empty(1 << 58, device="meta")}, pinned=False)
 

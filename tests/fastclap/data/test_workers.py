@@ -23,15 +23,13 @@ from fastclap.data import BatchSampler, ClipDataset, load_manifest, make_loader
 from fastclap.data.dataset import eval_batches
 from fastclap.data.rows import Row, clip_durations
 from fastclap.data.workers import (
-    ELSEWHERE,
-    LoaderStopped,
     WorkerGone,
     in_processes,
-    in_threads,
     map_rows,
     now_at,
 )
 from fastclap.errors import DataError
+from fastclap.threads import ELSEWHERE, LoaderStopped, in_threads
 
 RATE = 16000
 MakeSet = Callable[..., str]
