@@ -6,9 +6,10 @@ import json
 import typing
 from collections.abc import Sequence
 from dataclasses import is_dataclass
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
-from fastclap.bounds import Range, first_wrong, range_of
+from fastclap.bounds import first_wrong, range_of
 from fastclap.errors import ConfigError, required
 from fastclap.reading import parse_json
 
@@ -75,14 +76,9 @@ def show_ranges(cls: type) -> None:
     import tyro
 
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        extras = getattr(hint, "__metadata__", ())
         if is_dataclass(hint):
             show_ranges(typing.cast(type, hint))
-        elif (allowed := range_of(hint)) is not None and hint is not (told := _telling(hint, allowed, tyro)):
-            cls.__annotations__[name] = told
-
-
-def _telling(hint: Any, allowed: Range, tyro: Any) -> Any:
-    extras = getattr(hint, "__metadata__", ())
-    if any(type(extra) is type(tyro.conf.arg()) for extra in extras):
-        return hint  # told already
-    return Annotated[hint, tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default}; {allowed.short})")]
+        elif (allowed := range_of(hint)) and not any(getattr(each, "help_behavior_hint", None) for each in extras):
+            told = partial("(default: {1}; {0})".format, allowed.short)
+            cls.__annotations__[name] = Annotated[hint, tyro.conf.arg(help_behavior_hint=told)]

@@ -198,7 +198,7 @@ class ValidConfig:
     """What validation measures."""
 
     classify: list[str] = field(default_factory=lambda: ["classification_tag"])
-    """Manifest columns to classify zero-shot (those that the validation manifest has)."""
+    """Manifest columns to classify zero-shot; classification_tag only if the validation manifest has it."""
     template: list[str] = field(default_factory=lambda: [DEFAULT_TEMPLATE])
     """Prompts of every class, averaged: {} is the class name, {a} or {A} its article (a or an)."""
     prompts: str | None = None

@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,11 +60,10 @@ class Journal:
         self._config, self._meter = config, meter
         self._pending: LogStep | None = None
         self._file: Any = None
-        self._progress = self._tensorboard = self._wandb = None
-        self._unwritten, self._warned = (
-            "",
-            False,
-        )  # lines that `metrics.jsonl` could not take, and whether this was said
+        self._progress: Any = None
+        self._trackers: dict[str, Tracker] = {}
+        self._unwritten = ""  # lines that `metrics.jsonl` could not take yet
+        self._warned = False  # whether that was said
         if not world.is_main:
             return
         run_dir, start_step = Path(config.run_dir), int(state["step"]) if state else 0
@@ -74,8 +74,10 @@ class Journal:
         _truncate(path, start_step, self.validated)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
         self._progress = _progress_bar(start_step, config.steps)
-        self._tensorboard = _open_tensorboard(run_dir) if config.tensorboard else None
-        self._wandb = _open_wandb(run_dir, config.to_dict()) if config.wandb else None
+        if config.tensorboard:
+            self._trackers["TensorBoard"] = _open_tensorboard(run_dir)
+        if config.wandb:
+            self._trackers["wandb"] = _open_wandb(run_dir, config.to_dict())
 
     def count(self, step: int, result: StepResult) -> None:
         """Count a step."""
@@ -135,16 +137,12 @@ class Journal:
         self._flush()
         self.say(line)
         values = {f"{record['kind']}/{name}": value for name, value in _numbers(record) if name not in ("step", "kind")}
-        for name in ("tensorboard", "wandb"):
+        for name, tracker in list(self._trackers.items()):
             try:
-                if name == "tensorboard" and self._tensorboard is not None:
-                    for key, value in values.items():
-                        self._tensorboard.add_scalar(key, value, record["step"])
-                if name == "wandb" and self._wandb is not None:
-                    self._wandb.log(values, step=record["step"])
-            except Exception as error:  # of whatever kind their packages have
+                tracker.log(values, record["step"])
+            except Exception as error:  # of whatever kind its package has
                 self.say(f"warning: {name} is left out from here on ({error})")
-                setattr(self, f"_{name}", None)
+                del self._trackers[name]
 
     def _flush(self) -> None:
         """Write what is still to be written to `metrics.jsonl`: whole lines, or nothing."""
@@ -172,15 +170,15 @@ class Journal:
     def close(self) -> None:
         """Close every file, and leave the terminal as it was."""
         self._sync()
-        for end in (
-            self._file and self._file.close,
-            self._progress and self._progress.stop,
-            self._tensorboard and self._tensorboard.close,
-            self._wandb and self._wandb.finish,
-        ):
-            if end is not None:
-                with contextlib.suppress(Exception):  # of whatever kind trackers have; the run is what counts
-                    end()
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        if self._progress is not None:
+            with contextlib.suppress(OSError, ValueError):  # of a terminal that has gone
+                self._progress.stop()
+        for tracker in self._trackers.values():
+            with contextlib.suppress(Exception):  # the run is what counts
+                tracker.close()
 
     def _sync(self) -> None:
         self._flush()
@@ -369,17 +367,31 @@ def _progress_bar(start: int, total: int) -> Any:
     return bar
 
 
-def _open_tensorboard(run_dir: Path) -> Any:
+class Tracker(NamedTuple):
+    """Where figures go besides: `log(values, step)`, and `close()` at the end."""
+
+    log: Callable[[dict[str, float], int], Any]
+    close: Callable[[], Any]
+
+
+def _open_tensorboard(run_dir: Path) -> Tracker:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError("--tensorboard needs the tensorboard package: pip install tensorboard") from error
-    return SummaryWriter(str(run_dir / "tensorboard"))
+    writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return Tracker(log, writer.close)
 
 
-def _open_wandb(run_dir: Path, config: dict[str, Any]) -> Any:
+def _open_wandb(run_dir: Path, config: dict[str, Any]) -> Tracker:
     try:
         import wandb
     except ImportError as error:
         raise ConfigError("--wandb needs the wandb package: pip install wandb") from error
-    return wandb.init(project="fastclap", name=run_dir.name, dir=str(run_dir), config=config, resume="allow")
+    run = wandb.init(project="fastclap", name=run_dir.name, dir=str(run_dir), config=config, resume="allow")
+    return Tracker(lambda values, step: run.log(values, step=step), run.finish)

@@ -388,8 +388,7 @@ def check_data(config: TrainConfig, manifest: Manifest, valid: Manifest | None, 
             f"{', '.join(config.data.train)}: the rows, their captions or tags are not those of the checkpoint; the "
             "run would not go on as it began; give the manifests of that run, or another --run-dir with --init-from"
         )
-    if config.data.tag_column is not None:
-        check_column(manifest, config.data.tag_column, "--data.tag-column")
+    check_column(manifest, config.data.tag_column, "--data.tag-column")
     if valid is not None:
         for column in config.valid.classify:
             if column != "classification_tag":
@@ -417,9 +416,7 @@ def check_some_clips(manifest: Manifest) -> None:
 
 def classification_tasks(config: ValidConfig, manifest: Manifest) -> list[ClassificationTask]:
     """The columns to classify in a validation: those asked for that the manifest has."""
-    columns = [c for c in config.classify if c in manifest.columns or c == "classification_tag"]
-    if not any(row.classification_tag for row in manifest):
-        columns = [column for column in columns if column != "classification_tag"]
+    columns = [column for column in config.classify if column in manifest.tag_columns]
     prompts = {c: load_prompts(config.prompts, c) for c in columns} if config.prompts else {}
     return [ClassificationTask(c, config.template, prompts.get(c) or None) for c in columns]
 
