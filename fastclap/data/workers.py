@@ -18,15 +18,17 @@ import multiprocessing.process
 import os
 import queue
 import signal
+import sys
 import threading
 import traceback
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, MutableSequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.reduction import ForkingPickler
+from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import torch
 
 from fastclap import console
@@ -91,6 +93,10 @@ def fork_server() -> BaseContext:
     return context
 
 
+# A forked process (a notebook's launcher makes some) would take its parent's server for its own and fail on it.
+os.register_at_fork(after_in_child=lambda: forkserver.ForkServer.__init__(forkserver._forkserver))
+
+
 def start_worker() -> None:
     """Tie this helper process to its parent.
 
@@ -107,6 +113,12 @@ def start_worker() -> None:
             parent.join()
             os._exit(1)
 
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # A parent that died while this process handed it a tensor: the thread that did so has nobody to tell.
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = excepthook
     threading.Thread(target=wait, daemon=True).start()
 
 
@@ -130,7 +142,7 @@ def describe_deaths(ended: Iterable[tuple[int | None, int | None]]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # in a helper process
 
-_noted = np.zeros(2, np.int64)  # how often this process has noted something, and what
+_noted: MutableSequence[int] = [0, 0]  # how often this process has noted something, and what
 _left_out: Mapping[int, str] = {}
 
 
@@ -145,12 +157,12 @@ def now_at(place: int) -> str | None:
     return _left_out.get(place)
 
 
-def _serve(connection: Connection, function: Callable[[Any], Any], noted: torch.Tensor) -> None:
+def _serve(connection: Connection, function: Callable[[Any], Any], noted: Any) -> None:
     """What a helper process does: make results of what arrives until the other end of the pipe is closed."""
     global _noted, _left_out
     start_worker()
     torch.set_num_threads(1)
-    _noted = noted.numpy()
+    _noted = noted
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             now_at(ELSEWHERE)
@@ -190,8 +202,8 @@ class _Worker(threading.Thread):
         self._ahead = ahead
         self.given = given  # the task that the process is at, and one that waits for it there
         self.given_up = False  # whether nobody waits for it any more
-        self.noted = torch.zeros(2, dtype=torch.int64).share_memory_()
         context = fork_server()
+        self.noted = context.RawArray("q", 2)
         self._connection, there = context.Pipe()
         self.process = context.Process(target=_serve, args=(there, function, self.noted), daemon=True)  # type: ignore[attr-defined]
         self.process.start()
@@ -303,7 +315,7 @@ def in_processes(
         if worker is None:
             return
         pid = worker.process.pid
-        count, place = worker.noted.tolist()
+        count, place = worker.noted
         silent, last = (silent + pause if last == (pid, count) else 0.0), (pid, count)
         if silent < (timeout if count else max(timeout, _START_SECONDS)):
             return

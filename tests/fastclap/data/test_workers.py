@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -64,6 +67,13 @@ def die_while_sending(item: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     multiprocessing.connection.Connection._send_bytes = send  # type: ignore[attr-defined]
+
+
+def report(kind: type[BaseException]) -> str:
+    """What multiprocessing's own thread prints of what it raises, such as when a tensor's receiver has died."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        sys.excepthook(kind, kind("in a thread"), None)
+    return printed.getvalue()
 
 
 class Hanging(ClipDataset):
@@ -130,6 +140,23 @@ def test_the_wish_to_stop_is_heeded_while_waiting(children: Children) -> None:
     asked = itertools.count()
     with pytest.raises(LoaderStopped):
         next(in_processes(hang, [1, 2], 2, ahead=1, timeout=9e9, stopping=lambda: next(asked) > 1))
+
+
+def test_a_forked_process_has_processes_of_its_own(children: Children) -> None:
+    assert list(in_processes(square, range(2), 1, ahead=1)) == [0, 1]  # whose server the child cannot use
+
+    def work() -> None:
+        os._exit(list(in_processes(square, range(5), 1, ahead=1)) != [0, 1, 4, 9, 16])
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(100)
+    assert child.exitcode == 0
+
+
+def test_helpers_do_not_report_that_their_parent_died(children: Children) -> None:
+    printed = in_processes(report, [ConnectionResetError, EOFError, ZeroDivisionError], 1, ahead=1)
+    assert list(printed) == ["", "", "ZeroDivisionError: in a thread\n"]
 
 
 @pytest.mark.parametrize("number", [0, 1])
