@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -294,9 +295,6 @@ def clock(seconds: float) -> str:
 
 def environment(world: World) -> dict[str, Any]:
     """Versions, hardware, commit and command line of this process."""
-    import tokenizers
-    import transformers
-
     commit = subprocess.run(
         ["git", "-C", str(Path(fastclap.__file__).parent), "rev-parse", "HEAD"],
         capture_output=True,
@@ -309,8 +307,8 @@ def environment(world: World) -> dict[str, Any]:
         "commit": commit.stdout.strip() or None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
+        "transformers": version("transformers"),
+        "tokenizers": version("tokenizers"),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.processor() or platform.machine(),
         "cuda": torch.version.cuda if on_gpu else None,

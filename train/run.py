@@ -24,6 +24,7 @@ from fastclap.data.tags import TagPrompts
 from fastclap.errors import ConfigError, DataError, FastclapError, TrainingError
 from fastclap.evaluation import ClassificationTask, caption_sets, evaluate, write_report
 from fastclap.evaluation.evaluate import candidate_classes
+from fastclap.fork_server import fork_server
 from fastclap.models.audio_towers import LogMelTower
 from fastclap.models.clap import CLAP
 from fastclap.models.tokenizer import train_tokenizer
@@ -178,6 +179,8 @@ def prepare(config: TrainConfig, world: World, stopping: Callable[[], bool] = la
     resume_path, state = found if found is not None else (None, None)
     start_step = int(state["step"]) if state else 0
     threads = set_threads(config, world, state)
+    if config.data.workers:
+        fork_server()  # it imports torch while this process builds the model; no sooner, or its core counts as busy
 
     # Data: a pure function of (seed, step).
     torch.manual_seed(config.seed)

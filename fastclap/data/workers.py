@@ -22,9 +22,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable, Mapping, MutableSequence
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
 from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -33,6 +31,7 @@ import torch
 
 from fastclap import console
 from fastclap.errors import DataError, FastclapError
+from fastclap.fork_server import fork_server
 from fastclap.threads import ELSEWHERE, SLICE, TIMEOUT, Results, Tasks, in_order, never
 
 ROW_TIMEOUT = 600.0
@@ -84,17 +83,6 @@ class WorkerStuck(Exception):
     def __init__(self, pid: int | None, item: Any, place: int) -> None:
         super().__init__(f"process {pid} is stuck")
         self.pid, self.item, self.place = pid, item, place
-
-
-def fork_server() -> BaseContext:
-    """A context whose processes come from a server that has imported torch and this package and holds no CUDA state."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastclap.data.dataset"])
-    return context
-
-
-# A forked process (a notebook's launcher makes some) would take its parent's server for its own and fail on it.
-os.register_at_fork(after_in_child=lambda: forkserver.ForkServer.__init__(forkserver._forkserver))
 
 
 def start_worker() -> None:
