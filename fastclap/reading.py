@@ -100,7 +100,7 @@ def parse_json(text: str | bytes, where: str, error: type[FastclapError] = DataE
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
     if _HALF_CHARACTER.search(text) and (half := _half_character(value)):
-        raise error(f"{where}: holds {half!a}, half of a character (a lone surrogate); write the whole one")
+        raise error(f"{where}: holds {half}, half of a character (a lone surrogate); write the whole one")
     return value
 
 
@@ -147,22 +147,25 @@ def _parsed(language: str, parse: Callable[[str], Any], text: str, where: str, e
     except Exception as cause:  # yaml.YAMLError and TOMLDecodeError, and what their constructors raise of their own
         raise error(f"{where}: not valid {language} ({' '.join(str(cause).split())})") from cause
     if half := _half_character(value):
-        raise error(f"{where}: holds {half!a}, half of a character (a lone surrogate); write the whole one")
+        raise error(f"{where}: holds {half}, half of a character (a lone surrogate); write the whole one")
     return value
 
 
 def _half_character(value: Any) -> str | None:
-    """The first string with a lone surrogate in a value of JSON; None: all are text."""
-    left = [value]
+    """The first string with a lone surrogate in a value of JSON, and its place in it; None: all are text."""
+    left = [("", value)]
     while left:
-        value = left.pop()
+        place, value = left.pop()
         if isinstance(value, str):
             if _LONE_SURROGATE.search(value):
-                return value[:40]
-        elif isinstance(value, dict):
-            left += [*value.values(), *value]
+                return f"{value[:40]!a}" + (f" in {place}" if place else "")
+            continue
+        begin = f"{place}, " if place else ""
+        if isinstance(value, dict):
+            left += [(f"{begin}{key!r}", each) for key, each in value.items()]
+            left += [(place, key) for key in value]  # looked at first, so that every place can be shown
         elif isinstance(value, list):
-            left += value
+            left += [(f"{begin}item {number}", each) for number, each in enumerate(value, 1)][::-1]
     return None
 
 

@@ -24,7 +24,7 @@ ORDER = (
     {"audio", "prompts", "testing"},
     {"flags"},
     {"reading"},
-    {"config", "files", "console", "threads"},
+    {"config", "files", "console", "threads", "fork_server"},
     {"bounds"},
     {"errors"},
 )

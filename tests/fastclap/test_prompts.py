@@ -47,7 +47,7 @@ def test_prompts_by_class_and_by_column(tmp_path: Path) -> None:
         ('{"sad": 3}', "class 'sad' needs a prompt"),
         ('{"sad": ["x", %s]}' % ("1, " * 9999 + "2"), r"class 'sad' needs a prompt .{,90}$"),
         ('{"%s": 3}' % ("s" * 9999), r"class 's{,60}…' needs a prompt"),
-        ('{"sad": "\\ud800"}', "holds '.ud800', half of a character"),
+        ('{"sad": "\\ud800"}', "holds '.ud800' in 'sad', half of a character"),
         ("[" * 100_000, "JSON nested too deeply"),
         ('{"sad": 1%s}' % ("0" * 5000), "JSON with an integer of more than"),
         ('{"emotion": {"sad": null}}', "class 'sad' needs a prompt"),

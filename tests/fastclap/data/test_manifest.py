@@ -462,6 +462,13 @@ def test_captions_of_every_script_and_separator(folder: Path, name: str, caption
     assert [row.captions for row in manifest] == [("x",), (caption,)]
 
 
+def test_an_array_names_the_row_of_half_a_character(folder: Path) -> None:
+    path = folder / "m.json"
+    path.write_text('[{"audio": "a.wav"}, {"audio": "b.wav", "tags": ["half \\ud83d"]}]')
+    with pytest.raises(DataError, match=r"m\.json: holds 'half \\ud83d' in item 2, 'tags', item 1, half of"):
+        load_manifest(str(path))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -471,8 +478,8 @@ def test_captions_of_every_script_and_separator(folder: Path, name: str, caption
         ('{"duration": ' + "7" * 5000 + "}", "JSON with an integer of more than 4300 digits"),
         ('{"audio": "b.wav", "text_description": "x", "duration": ' + "7" * 4000 + "}", "column 'duration' is 7777"),
         ('{"audio": "b.wav", "text_description": "x", "duration": 1e300}', "'duration' is 1e+300; a duration is a pos"),
-        ('{"audio": "b.wav", "text_description": "half \\ud83d"}', "'half \\ud83d', half of a character"),
-        ('{"audio": "\\udcff.wav", "text_description": "x"}', "'\\udcff.wav', half of a character"),
+        ('{"audio": "b.wav", "text_description": "half \\ud83d"}', "'half \\ud83d' in 'text_description', half of"),
+        ('{"audio": "\\udcff.wav", "text_description": "x"}', "'\\udcff.wav' in 'audio', half of a character"),
         ('{"audio": "b.wav", "text_description": "x", "tag\\ud83d": "y"}', "'tag\\ud83d', half of a character"),
         ('{"audio": "b\\u0000.wav", "text_description": "x"}', "a zero byte in the path '"),
         ('{"audio": "b.wav", "text_description": "' + "x" * 131_073 + '"}', "a caption of 131073 characters; sh"),
