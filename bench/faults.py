@@ -140,7 +140,7 @@ def make_scene(folder: Path) -> None:
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
 
     lines("manifest.jsonl", rows)
-    lines("candidates.jsonl", [{"audio": f"{n}.wav", "text_style_prompt": f"voice {n // 4}"} for n in range(8)])
+    lines("candidates.jsonl", [{"id": n // 4, "text": f"voice {n // 4}", "audio": f"{n}.wav"} for n in range(8)])
     (folder / "table.csv").write_text(
         "audio,text_description,classification_tag\n" + "".join(f"{n}.wav,a voice {n},c{n % 2}\n" for n in range(8))
     )
@@ -436,6 +436,11 @@ def make_input(seed: int, number: int, scene: Path, folder: Path) -> Input:
     what = chance.choice(["words", "words", "file", "file", "file", "file", "around", "out", "nothing"])
     if what == "nothing" and chance.random() < 0.7:
         what = "file"
+    return worsened(line, what, chance, scene, folder)
+
+
+def worsened(line: Line, what: str, chance: random.Random, scene: Path, folder: Path) -> Input:
+    """A valid command line with its `what` made worse."""
     originals, places = places_of(scene), {"out": str(folder / "out")}
     for name in line.files:
         # the run is trained on, and what is made worse must be a copy

@@ -22,6 +22,7 @@ from bench.faults import (
     scene_in,
     warm_up,
     worse_file,
+    worsened,
 )
 from bench.faults import worse_words as worse
 
@@ -32,9 +33,18 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scene_in(tmp_path_factory.mktemp("faults"))
 
 
+def test_valid_lines_are_done(scene: Path, tmp_path: Path) -> None:
+    for number, line in enumerate(line for line in LINES if line.words[0] != "fastclap-train"):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        outcome = run_input(worsened(line, "nothing", random.Random(0), scene, folder), folder)
+        refused = line.words[0] == "convert"  # a model of fastclap's own and a file with a few bytes in it
+        assert not outcome.fault and outcome.status == (2 if refused else 0), (line, outcome.err)
+
+
 def test_a_handful_of_inputs_has_no_fault(scene: Path, tmp_path: Path) -> None:
     faults, kinds = [], set()
-    for number in range(16):
+    for number in range(10):
         folder = tmp_path / str(number)
         folder.mkdir()
         made = make_input(2, number, scene, folder)
@@ -43,7 +53,7 @@ def test_a_handful_of_inputs_has_no_fault(scene: Path, tmp_path: Path) -> None:
         if outcome.fault:
             faults.append((number, outcome.fault, ascii(made.words), outcome.err[-2000:]))
     assert not faults
-    assert len(kinds) > 7 and {status for _, status in kinds} >= {0, 2}
+    assert len(kinds) > 5 and {status for _, status in kinds} >= {0, 2}
 
 
 def test_an_input_follows_from_its_number(scene: Path, tmp_path: Path) -> None:
