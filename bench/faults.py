@@ -83,7 +83,7 @@ LINES = [
     Line(["similarity", "{model}", "{pairs}", "--audio-root", "{audio}", "--json"]),
     Line(["prepare", "ravdess", "--root", "{ravdess}", "--out", "{out}.jsonl", "--json"]),
     Line(["caption", "{manifest}", "--audio-root", "{audio}", "--out", "{out}.jsonl", "--workers", "0", "--json"]),
-    Line(["convert", "{model}", "{out}", "--json"]),
+    Line(["convert", "{foreign}", "{out}", "--json"]),
     Line(["convert", "{checkpoint}", "{out}"]),
     Line(["doctor", "--json"]),
     Line(_TRAIN, TRAINING_DEADLINE),
@@ -161,8 +161,20 @@ def make_scene(folder: Path) -> None:
         ["embed", "{model}", "{audio}", "--out", f"{folder}/{end}"] for end in ("npy.npy", "parquet.parquet")
     ):
         call([word.format(**places_of(folder)) for word in words])
-    import torch
+    make_foreign_models(folder)
 
+
+def make_foreign_models(folder: Path) -> None:
+    """A folder of transformers' CLAP, which can be converted, and a checkpoint that no code has written."""
+    import torch
+    from transformers import ClapConfig, ClapModel, PreTrainedTokenizerFast
+
+    size = {"hidden_size": 16, "num_attention_heads": 2}
+    audio = {**size, "patch_embeds_hidden_size": 8, "depths": [1, 1], "num_attention_heads": [1, 2]}
+    text = {**size, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 300, "max_position_embeddings": 20}
+    ClapModel(ClapConfig(audio_config=audio, text_config=text, projection_dim=8)).save_pretrained(folder / "foreign")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "model" / "tokenizer.json"), pad_token="<pad>")
+    tokenizer.save_pretrained(folder / "foreign")
     torch.save({"state_dict": {"audio.x": torch.zeros(3)}}, folder / "checkpoint.pt")
 
 
@@ -585,7 +597,7 @@ def judge(made: Input, outcome: Outcome) -> str:
         return f"took {outcome.memory / 1e9:.1f} GB"
     if outcome.status and around.stderr == "file" and not outcome.err.strip() and outcome.status != 141:
         return f"exit status {outcome.status} without a word"
-    if made.what == "nothing" and outcome.status and made.words[0] != "convert":
+    if made.what == "nothing" and outcome.status and not any(word.endswith("checkpoint.pt") for word in made.words):
         return f"a valid command line was refused: {outcome.err.strip()[:200]}"
     if outcome.status == 0 and around.stdout == "file" and "--json" in made.words and "--help" not in made.words:
         return wrong_result(outcome.out, made.words[0])

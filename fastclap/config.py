@@ -364,7 +364,8 @@ def _in_words(hint: Any) -> str:
     arguments = typing.get_args(hint)
     match typing.get_origin(hint):
         case typing.Annotated:
-            return f"{_in_words(arguments[0])} {arguments[1].short}"
+            ranges = (each.short for each in arguments[1:] if isinstance(each, Range))
+            return " ".join((_in_words(arguments[0]), *ranges))
         case typing.Union | types.UnionType:
             return " or ".join(map(_in_words, arguments))
         case typing.Literal:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -61,6 +63,21 @@ def test_left_out_fields_keep_their_defaults() -> None:
 def test_reading_names_what_is_wrong(data: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CLAPConfig.from_dict(data)  # type: ignore[arg-type]
+
+
+def leaves(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every field that is no dataclass."""
+    for name, hint in typing.get_type_hints(cls).items():
+        yield from leaves(hint, (*path, name)) if dataclasses.is_dataclass(hint) else [(*path, name)]
+
+
+@pytest.mark.parametrize("path", leaves(TrainConfig), ids=".".join)
+def test_a_value_of_no_type_is_refused_in_every_field(path: tuple[str, ...]) -> None:
+    data: Any = b"neither"
+    for name in reversed(path):
+        data = {name: data}
+    with pytest.raises(ConfigError, match=rf"{re.escape('.'.join(path))} must be .+, not b'neither'"):
+        read_dataclass(TrainConfig, data)
 
 
 def test_items_of_lists_and_mappings_are_checked() -> None:
