@@ -99,8 +99,8 @@ def parse_json(text: str | bytes, where: str, error: type[FastclapError] = DataE
         raise error(f"{where}: JSON with an integer of more than {sys.get_int_max_str_digits()} digits") from cause
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
-    if _HALF_CHARACTER.search(text) and (half := _half_character(value)):
-        raise error(f"{where}: holds {half}, half of a character (a lone surrogate); write the whole one")
+    if _HALF_CHARACTER.search(text):
+        _refuse_half_characters(value, where, error)
     return value
 
 
@@ -146,19 +146,19 @@ def _parsed(language: str, parse: Callable[[str], Any], text: str, where: str, e
         raise error(f"{where}: {language} nested too deeply to be read") from cause
     except Exception as cause:  # yaml.YAMLError and TOMLDecodeError, and what their constructors raise of their own
         raise error(f"{where}: not valid {language} ({' '.join(str(cause).split())})") from cause
-    if half := _half_character(value):
-        raise error(f"{where}: holds {half}, half of a character (a lone surrogate); write the whole one")
+    _refuse_half_characters(value, where, error)
     return value
 
 
-def _half_character(value: Any) -> str | None:
-    """The first string with a lone surrogate in a value of JSON, and its place in it; None: all are text."""
+def _refuse_half_characters(value: Any, where: str, error: type[FastclapError]) -> None:
+    """Refuse a value of JSON in which a string has a lone surrogate, with the place of the first one in it."""
     left = [("", value)]
     while left:
         place, value = left.pop()
         if isinstance(value, str):
             if _LONE_SURROGATE.search(value):
-                return f"{value[:40]!a}" + (f" in {place}" if place else "")
+                half = f"{value[:40]!a}" + (f" in {place}" if place else "")
+                raise error(f"{where}: holds {half}, half of a character (a lone surrogate); write the whole one")
             continue
         begin = f"{place}, " if place else ""
         if isinstance(value, dict):
@@ -166,7 +166,6 @@ def _half_character(value: Any) -> str | None:
             left += [(place, key) for key in value]  # looked at first, so that every place can be shown
         elif isinstance(value, list):
             left += [(f"{begin}item {number}", each) for number, each in enumerate(value, 1)][::-1]
-    return None
 
 
 def kind_of_file(mode: int) -> str:

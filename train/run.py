@@ -179,7 +179,7 @@ def prepare(config: TrainConfig, world: World, stopping: Callable[[], bool] = la
     resume_path, state = found if found is not None else (None, None)
     start_step = int(state["step"]) if state else 0
     threads = set_threads(config, world, state)
-    if config.data.workers:
+    if config.data.workers and not config.model.audio.freeze:  # a frozen tower's clips are seldom loaded
         fork_server()  # it imports torch while this process builds the model; no sooner, or its core counts as busy
 
     # Data: a pure function of (seed, step).
