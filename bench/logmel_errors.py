@@ -33,7 +33,7 @@ import torchaudio
 from torch import Tensor
 from torchaudio.compliance import kaldi
 
-from bench import cuda_on_cpu, timing
+from bench import cuda_on_cpu, quick_interpreter, timing
 from fastclap.features import PRESETS
 from fastclap.kernels.log_mel import native
 from fastclap.kernels.log_mel.operator import log_mel
@@ -468,6 +468,7 @@ def main() -> int:
     parser.add_argument("--longest", type=float, default=60.0, help="seconds of the longest generated sound")
     parser.add_argument("--front-ends", nargs="+", choices=FRONT_ENDS, default=list(FRONT_ENDS))
     args = parser.parse_args()
+    quick_interpreter.install()
     record: dict[str, Any] = {
         "command": "TRITON_INTERPRET=1 " * INTERPRETED
         + "python -m bench.logmel_errors"

@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from bench import quick_interpreter
+
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored under nohup, by what tests start too
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+quick_interpreter.install()
 
 
 @pytest.fixture(autouse=True, scope="module")

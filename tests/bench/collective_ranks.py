@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from bench import quick_interpreter
 from bench.scale_model import counted_collectives
 from fastclap.losses import info_nce
 from fastclap.train.distributed import Gradients, World
@@ -57,6 +58,7 @@ def rank_main(rank: int, world: int, rows: int, dim: int, parameters: int, file:
 def main() -> None:
     folder, rows, dim, parameters = Path(sys.argv[1]), *map(int, sys.argv[2:])
     assert os.environ.get("TRITON_INTERPRET") == "1"
+    quick_interpreter.install()
     context = multiprocessing.get_context("fork")
     failed = False
     for world in (2, 4):

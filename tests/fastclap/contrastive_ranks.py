@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bench import quick_interpreter
 from fastclap.drop_in.open_clip import ClipLoss, SigLipLoss
 from fastclap.grad_cache import GradCache
 from fastclap.kernels.contrastive import shared, torch_engine
@@ -408,4 +409,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    quick_interpreter.install()
     main()
