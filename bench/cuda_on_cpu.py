@@ -51,7 +51,7 @@ def broken_source(kernel: str) -> Path:
 @functools.cache
 def _program(emulator: Path, options: tuple[str, ...], sanitizer: str) -> str:
     """The emulator of one form."""
-    checks = (f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g") if sanitizer else ()
+    checks = (f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g1") if sanitizer else ()
     name = hashlib.sha256(repr((emulator, options, sanitizer)).encode()).hexdigest()[:16]
     path = os.path.join(_folder().name, name)
     found = compiler()
