@@ -35,6 +35,7 @@ from bench import timing
 from fastclap.audio import read_audio
 from fastclap.data import BatchSampler, ClipDataset, Manifest, load_manifest, make_loader
 from fastclap.data.pack import pack
+from fastclap.memory import keep_freed_memory
 
 RATE = 16000
 FILES = {"WAV": ("wav", "PCM_16"), "FLAC": ("flac", "PCM_16"), "MP3": ("mp3", "MPEG_LAYER_III")}
@@ -240,6 +241,7 @@ def main() -> int:
     if args.clips < args.batch_size or 0 not in args.workers:
         parser.error("--clips must fill a batch, and --workers must contain 0")
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every command does
     load = round(os.getloadavg()[0], 1)
     if args.train:
         rows = load_manifest(args.train, audio_root=args.audio_root, require_captions=False)[: args.clips]

@@ -23,6 +23,7 @@ from typing import Any, Literal, TextIO, cast
 from unicodedata import category, east_asian_width
 
 from fastclap.errors import DataError, FastclapError, TrainingError
+from fastclap.memory import keep_freed_memory
 
 _JOINERS = "\u200c\u200d"  # of Persian words, and of the parts of an emoji
 _LONGEST = 60  # columns of a terminal that a name in a table may have
@@ -307,6 +308,7 @@ def run_command(function: Callable[[], int | None], program: str = "fastclap") -
         function: does the work; what it returns is the status, None being 0. It may install handlers of signals itself.
         program: begins every message.
     """
+    keep_freed_memory()
     _open_descriptors()
     out, err = _Stream(sys.stdout, vital=True), _Stream(sys.stderr, vital=False)
     before = sys.stdout, sys.stderr

@@ -25,7 +25,7 @@ ORDER = (
     {"flags"},
     {"reading"},
     {"config", "files", "console", "threads", "fork_server"},
-    {"bounds"},
+    {"bounds", "memory"},
     {"errors"},
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

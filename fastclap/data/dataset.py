@@ -14,6 +14,7 @@ import errno
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -383,7 +384,12 @@ class _ClipCache:
 def pad(waves: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     """int16 waves of any length → (int16 [B, T] zero-padded, lengths int64 [B])."""
     lengths = torch.tensor([len(wave) for wave in waves], dtype=torch.int64)
-    audio = torch.zeros(len(waves), int(lengths.max()), dtype=torch.int16)
+    shape = len(waves), int(lengths.max())
+    if multiprocessing.parent_process() is None:
+        audio = torch.zeros(shape, dtype=torch.int16)
+    else:  # shared memory, where it would be copied to on its way to the parent; it begins as zeros
+        memory = torch.UntypedStorage._new_shared(math.prod(shape) * torch.int16.itemsize)
+        audio = torch.empty(0, dtype=torch.int16).set_(memory, 0, shape)  # type: ignore[call-overload]
     view = audio.numpy()
     for index, wave in enumerate(waves):
         view[index, : len(wave)] = wave
@@ -544,7 +550,7 @@ class Loader:
         except (OSError, RuntimeError) as error:
             if getattr(error, "errno", None) == errno.EMFILE or "ancdata" in str(error):
                 raise TrainingError(
-                    "too many open files: each tensor of a batch that is ready takes one. Continue the run (--resume) "
+                    "too many open files: each large tensor of a batch that is ready takes one. Continue (--resume) "
                     "with fewer batches ahead (--data.prefetch, --data.workers), or raise the limit (ulimit -n)"
                 ) from error
             raise

@@ -28,10 +28,12 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from fastclap import console
 from fastclap.errors import DataError, FastclapError
 from fastclap.fork_server import fork_server
+from fastclap.memory import keep_freed_memory
 from fastclap.threads import ELSEWHERE, SLICE, TIMEOUT, Results, Tasks, in_order, never
 
 ROW_TIMEOUT = 600.0
@@ -40,6 +42,7 @@ ROW_TIMEOUT = 600.0
 _GRACE_SECONDS = 30
 _START_SECONDS = 300  # for a process to begin; importing torch takes long on a busy machine
 _END_SECONDS = 2  # for one that was killed to be gone
+_BY_VALUE, _MOST_BY_VALUE = (torch.int64, torch.float32, torch.bool), 1 << 16  # bytes
 _SMALL = 4096  # bytes of a task that fit into any pipe beside another one
 
 
@@ -86,13 +89,14 @@ class WorkerStuck(Exception):
 
 
 def start_worker() -> None:
-    """Tie this helper process to its parent.
+    """Tie this helper process to its parent, and keep what its batches free.
 
     It ends when the parent ends. It survives a signal to the whole process group (Ctrl-C, a scheduler's SIGTERM), so
     that the parent can finish its step and save.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_SECONDS))  # then SIGALRM ends it
+    keep_freed_memory()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a thread for each core in each process gains nothing
 
     def wait() -> None:
@@ -159,9 +163,18 @@ def _serve(connection: Connection, function: Callable[[Any], Any], noted: Any) -
             connection.send_bytes(_packed_result(function, item))
 
 
+class _ResultPickler(ForkingPickler):
+    """Sends small tensors by value: of others the parent asks for a file descriptor each, which takes a millisecond."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dtype in _BY_VALUE and value.nbytes <= _MOST_BY_VALUE:
+            return torch.from_numpy, (value.numpy(),)
+        return NotImplemented
+
+
 def _packed_result(function: Callable[[Any], Any], item: Any) -> Any:
     try:
-        return ForkingPickler.dumps((function(item), None))
+        return _ResultPickler.dumps((function(item), None))
     except FastclapError as error:
         return ForkingPickler.dumps((None, error))
     except Exception:

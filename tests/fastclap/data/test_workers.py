@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from fastclap.audio import Clip
 from fastclap.data import BatchSampler, ClipDataset, load_manifest, make_loader
@@ -40,6 +41,11 @@ MakeSet = Callable[..., str]
 
 def square(number: int) -> int:
     return number * number
+
+
+def tensors(most: int) -> list[Tensor]:
+    """Small ones of several dtypes, and one of `most` numbers."""
+    return [torch.arange(most), torch.zeros(0, 3), torch.tensor(True), torch.ones(2, 3, dtype=torch.bfloat16)]
 
 
 def at_a_clip(number: int) -> str | int:
@@ -94,6 +100,16 @@ def children() -> Iterator[Callable[[], list[Any]]]:
 
 
 Children = Callable[[], list[Any]]
+
+
+def test_tensors_arrive_as_they_are_and_small_ones_without_a_file() -> None:
+    small, large = in_processes(tensors, [10, 100_000], 1, ahead=2)
+    for found, most in ((small, 10), (large, 100_000)):
+        for tensor, expected in zip(found, tensors(most), strict=True):
+            assert tensor.dtype == expected.dtype and torch.equal(tensor, expected)
+            tensor.zero_()
+    assert [tensor.is_shared() for tensor in large] == [True, False, False, True]  # NumPy knows no bfloat16
+    assert not small[0].is_shared()
 
 
 @pytest.mark.parametrize(("workers", "ahead", "count"), [(1, 1, 0), (2, 1, 5), (2, 3, 3), (1, 4, 9)])
