@@ -97,7 +97,7 @@ def by_torchaudio(case: Case, waveform: Tensor) -> Run:
 
 def by_torchaudio_kaldi(case: Case, waveform: Tensor) -> Run:
     if case.spec.mel_scale != "kaldi":
-        pytest.skip("not Kaldi's front-end")
+        pytest.skip("torchaudio.compliance: not Kaldi's front-end")
     frames, mels = case.kaldi["frame_opts"], case.kaldi["mel_opts"]
     options = {"snip_edges": frames.get("snip_edges", True), "num_mel_bins": mels["num_bins"]}
     options["high_freq"] = mels.get("high_freq", 0.0)
@@ -154,7 +154,7 @@ def by_asrfront(case: Case, waveform: Tensor) -> Run:
         # batch call also stacks neighbouring frames and is slower than this one, even if it stacks single ones.
         small = [clip / np.float32(32768) for clip in clips]
         return lambda: each(asrfront.sensevoice.fbank_raw, small)
-    pytest.skip("asrfront is for 16 kHz, and its Kaldi mel banks end at 8 kHz and its frames lie inside the clip")
+    pytest.skip("asrfront: it is for 16 kHz, its Kaldi mel banks end at 8 kHz and its frames lie inside the clip")
 
 
 def by_librosa(case: Case, waveform: Tensor) -> Run:
@@ -180,7 +180,7 @@ def by_nnaudio(case: Case, waveform: Tensor) -> Run:
 def librosa_numbers(case: Case) -> dict[str, Any]:
     spec = case.spec
     if spec.mel_norm != "slaney":
-        pytest.skip("librosa and its descendants make Slaney's mel banks")
+        pytest.skip("librosa and its descendants: they make Slaney's mel banks")
     numbers = {"sr": spec.sampling_rate, "n_fft": spec.n_fft, "hop_length": spec.hop_length, "n_mels": spec.n_mels}
     return numbers | {"fmin": spec.f_min, "fmax": spec.mel_f_max}
 
@@ -193,7 +193,7 @@ def by_torch(case: Case, waveform: Tensor) -> Run:
 
 def by_native(case: Case, waveform: Tensor) -> Run:
     if not native.available():
-        pytest.skip(f"no native log-mel engine: {native.description()}")
+        pytest.skip(f"fastclap C++: {native.description()}")
     return lambda: log_mel(waveform, None, case.spec, backend="native")[0]
 
 

@@ -65,9 +65,9 @@ def compiled_flex_attention() -> Callable[..., Tensor]:
 
 def flex_attention(x: Inputs, dropout: float) -> Tensor:
     if dropout:
-        pytest.skip("FlexAttention has no dropout")
+        pytest.skip("FlexAttention: it has no dropout")
     if not ON_GPU:
-        pytest.skip("FlexAttention's backward pass needs a GPU")
+        pytest.skip("FlexAttention: its backward pass needs a GPU")
     q, k, v, table, gate = x
     last = q.shape[2] - 1
 

@@ -9,15 +9,19 @@ import sys
 
 import pytest
 
-# Page faults of twenty blocks of 8 MiB, one after the other, with the most that one of them can cause.
+# Page faults of twenty batches of three blocks of 8 MiB, after a first one, and the most that one block can
+# cause; without huge pages, of which there may or may not be some.
 FAULTS = """
-import resource, numpy
+import ctypes, resource, numpy
 from fastclap.memory import keep_freed_memory
+PR_SET_THP_DISABLE = 41
+assert ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
 keep_freed_memory()
-numpy.ones(1 << 20)
-begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    numpy.ones(1 << 20)
+for number in range(21):
+    if number == 1:
+        begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [numpy.ones(1 << 20) for _ in range(3)]
+    del blocks
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin, (8 << 20) // resource.getpagesize())
 """
 
