@@ -1,4 +1,4 @@
-"""Triton's interpreter at two to three times its speed: what it finds out again at every operation is kept.
+"""Triton's interpreter at about twice its speed: what it finds out again at every operation is kept.
 
 No operation computes anything else. Half the time of a small block goes into looking through `triton.language` for what
 has to be replaced, at every call of a function by a kernel (`tl.sum`, `tl.zeros`, those of the project), although it is
