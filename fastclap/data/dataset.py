@@ -14,7 +14,6 @@ import errno
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,7 +34,7 @@ from fastclap.data.rows import Manifest, Row, clip_durations
 from fastclap.data.sampler import BatchSampler
 from fastclap.data.shards import open_clip
 from fastclap.data.tags import TagPrompts, row_tags
-from fastclap.data.workers import ROW_TIMEOUT, WorkerGone, WorkerStuck, in_processes, now_at
+from fastclap.data.workers import ROW_TIMEOUT, WorkerGone, WorkerStuck, in_processes, now_at, zeros
 from fastclap.errors import DataError, FastclapError, TrainingError
 from fastclap.reading import parse_json
 from fastclap.threads import ELSEWHERE, TIMEOUT, in_threads, never
@@ -384,12 +383,7 @@ class _ClipCache:
 def pad(waves: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     """int16 waves of any length → (int16 [B, T] zero-padded, lengths int64 [B])."""
     lengths = torch.tensor([len(wave) for wave in waves], dtype=torch.int64)
-    shape = len(waves), int(lengths.max())
-    if multiprocessing.parent_process() is None:
-        audio = torch.zeros(shape, dtype=torch.int16)
-    else:  # shared memory, where it would be copied to on its way to the parent; it begins as zeros
-        memory = torch.UntypedStorage._new_shared(math.prod(shape) * torch.int16.itemsize)
-        audio = torch.empty(0, dtype=torch.int16).set_(memory, 0, shape)  # type: ignore[call-overload]
+    audio = zeros((len(waves), int(lengths.max())), torch.int16)
     view = audio.numpy()
     for index, wave in enumerate(waves):
         view[index, : len(wave)] = wave

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import multiprocessing
 import multiprocessing.process
 import os
@@ -89,14 +90,13 @@ class WorkerStuck(Exception):
 
 
 def start_worker() -> None:
-    """Tie this helper process to its parent, and keep what its batches free.
+    """Tie this helper process to its parent.
 
     It ends when the parent ends. It survives a signal to the whole process group (Ctrl-C, a scheduler's SIGTERM), so
     that the parent can finish its step and save.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_SECONDS))  # then SIGALRM ends it
-    keep_freed_memory()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a thread for each core in each process gains nothing
 
     def wait() -> None:
@@ -136,6 +136,7 @@ def describe_deaths(ended: Iterable[tuple[int | None, int | None]]) -> str:
 
 _noted: MutableSequence[int] = [0, 0]  # how often this process has noted something, and what
 _left_out: Mapping[int, str] = {}
+_serving = False
 
 
 def now_at(place: int) -> str | None:
@@ -149,12 +150,21 @@ def now_at(place: int) -> str | None:
     return _left_out.get(place)
 
 
+def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`torch.zeros`, but in a helper process in shared memory, where a result would be copied to on its way."""
+    if not _serving:
+        return torch.zeros(shape, dtype=dtype)
+    memory = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)  # begins as zeros
+    return torch.empty(0, dtype=dtype).set_(memory, 0, shape)  # type: ignore[call-overload]
+
+
 def _serve(connection: Connection, function: Callable[[Any], Any], noted: Any) -> None:
     """What a helper process does: make results of what arrives until the other end of the pipe is closed."""
-    global _noted, _left_out
+    global _noted, _left_out, _serving
     start_worker()
+    keep_freed_memory()
     torch.set_num_threads(1)
-    _noted = noted
+    _noted, _serving = noted, True
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             now_at(ELSEWHERE)

@@ -18,7 +18,7 @@ from fastclap.features import PRESETS
 def test_ours_is_never_worse_than_the_float32_fft(name: str) -> None:
     front_end = FRONT_ENDS[name]
     origin = next(iter(front_end.origins))
-    rows = measure(front_end, sounds(front_end.spec.sampling_rate, longest=0.3))
+    rows = measure(front_end, sounds(front_end.spec.sampling_rate, longest=0.5))
     if origin in rows[0].get("absent", {}):
         pytest.skip(rows[0]["absent"][origin])
     assert worse(rows, origin) == []

@@ -89,16 +89,16 @@ def loss_cases() -> dict[str, dict[str, Any]]:
     large = {"normalize": False}
     pair_ids = dict(zip(("a_ids", "b_ids"), crossing_ids(73, 8, 6), strict=True))
     return {
-        "four ranks, ids": {"slow": True, **uneven, "options": ids},
+        "four ranks, ids": {**uneven, "options": ids},
         "four ranks, ids, float32": {**uneven, "options": ids, "dtype": torch.float32, "tol": 1e-5},
-        "four ranks, everything": {"slow": True, **uneven, "options": everything},
-        "four ranks, everything, one way": {"slow": True, **uneven, "options": {**everything, "direction": "b_to_a"}},
+        "four ranks, everything": {**uneven, "options": everything},
+        "four ranks, everything, one way": {**uneven, "options": {**everything, "direction": "b_to_a"}},
         "four ranks, online maxima": {**uneven, "options": {**everything, "normalize": False}, "scale": 200.0},
-        "four ranks, diagonal": {"slow": True, "world": 4, "a_rows": EVEN, "b_rows": EVEN, "options": {}},
+        "four ranks, diagonal": {"world": 4, "a_rows": EVEN, "b_rows": EVEN, "options": {}},
         "two ranks, uneven diagonal": {"world": 2, "a_rows": (2, 70), "b_rows": (2, 70), "options": {}},
         "two ranks, a to b": {"world": 2, "a_rows": (2, 5), "b_rows": (2, 5), "options": {"direction": "a_to_b"}},
-        "two ranks, ids": {"slow": True, "world": 2, "a_rows": (3, 70), "b_rows": (6, 2), "options": pair_ids},
-        "four ranks, guide, ids": {"slow": True, **uneven, "options": {**guide, **ids}},
+        "two ranks, ids": {"world": 2, "a_rows": (3, 70), "b_rows": (6, 2), "options": pair_ids},
+        "four ranks, guide, ids": {**uneven, "options": {**guide, **ids}},
         "four ranks, guide, online maxima": {
             "slow": True,
             **uneven, "options": {**guide, **ids, **large, "guide_relative": True}, "scale": 200.0,

@@ -31,6 +31,7 @@ from fastclap.data.workers import (
     in_processes,
     map_rows,
     now_at,
+    zeros,
 )
 from fastclap.errors import DataError
 from fastclap.threads import ELSEWHERE, LoaderStopped, in_threads
@@ -46,6 +47,13 @@ def square(number: int) -> int:
 def tensors(most: int) -> list[Tensor]:
     """Small ones of several dtypes, and one of `most` numbers."""
     return [torch.arange(most), torch.zeros(0, 3), torch.tensor(True), torch.ones(2, 3, dtype=torch.bfloat16)]
+
+
+def zeros_with_one(number: int) -> tuple[bool, Tensor]:
+    """A tensor of `zeros`, and whether it lies where it is sent from."""
+    made = zeros((2, 50_000), torch.int16)
+    made[1, number] = 1
+    return made.is_shared(), made
 
 
 def at_a_clip(number: int) -> str | int:
@@ -110,6 +118,12 @@ def test_tensors_arrive_as_they_are_and_small_ones_without_a_file() -> None:
             tensor.zero_()
     assert [tensor.is_shared() for tensor in large] == [True, False, False, True]  # NumPy knows no bfloat16
     assert not small[0].is_shared()
+
+
+def test_zeros_are_made_where_they_are_sent_from_by_helpers_alone() -> None:
+    for number, (shared, found) in enumerate(in_processes(zeros_with_one, range(3), 1, ahead=1)):
+        assert shared and torch.equal(found, zeros_with_one(number)[1])
+    assert not zeros_with_one(0)[0]
 
 
 @pytest.mark.parametrize(("workers", "ahead", "count"), [(1, 1, 0), (2, 1, 5), (2, 3, 3), (1, 4, 9)])
